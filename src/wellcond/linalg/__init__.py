@@ -1,0 +1,68 @@
+"""Differentiable functions of covariance matrices: matrices in, matrices out, no modules."""
+
+from ._checks import value_checks
+from ._condition import (
+    Spectrum,
+    condition_number,
+    covariance_spectrum,
+    effective_rank,
+    matrix_spectrum,
+    numerical_rank,
+    spectrum,
+)
+from ._covariance import covariance
+from ._errors import (
+    ApproximateRootWarning,
+    DecompositionError,
+    NonFiniteMatrixError,
+    NotPositiveSemidefiniteError,
+    NotSymmetricError,
+)
+from ._events import SolverEvents, recording
+from ._factor import covariance_sqrtm
+from ._functions import expm, logm, powm
+from ._polar import polar
+from ._roots import invsqrtm, sqrtm, sqrtm_invsqrtm
+from ._status import RootStatus, invsqrtm_ex, sqrtm_ex
+from ._sylvester import lyapunov
+from ._whiten import whiten
+from .solvers import SOLVERS, Eigh, NewtonSchulz, Pade, Solver, Svd, Taylor
+
+__all__ = [
+    "SOLVERS",
+    "ApproximateRootWarning",
+    "DecompositionError",
+    "Eigh",
+    "NewtonSchulz",
+    "NonFiniteMatrixError",
+    "NotPositiveSemidefiniteError",
+    "NotSymmetricError",
+    "Pade",
+    "RootStatus",
+    "Solver",
+    "SolverEvents",
+    "Spectrum",
+    "Svd",
+    "Taylor",
+    "condition_number",
+    "covariance",
+    "covariance_spectrum",
+    "covariance_sqrtm",
+    "effective_rank",
+    "expm",
+    "invsqrtm",
+    "invsqrtm_ex",
+    "logm",
+    "lyapunov",
+    "matrix_spectrum",
+    "numerical_rank",
+    "polar",
+    "powm",
+    "recording",
+    "spectrum",
+    "sqrtm",
+    "sqrtm_ex",
+    "sqrtm_invsqrtm",
+    "value_checks",
+    "whiten",
+]

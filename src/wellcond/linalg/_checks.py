@@ -1,0 +1,125 @@
+"""The public door: shapes, dtypes and values are checked here once; what is inside trusts them.
+
+Shape and dtype checks are free and always on. Value checks (finite, symmetric, definite) read the tensor: on an
+accelerator that would make the host wait, so they are on for CPU tensors and off elsewhere unless
+:func:`value_checks` says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._errors import NonFiniteMatrixError, NotSymmetricError
+from ._events import place
+
+_value_checks: ContextVar[bool | None] = ContextVar("value_checks", default=None)
+
+
+@contextmanager
+def value_checks(enabled: bool) -> Iterator[None]:
+    """Turn the checks that read matrix entries on or off in this block, on every device.
+
+    Without it they are on for CPU tensors and off for accelerators, where they cost a synchronisation.
+
+    Example:
+        >>> import torch, wellcond.linalg as wl
+        >>> with wl.value_checks(False):
+        ...     Q = wl.sqrtm(torch.eye(3))
+    """
+    token = _value_checks.set(enabled)
+    try:
+        yield
+    finally:
+        _value_checks.reset(token)
+
+
+def checks_values(x: Tensor) -> bool:
+    """Whether the entries of ``x`` are to be read and checked."""
+    enabled = _value_checks.get()
+    return x.device.type == "cpu" if enabled is None else enabled
+
+
+def require_matrix(x: Tensor, name: str, *, square: bool = False) -> None:
+    """Refuse what is not a (..., m, n) floating or complex tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(
+            f"{name} must be of a floating or complex dtype, got {x.dtype} of shape {tuple(x.shape)}; "
+            f"convert it first, for example with {name}.float()"
+        )
+    if x.ndim < 2:
+        raise ValueError(f"{name} must have at least two dimensions (..., m, n), got shape {tuple(x.shape)}")
+    if square and x.shape[-1] != x.shape[-2]:
+        raise ValueError(
+            f"{name} must be square (..., d, d), got shape {tuple(x.shape)}; "
+            "for features (..., d, n) take wellcond.linalg.covariance first"
+        )
+
+
+def require_nonnegative(value: float, name: str) -> None:
+    """Refuse a negative or non-finite number."""
+    if not (value >= 0.0 and value != float("inf")):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which spectral work on ``dtype`` is done: float32 for half precision, else the same."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def full_precision(x: Tensor) -> Any:
+    """A context in which autocast does not touch the matrix products of spectral work on ``x``."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def bad_indices(bad: Tensor) -> str:
+    """The places where a batch of flags is set, as text: ``batch index (3,), (5,)``; empty for no batch."""
+    if bad.ndim == 0:
+        return ""
+    places = [tuple(i) for i in bad.nonzero()[:4].tolist()]
+    more = int(bad.sum()) - len(places)
+    return " at batch index " + ", ".join(map(str, places)) + (f" and {more} more" if more > 0 else "")
+
+
+def require_finite(x: Tensor, name: str) -> None:
+    """Refuse NaN and infinity, naming the matrices of the batch that hold them."""
+    finite = torch.isfinite(x)
+    if not finite.all():
+        bad = ~finite.all(-1).all(-1)
+        raise NonFiniteMatrixError(
+            f"{name} of shape {tuple(x.shape)} holds {int((~finite).sum())} NaN or infinite entries"
+            f"{bad_indices(bad)}{place()}; the data or the loss before it diverged"
+        )
+
+
+def require_symmetric(P: Tensor, name: str) -> None:
+    """Refuse a matrix further from Hermitian than √eps of its largest entry (rounding stays far below it)."""
+    gap = (P - P.mH).abs().amax((-2, -1))
+    size = P.abs().amax((-2, -1))
+    bad = gap > torch.finfo(P.dtype).eps ** 0.5 * size
+    if bad.any():
+        worst = (gap / size.clamp_min(torch.finfo(P.dtype).tiny)).max().item()
+        raise NotSymmetricError(
+            f"{name} of shape {tuple(P.shape)} is not symmetric{bad_indices(bad)}{place()}: |P - Pᴴ| is {worst:.1e} "
+            f"of its largest entry; symmetrise it with ({name} + {name}.mH) / 2 if that is what you mean"
+        )
+
+
+def hermitian(P: Tensor, name: str = "P") -> Tensor:
+    """The Hermitian part of P, after the value checks where they are on."""
+    if not checks_values(P):
+        return (P + P.mH) / 2
+    # One pass settles the usual case: exactly Hermitian and finite (NaN and inf - inf are not zero).
+    if P.numel() == 0 or (P - P.mH).abs().max().item() == 0.0:
+        return P
+    require_finite(P, name)
+    require_symmetric(P, name)
+    return (P + P.mH) / 2

@@ -1,0 +1,76 @@
+"""Counting what happens to decompositions: the "failure times" of the paper's Table 5, layer by layer.
+
+A layer opens :func:`recording` around its spectral work; whatever is decomposed inside is counted in its
+:class:`SolverEvents`, and errors raised inside name the layer. The recording is a context variable, so
+threads and nested layers do not mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class SolverEvents:
+    """Counts of decompositions and of what went wrong in them, since the start (or the last :meth:`reset`).
+
+    Attributes:
+        calls: batches of matrices handed to a decomposition.
+        failures: matrices whose first decomposition did not converge or was not finite.
+        rescues: for each step of the fall-back chain, the matrices that it saved.
+    """
+
+    calls: int = 0
+    failures: int = 0
+    rescues: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def retries(self) -> int:
+        """Matrices that a step of the fall-back chain saved."""
+        return sum(self.rescues.values())
+
+    def reset(self) -> None:
+        """Set every count to zero."""
+        self.calls = self.failures = 0
+        self.rescues = {}
+
+
+_current: ContextVar[tuple[SolverEvents, Callable[[], str]] | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def recording(events: SolverEvents, describe: Callable[[], str]) -> Iterator[SolverEvents]:
+    """Count the decompositions of this block in ``events``; ``describe()`` names the place in errors."""
+    token = _current.set((events, describe))
+    try:
+        yield events
+    finally:
+        _current.reset(token)
+
+
+def count_call() -> None:
+    """Note that a batch is about to be decomposed (not in a compiled graph, which runs without us)."""
+    if torch.compiler.is_compiling():
+        return
+    if (current := _current.get()) is not None:
+        current[0].calls += 1
+
+
+def count_failure(rescued_by: str | None) -> None:
+    """Note one matrix whose first decomposition failed, and the step that saved it (None: none did)."""
+    if (current := _current.get()) is not None:
+        events = current[0]
+        events.failures += 1
+        if rescued_by is not None:
+            events.rescues[rescued_by] = events.rescues.get(rescued_by, 0) + 1
+
+
+def place() -> str:
+    """`` in layer 'x'`` when a recording is open, else an empty string: the tail of an error message."""
+    current = _current.get()
+    return f" in {current[1]()}" if current is not None else ""

@@ -1,0 +1,84 @@
+"""Power, logarithm and exponential of Hermitian matrices."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._checks import full_precision, require_matrix, require_nonnegative, working_dtype
+from ._divided_differences import Exp, Log, Power, ScalarFunction
+from ._spectral import apply_function
+from ._spectrum import Rank, rank_policy, require_rank_policy
+from ._sylvester import eigenpairs
+
+
+def powm(P: Tensor, exponent: float, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:
+    """(P + εI)^exponent of a Hermitian positive (semi)definite P.
+
+    Args:
+        P: (..., d, d) real symmetric or complex Hermitian; any floating or complex dtype, half precision is computed
+            in float32.
+        exponent: any finite real number. For ±1/2 :func:`sqrtm` and :func:`invsqrtm` are cheaper to differentiate
+        twice. eps, rank: what is done to eigenvalues that are zero up to rounding, as in :func:`invsqrtm`.
+
+    Returns:
+        (..., d, d) in the dtype of P.
+
+    Raises:
+        TypeError, ValueError, DecompositionError: as :func:`sqrtm`; a non-finite exponent.
+
+    Complexity: one eigendecomposition and one product; four products backward; O(d³) memory for second derivatives.
+    Source: Daleckii and Krein 1965; Higham, Functions of Matrices, 2008, ch. 3.
+
+    Example:
+        >>> import torch
+        >>> powm(torch.diag(torch.tensor([4.0, 9.0])), 1.5)
+        tensor([[ 8.,  0.],
+                [ 0., 27.]])
+    """
+    require_nonnegative(abs(exponent), "exponent")
+    return _function(P, Power(float(exponent)), eps, rank, invertible=exponent < 1 and exponent != 0)
+
+
+def logm(P: Tensor, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:
+    """The principal logarithm log(P + εI) of a Hermitian positive definite P.
+
+    Arguments, errors, complexity and source as for :func:`powm`.
+
+    Example:
+        >>> import torch
+        >>> logm(torch.diag(torch.tensor([1.0, torch.e])))
+        tensor([[0., 0.],
+                [0., 1.]])
+    """
+    return _function(P, Log(), eps, rank, invertible=True)
+
+
+def expm(S: Tensor) -> Tensor:
+    """The exponential of a Hermitian matrix, which need not be definite: the inverse of :func:`logm`.
+
+    Args:
+        S: (..., d, d) real symmetric or complex Hermitian. For other matrices take ``torch.linalg.matrix_exp``.
+
+    Returns, errors, complexity and source as for :func:`powm`.
+
+    Example:
+        >>> import torch
+        >>> expm(torch.zeros(2, 2))
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    require_matrix(S, "S", square=True)
+    with full_precision(S):
+        work = S.to(working_dtype(S.dtype))
+        return apply_function(work, Exp(), *eigenpairs(work)).to(S.dtype)
+
+
+def _function(P: Tensor, f: ScalarFunction, eps: float, rank: Rank, *, invertible: bool) -> Tensor:
+    require_matrix(P, "P", square=True)
+    require_nonnegative(eps, "eps")
+    require_rank_policy(rank, eps)
+    with full_precision(P):
+        work = P.to(working_dtype(P.dtype))
+        eigvals, U = eigenpairs(work)
+        eigvals, applied = rank_policy(eigvals, f, eps, rank, invertible=invertible)
+        return apply_function(work, applied, eigvals, U).to(P.dtype)

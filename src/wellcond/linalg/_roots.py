@@ -1,0 +1,96 @@
+"""The matrix square root, its inverse, and both at once: P^{1/2} and (P + εI)^{-1/2} of eq. (4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import full_precision, require_matrix, require_nonnegative, working_dtype
+from ._functions import powm
+from ._spectrum import Rank, require_rank_policy
+from .solvers import Root, Solved, Solver, Traced, choose_solver
+
+
+def sqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto") -> Tensor:
+    """The positive semidefinite square root (P + εI)^{1/2}.
+
+    Args:
+        P: (..., d, d) real symmetric or complex Hermitian, positive semidefinite; any floating or complex dtype.
+            Half precision is computed in float32.
+        eps: ε ≥ 0, added to every eigenvalue.
+        solver: a name of :data:`wellcond.linalg.SOLVERS`, a configured solver, or ``"auto"``.
+
+    Returns:
+        (..., d, d) in the dtype of P.
+
+    Raises:
+        TypeError: P is not a floating or complex tensor.
+        ValueError: P is not square, finite, Hermitian or positive semidefinite, each beyond rounding (the last four
+            are checked on the CPU; elsewhere inside ``value_checks(True)``), or the solver is unknown.
+        DecompositionError: every step of the fall-back chain failed.
+
+    Complexity: O(d³) per matrix. With the default solver the derivative is exact at repeated eigenvalues, to every
+    order; at an eigenvalue 0 with ε = 0, where it does not exist, the null pairs contribute 0.
+    Source: Higham, Functions of Matrices, 2008, ch. 6; eq. (3)–(4) of Song, Sebe and Wang, ECCV 2022.
+
+    Example:
+        >>> import torch
+        >>> sqrtm(torch.diag(torch.tensor([4.0, 9.0])))
+        tensor([[2., 0.],
+                [0., 3.]])
+    """
+    return _roots(P, ("sqrt",), eps, solver)[0]
+
+
+def invsqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank: Rank = "ridge") -> Tensor:
+    """The inverse square root (P + εI)^{-1/2}: the ZCA whitening matrix of a covariance P.
+
+    Args:
+        P, eps, solver: as for :func:`sqrtm`.
+        rank: what is done to eigenvalues that are zero up to rounding (d·eps of the largest): ``"ridge"`` adds ε to
+            all (a singular P with ε = 0 is refused); ``"pinv"`` inverts on the range alone; ``"floor"`` raises them to
+            the tolerance; ``"raise"`` refuses them. What was clamped has no gradient of its own. Policies other than
+            ``"ridge"`` and ``"raise"`` go by eigendecomposition and differentiate twice.
+
+    Returns:
+        (..., d, d) in the dtype of P.
+
+    Raises:
+        TypeError, ValueError, DecompositionError: as :func:`sqrtm`; ε with a policy that takes none.
+
+    Complexity, source: as for :func:`sqrtm`.
+
+    Example:
+        >>> import torch
+        >>> invsqrtm(torch.diag(torch.tensor([4.0, 16.0])))
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.2500]])
+    """
+    require_rank_policy(rank, eps)
+    if rank == "ridge":
+        return _roots(P, ("invsqrt",), eps, solver)[0]
+    if solver not in ("auto", "eigh"):
+        raise ValueError(f"rank={rank!r} needs the eigenvalues: take solver='eigh' or 'auto', not {solver!r}")
+    return powm(P, -0.5, rank=rank)
+
+
+def sqrtm_invsqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto") -> tuple[Tensor, Tensor]:
+    """Both (P + εI)^{1/2} and (P + εI)^{-1/2} from one decomposition.
+
+    Arguments, errors and sources as for :func:`sqrtm`; a singular P with ε = 0 is refused too.
+    """
+    Q, S = _roots(P, ("sqrt", "invsqrt"), eps, solver)
+    return Q, S
+
+
+def _roots(P: Tensor, roots: tuple[Root, ...], eps: float, solver: str | Solver) -> tuple[Tensor, ...]:
+    require_matrix(P, "P", square=True)
+    require_nonnegative(eps, "eps")
+    chosen = choose_solver(solver)
+    with full_precision(P):
+        work = P.to(working_dtype(P.dtype))
+        if chosen.traceable and torch.compiler.is_compiling():
+            out = Traced.apply(work, chosen, roots, float(eps))
+        else:
+            out = Solved.apply(work, chosen, roots, float(eps))
+        return tuple(root.to(P.dtype) for root in out[: len(roots)])  # pyright: ignore[reportOptionalSubscript]

@@ -1,0 +1,109 @@
+"""Any function of a Hermitian matrix from its eigenpairs, with exact first and second derivatives.
+
+F = U f(Λ) Uᴴ; its derivative along E is U (f[λi, λj] ∘ Uᴴ E U) Uᴴ (Daleckii and Krein 1965; Higham 2008, ch. 3), and
+the second
+along E, F is Σ_k f[λi, λk, λj] (Ê_ik F̂_kj + F̂_ik Ê_kj) in the eigenbasis. Nothing divides by a difference of
+eigenvalues.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import full_precision
+from ._divided_differences import SpectralMap
+from ._sylvester import in_eigenbasis
+from ._vmap import BatchedFunction
+
+
+def apply_function(P: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
+    """f(P), given the eigenpairs of P; differentiable in P twice."""
+    return _Function.apply(P, f, eigvals, U)  # pyright: ignore[reportReturnType]
+
+
+def _derivative(P: Tensor, E: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
+    return _Derivative.apply(P, (E + E.mH) / 2, f, eigvals, U)  # pyright: ignore[reportReturnType]
+
+
+def _second_derivative(E: Tensor, F: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
+    return _SecondDerivative.apply((E + E.mH) / 2, (F + F.mH) / 2, f, eigvals, U)  # pyright: ignore[reportReturnType]
+
+
+class _Function(BatchedFunction):
+    """f(P)."""
+
+    @staticmethod
+    def forward(P: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
+        return (U * f.values(eigvals).unsqueeze(-2)) @ U.mH
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        P, ctx.f, eigvals, U = inputs
+        ctx.save_for_backward(P, eigvals, U)
+        ctx.save_for_forward(P, eigvals, U)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        P, eigvals, U = ctx.saved_tensors
+        with full_precision(P):
+            return _derivative(P, grad, ctx.f, eigvals, U), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dP: Tensor, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        P, eigvals, U = ctx.saved_tensors
+        with full_precision(P):
+            return _derivative(P, dP, ctx.f, eigvals, U)
+
+
+class _Derivative(BatchedFunction):
+    """The derivative of f at P along Hermitian E; it is its own adjoint."""
+
+    @staticmethod
+    def forward(P: Tensor, E: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
+        return in_eigenbasis(U, f.differences(eigvals), E)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        P, E, ctx.f, eigvals, U = inputs
+        ctx.save_for_backward(P, E, eigvals, U)
+        ctx.save_for_forward(P, E, eigvals, U)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        P, E, eigvals, U = ctx.saved_tensors
+        with full_precision(P):
+            grad_P = _second_derivative(E, grad, ctx.f, eigvals, U) if ctx.needs_input_grad[0] else None
+            return grad_P, _derivative(P, grad, ctx.f, eigvals, U), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dP: Tensor | None, dE: Tensor | None, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        P, E, eigvals, U = ctx.saved_tensors
+        with full_precision(P):
+            change = torch.zeros_like(E) if dE is None else _derivative(P, dE, ctx.f, eigvals, U)
+            return change if dP is None else change + _second_derivative(E, dP, ctx.f, eigvals, U)
+
+
+class _SecondDerivative(BatchedFunction):
+    """The second derivative of f along Hermitian E and F: O(d³) memory per matrix, for second order only."""
+
+    @staticmethod
+    def forward(E: Tensor, F: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
+        differences = f.second_differences(eigvals).to(U.dtype)
+        E, F = U.mH @ E @ U, U.mH @ F @ U
+        half = torch.einsum("...ikj,...ik,...kj->...ij", differences, E, F)
+        return U @ (half + half.mH) @ U.mH
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        return None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise NotImplementedError("third derivatives of powm, logm and expm are not implemented; those of sqrtm are")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise NotImplementedError("third derivatives of powm, logm and expm are not implemented; those of sqrtm are")

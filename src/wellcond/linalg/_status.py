@@ -1,0 +1,86 @@
+"""Roots with a status for every matrix instead of an exception, without waiting for the device: the ``_ex`` forms."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import require_matrix, value_checks, working_dtype
+from ._eigh import nan_for_failures
+from ._roots import invsqrtm, sqrtm
+from .solvers import Root, Solver
+from .solvers._solver import relative_residual
+
+OK, NOT_FINITE, NOT_ACCURATE = 0, 1, 2
+
+
+class RootStatus(NamedTuple):
+    """A root, how good it is, and what was wrong, matrix by matrix.
+
+    Attributes:
+        root: (..., d, d); NaN, with gradient zero, where the status is 1.
+        residual: (...,) ‖Q² − P‖/‖P‖ of a square root, ‖S P S − I‖/‖I‖ of an inverse one (P + εI for P).
+        info: (...,) int32: 0 fine; 1 the matrix holds NaN or infinity, or could not be decomposed; 2 the residual is
+            above
+            the tolerance: the matrix is not Hermitian or indefinite, too ill-conditioned, or the solver approximate.
+    """
+
+    root: Tensor
+    residual: Tensor
+    info: Tensor
+
+
+def sqrtm_ex(
+    P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", tolerance: float | None = None
+) -> RootStatus:
+    """:func:`sqrtm` with a status for every matrix: no value raises, and nothing waits for the device.
+
+    Args:
+        P, eps, solver: as for :func:`sqrtm`.
+        tolerance: residual above which ``info`` is 2; by default 10·d·eps of the working dtype, what rounding
+            leaves of an exact solver.
+
+    Returns:
+        :class:`RootStatus`; the other matrices of a batch are untouched by a bad one.
+
+    Raises:
+        TypeError, ValueError: for dtype, shape and solver only.
+
+    Complexity: :func:`sqrtm` and one product.
+
+    Example:
+        >>> import torch
+        >>> sqrtm_ex(torch.stack([torch.eye(2), torch.full((2, 2), torch.nan)])).info
+        tensor([0, 1], dtype=torch.int32)
+    """
+    return _with_status(P, "sqrt", eps, solver, tolerance)
+
+
+def invsqrtm_ex(
+    P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", tolerance: float | None = None
+) -> RootStatus:
+    """:func:`invsqrtm` with a status for every matrix; see :func:`sqrtm_ex`.
+
+    The residual of an inverse root grows with κ: give ``tolerance`` for matrices that are not well conditioned.
+    """
+    return _with_status(P, "invsqrt", eps, solver, tolerance)
+
+
+def _with_status(P: Tensor, which: Root, eps: float, solver: str | Solver, tolerance: float | None) -> RootStatus:
+    require_matrix(P, "P", square=True)
+    dtype = working_dtype(P.dtype)
+    if tolerance is None:
+        tolerance = 10 * P.shape[-1] * torch.finfo(dtype).eps
+    finite = torch.isfinite(P).all(-1).all(-1)
+    eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+    with value_checks(False), nan_for_failures():
+        root = (sqrtm if which == "sqrt" else invsqrtm)(
+            torch.where(finite[..., None, None], P, eye), eps=eps, solver=solver
+        )
+    with torch.no_grad():
+        residual = relative_residual(P.to(dtype), root.to(dtype), which, eps)
+        known = finite & torch.isfinite(root).all(-1).all(-1)
+        info = torch.where(residual <= tolerance, OK, NOT_ACCURATE).masked_fill(~known, NOT_FINITE).to(torch.int32)
+    return RootStatus(torch.where(known[..., None, None], root, torch.nan), residual, info)

@@ -1,0 +1,57 @@
+"""One rule for ``torch.func.vmap`` over our autograd functions: they all batch over leading dimensions already."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class BatchedFunction(torch.autograd.Function):
+    """An autograd function whose operations broadcast over leading dimensions, so that vmap adds one more in front.
+
+    The tensors are really expanded before they enter: autograd then sums the gradient of one that was not mapped.
+    """
+
+    def __init_subclass__(cls) -> None:
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+            front = [_to_front(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)]
+            out = cls.apply(*front)
+            return out, (0,) * len(out) if isinstance(out, tuple) else 0
+
+        # ``apply`` binds its arguments to the signature at every call, and looks it up anew unless it is there already.
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # pyright: ignore[reportFunctionMemberAccess]
+        cls.vmap = staticmethod(vmap)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Once(BatchedFunction):
+    """A value that cannot be differentiated again with respect to its sources."""
+
+    @staticmethod
+    def forward(value: Tensor, message: str, *sources: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.message = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise NotImplementedError(ctx.message)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise NotImplementedError(ctx.message)
+
+
+def once(value: Tensor, message: str, *sources: Tensor) -> Tensor:
+    """``value``, refusing a further derivative with respect to ``sources`` instead of giving a wrong one."""
+    return _Once.apply(value.detach(), message, *sources)  # pyright: ignore[reportReturnType]
+
+
+def _to_front(arg: Any, dim: int | None, batch_size: int) -> Any:
+    if not isinstance(arg, Tensor):
+        return arg
+    return arg.movedim(dim, 0) if dim is not None else arg.expand(batch_size, *arg.shape)

@@ -1,0 +1,49 @@
+"""The solvers by name. A new one is a file beside this and a line here."""
+
+from __future__ import annotations
+
+import difflib
+
+from ._solver import Done, Root, Solved, Solver, Traced
+from .eigh import Eigh
+from .newton_schulz import NewtonSchulz
+from .pade import Pade
+from .svd import Svd
+from .taylor import Taylor
+
+SOLVERS: dict[str, type[Solver]] = {solver.name: solver for solver in (Eigh, Svd, NewtonSchulz, Pade, Taylor)}
+
+__all__ = [
+    "SOLVERS",
+    "Done",
+    "Eigh",
+    "NewtonSchulz",
+    "Pade",
+    "Root",
+    "Solved",
+    "Solver",
+    "Svd",
+    "Taylor",
+    "Traced",
+    "choose_solver",
+]
+
+
+def choose_solver(solver: str | Solver) -> Solver:
+    """The solver meant by a name, a configured object, or ``"auto"``.
+
+    Raises:
+        ValueError: an unknown name (the nearest right one is in the message).
+        TypeError: neither a name nor a solver.
+    """
+    if isinstance(solver, Solver):
+        return solver
+    if not isinstance(solver, str):
+        raise TypeError(f"solver must be a name or a Solver object, got {type(solver).__name__}")
+    if solver == "auto":
+        return Eigh()
+    if solver not in SOLVERS:
+        near = difflib.get_close_matches(solver, ["auto", *SOLVERS], n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"unknown solver '{solver}'{hint} (known: auto, {', '.join(SOLVERS)})")
+    return SOLVERS[solver]()

@@ -1,0 +1,76 @@
+"""What the solvers that expand √(1 − x) on P/‖P‖ share: the normalisation, and the derivative by Lyapunov iteration."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .._events import count_call
+from ._lyapunov_iteration import lyapunov_iteration
+from ._solver import Done, Root, Solver, Tensors
+
+
+class SeriesSolver(Solver):
+    """Roots of P = ‖P‖_F (I − Z) from an expansion in Z, each matrix normalised by its own norm.
+
+    Args:
+        order: of the expansion.
+        backward_steps: Newton–Schulz steps of the Lyapunov equation in the derivative.
+        tolerance: warn where the relative residual is larger (``None``: never); checked with the values.
+    """
+
+    default_order: ClassVar[int]
+    traceable = True
+
+    def __init__(self, order: int | None = None, backward_steps: int = 8, tolerance: float | None = 0.1) -> None:
+        order = self.default_order if order is None else order
+        if order < 1 or backward_steps < 1:
+            raise ValueError(f"order and backward_steps must be positive, got {order} and {backward_steps}")
+        self.order, self.backward_steps, self.tolerance = order, backward_steps, tolerance
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(order={self.order}, backward_steps={self.backward_steps})"
+
+    @abstractmethod
+    def expand(self, Z: Tensor, root: Root) -> Tensor:
+        """(I − Z)^{1/2} or its inverse."""
+
+    def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
+        count_call()
+        eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+        P = P + eps * eye
+        norm = torch.linalg.matrix_norm(P, keepdim=True)
+        norm = torch.where(norm > 0, norm, 1.0)
+        Z = eye - P / norm
+        scale = {"sqrt": norm.sqrt(), "invsqrt": norm.rsqrt()}
+        return tuple(self.expand(Z, root) * scale[root] for root in roots), ()
+
+    def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
+        total: Tensor | None = None
+        for root, output, grad in zip(done.roots, done.outputs, grads, strict=True):
+            if grad is not None:
+                term = self._derivative(root, output, grad)
+                total = term if total is None else total + term
+        assert total is not None
+        return (total + total.mH) / 2
+
+    def jvp(self, done: Done, dP: Tensor) -> Tensors:
+        return tuple(self._derivative(root, out, dP) for root, out in zip(done.roots, done.outputs, strict=True))
+
+    def _derivative(self, root: Root, output: Tensor, direction: Tensor) -> Tensor:
+        if root == "sqrt":
+            return lyapunov_iteration(output, direction, self.backward_steps)
+        S = output
+        return -S @ lyapunov_iteration(S, S @ direction @ S, self.backward_steps) @ S
+
+
+def evaluate_polynomial(coefficients: list[float], Z: Tensor) -> Tensor:
+    """Σ c_k Z^k by Horner's rule."""
+    eye = torch.eye(Z.shape[-1], dtype=Z.dtype, device=Z.device).expand_as(Z)
+    total = coefficients[-1] * eye
+    for c in reversed(coefficients[:-1]):
+        total = total @ Z + c * eye
+    return total

@@ -1,0 +1,143 @@
+"""What a solver is: a way to compute matrix roots and their derivative. Adding one means adding one file beside this.
+
+A solver says how to go forward (values, and residuals kept for the derivative) and backward (the derivative, in
+differentiable operations of the inputs, outputs and incoming gradients, so that it can be differentiated again).
+:class:`Solved` makes an autograd function of the two, with vmap, forward mode and higher derivatives.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import checks_values, full_precision, hermitian
+from .._errors import ApproximateRootWarning
+from .._events import place
+from .._vmap import BatchedFunction
+
+Root = Literal["sqrt", "invsqrt"]
+Tensors = tuple[Tensor, ...]
+
+
+class Done(NamedTuple):
+    """What is known of a finished forward pass when it is differentiated."""
+
+    roots: tuple[Root, ...]
+    eps: float
+    P: Tensor | None
+    outputs: Tensors
+    residuals: Tensors
+
+
+class Solver(ABC):
+    """One way to compute P^{1/2} and P^{-1/2} of Hermitian positive (semi)definite matrices.
+
+    Attributes:
+        name: the word by which users choose it.
+        cost: what it costs and where it is exact, in a sentence for the documentation.
+        keeps_input: whether :meth:`backward` wants P (it is saved only then).
+        traceable: whether forward and backward are tensor operations that read no values, so that ``torch.compile``
+            takes them whole (``fullgraph=True``).
+        tolerance: of an approximate solver, the relative residual above which it warns (checked with the values).
+    """
+
+    name: ClassVar[str]
+    cost: ClassVar[str]
+    keeps_input: ClassVar[bool] = False
+    traceable: ClassVar[bool] = False
+    tolerance: float | None = None
+
+    @abstractmethod
+    def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
+        """The roots of P + εI, one tensor each, and the residuals that :meth:`backward` wants to see again."""
+
+    @abstractmethod
+    def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
+        """The gradient of P (Hermitian), from those of the roots (None: that root has none)."""
+
+    @abstractmethod
+    def jvp(self, done: Done, dP: Tensor) -> Tensors:
+        """The change of every root along the Hermitian direction dP."""
+
+
+class Solved(BatchedFunction):
+    """Roots of a matrix by any solver, as an autograd function: it saves the roots, the residuals and P if wanted."""
+
+    @staticmethod
+    def forward(P: Tensor, solver: Solver, roots: tuple[Root, ...], eps: float) -> Tensors:
+        P = hermitian(P)
+        outputs, residuals = solver.forward(P, roots, eps)
+        if solver.tolerance is not None and checks_values(P) and P.numel():
+            _warn_if_far(solver, P, outputs, roots, eps)
+        return (*outputs, *residuals)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        P, ctx.solver, ctx.roots, ctx.eps = inputs
+        ctx.mark_non_differentiable(*output[len(ctx.roots) :])
+        ctx.set_materialize_grads(False)
+        saved = (P if ctx.solver.keeps_input else None, *output)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        done = _done(ctx)
+        grads = grads[: len(done.roots)]
+        if all(grad is None for grad in grads):
+            return None, None, None, None
+        with full_precision(done.outputs[0]):
+            return ctx.solver.backward(done, grads), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dP: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        done = _done(ctx)
+        with full_precision(dP):
+            tangents = ctx.solver.jvp(done, (dP + dP.mH) / 2)
+        return (*tangents, *(None for _ in done.residuals))
+
+
+class Traced(torch.autograd.Function):
+    """:class:`Solved` as the compiler can trace it, which it cannot with a jvp and a vmap rule; values are not read."""
+
+    @staticmethod
+    def forward(P: Tensor, solver: Solver, roots: tuple[Root, ...], eps: float) -> Tensors:
+        outputs, residuals = solver.forward((P + P.mH) / 2, roots, eps)
+        return (*outputs, *residuals)
+
+    setup_context = Solved.setup_context
+    backward = Solved.backward
+
+
+def relative_residual(P: Tensor, root: Tensor, which: Root, eps: float) -> Tensor:
+    """(...,) ‖Q² − P‖/‖P‖ of a square root Q, ‖S P S − I‖/‖I‖ of an inverse one; P + εI for P, Frobenius norms."""
+    eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+    P = P + eps * eye
+    if which == "sqrt":
+        size = torch.linalg.matrix_norm(P)
+        return torch.linalg.matrix_norm(root @ root - P) / torch.where(size > 0, size, 1.0)
+    return torch.linalg.matrix_norm(root @ P @ root - eye) / max(P.shape[-1], 1) ** 0.5
+
+
+def _warn_if_far(solver: Solver, P: Tensor, outputs: Tensors, roots: tuple[Root, ...], eps: float) -> None:
+    worst = max(relative_residual(P, out, which, eps).max().item() for out, which in zip(outputs, roots, strict=True))
+    assert solver.tolerance is not None
+    if not worst <= solver.tolerance:
+        warnings.warn(
+            f"{solver!r} left a relative residual of {worst:.2g}{place()}: this is a damped root, not the root; "
+            "take solver='eigh', more steps, or tolerance=None if that is what you want",
+            ApproximateRootWarning,
+            stacklevel=2,
+        )
+
+
+def _done(ctx: Any) -> Done:
+    P, *output = ctx.saved_tensors
+    count = len(ctx.roots)
+    if P is not None:
+        P = (P + P.mH) / 2
+    return Done(ctx.roots, ctx.eps, P, tuple(output[:count]), tuple(output[count:]))

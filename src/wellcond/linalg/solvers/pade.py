@@ -1,0 +1,51 @@
+"""The Padé approximant of √(1 − x): the solver of the paper's authors (MPA; Song, Sebe and Wang, ICLR 2022).
+
+Not a fast square root at high condition numbers but a damped one: in float32 at 64 × 64 it is off by 6 % at κ = 1e2
+and 30 % at κ = 1e6. Offered for comparison.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._series import SeriesSolver, evaluate_polynomial
+from ._solver import Root
+
+
+class Pade(SeriesSolver):
+    """The diagonal Padé approximant [order, order], one linear solve; :class:`SeriesSolver` for the arguments."""
+
+    name = "pade"
+    cost = "2 order − 1 products and a linear solve, backward six products a Lyapunov step; damped beyond κ = 1e2"
+    default_order = 5
+
+    def expand(self, Z: Tensor, root: Root) -> Tensor:
+        p, q = (evaluate_polynomial(c, Z) for c in pade_coefficients(self.order))
+        return torch.linalg.solve(q, p) if root == "sqrt" else torch.linalg.solve(p, q)
+
+
+def pade_coefficients(m: int) -> tuple[list[float], list[float]]:
+    """Numerator and denominator of the [m, m] Padé approximant of √(1 − x), lowest power first.
+
+    From its partial fractions 1 − Σ a_j x/(1 − b_j x), a_j = 2/(2m+1) sin²(jπ/(2m+1)), b_j = cos²(jπ/(2m+1))
+    (Higham, Functions of Matrices, 2008, sect. 6.5).
+    """
+    angles = [j * math.pi / (2 * m + 1) for j in range(1, m + 1)]
+    a, b = [2 / (2 * m + 1) * math.sin(t) ** 2 for t in angles], [math.cos(t) ** 2 for t in angles]
+    q = _product(b)
+    p = list(q)
+    for j in range(m):
+        for k, c in enumerate(_product(b[:j] + b[j + 1 :])):
+            p[k + 1] -= a[j] * c
+    return p, q
+
+
+def _product(b: list[float]) -> list[float]:
+    """The coefficients of Π (1 − b_j x)."""
+    c = [1.0]
+    for value in b:
+        c = [x - value * y for x, y in zip([*c, 0.0], [0.0, *c], strict=True)]
+    return c

@@ -1,0 +1,16 @@
+"""Spectral layers, in the manner of ``torch.nn``."""
+
+from ._base import Observation, SpectralModule
+from .covariance_pool import GlobalCovariancePool2d
+from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
+from .spectral_layer import SpectralLayer
+
+__all__ = [
+    "DecorrelatedBatchNorm1d",
+    "DecorrelatedBatchNorm2d",
+    "DecorrelatedBatchNorm3d",
+    "GlobalCovariancePool2d",
+    "Observation",
+    "SpectralLayer",
+    "SpectralModule",
+]

@@ -1,0 +1,61 @@
+"""What every spectral layer shares: a name for messages, its solver events, and observers of its input.
+
+A module is a *spectral layer* when ``is_spectral_layer`` is true; the treatments and the monitor ask for
+nothing else, so a layer of your own joins in by setting it and calling :meth:`SpectralModule._observe`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from wellcond.linalg import SolverEvents
+
+
+class Observation(NamedTuple):
+    """What a spectral layer saw in one forward pass in training mode."""
+
+    features: Tensor
+    """(..., d, n) float features, detached, not centred: each leading index is one covariance matrix."""
+    eps: float
+    """The absolute ε that the solver added to every covariance."""
+
+
+Observer = Callable[["SpectralModule", Observation], None]
+
+
+class SpectralModule(nn.Module):
+    """Base of the spectral layers.
+
+    Attributes:
+        is_spectral_layer: the mark by which treatments and monitor find it.
+        layer_name: the name used in error messages, set by whoever knows the whole model; "" if nobody did.
+        solver_events: calls, retries and failures of the decompositions made by this layer.
+    """
+
+    is_spectral_layer = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_name = ""
+        self.solver_events = SolverEvents()
+        self._observers: OrderedDict[int, Observer] = OrderedDict()
+
+    def add_observer(self, observer: Observer) -> RemovableHandle:
+        """Call ``observer(layer, observation)`` in every training-mode forward pass; the handle removes it."""
+        handle = RemovableHandle(self._observers)
+        self._observers[handle.id] = observer
+        return handle
+
+    def describe(self) -> str:
+        """The layer's name and form, for messages."""
+        form = f"{type(self).__name__}({self.extra_repr()})"
+        return f"layer '{self.layer_name}' ({form})" if self.layer_name else f"layer {form}"
+
+    def _observe(self, observation: Observation) -> None:
+        for observer in tuple(self._observers.values()):
+            observer(self, observation)

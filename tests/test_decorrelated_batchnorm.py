@@ -1,0 +1,243 @@
+"""Decorrelated batch norm: what comes out is white, evaluation agrees with training, and bad input says so."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from wellcond.linalg import NewtonSchulz, NonFiniteMatrixError, covariance, invsqrtm
+from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
+
+SHAPES = [
+    (DecorrelatedBatchNorm1d, (64, 6)),
+    (DecorrelatedBatchNorm1d, (16, 6, 5)),
+    (DecorrelatedBatchNorm2d, (8, 6, 4, 5)),
+    (DecorrelatedBatchNorm3d, (4, 6, 3, 2, 4)),
+]
+
+
+def channels_first(y):
+    return y.transpose(0, 1).flatten(1)
+
+
+def correlated(shape, dtype=torch.float64):
+    """A batch whose channels are mixed and far from zero mean."""
+    mix = torch.randn(shape[1], shape[1], dtype=dtype) + 2 * torch.eye(shape[1], dtype=dtype)
+    return torch.einsum("cd,nd...->nc...", mix, torch.randn(shape, dtype=dtype)) + 3
+
+
+@pytest.mark.parametrize(("layer", "shape"), SHAPES)
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_output_covariance_is_the_identity_in_each_group(layer, shape, groups):
+    eps = 1e-8
+    y = layer(6, groups=groups, eps=eps, dtype=torch.float64)(correlated(shape))
+    P = covariance(channels_first(y))
+    d = 6 // groups
+    for g in range(groups):
+        block = P[g * d : (g + 1) * d, g * d : (g + 1) * d]
+        # (P + εI)^{-1/2} P (P + εI)^{-1/2} = I − ε (P + εI)^{-1}, and the smallest eigenvalue here is above 1e-3.
+        assert (block - torch.eye(d, dtype=block.dtype)).abs().max() < eps / 1e-3 + 1e-10
+    assert channels_first(y).mean(1).abs().max() < 1e-10
+
+
+def test_equals_the_formula_written_out_by_a_loop_over_groups():
+    x = correlated((8, 6, 4, 5))
+    layer = DecorrelatedBatchNorm2d(6, groups=2, dtype=torch.float64)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    parts = []
+    for g in range(2):
+        flat = channels_first(x[:, 3 * g : 3 * g + 3])
+        centred = flat - flat.mean(1, keepdim=True)
+        eigvals, U = torch.linalg.eigh(centred @ centred.T / flat.shape[1] + 1e-5 * torch.eye(3, dtype=x.dtype))
+        parts.append(U @ torch.diag(eigvals.rsqrt()) @ U.T @ centred)
+    expected = torch.cat(parts).view(6, 8, 4, 5).transpose(0, 1)
+    expected = expected * layer.weight.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("layer", "shape"), [(c, (s[0], 2, *s[2:])) for c, s in SHAPES])
+def test_gradients_match_finite_differences(layer, shape):
+    shape = (4, *shape[1:2], *(2 for _ in shape[2:]))
+    module = layer(2, eps=1e-2, dtype=torch.float64)
+    x = correlated(shape).requires_grad_()
+
+    def run(x, weight, bias):
+        return torch.func.functional_call(module, {"weight": weight, "bias": bias}, (x,))
+
+    weight, bias = (torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(run, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(run, (x, weight, bias))
+
+
+def test_running_statistics_are_those_of_batch_norm_where_the_two_must_agree():
+    ours = DecorrelatedBatchNorm2d(6, momentum=0.3, dtype=torch.float64)
+    torchs = nn.BatchNorm2d(6, momentum=0.3, dtype=torch.float64)
+    for _ in range(3):
+        x = correlated((8, 6, 4, 5))
+        ours(x)
+        torchs(x)
+    torch.testing.assert_close(ours.running_mean, torchs.running_mean)
+    torch.testing.assert_close(ours.running_cov[0].diagonal(), torchs.running_var)
+    assert ours.num_batches_tracked == torchs.num_batches_tracked == 3
+
+
+def test_cumulative_average_is_the_mean_over_batches():
+    layer = DecorrelatedBatchNorm2d(4, momentum=None, dtype=torch.float64)
+    batches = [correlated((8, 4, 3, 3)) for _ in range(5)]
+    for x in batches:
+        layer(x)
+    expected = torch.stack([covariance(channels_first(x), correction=1) for x in batches]).mean(0)
+    torch.testing.assert_close(layer.running_cov[0], expected)
+
+
+@pytest.mark.parametrize("running", ["covariance", "whitening"])
+def test_evaluation_agrees_with_training_on_a_stationary_batch(running):
+    x = correlated((64, 4, 4, 4))
+    layer = DecorrelatedBatchNorm2d(4, momentum=1.0, running=running, dtype=torch.float64)
+    trained = layer(x)
+    # One batch with momentum 1: the running statistics are the batch's, but for n/(n − 1) with n = 1024.
+    torch.testing.assert_close(layer.eval()(x), trained, rtol=1e-3, atol=1e-3)
+
+
+def test_evaluation_follows_statistics_that_change_under_it():
+    layer = DecorrelatedBatchNorm2d(3, dtype=torch.float64).eval()
+    x = correlated((8, 3, 4, 4))
+    before = layer(x)
+    with torch.no_grad():
+        layer.running_cov.mul_(4.0)
+    torch.testing.assert_close(layer(x), before / 2, rtol=1e-5, atol=0)
+    layer.load_state_dict(DecorrelatedBatchNorm2d(3, dtype=torch.float64).state_dict())
+    torch.testing.assert_close(layer(x), before)
+
+
+def test_without_running_statistics_evaluation_uses_the_batch():
+    layer = DecorrelatedBatchNorm2d(3, track_running_stats=False, dtype=torch.float64)
+    x = correlated((8, 3, 4, 4))
+    assert "running_cov" not in layer.state_dict()
+    torch.testing.assert_close(layer.eval()(x), layer.train()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_input_is_whitened_in_float32(dtype):
+    x = correlated((16, 4, 4, 4), torch.float32).to(dtype)
+    layer = DecorrelatedBatchNorm2d(4)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert layer.running_cov.dtype == torch.float32
+    expected = DecorrelatedBatchNorm2d(4)(x.float())
+    # The only rounding to half precision is that of the result.
+    assert (y.float() - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_autocast_changes_nothing_but_the_convolution_before():
+    x = correlated((16, 4, 4, 4), torch.float32)
+    layer = DecorrelatedBatchNorm2d(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = layer(x)
+    torch.testing.assert_close(inside, layer(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 1, 1), (2, 8, 2, 1)])
+def test_fewer_samples_than_channels_stays_finite_and_suggests_groups(shape):
+    layer = DecorrelatedBatchNorm2d(8)
+    x = torch.randn(shape, requires_grad=True)
+    with pytest.warns(UserWarning, match="groups="):
+        y = layer(x)
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e4])
+@pytest.mark.parametrize("kind", ["dead", "constant", "duplicate"])
+def test_degenerate_channels_stay_finite(scale, kind):
+    x = torch.randn(16, 4, 4, 4) * scale
+    x[:, 1] = {"dead": 0.0, "constant": 7.0 * scale, "duplicate": x[:, 0]}[kind]
+    x.requires_grad_()
+    layer = DecorrelatedBatchNorm2d(4)
+    y = layer(x)
+    (y * torch.randn_like(y)).sum().backward()
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert layer.eval()(x).isfinite().all()
+
+
+def test_newton_schulz_converges_to_the_exact_layer():
+    x = correlated((16, 4, 4, 4))
+    exact = DecorrelatedBatchNorm2d(4, dtype=torch.float64)(x)
+    iterated = DecorrelatedBatchNorm2d(4, dtype=torch.float64, solver=NewtonSchulz(60))(x)
+    torch.testing.assert_close(iterated, exact, rtol=1e-7, atol=1e-7)
+
+
+def test_copies_and_pickles_keep_everything_but_observers():
+    layer = DecorrelatedBatchNorm2d(4)
+    x = correlated((8, 4, 3, 3), torch.float32)
+    layer(x)
+    layer.eval()(x)
+    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(clone(x), layer(x))
+
+
+def test_a_channel_count_that_groups_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="divisible by groups"):
+        DecorrelatedBatchNorm2d(10, groups=3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "message"),
+    [
+        (DecorrelatedBatchNorm2d, (2, 4, 3), "expected 4D input"),
+        (DecorrelatedBatchNorm1d, (2, 4, 3, 3), "expected 2D or 3D input"),
+        (DecorrelatedBatchNorm2d, (2, 5, 3, 3), "4 channels"),
+        (DecorrelatedBatchNorm2d, (1, 4, 1, 1), "more than 1 value per channel"),
+    ],
+)
+def test_input_of_the_wrong_form_is_refused_in_torchs_words(layer, shape, message):
+    with pytest.raises(ValueError, match=message):
+        layer(4)(torch.randn(shape))
+
+
+def test_one_sample_is_fine_in_evaluation():
+    assert DecorrelatedBatchNorm2d(4).eval()(torch.randn(1, 4, 1, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_input_is_an_error_that_names_the_layer_and_leaves_the_statistics(bad):
+    layer = DecorrelatedBatchNorm2d(4)
+    layer.layer_name = "stem.norm"
+    x = torch.randn(4, 4, 3, 3)
+    x[2, 1, 0, 0] = bad
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(NonFiniteMatrixError, match=r"stem\.norm"):
+        layer(x)
+    for name, value in layer.state_dict().items():
+        torch.testing.assert_close(value, before[name])
+
+
+def test_running_covariance_whitens_what_a_running_whitening_matrix_cannot():
+    """Two batches of opposite correlation: their average covariance is white, their average whitening is not."""
+    kinds = ("covariance", "whitening")
+    layers = [DecorrelatedBatchNorm1d(2, momentum=None, running=kind, dtype=torch.float64) for kind in kinds]
+    a = torch.randn(4000, 2, dtype=torch.float64) @ torch.tensor([[1.0, 0.0], [0.99, 0.14]], dtype=torch.float64).T
+    b = a * torch.tensor([1.0, -1.0], dtype=torch.float64)
+    for layer in layers:
+        layer(a)
+        layer(b)
+        layer.eval()
+    both = torch.cat([a, b])
+    gaps = [(covariance(layer(both).T) - torch.eye(2, dtype=both.dtype)).abs().max().item() for layer in layers]
+    assert gaps[0] < 0.01
+    assert gaps[1] > 1.0
+
+
+def test_inverse_root_of_evaluation_is_that_of_the_running_covariance():
+    layer = DecorrelatedBatchNorm2d(3, affine=False, dtype=torch.float64)
+    x = correlated((8, 3, 4, 4))
+    layer(x)
+    layer.eval()
+    S = invsqrtm(layer.running_cov[0], eps=layer.eps)
+    expected = torch.einsum("cd,ndhw->nchw", S, x - layer.running_mean.view(1, -1, 1, 1))
+    torch.testing.assert_close(layer(x), expected)
