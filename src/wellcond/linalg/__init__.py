@@ -2,9 +2,7 @@
 
 from ._checks import value_checks
 from ._condition import (
-    Spectrum,
     condition_number,
-    covariance_spectrum,
     effective_rank,
     matrix_spectrum,
     numerical_rank,
@@ -20,9 +18,11 @@ from ._errors import (
 )
 from ._events import SolverEvents, recording
 from ._factor import covariance_sqrtm
+from ._feature_spectrum import covariance_spectrum
 from ._functions import expm, logm, powm
 from ._polar import polar
 from ._roots import invsqrtm, sqrtm, sqrtm_invsqrtm
+from ._spectrum_type import Spectrum
 from ._status import RootStatus, invsqrtm_ex, sqrtm_ex
 from ._sylvester import lyapunov
 from ._whiten import whiten

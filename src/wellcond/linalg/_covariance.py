@@ -30,6 +30,7 @@ def covariance(X: Tensor, *, correction: int = 0) -> Tensor:
         tensor([[1., 2.],
                 [2., 4.]])
     """
+    require_matrix(X, "X")
     with full_precision(X):
         A = centred_factor(X, correction=correction)
         return (A @ A.mH).to(X.dtype)

@@ -80,8 +80,8 @@ class ScalarFunction(SpectralMap):
         lo, mid, hi = torch.stack(torch.broadcast_tensors(a, b, c)).sort(0).values.unbind(0)
         middle = (lo + hi) / 2
         unit = self.scale(middle)
-        near = hi - lo <= SPREAD * unit
-        gap = torch.where(near, 1.0, hi - lo)
+        near = (hi - lo <= SPREAD * unit) & (unit > 0)
+        gap = torch.where(hi == lo, 1.0, hi - lo)
         quotient = (self.first(hi, mid) - self.first(mid, lo)) / gap
         unit = torch.where(near, unit, 1.0)
         x, y, z = ((torch.where(near, v, middle) - middle) / unit for v in (lo, mid, hi))
@@ -148,11 +148,22 @@ class Power(ScalarFunction):
 
     def first(self, a: Tensor, b: Tensor) -> Tensor:
         p, high, low = self.exponent, torch.maximum(a, b), torch.minimum(a, b)
-        # (hi^p − lo^p)/(hi − lo) = hi^{p−1} (1 − (1 − u)^p)/u with u = (hi − lo)/hi.
-        u = (high - low) / torch.where(high == 0, 1.0, high)
-        safe = torch.where(u == 0, 0.5, u)
-        ratio = torch.where(u == 0, p, -torch.expm1(p * torch.log1p(-safe)) / safe)
-        return high.pow(p - 1.0) * ratio
+        if p == 0.0:
+            return torch.zeros_like(high)
+        gap = high - low
+        safe = torch.where(gap == 0, 1.0, gap)
+        # hi^p − lo^p = ± big^p (1 − e^{−|x|}) with x = p log(hi/lo) and big the argument of the larger power.
+        x = p * torch.log1p(gap / low)
+        big = high if p > 0 else low
+        quotient = math.copysign(1.0, p) * big.pow(p) * -torch.expm1(-x.abs()) / safe
+        tied = p * torch.where(high == 0, 1.0, high).pow(p - 1.0)
+        # At a double eigenvalue 0 the derivative is p 0^{p−1}; where that is infinite the pair contributes nothing.
+        return torch.where(gap == 0, torch.where(high == 0, 1.0 if p == 1.0 else 0.0, tied), quotient)
+
+    def second(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        # A triple eigenvalue 0 has no scale for the series: the limit is that of x², and 0 for every other power.
+        null = torch.maximum(torch.maximum(a, b), c) == 0
+        return torch.where(null, 1.0 if self.exponent == 2.0 else 0.0, super().second(a, b, c))
 
     def scale(self, middle: Tensor) -> Tensor:
         return middle

@@ -60,7 +60,7 @@ def _each_matrix(P: Tensor) -> EigenPair:
     eigvals = P.new_zeros(P.shape[:-1], dtype=P.real.dtype)
     eigvecs = torch.zeros_like(P)
     good = torch.zeros(P.shape[:-2], dtype=torch.bool, device=P.device)
-    for index in _indices(good):
+    for index in _indices(good) if good.numel() > 1 else []:
         try:
             eigvals[index], eigvecs[index] = torch.linalg.eigh(P[index])
         except torch.linalg.LinAlgError:
@@ -120,12 +120,12 @@ def _shifted(P: Tensor) -> EigenPair:
 
 
 def _by_svd(P: Tensor) -> EigenPair:
+    # Shifted to be positive definite, a Hermitian matrix has its eigenvalues for singular values.
+    d = P.shape[-1]
     wide = P.to(torch.complex128 if P.is_complex() else torch.float64)
-    left, s, right = torch.linalg.svd(wide)
-    # For a Hermitian matrix the two singular vectors of a simple value differ by the sign of its eigenvalue.
-    signs = torch.sign((left.conj() * right.mH).sum(-2).real)
-    eigvals, order = (s * signs).sort()
-    return eigvals, left[:, order]
+    shift = torch.linalg.matrix_norm(wide)
+    U, s, _ = torch.linalg.svd(wide + shift * torch.eye(d, device=P.device, dtype=wide.dtype))
+    return s.flip(-1) - shift, U.flip(-1)
 
 
 CHAIN: dict[str, Callable[[Tensor], EigenPair]] = {

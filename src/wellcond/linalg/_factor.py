@@ -1,8 +1,8 @@
 """The factor form: the square root of a covariance straight from the features, differentiated through them.
 
-For Q = (A Aᴴ)^{1/2} and the thin SVD A = U Σ Vᴴ the gradient is 2 [U (H ∘ R) + (I − U Uᴴ) G U] Vᴴ with H = Uᴴ G U and
-R_ij = σj/(σi + σj): every coefficient lies in [0, 1], so the gradient is bounded by √2 ‖G‖ at any condition number
-(Araki and Yamagami 1981). Going through P = A Aᴴ loses that.
+For Q = (A Aᴴ)^{1/2} and the thin SVD A = U Σ Vᴴ the gradient is 2 [U (H ∘ R) + (I − U Uᴴ) G U] Vᴴ with H = Uᴴ G U
+and R_ij = σj/(σi + σj): every coefficient lies in [0, 1], so the gradient is bounded by √2 ‖G‖ at any condition number
+(Araki and Yamagami 1981). Going through P = A Aᴴ in the dtype of A loses that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from ._checks import checks_values, full_precision, require_finite, require_matr
 from ._covariance import centred_factor
 from ._eigh import eigh
 from ._roots import sqrtm
-from ._sylvester import differentiated_again, reciprocal_or_zero
+from ._svd import thin_svd
+from ._sylvester import differentiated_again, in_eigenbasis, reciprocal_or_zero, sylvester
 from ._vmap import BatchedFunction
 from .solvers import Solver
 from .solvers.eigh import frechet_invsqrt
@@ -25,8 +26,8 @@ from .solvers.eigh import frechet_invsqrt
 def covariance_sqrtm(X: Tensor, *, correction: int = 0, solver: str | Solver = "auto") -> Tensor:
     """The square root (X J Xᴴ)^{1/2} of the covariance of features, as global covariance pooling takes it.
 
-    With fewer samples than channels (a 7 × 7 map of 256 channels) the work is done on the n × n side in float64, and
-    the gradient is bounded by √2 times the incoming one whatever the condition number; otherwise through P.
+    The gradient is bounded by √2 times the incoming one whatever the condition number, also at rank deficiency. The
+    work is done on the smaller side of the features: the n × n one for a 7 × 7 map of 256 channels, else the d × d one.
 
     Args:
         X: (..., d, n) features; any floating or complex dtype, half precision is computed in float32.
@@ -39,7 +40,7 @@ def covariance_sqrtm(X: Tensor, *, correction: int = 0, solver: str | Solver = "
     Raises:
         TypeError, ValueError, DecompositionError: as :func:`covariance` and :func:`sqrtm`.
 
-    Complexity: O(d n² + d² n) when n < d, O(d² n + d³) otherwise. Source: Daleckii–Krein on the factor; the bound is
+    Complexity: O(d n min(d, n) + d² min(d, n)), in float64. Source: Daleckii–Krein on the factor; the bound is
     that of Araki and Yamagami 1981 for the map A ↦ (A Aᴴ)^{1/2}.
 
     Example:
@@ -52,77 +53,92 @@ def covariance_sqrtm(X: Tensor, *, correction: int = 0, solver: str | Solver = "
     require_matrix(X, "X")
     with full_precision(X):
         A = centred_factor(X, correction=correction)
-        if solver != "auto" or A.shape[-1] >= A.shape[-2]:
+        if solver != "auto":
             return sqrtm(A @ A.mH, solver=solver).to(X.dtype)
         Q, *_ = FactorSqrt.apply(A)  # pyright: ignore[reportGeneralTypeIssues]
         return Q.to(X.dtype)
 
 
-def thin_svd_by_gram(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, σ, V of a tall A (d × n, n < d) from the float64 eigenpairs of its n × n Gram matrix.
+def _decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Q and U, σ, V of A = U Σ Vᴴ, with zero columns in V for directions below the rank tolerance.
 
-    Directions below the rank tolerance get σ = 0 and a zero column in U: they carry neither value nor gradient.
-    float64 resolves σ down to √eps64 ≈ 1.5e-8 of the largest, beyond the rounding of float32 features; float64
-    features take the singular value decomposition of A itself.
+    float64 features take the singular value decomposition. For others the eigenpairs of the smaller float64 Gram matrix
+    do: it resolves σ down to √eps64 ≈ 1.5e-8 of the largest, beyond the rounding of the features. With n ≥ d, V would
+    be another copy of the features; it is left empty, and U and σ stay in float64 (see :func:`_gradient_by_gram`).
     """
-    if A.dtype in (torch.float64, torch.complex128):
-        U, sigma, Vh = torch.linalg.svd(A, full_matrices=False)
-        cut = torch.finfo(A.dtype).eps * max(A.shape[-2:])
-        V = Vh.mH
-        sigma = torch.where(sigma > cut * sigma.amax(-1, keepdim=True), sigma, 0.0)
-        return U * (sigma > 0).unsqueeze(-2), sigma, V
+    d, n = A.shape[-2:]
     wide = A.to(torch.complex128 if A.is_complex() else torch.float64)
-    gram = wide.mH @ wide
-    eigvals, V = eigh((gram + gram.mH) / 2)
-    # Gram entries of float32 features are exact to eps64·n, so σ² below 10·n·eps64 of the largest is rounding.
-    cut = 10 * A.shape[-1] * torch.finfo(torch.float64).eps
+    if wide.dtype == A.dtype:
+        U, sigma, Vh = thin_svd(A) if n < d else _adjoint(thin_svd(A.mH))
+        # The usual rank tolerance on singular values.
+        kept = sigma > torch.finfo(A.dtype).eps * max(d, n) * sigma.amax(-1, keepdim=True)
+        sigma = torch.where(kept, sigma, 0.0)
+        return (U * sigma.unsqueeze(-2)) @ U.mH, U, sigma, Vh.mH * kept.unsqueeze(-2)
+    gram = wide.mH @ wide if n < d else wide @ wide.mH
+    eigvals, basis = eigh((gram + gram.mH) / 2)
+    # Gram entries are exact to eps64 times their length, so σ² below that of the largest is rounding.
+    cut = 10 * max(d, n) * torch.finfo(torch.float64).eps
     sigma = torch.where(eigvals > cut * eigvals.amax(-1, keepdim=True), eigvals.clamp_min(0.0), 0.0).sqrt()
-    V32 = V.to(A.dtype)
-    U = (wide @ (V * reciprocal_or_zero(sigma).unsqueeze(-2))).to(A.dtype)
-    return U, sigma.to(A.real.dtype), V32
+    if n < d:
+        V = basis * (sigma > 0).unsqueeze(-2)
+        U = (wide @ (V * reciprocal_or_zero(sigma).unsqueeze(-2))).to(A.dtype)
+        sigma = sigma.to(A.real.dtype)
+        return (U * sigma.unsqueeze(-2)) @ U.mH, U, sigma, V.to(A.dtype)
+    Q = ((basis * sigma.unsqueeze(-2)) @ basis.mH).to(A.dtype)
+    return Q, basis, sigma, A.new_empty(*A.shape[:-2], 0, 0)
+
+
+def _adjoint(svd: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    U, sigma, Vh = svd
+    return Vh.mH, sigma, U.mH
 
 
 class FactorSqrt(BatchedFunction):
-    """Q = (A Aᴴ)^{1/2} of a tall factor A, differentiated in A."""
+    """Q = (A Aᴴ)^{1/2} of a factor A, differentiated in A."""
 
     @staticmethod
     def forward(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if checks_values(A):
             require_finite(A, "X")
-        U, sigma, V = thin_svd_by_gram(A)
-        return (U * sigma.unsqueeze(-2)) @ U.mH, U, sigma, V
+        return _decompose(A)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, *output[1:])
-        ctx.save_for_forward(*inputs, *output[1:])
+        ctx.save_for_backward(*inputs, *output)
+        ctx.save_for_forward(*inputs, *output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Tensor | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
             return None
-        A, U, sigma, V = ctx.saved_tensors
+        A, Q, U, sigma, V = ctx.saved_tensors
         with full_precision(A):
             G = (grad + grad.mH) / 2
-            bounded = _bounded_gradient(G, U, sigma, V)
+            bounded = _bounded_gradient(G, U, sigma, V) if V.numel() else _gradient_by_gram(A, G, U, sigma)
             if not differentiated_again():
                 return bounded
             # Somebody will differentiate again: the same gradient as a differentiable expression of A and G,
             # which keeps the bounded one as its value.
-            S = _range_invsqrt(A, sigma, V)
-            again = 2 * (G @ A @ S + A @ frechet_invsqrt(S, A.mH @ G @ A, sigma, V))
+            if A.shape[-1] < A.shape[-2]:
+                S = _range_invsqrt(A, sigma, V)
+                again = 2 * (G @ A @ S + A @ frechet_invsqrt(S, A.mH @ G @ A, sigma, V))
+            else:
+                again = 2 * sylvester(Q, G, sigma.to(A.real.dtype), U.to(A.dtype)) @ A
             return again + (bounded - again).detach()
 
     @staticmethod
     def jvp(ctx: Any, dA: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        A, _, sigma, V = ctx.saved_tensors
+        A, Q, U, sigma, V = ctx.saved_tensors
         with full_precision(A):
-            S = _range_invsqrt(A, sigma, V)
-            half = dA @ S @ A.mH
-            dS = frechet_invsqrt(S, dA.mH @ A + A.mH @ dA, sigma, V)
-            return half + half.mH + A @ dS @ A.mH, None, None, None
+            if A.shape[-1] < A.shape[-2]:
+                S = _range_invsqrt(A, sigma, V)
+                half = dA @ S @ A.mH
+                dS = frechet_invsqrt(S, dA.mH @ A + A.mH @ dA, sigma, V)
+                return half + half.mH + A @ dS @ A.mH, None, None, None
+            half = dA @ A.mH
+            return sylvester(Q, half + half.mH, sigma.to(A.real.dtype), U.to(A.dtype)), None, None, None
 
 
 class _RangeInvSqrt(BatchedFunction):
@@ -153,6 +169,16 @@ def _range_invsqrt(A: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
 def _bounded_gradient(G: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
     GU = G @ U
     total = sigma.unsqueeze(-1) + sigma.unsqueeze(-2)
-    # 1 − R_ij = σi/(σi + σj); where both vanish U has no column and the value does not matter.
+    # 1 − R_ij = σi/(σi + σj); where both vanish V has no column and the value does not matter.
     kept = sigma.unsqueeze(-1) * reciprocal_or_zero(total)
     return 2 * (GU - U @ ((U.mH @ GU) * kept)) @ V.mH
+
+
+def _gradient_by_gram(A: Tensor, G: Tensor, U: Tensor, sigma: Tensor) -> Tensor:
+    """2 Y A with QY + YQ = G, all in float64: the same gradient where V = Aᴴ U Σ^{-1} was not kept.
+
+    Y grows like 1/σ_min, and A shrinks as much: in float64 the product keeps eps64 σ_max/σ_min, below the rounding of
+    the features for every σ that the Gram matrix resolves.
+    """
+    K = reciprocal_or_zero(sigma.unsqueeze(-1) + sigma.unsqueeze(-2))
+    return (2 * in_eigenbasis(U, K, G.to(U.dtype)) @ A.to(U.dtype)).to(A.dtype)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from ._checks import full_precision, require_matrix, require_nonnegative, working_dtype
 from ._divided_differences import Exp, Log, Power, ScalarFunction
+from ._eigenpairs import Shift, eigenpairs
 from ._spectral import apply_function
-from ._spectrum import Rank, rank_policy, require_rank_policy
-from ._sylvester import eigenpairs
+from ._spectrum import Rank, on_kept_eigenvalues, require_rank_policy
 
 
 def powm(P: Tensor, exponent: float, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:
@@ -26,6 +28,8 @@ def powm(P: Tensor, exponent: float, *, eps: float = 0.0, rank: Rank = "ridge") 
     Raises:
         TypeError, ValueError, DecompositionError: as :func:`sqrtm`; a non-finite exponent.
 
+    At an eigenvalue 0 with ε = 0 the derivative of a power below 1 does not exist; null pairs contribute 0 there.
+
     Complexity: one eigendecomposition and one product; four products backward; O(d³) memory for second derivatives.
     Source: Daleckii and Krein 1965; Higham, Functions of Matrices, 2008, ch. 3.
 
@@ -35,8 +39,9 @@ def powm(P: Tensor, exponent: float, *, eps: float = 0.0, rank: Rank = "ridge") 
         tensor([[ 8.,  0.],
                 [ 0., 27.]])
     """
-    require_nonnegative(abs(exponent), "exponent")
-    return _function(P, Power(float(exponent)), eps, rank, invertible=exponent < 1 and exponent != 0)
+    if not math.isfinite(exponent):
+        raise ValueError(f"exponent must be a finite number, got {exponent}")
+    return _function(P, Power(float(exponent)), eps, rank, invertible=exponent < 0)
 
 
 def logm(P: Tensor, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:
@@ -79,6 +84,5 @@ def _function(P: Tensor, f: ScalarFunction, eps: float, rank: Rank, *, invertibl
     require_rank_policy(rank, eps)
     with full_precision(P):
         work = P.to(working_dtype(P.dtype))
-        eigvals, U = eigenpairs(work)
-        eigvals, applied = rank_policy(eigvals, f, eps, rank, invertible=invertible)
-        return apply_function(work, applied, eigvals, U).to(P.dtype)
+        eigvals, U = eigenpairs(work, Shift(float(eps), rank, invertible))
+        return apply_function(work, on_kept_eigenvalues(f, rank), eigvals, U).to(P.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._checks import checks_values, full_precision, require_finite, require_matrix, working_dtype
+from ._svd import thin_svd
 from ._sylvester import differentiated_again, reciprocal_or_zero, sylvester
 from ._vmap import BatchedFunction
 
@@ -31,6 +32,7 @@ def polar(G: Tensor, *, solver: str = "auto") -> Tensor:
     Raises:
         TypeError: G is not a floating or complex tensor.
         ValueError: fewer than two dimensions; NaN or infinite entries (checked on the CPU by default); unknown solver.
+        DecompositionError: no singular value decomposition converged.
 
     Complexity: one thin SVD, O(m n min(m, n)) per matrix. Derivatives of every order exist at full rank.
     Source: Higham, Functions of Matrices, 2008, ch. 8; eq. (14)–(17) of Song, Sebe and Wang, ECCV 2022.
@@ -48,7 +50,7 @@ def polar(G: Tensor, *, solver: str = "auto") -> Tensor:
         A = G.to(working_dtype(G.dtype))
         tall = A.shape[-2] >= A.shape[-1]
         W, *_ = Polar.apply(A if tall else A.mH)  # pyright: ignore[reportGeneralTypeIssues]
-        return (W if tall else W.mH).to(G.dtype)
+        return (W if tall else W.mH.resolve_conj()).to(G.dtype)
 
 
 class Polar(BatchedFunction):
@@ -66,7 +68,7 @@ class Polar(BatchedFunction):
             )
         scale = A.abs().amax((-2, -1), keepdim=True)
         scale = torch.where(scale > 0, scale, 1.0)
-        U, sigma, Vh = torch.linalg.svd(A / scale, full_matrices=False)
+        U, sigma, Vh = thin_svd(A / scale)
         cut = torch.finfo(A.dtype).eps * A.shape[-2]
         kept = sigma > cut * sigma.amax(-1, keepdim=True)
         sigma = torch.where(kept, sigma * scale.squeeze(-1), 0.0)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ._checks import full_precision, require_matrix, require_nonnegative, working_dtype
 from ._functions import powm
 from ._spectrum import Rank, require_rank_policy
-from .solvers import Root, Solved, Solver, Traced, choose_solver
+from .solvers import Eigh, Root, Solved, Solver, Traced, choose_solver
 
 
 def sqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto") -> Tensor:
@@ -69,7 +69,7 @@ def invsqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank
     require_rank_policy(rank, eps)
     if rank == "ridge":
         return _roots(P, ("invsqrt",), eps, solver)[0]
-    if solver not in ("auto", "eigh"):
+    if solver != "auto" and not isinstance(choose_solver(solver), Eigh):
         raise ValueError(f"rank={rank!r} needs the eigenvalues: take solver='eigh' or 'auto', not {solver!r}")
     return powm(P, -0.5, rank=rank)
 

@@ -47,10 +47,10 @@ def require_rank_policy(rank: str, eps: float) -> None:
 
 
 def shifted_spectrum(eigvals: Tensor, eps: float, *, invertible: bool, rank: Rank = "ridge") -> Tensor:
-    """max(λ, 0) + ε of ascending λ, refusing an indefinite matrix and, where its inverse is needed, a singular one."""
-    if checks_values(eigvals) and eigvals.numel() and (rank == "raise" or eigvals[..., 0].min().item() <= 0.0):
-        lowest, largest = eigvals[..., 0], eigvals.abs().amax(-1)
-        indefinite = lowest < -(rounding_floor(eigvals.shape[-1], eigvals.dtype) * largest + eps)
+    """max(λ, 0) + ε, refusing an indefinite matrix and, where its inverse is needed, a singular one."""
+    if checks_values(eigvals) and eigvals.numel() and (rank == "raise" or eigvals.min().item() <= 0.0):
+        lowest, largest = eigvals.amin(-1), eigvals.abs().amax(-1)
+        indefinite = lowest < -rounding_floor(eigvals.shape[-1], eigvals.dtype) * largest
         if indefinite.any():
             raise NotPositiveSemidefiniteError(
                 f"P is indefinite{bad_indices(indefinite)}{place()}: its eigenvalues reach from "
@@ -77,14 +77,13 @@ class Truncated(SpectralMap):
         """Which eigenvalues are kept, and the spectrum with a harmless value in place of the others."""
         cut = rank_tolerance(eigvals)
         kept = eigvals > cut
-        if self.floor:
-            return kept, torch.where(kept, eigvals, cut)
         return kept, torch.where(kept, eigvals, torch.where(cut > 0, cut, 1.0))
 
     def values(self, eigvals: Tensor) -> Tensor:
         kept, safe = self._split(eigvals)
         values = self.f.value(safe)
-        return values if self.floor else torch.where(kept, values, 0.0)
+        # A zero matrix has no scale to take a floor from: like the pseudo-inverse, it maps to zero.
+        return torch.where(kept | (self.floor & kept.any(-1, keepdim=True)), values, 0.0)
 
     def differences(self, eigvals: Tensor) -> Tensor:
         kept, safe = self._split(eigvals)
@@ -115,9 +114,6 @@ class Truncated(SpectralMap):
         return torch.where(every, whole, torch.where(some, (fa - fb) / gap, 0.0))
 
 
-def rank_policy(
-    eigvals: Tensor, f: ScalarFunction, eps: float, rank: Rank, *, invertible: bool
-) -> tuple[Tensor, SpectralMap]:
-    """The spectrum and the function that a rank policy makes of f; ``invertible``: f or f' is infinite at 0."""
-    eigvals = shifted_spectrum(eigvals, eps, invertible=invertible, rank=rank)
-    return (eigvals, f) if rank in ("ridge", "raise") else (eigvals, Truncated(f, rank))
+def on_kept_eigenvalues(f: ScalarFunction, rank: Rank) -> SpectralMap:
+    """The function that a rank policy makes of f."""
+    return Truncated(f, rank) if rank in ("pinv", "floor") else f

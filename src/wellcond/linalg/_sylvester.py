@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import full_precision, hermitian, require_matrix, working_dtype
-from ._eigh import eigh
+from ._checks import full_precision, require_matrix, working_dtype
+from ._eigenpairs import eigenpairs
 from ._vmap import BatchedFunction
 
 
@@ -113,31 +113,5 @@ def lyapunov(Q: Tensor, G: Tensor) -> Tensor:
     batch = torch.broadcast_shapes(Q.shape[:-2], G.shape[:-2])
     with full_precision(Q):
         Q, G = (x.to(working_dtype(dtype)).expand(*batch, *x.shape[-2:]) for x in (Q, G))
-        Q = (Q + Q.mH) / 2
         s, U = eigenpairs(Q)
-        return sylvester(Q, G, s, U).to(dtype)
-
-
-class _Eigenpairs(BatchedFunction):
-    """The eigenpairs of a Hermitian matrix as constants of the derivative."""
-
-    @staticmethod
-    def forward(P: Tensor) -> tuple[Tensor, Tensor]:
-        return eigh(hermitian(P))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(*output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, None
-
-
-def eigenpairs(P: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of Hermitian P, not differentiable, with checks and the fall-back chain."""
-    return _Eigenpairs.apply(P)  # pyright: ignore[reportReturnType]
+        return sylvester((Q + Q.mH) / 2, G, s, U).to(dtype)

@@ -12,12 +12,22 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ._checks import checks_values, full_precision, require_finite, require_nonnegative
+from ._checks import (
+    bad_indices,
+    checks_values,
+    full_precision,
+    require_finite,
+    require_matrix,
+    require_nonnegative,
+)
 from ._covariance import centred_factor
+from ._eigenpairs import eigenpairs
+from ._errors import NotPositiveSemidefiniteError
+from ._events import place
 from ._roots import invsqrtm
 from ._spectrum import Rank, rank_tolerance, require_rank_policy
-from ._sylvester import eigenpairs, reciprocal_or_zero
-from .solvers import Solver
+from ._sylvester import reciprocal_or_zero
+from .solvers import Eigh, Solver, choose_solver
 
 Method = Literal["zca", "pca", "cholesky"]
 
@@ -66,9 +76,18 @@ def whiten(
     require_rank_policy(rank, eps)
     if method != "zca" and rank != "ridge":
         raise ValueError(f"rank={rank!r} is for method='zca', not {method!r}")
+    if not isinstance(choose_solver(solver), Eigh) and method == "cholesky":
+        raise ValueError(f"method='cholesky' takes no solver, got {solver!r}")
+    require_matrix(X, "X")
+    if X.shape[-2] == 0:
+        return X.clone()
     with full_precision(X):
         A = centred_factor(X, correction=correction)
         root_n = (X.shape[-1] - correction) ** 0.5
+        if relative:
+            # Nothing changes when the features are scaled, so any scale will do that keeps P in the range of the dtype.
+            largest = A.detach().abs().amax((-2, -1), keepdim=True)
+            A = A / torch.where(largest > 0, largest, 1.0)
         P = A @ A.mH
         if relative:
             size = P.diagonal(dim1=-2, dim2=-1).real.mean(-1)[..., None, None]
@@ -78,17 +97,23 @@ def whiten(
             white = invsqrtm(P, eps=eps, rank=rank, solver=solver) @ A
         elif method == "cholesky":
             eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
-            L = torch.linalg.cholesky(_checked(P) + eps * eye)
+            L, info = torch.linalg.cholesky_ex(P + eps * eye)
+            _require_definite(P, info)
             white = torch.linalg.solve_triangular(L, A, upper=False)
         else:
             white = _principal_axes(P).mH @ (invsqrtm(P, eps=eps, solver=solver) @ A)
         return (white * root_n).to(X.dtype)
 
 
-def _checked(P: Tensor) -> Tensor:
-    if checks_values(P):
-        require_finite(P, "P")
-    return P
+def _require_definite(P: Tensor, info: Tensor) -> None:
+    """Refuse what the Cholesky factorisation could not finish; not under ``torch.func``, where values are not read."""
+    if torch._C._are_functorch_transforms_active() or not checks_values(P) or not (info != 0).any():
+        return
+    require_finite(P, "P")
+    raise NotPositiveSemidefiniteError(
+        f"P is singular up to rounding in {P.dtype}{bad_indices(info != 0)}{place()}: it has no Cholesky factor; "
+        "give eps > 0, or method='zca' with rank='pinv'"
+    )
 
 
 def _principal_axes(P: Tensor) -> Tensor:
@@ -98,9 +123,10 @@ def _principal_axes(P: Tensor) -> Tensor:
     """
     eigvals, U = eigenpairs(P)
     eigvals, U = eigvals.flip(-1), U.flip(-1)
-    top = U.gather(-2, U.abs().argmax(-2, keepdim=True))
-    U = U * (top.conj() / top.abs())
     gap = eigvals.unsqueeze(-2) - eigvals.unsqueeze(-1)
     F = reciprocal_or_zero(torch.where(gap.abs() > rank_tolerance(eigvals).unsqueeze(-1), gap, 0.0))
     inside = U.mH @ P @ U
-    return U + U @ (F * (inside - inside.detach()))
+    axes = U + U @ (F * (inside - inside.detach()))
+    # The phase is a function of P too.
+    top = axes.gather(-2, U.abs().argmax(-2, keepdim=True))
+    return axes * (top.conj() / top.abs())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -16,13 +16,22 @@ from torch.utils.hooks import RemovableHandle
 from wellcond.linalg import SolverEvents
 
 
-class Observation(NamedTuple):
-    """What a spectral layer saw in one forward pass in training mode."""
+@dataclass(frozen=True)
+class Observation:
+    """What a spectral layer saw in one forward pass in training mode.
 
-    features: Tensor
-    """(..., d, n) float features, detached, not centred: each leading index is one covariance matrix."""
+    Attributes:
+        arrange: gives the features on demand, so that a pass that nobody records copies nothing.
+        eps: the absolute ε that the solver added to every covariance.
+    """
+
+    arrange: Callable[[], Tensor]
     eps: float
-    """The absolute ε that the solver added to every covariance."""
+
+    @property
+    def features(self) -> Tensor:
+        """(..., d, n) features, detached, not centred: each leading index is one covariance matrix."""
+        return self.arrange()
 
 
 Observer = Callable[["SpectralModule", Observation], None]

@@ -114,8 +114,7 @@ class _DecorrelatedBatchNorm(SpectralModule):
         """Mean (G, d, 1) and whitening matrix (G, d, d) of this batch (N, G, d, L); updates the running ones."""
         count = x.shape[0] * x.shape[-1]
         if self._observers:
-            features = x.detach().permute(1, 2, 0, 3).flatten(2)
-            self._observe(Observation(features, self.eps))
+            self._observe(Observation(lambda: x.detach().permute(1, 2, 0, 3).flatten(2), self.eps))
         mean = x.mean((0, 3)).unsqueeze(-1)
         centred = x - mean
         cov = torch.einsum("ngcl,ngdl->gcd", centred, centred) / count

@@ -58,7 +58,7 @@ class SpectralLayer(SpectralModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self._observers and self.takes == "features":
-            self._observe(Observation(x.detach(), self.eps))
+            self._observe(Observation(x.detach, self.eps))
         with recording(self.solver_events, self.describe):
             if self.takes == "features" and self.function == "sqrt" and self.eps == 0.0:
                 return covariance_sqrtm(x, solver=self.solver)

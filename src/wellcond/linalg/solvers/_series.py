@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._events import count_call
 from ._lyapunov_iteration import lyapunov_iteration
-from ._solver import Done, Root, Solver, Tensors
+from ._solver import Done, Root, Solver, Tensors, require_scale
 
 
 class SeriesSolver(Solver):
@@ -43,8 +43,8 @@ class SeriesSolver(Solver):
         eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
         P = P + eps * eye
         norm = torch.linalg.matrix_norm(P, keepdim=True)
-        norm = torch.where(norm > 0, norm, 1.0)
-        Z = eye - P / norm
+        require_scale(norm, roots)
+        Z = eye - P / torch.where(norm > 0, norm, 1.0)
         scale = {"sqrt": norm.sqrt(), "invsqrt": norm.rsqrt()}
         return tuple(self.expand(Z, root) * scale[root] for root in roots), ()
 

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import checks_values, full_precision, hermitian
-from .._errors import ApproximateRootWarning
+from .._checks import bad_indices, checks_values, full_precision, hermitian
+from .._errors import ApproximateRootWarning, NotPositiveSemidefiniteError
 from .._events import place
 from .._vmap import BatchedFunction
 
@@ -50,6 +50,9 @@ class Solver(ABC):
     keeps_input: ClassVar[bool] = False
     traceable: ClassVar[bool] = False
     tolerance: float | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
     @abstractmethod
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
@@ -111,6 +114,16 @@ class Traced(torch.autograd.Function):
 
     setup_context = Solved.setup_context
     backward = Solved.backward
+
+
+def require_scale(scale: Tensor, roots: tuple[Root, ...]) -> None:
+    """Refuse the inverse root of a zero matrix in the solvers that see no eigenvalues."""
+    if "invsqrt" not in roots or torch.compiler.is_compiling() or not checks_values(scale):
+        return
+    if (scale <= 0).any():
+        raise NotPositiveSemidefiniteError(
+            f"P is zero{bad_indices((scale <= 0)[..., 0, 0])}{place()}, so P^(-1/2) does not exist; give eps > 0"
+        )
 
 
 def relative_residual(P: Tensor, root: Tensor, which: Root, eps: float) -> Tensor:

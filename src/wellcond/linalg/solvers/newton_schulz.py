@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._events import count_call
-from ._solver import Done, Root, Solver, Tensors
+from ._solver import Done, Root, Solver, Tensors, require_scale
 
 
 class NewtonSchulz(Solver):
@@ -42,6 +42,7 @@ class NewtonSchulz(Solver):
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
         count_call()
         A, scale, eye = _normalised(P, eps)
+        require_scale(trace(P).real + eps, roots)
         Y, Z = A, eye
         for _ in range(self.steps):
             M = (3 * eye - Z @ Y) / 2

@@ -31,13 +31,14 @@ class Svd(Solver):
         """Eq. (3)–(4)."""
         count_call()
         try:
-            U, eigvals, _ = in_threads(torch.linalg.svd, P)
+            U, eigvals, Vh = in_threads(torch.linalg.svd, P)
+            # The singular values of a covariance are its eigenvalues; the sign shows one that is none.
+            eigvals = eigvals * (U.conj() * Vh.mH).sum(-2).real.sign()
         except torch.linalg.LinAlgError:
             # "Failure times" of Table 5; training goes on with the other driver.
             count_failure(rescued_by="eigh")
             eigvals, U = (x.flip(-1) for x in eigh(P))
-        # The singular values of a covariance are its eigenvalues, in falling order.
-        eigvals = shifted_spectrum(eigvals.flip(-1), eps, invertible="invsqrt" in roots).flip(-1)
+        eigvals = shifted_spectrum(eigvals, eps, invertible="invsqrt" in roots)
         values = {"sqrt": eigvals.sqrt(), "invsqrt": eigvals.rsqrt()}
         return tuple((U * values[root].unsqueeze(-2)) @ U.mH for root in roots), (eigvals, U)
 

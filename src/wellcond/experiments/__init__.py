@@ -1,0 +1,1 @@
+"""Image experiments: data, models, recipes, training, results: what the command line runs."""

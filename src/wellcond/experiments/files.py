@@ -1,0 +1,85 @@
+"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed over it.
+
+A rename within one directory is atomic (POSIX `rename`), so a full disk, a crash or Ctrl-C in the middle of a
+write leaves the file that was there before. Also JSON without NaN and infinity, and CSV tables of a run.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, data: bytes, *, previous: Path | None = None) -> None:
+    """Make `path` hold `data`, or leave it as it was and raise the `OSError` that stopped it.
+
+    What `path` held before is kept as `previous` when that is given.
+    """
+    part = path.with_name(f".{path.name}.part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)  # the name must not reach the disk before the bytes do
+        finally:
+            os.close(descriptor)
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    """`value` as strict JSON holds it: NaN and ±infinity become the strings `nan`, `inf`, `-inf`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented strict JSON, atomically."""
+    write_atomically(path, (json.dumps(_plain(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write `rows` as CSV with a header line, atomically; floats keep every digit (`repr`)."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header line; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def keep_rows_before(path: Path, column: str, bound: int) -> None:
+    """Drop the rows whose `column` is not below `bound`: what was written after the checkpoint of a resume.
+
+    A last line that was cut short (power loss while appending) is dropped too.
+    """
+    if not path.exists():
+        return
+    rows = [row for row in read_csv(path) if None not in row.values() and row[column].isdigit()]
+    with path.open(newline="") as stream:
+        columns = next(csv.reader(stream), [])
+    write_csv(path, columns, [row for row in rows if int(row[column]) < bound])

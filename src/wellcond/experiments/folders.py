@@ -1,0 +1,86 @@
+"""The folder of a run or a comparison: what may be written where, so that nothing is ever lost unasked.
+
+`config.json` marks a folder as ours and says what was run there. A folder that holds something is refused unless
+the user says `resume` (go on with exactly that) or `overwrite` (delete what it made, and nothing else).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from wellcond.experiments.errors import FolderError
+from wellcond.experiments.files import write_json
+
+CONFIG = "config.json"
+
+
+def is_occupied(folder: Path) -> bool:
+    """Whether there is anything in the folder (a file of that name counts too)."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def read_config(folder: Path, kind: str) -> dict[str, Any]:
+    """The configuration of the `kind` (`run`, `comparison`) that the folder holds.
+
+    Raises:
+        FolderError: it holds none, or of another kind, or `config.json` is damaged.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        raise FolderError(f"'{folder}' holds no {kind} to resume; leave out --resume to start one there")
+    try:
+        marked = json.loads(path.read_text())
+        held, config = marked["kind"], dict(marked["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FolderError(f"'{path}' is not the configuration of a {kind} ({error})") from error
+    if held != kind:
+        raise FolderError(f"'{folder}' holds a {held}, not a {kind}; choose another --out")
+    return config
+
+
+def refuse_conflicts(held: Mapping[str, Any], asked: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to resume with options that differ from the held configuration; name every one."""
+    differing = [
+        f"{name} is {held.get(name)!r} there, {value!r} was asked"
+        for name, value in asked.items()
+        if held.get(name) != value
+    ]
+    if differing:
+        raise FolderError(
+            f"cannot resume '{folder}' with another configuration ({'; '.join(differing)}); leave the "
+            "conflicting options out, or choose another --out"
+        )
+
+
+def check(folder: Path, kind: str, *, resume: bool, overwrite: bool) -> None:
+    """Raise `FolderError` unless the folder is free, or holds a `kind` and the user said what to do with it."""
+    if resume and overwrite:
+        raise FolderError("--resume and --overwrite exclude each other")
+    if resume:
+        read_config(folder, kind)
+    elif is_occupied(folder):
+        if not (folder / CONFIG).exists():
+            raise FolderError(f"'{folder}' holds files that no {kind} made; choose another --out")
+        read_config(folder, kind)
+        if not overwrite:
+            raise FolderError(
+                f"'{folder}' holds another {kind}; go on with it by --resume, delete it by --overwrite, or "
+                "choose another --out"
+            )
+
+
+def prepare(folder: Path, kind: str, config: Mapping[str, Any], made: Iterable[str]) -> None:
+    """Make the folder, or delete what an earlier `kind` made there (glob patterns), and write its `config.json`."""
+    emptied = {folder}
+    for pattern in made:
+        for path in folder.glob(pattern):
+            path.unlink()
+            emptied.update(parent for parent in path.parents if folder in parent.parents)
+    for directory in sorted(emptied - {folder}, reverse=True):  # the innermost first
+        if not any(directory.iterdir()):
+            directory.rmdir()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, {"kind": kind, "config": config})

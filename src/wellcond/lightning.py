@@ -1,0 +1,11 @@
+"""Callbacks for Lightning: watch the conditioning, and treat the layers before the spectral layers."""
+
+try:
+    import lightning.pytorch  # noqa: F401
+except ImportError as error:
+    raise ImportError("wellcond.lightning needs Lightning: pip install 'wellcond[train]'") from error
+
+from .integrations.lightning_monitor import ConditionMonitorCallback
+from .integrations.lightning_treatment import TreatmentCallback
+
+__all__ = ["ConditionMonitorCallback", "TreatmentCallback"]

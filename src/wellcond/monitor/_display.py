@@ -1,0 +1,52 @@
+"""κ over the steps, as a line of text and as a figure."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ._record import ConditionRecord
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The last ``width`` values on a log scale as bars; ``∞`` for infinity, ``?`` for NaN."""
+    values = values[-width:]
+    logs = [math.log10(v) for v in values if 0 < v < math.inf]
+    low, high = (min(logs), max(logs)) if logs else (0.0, 0.0)
+
+    def bar(value: float) -> str:
+        if value != value:
+            return "?"
+        if value == math.inf:
+            return "∞"
+        height = (math.log10(value) - low) / (high - low) if high > low else 0.0
+        return _BARS[min(int(height * len(_BARS)), len(_BARS) - 1)]
+
+    return "".join(map(bar, values))
+
+
+def plot(series: dict[str, list[ConditionRecord]], target: Any, measure: str) -> Any:
+    """One line a layer of ``measure`` over the steps, on a log axis: onto matplotlib axes, or into a file."""
+    axes, figure = target, None
+    if isinstance(target, (str, os.PathLike)):
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot() needs matplotlib: pip install 'wellcond[train]'") from error
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.subplots()
+    for layer, records in series.items():
+        # a gap where κ is infinite or unknown: a log axis has no place for it
+        heights = [v if math.isfinite(v) else math.nan for v in (float(getattr(r, measure)) for r in records)]
+        axes.plot([r.step for r in records], heights, label=layer or "model", marker=".", markersize=3)
+    axes.set(yscale="log", xlabel="step", ylabel=measure)
+    axes.legend()
+    if figure is not None:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target)
+    return axes

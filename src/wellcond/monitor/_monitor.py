@@ -1,0 +1,236 @@
+"""The condition monitor: κ(P), κ(P + εI), ranks, extreme eigenvalues and solver failures, layer by layer.
+
+The definitions are those of mathematics.md, section 5; the curves are those of Fig. 1 of Song, Sebe & Wang,
+Improving Covariance Conditioning of the SVD Meta-layer by Orthogonality (ECCV 2022).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import _display
+from ._probe import Hook, attach, solver_counts, untraced, unwrapped, watched_layers
+from ._record import FIELDS, MEASURES, ConditionRecord, alarms, measure
+from ._writers import as_writers, deliver
+
+
+class ConditionMonitor:
+    """Watch the covariance behind every spectral layer of a model in training.
+
+    A step is a training-mode forward pass of ``model``, or with ``optimizer`` a step of that (which is what
+    you want under gradient accumulation, and the only right count when ``model`` itself is not called, only
+    its parts). A layer is recorded at the first of its forward passes in every block of ``every`` steps: at
+    steps 0, ``every``, 2 ``every``, … of an ordinary loop. Between records nothing is computed and nothing
+    waits for the device. Nor does the monitor change the training: it reads detached activations.
+
+    Under DistributedDataParallel each process watches its own share of the batch (give ``writers`` to one of
+    them); under autocast and in half precision the spectra are still computed in float64; a deep copy or a
+    pickle of the model is not watched. With ``torch.compile``, make the monitor before the first call of the
+    compiled model: each watched layer is then a graph break (so not with ``fullgraph=True``).
+
+    Args:
+        model: a module with spectral layers (``is_spectral_layer = True``); each gets its name in the model
+            as ``layer_name``, by which the errors of its solver speak of it.
+        every: the interval between records, in steps.
+        layers: names or modules to watch instead of all spectral layers. Of an ordinary layer, such as a batch
+            norm, the input (N, C, *spatial) is watched as C × (N·L) features, with the layer's ``eps`` if any.
+        writers: where records go: paths ending in ``.csv`` or ``.jsonl`` (appended to), a TensorBoard
+            ``SummaryWriter``, or any callable that takes a :class:`ConditionRecord`.
+        optimizer: count its steps, not the forward passes.
+        on_alarm: called as ``on_alarm(record, reason)`` when κ(P) of any matrix passes ``kappa_above``, when a
+            solver failed since the last record, and when features were not finite.
+        kappa_above: the bound on κ(P).
+        max_matrices: how many of a layer's matrices are looked at, evenly spread (covariance pooling has one an
+            image, grouped whitening one a group).
+
+    Raises:
+        ValueError: no spectral layer, an unknown layer (with the nearest name), ``every`` or ``max_matrices``
+            below 1, a path whose format is unknown, or a bound without ``on_alarm``.
+
+    Complexity:
+        Per record and matrix one float64 product of d²n multiplications and O(d³); see
+        ``benchmarks/how_much_does_the_monitor_cost.py`` for the share of a training step.
+
+    Example:
+        >>> import torch
+        >>> from wellcond.monitor import ConditionMonitor
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4))
+        >>> with ConditionMonitor(model, every=1, layers=["1"]) as monitor:
+        ...     y = model(torch.randn(32, 8))
+        >>> monitor.records[0].numerical_rank
+        4
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int = 10,
+        layers: Iterable[str | nn.Module] | str | nn.Module | None = None,
+        writers: Any = (),
+        optimizer: Optimizer | None = None,
+        on_alarm: Callable[[ConditionRecord, str], None] | None = None,
+        kappa_above: float = math.inf,
+        max_matrices: int = 16,
+    ) -> None:
+        for name, value in (("every", every), ("max_matrices", max_matrices)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if kappa_above < math.inf and on_alarm is None:
+            raise ValueError(f"kappa_above={kappa_above:g} needs on_alarm, the callable that is told")
+        self.every = int(every)
+        self.max_matrices = int(max_matrices)
+        self.kappa_above = float(kappa_above)
+        self.on_alarm = on_alarm
+        self.writers = as_writers(writers)
+        self.records: list[ConditionRecord] = []
+        self.step = 0
+        model = unwrapped(model)
+        self.layers = watched_layers(model, layers)
+        self._last: dict[str, int] = {}
+        self._events = {name: solver_counts(layer) for name, layer in self.layers.items()}
+        self._handles = []
+        for name, layer in self.layers.items():
+            if hasattr(layer, "layer_name"):
+                setattr(layer, "layer_name", name)  # noqa: B010 - an attribute of spectral layers only
+            due, observe = partial(self._is_due, name), partial(self._observe, name)
+            self._handles.append(attach(layer, untraced(due), untraced(observe)))
+        if optimizer is not None:
+            self._handles.append(optimizer.register_step_post_hook(Hook(self._count)))
+        else:
+            self._handles.append(model.register_forward_hook(Hook(untraced(self._count_forward))))
+
+    # -- observing --------------------------------------------------------------------------------------------
+
+    def _count(self, *_: Any) -> None:
+        self.step += 1
+
+    def _count_forward(self, model: nn.Module, *_: Any) -> None:
+        if model.training:
+            self.step += 1
+
+    def _is_due(self, name: str) -> bool:
+        last = self._last.get(name)
+        return bool(self._handles) and (last is None or self.step // self.every > last // self.every)
+
+    def _observe(self, name: str, features: Tensor, eps: float) -> None:
+        self._last[name] = self.step
+        failures, retries = self._pending(name)
+        self._events[name] = solver_counts(self.layers[name])
+        record = measure(
+            features,
+            eps,
+            step=self.step,
+            layer=name,
+            max_matrices=self.max_matrices,
+            failures=failures,
+            retries=retries,
+        )
+        self.records.append(record)
+        for writer in self.writers:
+            deliver(record, writer)
+        if self.on_alarm is not None:
+            for reason in alarms(record, self.kappa_above):
+                self.on_alarm(record, reason)
+
+    def _pending(self, name: str) -> tuple[int, int]:
+        """Failures and retries of the layer's solver that no record holds yet."""
+        (failures, retries), before = solver_counts(self.layers[name]), self._events[name]
+        return failures - before[0], retries - before[1]
+
+    def close(self) -> None:
+        """Remove every hook; the records stay readable. Closing twice is harmless."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> ConditionMonitor:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def of(self, layer: str) -> list[ConditionRecord]:
+        """The records of one layer."""
+        if layer not in self.layers:
+            raise KeyError(f"layer '{layer}' is not monitored; these are: {', '.join(self.layers)}")
+        return [record for record in self.records if record.layer == layer]
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Per recorded layer: the median of every measure over the records, and counts.
+
+        Records of features that were not finite are left out of the medians and of ``kappa_max``, and counted as
+        ``nonfinite``. ``failures`` and ``retries`` are all up to now, also those after the last record.
+        """
+        result: dict[str, dict[str, float]] = {}
+        for layer in self.layers:
+            if records := self.of(layer):
+                finite = [r for r in records if r.finite]
+                medians = {
+                    name: statistics.median(getattr(r, name) for r in finite) if finite else math.nan
+                    for name in MEASURES
+                }
+                failures, retries = self._pending(layer)
+                result[layer] = medians | {
+                    "kappa_max": max((r.kappa_max for r in finite), default=math.nan),
+                    "dim": records[-1].dim,
+                    "records": len(records),
+                    "nonfinite": len(records) - len(finite),
+                    "failures": failures + sum(r.failures for r in records),
+                    "retries": retries + sum(r.retries for r in records),
+                }
+        return result
+
+    def sparkline(self, layer: str | None = None, width: int = 12) -> str:
+        """κ(P) of the last ``width`` records on a log scale as ``name 1.3e+04 ▁▂▃█``, a line for each layer."""
+        lines = []
+        for name in self.layers if layer is None else [layer]:
+            if records := self.of(name):
+                kappas = [record.kappa for record in records]
+                lines.append(f"{name} {kappas[-1]:.1e} {_display.sparkline(kappas, width)}".strip())
+        return "\n".join(lines)
+
+    def plot(self, target: Any, measure: str = "kappa") -> Any:
+        """Draw ``measure`` over the steps, one line a layer: into a file (path) or onto matplotlib axes.
+
+        Infinite values leave a gap; ``kappa_eps`` and ``kappa_range`` have none. Needs matplotlib; returns the axes.
+        """
+        if measure not in MEASURES:
+            raise ValueError(f"measure must be one of {', '.join(MEASURES)}; got '{measure}'")
+        return _display.plot({layer: self.of(layer) for layer in self.layers}, target, measure)
+
+    # -- resuming ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step and all records, in plain types that ``torch.load(weights_only=True)`` accepts."""
+        columns = {name: [getattr(record, name) for record in self.records] for name in FIELDS}
+        pending = {name: list(self._pending(name)) for name in self.layers}
+        return {"step": self.step, "last": dict(self._last), "pending": pending, "records": columns}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken; file writers drop what they hold of that step and later."""
+        self.step = state["step"]
+        self._last = dict(state["last"])
+        columns = state["records"]
+        self.records = [
+            ConditionRecord(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)
+        ]
+        for name, (failures, retries) in state["pending"].items():
+            if name in self._events:
+                now = solver_counts(self.layers[name])
+                self._events[name] = (now[0] - failures, now[1] - retries)
+        for writer in self.writers:
+            if (rewind := getattr(writer, "rewind", None)) is not None:
+                rewind(self.step)
+
+    def __repr__(self) -> str:
+        return f"ConditionMonitor({', '.join(self.layers)}; every {self.every}, {len(self.records)} records)"

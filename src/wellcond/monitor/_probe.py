@@ -1,0 +1,119 @@
+"""Where the monitor looks: the spectral layers of a model, or the inputs of any layer named.
+
+A probe belongs to one model. A deep copy or a pickle of the model (an EMA, a worker, ``torch.save``) carries
+the hook along without effect, so that it neither copies the monitor nor reports to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Hook:
+    """A callable that the copies of a model do not inherit."""
+
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if self.function is not None:
+            self.function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return (Hook, ())
+
+
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as torch.compile leaves it alone: it reads the step, which changes with every call."""
+    return cast("Callable[..., Any]", torch.compiler.disable(function))
+
+
+def solver_counts(layer: nn.Module) -> tuple[int, int]:
+    """Failures and retries of a layer's solver so far; none for an ordinary layer."""
+    events = getattr(layer, "solver_events", None)
+    return (0, 0) if events is None else (events.failures, events.retries)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel or torch.compile: names do not depend on these."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def is_spectral(module: nn.Module) -> bool:
+    """Whether a module declares itself a spectral layer."""
+    return bool(getattr(module, "is_spectral_layer", False))
+
+
+def watched_layers(
+    model: nn.Module, layers: Iterable[str | nn.Module] | str | nn.Module | None
+) -> dict[str, nn.Module]:
+    """The layers to watch, by name: every spectral layer, or those that ``layers`` names or holds.
+
+    Raises:
+        ValueError: for a name or module that is not in the model (with the nearest right name), or when
+            nothing is named and the model has no spectral layer.
+    """
+    named = {name.removeprefix("_orig_mod.").replace("._orig_mod", ""): m for name, m in model.named_modules()}
+    if layers is None:
+        found = {name: module for name, module in named.items() if is_spectral(module)}
+        if not found:
+            raise ValueError(
+                f"the model ({type(model).__name__}) has no spectral layer (a module with is_spectral_layer = True) "
+                "to monitor; name ordinary layers with layers=['bn1', ...] to watch their input instead"
+            )
+        return found
+    if isinstance(layers, (str, nn.Module)):
+        layers = [layers]
+    names = {id(module): name for name, module in named.items()}
+    chosen: dict[str, nn.Module] = {}
+    for layer in layers:
+        name = names.get(id(layer)) if isinstance(layer, nn.Module) else layer
+        if name is None or name not in named:
+            what = f"'{layer}'" if isinstance(layer, str) else type(layer).__name__
+            near = get_close_matches(str(layer), [n for n in named if n], n=1, cutoff=0.0)
+            hint = f"; did you mean '{near[0]}'?" if isinstance(layer, str) and near else ""
+            raise ValueError(f"the model ({type(model).__name__}) has no layer {what}{hint}")
+        chosen[name] = named[name]
+    if not chosen:
+        raise ValueError("layers is empty: leave it out to watch every spectral layer")
+    return chosen
+
+
+def attach(module: nn.Module, due: Callable[[], bool], observe: Callable[[Tensor, float], None]) -> RemovableHandle:
+    """Hand features (..., d, n) and ε to ``observe`` in each training-mode forward pass in which it is ``due``.
+
+    A spectral layer reports its own features; of any other the input (N, C, *spatial) is taken as C × (N·L),
+    with the layer's ``eps`` if it has one (a batch norm's) and 0 if not.
+    """
+    if is_spectral(module):
+
+        def seen(layer: nn.Module, observation: Any) -> None:
+            if layer.training and due():  # without running statistics, evaluation takes batch statistics too
+                observe(observation.features, observation.eps)
+
+        return module.add_observer(Hook(seen))  # pyright: ignore[reportCallIssue]
+
+    def entered(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if layer.training and due():
+            x = args[0] if args else next(iter(kwargs.values()))
+            if not isinstance(x, Tensor) or x.ndim < 2:
+                raise ValueError(
+                    f"the input of {type(layer).__name__} is not a tensor (N, C, ...) with features to monitor, "
+                    f"got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
+                )
+            eps = getattr(layer, "eps", 0.0)
+            observe(x.detach().transpose(0, 1).flatten(1), float(eps) if isinstance(eps, (int, float)) else 0.0)
+
+    return module.register_forward_pre_hook(Hook(entered), with_kwargs=True)

@@ -1,0 +1,142 @@
+"""Where records go: CSV, JSON lines, TensorBoard. A writer is a callable that takes a ConditionRecord.
+
+The file writers open, append and close for each record, so that a killed run loses nothing, and forget on
+request what a resumed run is about to measure again (:meth:`rewind`).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ._record import FIELDS, MEASURES, ConditionRecord
+
+Writer = Callable[[ConditionRecord], Any]
+
+
+class _FileWriter:
+    """Lines of a text file, one a record."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def __call__(self, record: ConditionRecord) -> None:
+        """Append the record."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not self.path.exists() or self.path.stat().st_size == 0
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            file.write((self._header() if fresh else "") + self._line(record))
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of ``step`` and later, and any that a crash cut short; the file is replaced atomically."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if self._is_before(line, step)]
+        if len(kept) < len(lines):
+            partial = self.path.with_name(self.path.name + ".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(self.path)
+
+    def _header(self) -> str:
+        return ""
+
+    def _line(self, record: ConditionRecord) -> str:
+        raise NotImplementedError
+
+    def _is_before(self, line: str, step: int) -> bool:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+
+class CSVWriter(_FileWriter):
+    """Comma-separated values with a header: ``step,layer,kappa,…``, infinity as ``inf``.
+
+    Example:
+        >>> import tempfile
+        >>> from wellcond.monitor import CSVWriter
+        >>> writer = CSVWriter(tempfile.mkdtemp() + "/condition.csv")
+    """
+
+    def _header(self) -> str:
+        return ",".join(FIELDS) + "\n"
+
+    def _line(self, record: ConditionRecord) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(record.as_dict().values())
+        return text.getvalue()
+
+    def _is_before(self, line: str, step: int) -> bool:
+        if line == self._header():
+            return True
+        row = next(csv.reader([line]), [])
+        return line.endswith("\n") and len(row) == len(FIELDS) and int(row[0]) < step
+
+
+class JSONLinesWriter(_FileWriter):
+    """One JSON object a line; infinity and NaN as the strings ``"inf"`` and ``"nan"``, which JSON itself lacks."""
+
+    def _line(self, record: ConditionRecord) -> str:
+        values = {
+            k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.as_dict().items()
+        }
+        return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def _is_before(self, line: str, step: int) -> bool:
+        try:
+            return line.endswith("\n") and json.loads(line)["step"] < step
+        except ValueError:
+            return False
+
+
+class TensorBoardWriter:
+    """Scalars ``{tag}/{layer}/kappa`` … into a ``SummaryWriter`` of yours, which stays yours to close."""
+
+    def __init__(self, summary_writer: Any, tag: str = "condition") -> None:
+        self.summary_writer = summary_writer
+        self.tag = tag
+
+    def __call__(self, record: ConditionRecord) -> None:
+        """Add the record's measures and its failures and retries at its step."""
+        for name in (*MEASURES, "failures", "retries"):
+            self.summary_writer.add_scalar(f"{self.tag}/{record.layer}/{name}", getattr(record, name), record.step)
+
+
+def deliver(record: ConditionRecord, writer: Writer) -> None:
+    """Write the record; a full disk is a warning and does not end the training, which keeps its records in memory."""
+    try:
+        writer(record)
+    except OSError as error:
+        warnings.warn(f"{writer!r} could not write step {record.step}: {error}", RuntimeWarning, stacklevel=3)
+
+
+def as_writers(targets: Any) -> list[Writer]:
+    """Writers from paths (``.csv``, ``.jsonl``), SummaryWriters and callables: one of them, or several."""
+    if isinstance(targets, (str, os.PathLike)) or callable(targets) or hasattr(targets, "add_scalar"):
+        return [_as_writer(targets)]
+    return [_as_writer(target) for target in targets]
+
+
+def _as_writer(target: Any) -> Writer:
+    if isinstance(target, (str, os.PathLike)):
+        kinds = {".csv": CSVWriter, ".jsonl": JSONLinesWriter}
+        suffix = Path(target).suffix
+        if suffix not in kinds:
+            raise ValueError(
+                f"the format of '{os.fspath(target)}' is unknown: the path must end in {' or '.join(kinds)}"
+            )
+        return kinds[suffix](target)
+    if hasattr(target, "add_scalar"):
+        return TensorBoardWriter(target)
+    if not callable(target):
+        raise TypeError(f"a writer is a path, a SummaryWriter or a callable, got {type(target).__name__}")
+    return target

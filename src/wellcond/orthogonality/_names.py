@@ -1,0 +1,47 @@
+"""The names of the treatments, as the paper's tables write them: ``nog+ow+olr``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+TREATMENTS: dict[str, str] = {
+    "sn": "spectral norm of the weight, eq. (11)",
+    "ol": "orthogonal loss, eq. (12)",
+    "ow": "orthogonal weight, eq. (13)",
+    "nog": "nearest orthogonal gradient, eq. (14)-(17)",
+    "olr": "optimal learning rate, eq. (18)-(21)",
+}
+"""Every treatment and what it is."""
+
+
+def parse_treatments(names: str) -> tuple[str, ...]:
+    """``"nog+ow+olr"`` as ``("nog", "ow", "olr")``: the order kept, case and blanks ignored.
+
+    Raises:
+        TypeError: ``names`` is not a string.
+        ValueError: an empty name, an unknown one (with the nearest right one), or the same one twice.
+
+    Example:
+        >>> parse_treatments("NOG + OW")
+        ('nog', 'ow')
+    """
+    if not isinstance(names, str):
+        raise TypeError(f"treatments are one string such as 'nog+ow+olr', got {type(names).__name__}")
+    parsed = tuple(name.strip().lower() for name in names.split("+"))
+    for name in parsed:
+        require_known(name, TREATMENTS, "treatment", f" in '{names}'")
+    twice = sorted({name for name in parsed if parsed.count(name) > 1})
+    if twice:
+        raise ValueError(f"treatment '{twice[0]}' is named twice in '{names}'; name it once")
+    return parsed
+
+
+def require_known(name: object, known: Iterable[str], kind: str, where: str = "") -> None:
+    """Refuse a name that is not among ``known``, offering the nearest right one."""
+    known = list(known)
+    if name in known:
+        return
+    near = get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise ValueError(f"unknown {kind} '{name}'{where}; {hint}known: {', '.join(known)}")

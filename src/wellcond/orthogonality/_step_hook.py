@@ -1,0 +1,146 @@
+"""What the treatments of an optimizer step share: hooks before and after ``optimizer.step``, and their removal.
+
+With ``step(closure)`` the gradients appear only when the closure runs, so there the closure is wrapped: that is how
+Lightning's automatic optimisation steps. With a fused optimizer under ``GradScaler`` the gradients are still scaled
+when the step begins; :func:`gradient_scale` tells by how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from ._matrix import Target, Treatable, targets
+
+LINEAR_IN_LR = tuple(
+    getattr(torch.optim, name)
+    for name in ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta", "Muon"]
+    if hasattr(torch.optim, name)
+)
+"""Optimizers whose step is lr times a direction, with a state that depends on neither lr nor the step taken."""
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """The ``torch.optim`` optimizer inside wrappers that keep it as ``.optimizer`` (Lightning, Accelerate)."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return optimizer
+
+
+def gradient_scale(optimizer: Optimizer) -> Tensor | None:
+    """The factor still on the gradients when a fused optimizer unscales them itself, else None."""
+    return getattr(optimizer, "grad_scale", None)
+
+
+def active_hooks(optimizer: Optimizer) -> list[StepHook]:
+    """The treatments that are on in ``optimizer``, kept with it (a copy of the optimizer has no hooks, and no list)."""
+    return optimizer.__dict__.setdefault("_wellcond_hooks", [])
+
+
+def require_held(optimizer: Optimizer, target: Target, treatment: str) -> None:
+    """Refuse a parameter that the optimizer will not move."""
+    if not any(p is target.parameter for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            f"{treatment} of {target.where}: the optimizer does not hold its weight; add it with "
+            "optimizer.add_param_group, or build the optimizer from model.parameters()"
+        )
+
+
+def require_linear_in_lr(optimizer: Optimizer, treatment: str, target: Target) -> None:
+    """Refuse an optimizer whose update direction cannot be told from its step."""
+    if not isinstance(optimizer, LINEAR_IN_LR):
+        known = ", ".join(cls.__name__ for cls in LINEAR_IN_LR)
+        raise ValueError(
+            f"{treatment} of {target.where}: the update direction of {type(optimizer).__name__} is unknown, because "
+            f"its step is not known to be proportional to the learning rate; use one of {known}"
+        )
+
+
+class StepHook:
+    """Base of the treatments that act in ``optimizer.step``; ``before`` and ``after`` do the work.
+
+    Attributes:
+        targets: the treated parameters.
+        optimizer: the optimizer whose steps are treated.
+    """
+
+    treatment: ClassVar[str]
+
+    def __init__(self, optimizer: Optimizer, params: Treatable | Iterable[Treatable] | Mapping[str, Treatable]) -> None:
+        self.optimizer = unwrap(optimizer)
+        self.targets = targets(params)
+        if isinstance(self.optimizer, LBFGS):
+            raise ValueError(
+                f"{self.treatment} of {self.targets[0].where}: LBFGS evaluates the gradient several times a step and "
+                "needs it as it is; use a first-order optimizer such as SGD or AdamW"
+            )
+        others = active_hooks(self.optimizer)
+        taken = {id(t.parameter) for other in others if type(other) is type(self) for t in other.targets}
+        for target in self.targets:
+            require_held(self.optimizer, target, self.treatment)
+            if id(target.parameter) in taken:
+                raise ValueError(
+                    f"{self.treatment} of {target.where} is already on in this optimizer; call .remove() on the first"
+                )
+            taken.add(id(target.parameter))
+        self.validate()
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._pre),
+            self.optimizer.register_step_post_hook(self._post),
+        ]
+        others.append(self)
+
+    def validate(self) -> None:
+        """Refuse what this treatment cannot do with ``self.optimizer``, before anything is changed."""
+
+    def before(self, target: Target, group: dict[str, Any]) -> None:
+        """Act on one parameter that has a gradient, when all gradients are there and before it moves."""
+
+    def after(self, target: Target, group: dict[str, Any]) -> None:
+        """Act on the same parameter when the optimizer has moved it."""
+
+    def remove(self) -> None:
+        """Take the hooks off: later steps are the optimizer's own. May be called twice."""
+        for handle in self._handles:
+            handle.remove()
+        if self in (others := active_hooks(self.optimizer)):
+            others.remove(self)
+
+    def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._each(self.before)
+            return None
+
+        def treated() -> Any:
+            loss = closure()
+            self._each(self.before)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], treated, *args[2:]), kwargs
+        return args, {**kwargs, "closure": treated}
+
+    def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._each(self.after)
+
+    @torch.no_grad()
+    def _each(self, act: Any) -> None:
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        for target in self.targets:
+            if id(target.parameter) not in groups:
+                raise RuntimeError(f"{self.treatment} of {target.where}: the optimizer no longer holds its weight")
+            if target.parameter.grad is not None:
+                act(target, groups[id(target.parameter)])
+
+
+def require_dense(gradient: Tensor, target: Target, treatment: str) -> None:
+    """Refuse a sparse gradient, which is not a matrix that can be decomposed."""
+    if gradient.layout is not torch.strided:
+        raise ValueError(f"{treatment} of {target.where}: its gradient is sparse ({gradient.layout}); use a dense one")

@@ -1,0 +1,148 @@
+"""Pre-spectral layers from the symbolic graph of a model's forward function (torch.fx), without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from ._matrix import has_matrix_weight
+
+_REMEDY = "give an example_input, or name the layers to treat with layers=..."
+_MOST_TRACES = 64
+_ELEMENTWISE = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "div", "cat", "concat", "where"}
+
+
+class _Tracer(fx.Tracer):
+    """Stops at layers with a weight, spectral layers and torch's own modules; answers ``bool(proxy)`` from a script.
+
+    Attributes:
+        decisions: the answers given; past the end of the script they are False.
+    """
+
+    def __init__(self, script: tuple[bool, ...]) -> None:
+        super().__init__()
+        self._script = script
+        self.decisions: tuple[bool, ...] = ()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            getattr(m, "is_spectral_layer", False)
+            or parametrize.is_parametrized(m)
+            or has_matrix_weight(m)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        i = len(self.decisions)
+        answer = self._script[i] if i < len(self._script) else False
+        self.decisions = (*self.decisions, answer)
+        return answer
+
+
+def layers_by_tracing(model: nn.Module) -> set[nn.Module]:
+    """The pre-spectral layers, the same on every path through the forward function that does not raise."""
+    answers = [_nearest(model, graph) for graph in _graphs(model)]
+    if any(answer != answers[0] for answer in answers):
+        raise ValueError(
+            f"which layer comes before the spectral layer of {type(model).__name__} depends on its data; {_REMEDY}"
+        )
+    return answers[0]
+
+
+def _graphs(model: nn.Module) -> list[fx.Graph]:
+    """One graph for every outcome of the questions that the forward function asks about its data."""
+    graphs: list[fx.Graph] = []
+    scripts: list[tuple[bool, ...]] = [()]
+    refusal: Exception | None = None
+    for _ in range(_MOST_TRACES):
+        if not scripts:
+            break
+        script = scripts.pop()
+        tracer = _Tracer(script)
+        try:
+            graphs.append(tracer.trace(model))
+        except Exception as error:  # the model's own code, which may raise anything
+            if _from_tracing(error):
+                raise _untraceable(model, error) from error
+            refusal = refusal or error  # a check of the input, which this outcome did not pass
+        taken = tracer.decisions
+        scripts += [(*taken[:i], True) for i in range(len(script), len(taken))]
+    if scripts:
+        raise _untraceable(model, f"more than {_MOST_TRACES} paths through its control flow")
+    if not graphs:
+        raise _untraceable(model, refusal) from refusal
+    return graphs
+
+
+def _from_tracing(error: Exception) -> bool:
+    """Whether tracing itself failed, in torch.fx or where the model needs a number from a proxy."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    inside = last is not None and last.tb_frame.f_globals.get("__name__", "").startswith("torch.fx")
+    return inside or (isinstance(error, TypeError) and "'Proxy'" in str(error))
+
+
+def _untraceable(model: nn.Module, why: Any) -> ValueError:
+    return ValueError(
+        f"the forward function of {type(model).__name__} cannot be traced symbolically ({why}); {_REMEDY}"
+    )
+
+
+def _nearest(model: nn.Module, graph: fx.Graph) -> set[nn.Module]:
+    """The layers met first on every path back from the inputs of the spectral layers."""
+    calls = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+    from_input: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(i in from_input for i in node.all_input_nodes):
+            from_input.add(node)
+    spectral = [node for node, m in calls.items() if getattr(m, "is_spectral_layer", False)]
+    if not spectral:
+        raise _untraceable(model, "the graph calls no spectral layer")
+    found: set[nn.Module] = set()
+    seen: set[fx.Node] = set()
+    front = [i for node in spectral for i in node.all_input_nodes]
+    while front:
+        node = front.pop()
+        if node in seen or node not in from_input:
+            continue
+        seen.add(node)
+        module = calls.get(node)
+        if module is not None and has_matrix_weight(module):
+            found.add(module)
+        elif module is not None and node not in spectral and any(p.ndim > 1 for p in module.parameters()):
+            raise ValueError(
+                f"layer '{node.target}' ({type(module).__name__}) before the spectral layer has several weights, and "
+                f"tracing does not see which of them is used last; {_REMEDY}"
+            )
+        elif node.op in ("call_function", "call_method") and _operation(node) not in _ELEMENTWISE:
+            owners = [o for i in node.all_input_nodes if i not in from_input for o in _weights_in(model, i)]
+            found.update(owners)  # a weight used as a function: F.conv2d(x, self.weight)
+            front += [] if owners else node.all_input_nodes
+        else:
+            front += node.all_input_nodes
+    return found
+
+
+def _operation(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _weights_in(model: nn.Module, node: fx.Node) -> Iterator[nn.Module]:
+    """The owners of the matrix-like weights that a node, independent of the input, is computed from."""
+    if node.op == "get_attr":
+        path, _, name = str(node.target).rpartition(".")
+        owner = model.get_submodule(path)
+        tensor = getattr(owner, name)
+        if isinstance(tensor, nn.Parameter) and tensor.ndim > 1:
+            if name != "weight":
+                raise ValueError(
+                    f"parameter '{node.target}' before the spectral layer is not the weight of a layer; pass it to "
+                    "NearestOrthogonalGradient or OptimalLearningRate itself, or name layers to treat with layers=..."
+                )
+            yield owner
+    for i in node.all_input_nodes:
+        yield from _weights_in(model, i)

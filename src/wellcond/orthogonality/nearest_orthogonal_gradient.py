@@ -1,0 +1,150 @@
+"""The nearest orthogonal gradient (NOG): the gradient G = U S Vᵀ is replaced by U Vᵀ.
+
+Song, Sebe and Wang, "Improving Covariance Conditioning of the SVD Meta-layer by Orthogonality", ECCV 2022, section 5.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from wellcond.linalg import polar, value_checks
+
+from ._matrix import Target, Treatable
+from ._names import require_known
+from ._step_hook import StepHook, gradient_scale, require_dense, require_linear_in_lr
+
+_COUNTS = ("treated", "zero", "nonfinite")
+
+
+def nearest_orthogonal(matrix: Tensor, solver: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """The solution R = U Vᵀ of eq. (14), eq. (17), for every matrix of a batch that has one.
+
+    Args:
+        matrix: (..., m, n), any real floating dtype. Its scale does not matter.
+        solver: as in :func:`wellcond.linalg.polar`.
+
+    Returns:
+        R of the shape and dtype of ``matrix``, and two flags (...,): ``zero`` (every entry zero or below the smallest
+        normal number, so that its direction is rounding) and ``nonfinite``. A flagged matrix is returned unchanged.
+        Singular directions that vanish to rounding are left out of R, rather than filled in at random.
+
+    Nothing here waits for an accelerator except the decomposition itself, where its LAPACK routine does.
+    Complexity: one thin SVD, O(m n min(m, n)).
+    """
+    work = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    largest = work.abs().amax((-2, -1))  # NaN and infinity survive the maximum
+    nonfinite = ~torch.isfinite(largest)
+    zero = largest < torch.finfo(work.dtype).tiny
+    left_alone = (zero | nonfinite)[..., None, None]
+    with value_checks(False):  # checked just above, without reading the answer on the host
+        factor = polar(torch.where(left_alone, 0.0, work), solver=solver)
+    return torch.where(left_alone, matrix, factor.to(matrix.dtype)), zero, nonfinite
+
+
+class NearestOrthogonalGradient(StepHook):
+    """Make the gradient of chosen layers orthogonal in every step of an optimizer; the training loop does not change.
+
+    The gradient is replaced in place when the optimizer begins its step: after backward, after the all-reduce of DDP,
+    after accumulation, unscaling and clipping (which it undoes for these layers: U Vᵀ does not depend on the scale
+    of G, and its norm is the square root of the rank).
+
+    Args:
+        optimizer: any ``torch.optim`` optimizer except LBFGS; a wrapper with an ``.optimizer`` is opened.
+        params: layers (their ``weight``, one matrix per group of a convolution) or raw parameters (as ``flatten(1)``):
+            one, a list, or a dict by name.
+        on: ``"gradient"``, the paper's place, or ``"update"``: the whole step of the optimizer (momentum, Adam's
+            scaling, weight decay) is made orthogonal instead, which is where Muon does it.
+        scale: ``"paper"``: all singular values 1; ``"rms"``: root mean square entry 0.2 at full rank, the size of an
+            Adam step, so that a rate tuned for Adam fits.
+        solver: as in :func:`wellcond.linalg.polar`.
+
+    Raises:
+        ValueError: a layer without a matrix-like weight, a weight the optimizer does not hold, the treatment twice on
+            one weight, LBFGS, an unknown option, or ``on="update"`` with an optimizer whose step is not known to be
+            proportional to its learning rate.
+
+    A zero, tiny or non-finite gradient is left as it is and counted in :meth:`counts`.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(3, 5)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> nog = NearestOrthogonalGradient(optimizer, layer)
+        >>> layer(torch.randn(8, 3)).square().sum().backward()
+        >>> optimizer.step()
+        >>> torch.dist(layer.weight.grad.T @ layer.weight.grad, torch.eye(3)) < 1e-5
+        tensor(True)
+    """
+
+    treatment = "nearest orthogonal gradient"
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        params: Treatable | Iterable[Treatable] | Mapping[str, Treatable],
+        *,
+        on: str = "gradient",
+        scale: str = "paper",
+        solver: str = "auto",
+    ) -> None:
+        require_known(on, ("gradient", "update"), "place of the nearest orthogonal gradient")
+        require_known(scale, ("paper", "rms"), "scale of the nearest orthogonal gradient")
+        polar(torch.eye(1), solver=solver)  # an unknown solver is refused here, not in the first step
+        self.on, self.scale, self.solver = on, scale, solver
+        super().__init__(optimizer, params)
+        self._counts = {t.name: torch.zeros(3, dtype=torch.int64, device=t.parameter.device) for t in self.targets}
+        self._before: dict[str, Tensor] = {}
+
+    def validate(self) -> None:
+        if self.on == "update":
+            require_linear_in_lr(self.optimizer, self.treatment, self.targets[0])
+
+    def before(self, target: Target, group: dict[str, Any]) -> None:
+        gradient = target.parameter.grad
+        assert gradient is not None
+        require_dense(gradient, target, self.treatment)
+        if self.on == "update":
+            self._before[target.name] = target.parameter.detach().clone()
+            return
+        orthogonal, found = self._orthogonal(target, gradient)
+        scale = gradient_scale(self.optimizer)
+        if scale is not None:  # the fused optimizer is going to divide by it
+            orthogonal = torch.where(found, orthogonal * scale.to(orthogonal), orthogonal)
+        gradient.copy_(orthogonal)
+
+    def after(self, target: Target, group: dict[str, Any]) -> None:
+        if self.on == "update" and (start := self._before.pop(target.name, None)) is not None:
+            lr = group["lr"]
+            update = (start - target.parameter) / lr
+            orthogonal, found = self._orthogonal(target, update)
+            target.parameter.copy_(torch.where(found, start - lr * orthogonal, target.parameter))
+
+    def _orthogonal(self, target: Target, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """The treated tensor, and where it differs from the given one (broadcast to its shape)."""
+        matrix = target.view.matrix(tensor)
+        factor, zero, nonfinite = nearest_orthogonal(matrix, self.solver)
+        found = ~(zero | nonfinite)
+        if self.scale == "rms":
+            factor = torch.where(found[:, None, None], factor * (0.2 * max(matrix.shape[-2:]) ** 0.5), factor)
+        # Kept on the device: reading a counter is the only thing that waits for it.
+        self._counts[target.name] += torch.stack([found.sum(), zero.sum(), nonfinite.sum()])
+        everywhere = target.view.tensor(found[:, None, None].expand_as(matrix), tensor.shape)
+        return target.view.tensor(factor, tensor.shape), everywhere
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """By layer: how many gradient matrices were ``treated``, left alone as ``zero``, or as ``nonfinite``."""
+        return {name: dict(zip(_COUNTS, counts.tolist(), strict=True)) for name, counts in self._counts.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts; nothing else outlives a step."""
+        return {"counts": {name: counts.cpu() for name, counts in self._counts.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the counts of a saved run."""
+        for name, counts in self._counts.items():
+            counts.copy_(state["counts"][name])

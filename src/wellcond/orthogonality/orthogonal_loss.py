@@ -1,0 +1,93 @@
+"""Orthogonal loss (OL): a term that draws the weight towards orthogonality, eq. (12), on the smaller Gram side.
+
+Forms: soft and double soft orthogonality, and the spectral restricted isometry property (SRIP), after Bansal, Chen and
+Wang, NeurIPS 2018.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ._matrix import MatrixView, targets
+from ._names import require_known
+
+
+def _gap(W: Tensor) -> Tensor:
+    """G − I for the smaller Gram matrix G of W: the larger one cannot be the identity unless W is square."""
+    G = W.mT @ W if W.shape[-2] >= W.shape[-1] else W @ W.mT
+    return G - torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+
+
+def soft(W: Tensor) -> Tensor:
+    """‖WᵀW − I‖_F (or of WWᵀ, the smaller), eq. (12)."""
+    return torch.linalg.vector_norm(_gap(W), dim=(-2, -1))
+
+
+def double_soft(W: Tensor) -> Tensor:
+    """‖WᵀW − I‖²_F + ‖WWᵀ − I‖²_F less its least value |m − n|: twice the square of the smaller side's norm."""
+    return 2 * _gap(W).square().sum((-2, -1))
+
+
+def srip(W: Tensor) -> Tensor:
+    """σ_max(WᵀW − I) (or of WWᵀ, the smaller), exactly: the largest deviation of a squared singular value from 1."""
+    return torch.linalg.eigvalsh(_gap(W)).abs().amax(-1)
+
+
+_FORMS = {"soft": soft, "double_soft": double_soft, "srip": srip}
+
+
+class OrthogonalLoss:
+    """A term to add to the loss: ``loss + orthogonal_loss()``.
+
+    Args:
+        layers: layers with a matrix-like ``weight`` (the one in use, if it is parametrised): one, a list, or a dict.
+        form: ``"soft"``, eq. (12); ``"double_soft"``; or ``"srip"``.
+        coefficient: multiplies the term; eq. (12) has 1.
+
+    Raises:
+        ValueError: a layer without a matrix-like weight, an unknown form, or a negative coefficient.
+
+    The term is the sum over layers and over the groups of a convolution, in float32 or better (autocast does not
+    reach it), and its gradient at an orthogonal weight, where the norms have a kink, is zero.
+
+    Example:
+        >>> import torch
+        >>> conv = torch.nn.Conv2d(3, 64, 3)
+        >>> penalty = OrthogonalLoss(conv)
+        >>> penalty().backward()
+        >>> torch.nn.init.orthogonal_(conv.weight) is conv.weight and penalty() < 1e-4
+        tensor(True)
+    """
+
+    def __init__(
+        self,
+        layers: nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module],
+        *,
+        form: str = "soft",
+        coefficient: float = 1.0,
+    ) -> None:
+        require_known(form, _FORMS, "form of the orthogonal loss")
+        if not coefficient >= 0:
+            raise ValueError(f"coefficient of the orthogonal loss must be >= 0, got {coefficient}")
+        if isinstance(layers, nn.Module):
+            layers = [layers]
+        elif isinstance(layers, Mapping):
+            layers = dict(layers)
+        else:
+            layers = list(layers)
+        views = [target.view for target in targets(layers)]
+        held = list(layers.values()) if isinstance(layers, dict) else layers
+        self.form, self.coefficient = form, coefficient
+        self._layers: list[tuple[nn.Module, MatrixView]] = list(zip(held, views, strict=True))
+
+    def __call__(self) -> Tensor:
+        """The term at the present weights, a scalar with a gradient."""
+        terms = [self._term(layer.weight, view) for layer, view in self._layers]  # pyright: ignore[reportArgumentType]
+        return self.coefficient * torch.stack(terms).sum()
+
+    def _term(self, weight: Tensor, view: MatrixView) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            return _FORMS[self.form](view.matrix(weight.to(torch.promote_types(weight.dtype, torch.float32)))).sum()

@@ -1,0 +1,70 @@
+"""The pre-spectral layers: the layers with a weight whose output reaches a spectral layer before any other's.
+
+In the paper's words the "Pre-SVD layer". What lies between (batch norm, activation, pooling, the sum of a residual
+block) has no matrix to treat and is passed through; where paths join, each gives its own layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ._autograd_walk import layers_by_running
+from ._symbolic_walk import layers_by_tracing
+
+
+def pre_spectral_layers(model: nn.Module, example_input: Any = None) -> dict[str, nn.Module]:
+    """Find the layers that feed the spectral layers of a model.
+
+    Without an example the forward function is traced symbolically (``torch.fx``); where its control flow asks about the
+    data (as in checks of the input's shape) every outcome is followed, and those that do not raise must agree. With
+    an example the model is run once in evaluation mode and the autograd graph is followed back from the input of
+    every spectral layer, which works for any model that autograd sees through. The model is left as it was.
+
+    Args:
+        model: any module; spectral layers are those with a true attribute ``is_spectral_layer``.
+        example_input: what the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
+
+    Returns:
+        The layers by their name in ``model.named_modules()``, in that order.
+
+    Raises:
+        ValueError: no spectral layer, no layer with a weight before it, or a model that could not be followed, with the
+            reason and what to do.
+
+    Example:
+        >>> from torch import nn
+        >>> from wellcond.nn import DecorrelatedBatchNorm2d
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), DecorrelatedBatchNorm2d(8), nn.Conv2d(8, 8, 3))
+        >>> list(pre_spectral_layers(model))
+        ['0']
+    """
+    spectral = {name: m for name, m in model.named_modules() if getattr(m, "is_spectral_layer", False)}
+    if not spectral:
+        raise ValueError(
+            f"{type(model).__name__} has no spectral layer; put one in (such as wellcond.nn.DecorrelatedBatchNorm2d or "
+            "GlobalCovariancePool2d), or name the layers to treat with layers=..."
+        )
+    if example_input is None:
+        found = layers_by_tracing(_unwrapped(model))
+    else:
+        found = layers_by_running(model, list(spectral.values()), example_input)
+    if not found:
+        raise ValueError(
+            "no layer with a matrix-like weight comes before the spectral layer "
+            f"{', '.join(repr(name) for name in spectral)}, only the model's input or operations without a weight; "
+            "name the layers to treat with layers=..."
+        )
+    return {name: m for name, m in model.named_modules() if m in found}
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DataParallel or ``torch.compile``, whose own forward functions cannot be traced."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model

@@ -1,0 +1,174 @@
+"""A comparison: its table is what its runs found, and what was done once is not done, or lost, again."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+
+import pytest
+
+from small_runs import small
+from test_cli import SMALL, call, one_line
+from wellcond.experiments.compare import compare
+from wellcond.experiments.errors import FolderError
+from wellcond.experiments.files import read_csv
+from wellcond.experiments.recipes import ConfigError
+from wellcond.experiments.training import Classifier
+
+GRID = [*SMALL, "--treat", "none,nog", "--seeds", "2"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished comparison: its folder and what it printed."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    result = call("compare", *GRID, "--out", out)
+    assert result.exit_code == 0, result.output
+    return out, result.stdout
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_table_is_what_the_runs_found(done):
+    """Every number recomputed from the single runs' own files."""
+    out, printed = done
+    rows = read_csv(out / "results.csv")
+    assert [row["label"] for row in rows] == ["batch", "zca", "zca+nog"]
+    for row in rows:
+        folders = [out / "runs" / f"{row['label']}-seed{seed}" for seed in (0, 1)]
+        errors = [json.loads((folder / "result.json").read_text())["test_error"] for folder in folders]
+        mean, std = sum(errors) / 2, abs(errors[0] - errors[1]) / 2**0.5  # n − 1 = 1
+        assert float(row["test_error_mean"]) == pytest.approx(mean, rel=1e-12)
+        assert float(row["test_error_std"]) == pytest.approx(std, rel=1e-9, abs=1e-15)
+        assert float(row["test_error_min"]) == min(errors)
+        kappas = [[float(r["kappa"]) for r in read_csv(folder / "condition.csv")] for folder in folders]
+        assert float(row["kappa"]) == statistics.median(statistics.median(k) for k in kappas)
+        line = next(line for line in printed.splitlines() if line.split()[:1] == [row["label"]])
+        assert f"{100 * mean:.2f} ± {100 * std:.2f}" in line
+        assert f"{float(row['kappa']):.3g}" in line
+        assert "8/8" in line
+    held = json.loads((out / "results.json").read_text())
+    assert len(held["runs"]) == 6
+    assert [row["label"] for row in held["rows"]] == ["batch", "zca", "zca+nog"]
+    assert {run["environment"]["torch"] for run in held["runs"]}
+
+
+def test_the_printed_table_fits_eighty_columns(done):
+    _, printed = done
+    table = printed[printed.index("resnet8 on digits") :]
+    assert "…" not in table
+    assert max(len(line.rstrip()) for line in table.splitlines() if "/tmp" not in line) <= 80
+
+
+def test_both_figures_are_written(done):
+    out, _ = done
+    assert (out / "condition.png").read_bytes().startswith(b"\x89PNG")
+    assert "zca+nog" in (out / "condition.svg").read_text()
+
+
+def test_seeds_are_really_different_runs(done):
+    out, _ = done
+    kappas = {(out / "runs" / f"zca-seed{seed}" / "condition.csv").read_text() for seed in (0, 1)}
+    assert len(kappas) == 2
+
+
+def test_an_occupied_folder_is_refused(done):
+    out, _ = done
+    before = snapshot(out)
+    refused = call("compare", *GRID, "--out", out)
+    assert refused.exit_code == 2
+    assert re.match(r"error: .*holds another comparison; go on with it by --resume, .*--overwrite", one_line(refused))
+    other = call("compare", *SMALL, "--treat", "ow", "--out", out, "--resume")
+    assert other.exit_code == 2
+    assert "it holds batch, zca, zca+nog with 2 seeds" in one_line(other)
+    wrong = call("compare", *SMALL, "--treat", "wo", "--out", out, "--overwrite")
+    assert "did you mean 'ow'" in one_line(wrong)  # known before anything is deleted
+    assert snapshot(out) == before
+
+
+def test_an_interrupted_comparison_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+    """Stopped in the second of two runs: the first is read back, not trained; the table is that of both."""
+    configs = [small(epochs=1, norm="batch"), small(epochs=1)]
+    trained = []
+    real = Classifier.training_step
+
+    def training_step(self, batch, batch_index):
+        if stop and self.config.label == "zca" and self.global_step == 2:
+            raise KeyboardInterrupt
+        trained.append(self.config.label)
+        return real(self, batch, batch_index)
+
+    monkeypatch.setattr(Classifier, "training_step", training_step)
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        compare(configs, tmp_path / "part")
+    assert trained == ["batch"] * 4 + ["zca"] * 2
+    stop, trained[:] = False, []
+    done = []
+    resumed = compare(configs, tmp_path / "part", resume=True, finished=lambda i, r: done.append(r.config.label))
+    assert trained == ["zca"] * 4
+    assert done == ["batch", "zca"]
+    whole = compare(configs, tmp_path / "whole")
+    for one, other in zip(resumed, whole, strict=True):
+        assert (one.label, one.test_error_mean, one.kappa) == (other.label, other.test_error_mean, other.kappa)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
+    def training_step(self, batch, batch_index):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "training_step", training_step)
+        stopped = call("compare", *SMALL, "--treat", "none", "--seeds", "1", "--out", tmp_path / "out")
+    assert stopped.exit_code == 130
+    assert f"go on with: wellcond compare --out {tmp_path / 'out'} --resume" in one_line(stopped)
+    resumed = call("compare", "--out", tmp_path / "out", "--resume")  # what to do is held there
+    assert resumed.exit_code == 0, resumed.output
+    assert [row["label"] for row in read_csv(tmp_path / "out" / "results.csv")] == ["batch", "zca"]
+
+
+def test_overwriting_deletes_only_what_a_comparison_made(tmp_path):
+    out = tmp_path / "out"
+    configs = [small(epochs=1, norm="batch"), small(epochs=1)]
+    compare(configs[1:], out)
+    (out / "notes.txt").write_text("mine")
+    (out / "runs" / "notes.txt").write_text("mine too")
+    compare(configs[:1], out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "runs" / "notes.txt").read_text() == "mine too"
+    assert not (out / "runs" / "zca-seed0" / "result.json").exists()
+    assert [row["label"] for row in read_csv(out / "results.csv")] == ["batch"]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis.tex").write_text("years of work")
+    with pytest.raises(FolderError, match="holds files that no comparison made"):
+        compare(configs, elsewhere, overwrite=True)
+
+
+def test_two_spectral_layers_have_a_line_each(tmp_path):
+    result = call(
+        "compare", *SMALL, "--head", "gcp", "--norm", "zca", "--treat", "none", "--seeds", 1, "--out", tmp_path
+    )
+    assert result.exit_code == 0, result.output
+    rows = read_csv(tmp_path / "results.csv")
+    assert [row["label"] for row in rows] == ["zca/gcp"] * 2
+    assert rows[0]["layer"] != rows[1]["layer"]
+    assert all(row["layer"].removeprefix("model.") in result.stdout for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ([], "the grid is empty"),
+        ([small(), small()], "twice"),
+        ([small(), small(limit=90, seed=1)], "on one data set"),
+    ],
+    ids=["none", "twice", "two data sets"],
+)
+def test_a_grid_that_makes_no_sense_is_refused(configs, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        compare(configs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

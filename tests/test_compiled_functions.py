@@ -1,0 +1,91 @@
+"""torch.compile gives what eager gives, forward and backward, real and complex.
+
+A graph break around a decomposition is fine; a wrong result or a crash is not. The backends trace without generating
+code ("eager") or differentiate the traced graph as well ("aot_eager"); the default one differs only in the code.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+import wellcond.linalg as wl
+from helpers import features_with, relative_error, weighted_sum, with_spectrum
+
+SPECTRUM = [2.0, 2.0, 0.5]
+CASES = {
+    "sqrtm": (wl.sqrtm, "matrix"),
+    "powm": (partial(wl.powm, exponent=0.3), "matrix"),
+    "lyapunov": (lambda P: wl.lyapunov(P, P @ P), "matrix"),
+    "covariance_sqrtm of few samples": (lambda X: wl.covariance_sqrtm(X[..., :2]), "features"),
+    "whiten": (partial(wl.whiten, eps=0.1), "features"),
+    "cholesky": (partial(wl.whiten, method="cholesky", eps=0.1), "features"),
+    "polar": (wl.polar, "features"),
+}
+# Compiling takes seconds each, so that the second backend and the complex dtype see a sample of the functions only.
+GRID = [
+    *((name, torch.float64, "aot_eager" if name in ("sqrtm", "polar") else "eager") for name in CASES),
+    *((name, torch.complex128, "eager") for name in ("sqrtm", "polar", "covariance_sqrtm of few samples", "cholesky")),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def inputs(kind: str, dtype: torch.dtype) -> torch.Tensor:
+    if kind == "matrix":
+        return with_spectrum(SPECTRUM, dtype, (2,))
+    return torch.stack([features_with(SPECTRUM, 6, dtype) for _ in range(2)])
+
+
+@pytest.mark.parametrize(("name", "dtype", "backend"), GRID)
+def test_compiled_equals_eager(name, dtype, backend):
+    f, kind = CASES[name]
+    x = inputs(kind, dtype)
+    plain, compiled = x.clone().requires_grad_(), x.clone().requires_grad_()
+    want, got = f(plain), torch.compile(f, backend=backend)(compiled)
+    for g, w in zip(*(o if isinstance(o, tuple) else (o,) for o in (got, want)), strict=True):
+        assert g.dtype == dtype and relative_error(g, w) < 1e-12
+    # The loss is made outside the graph: its gradient reaches every output with full weight.
+    (expected,) = torch.autograd.grad(weighted_sum(want), plain)
+    (gradient,) = torch.autograd.grad(weighted_sum(got), compiled)
+    assert relative_error(gradient, expected) < 1e-11
+
+
+def test_a_compiled_training_step_with_other_shapes_recompiles_and_stays_right():
+    def step(X):
+        return wl.covariance_sqrtm(X * 2).sin().sum()
+
+    compiled = torch.compile(step, backend="eager")
+    for n in (4, 9):
+        X = torch.randn(3, n, dtype=torch.float64)
+        a, b = X.clone().requires_grad_(), X.clone().requires_grad_()
+        assert abs(compiled(a) - step(b)) < 1e-11
+        compiled(a).backward()
+        step(b).backward()
+        assert relative_error(a.grad, b.grad) < 1e-10
+
+
+def test_matmul_only_solvers_compile_whole():
+    """needs.md 10: no graph break in forward or backward."""
+    P = with_spectrum(SPECTRUM, batch=(2,))
+    a, b = P.clone().requires_grad_(), P.clone().requires_grad_()
+    compiled = torch.compile(partial(wl.sqrtm, solver=wl.NewtonSchulz(4)), backend="aot_eager", fullgraph=True)
+    out, want = compiled(a), wl.sqrtm(b, solver=wl.NewtonSchulz(4))
+    assert relative_error(out, want) < 1e-12
+    assert (
+        relative_error(torch.autograd.grad(weighted_sum(out), a)[0], torch.autograd.grad(weighted_sum(want), b)[0])
+        < 1e-11
+    )
+
+
+def test_errors_survive_compilation():
+    compiled = torch.compile(wl.sqrtm, backend="eager")
+    with pytest.raises(wl.NotSymmetricError):
+        compiled(torch.tensor([[2.0, 1.0], [0.0, 2.0]]))

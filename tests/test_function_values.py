@@ -1,0 +1,358 @@
+"""Values and first derivatives against mpmath at 50 digits, within the error bounds that the documentation states.
+
+The bounds (the matrix A is taken exactly as rounded, so that only the library's own rounding counts; κ is its
+condition number):
+a backward stable root is the exact root of a matrix perturbed by a few eps·‖A‖ (Higham 2002, ch. 3), which a square
+root turns into eps·√κ, an inverse square root into eps·κ, and a gradient into √κ times more of each. 10 is the few.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import mpmath
+import pytest
+import torch
+
+import wellcond.linalg as wl
+from helpers import (
+    eps_of,
+    features_with,
+    geometric,
+    hermitian_part,
+    mp_derivative,
+    mp_eigh,
+    mp_function,
+    relative_error,
+    unitary,
+    with_spectrum,
+)
+
+HALF, MINUS_HALF = mpmath.mpf(1) / 2, -mpmath.mpf(1) / 2
+D = 6
+RANGE = [
+    *((dtype, kappa) for dtype in (torch.float32, torch.complex64) for kappa in (1.0, 1e2, 1e4, 1e6, 1e7)),
+    *((dtype, kappa) for dtype in (torch.float64, torch.complex128) for kappa in (1.0, 1e4, 1e8, 1e12, 1e15)),
+]
+
+
+def positive_definite(kappa: float, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """A matrix of condition number near κ as rounded to ``dtype``, and the κ that it really has.
+
+    Rounding moves the smallest eigenvalue by about eps; the first draw that leaves it half of its value is taken.
+    """
+    for _ in range(200):
+        P = with_spectrum(geometric(D, kappa), dtype)
+        values, _ = mp_eigh(P)
+        if values[0] > 0.5 / kappa:
+            return P, float(values[-1] / values[0])
+    raise AssertionError(f"no positive definite draw at κ = {kappa} in {dtype}")
+
+
+@pytest.mark.parametrize(("dtype", "kappa"), RANGE)
+def test_roots_are_within_the_documented_error(dtype, kappa):
+    P, actual = positive_definite(kappa, dtype)
+    eps = eps_of(dtype)
+    Q, S = wl.sqrtm_invsqrtm(P)
+    root = mp_function(P, mpmath.sqrt)
+    inverse = mp_function(P, lambda x: 1 / mpmath.sqrt(x))
+    for got in (Q, wl.sqrtm(P)):
+        assert relative_error(got, root) <= 10 * eps * actual**0.5
+    for got in (S, wl.invsqrtm(P)):
+        assert relative_error(got, inverse) <= 10 * eps * actual
+
+
+@pytest.mark.parametrize(("dtype", "kappa"), RANGE)
+def test_gradients_of_the_roots_are_within_the_documented_error(dtype, kappa):
+    P, actual = positive_definite(kappa, dtype)
+    G = hermitian_part(torch.randn(D, D, dtype=dtype))
+    for f, scalar, power in ((wl.sqrtm, mpmath.sqrt, 1.0), (wl.invsqrtm, lambda x: 1 / mpmath.sqrt(x), 1.5)):
+        tracked = P.clone().requires_grad_()
+        (got,) = torch.autograd.grad(f(tracked), tracked, G)
+        assert torch.isfinite(got).all()
+        assert relative_error(got, mp_derivative(P, G, scalar)) <= 10 * eps_of(dtype) * actual**power
+
+
+@pytest.mark.parametrize(("dtype", "kappa"), [r for r in RANGE if r[1] <= 1e8])
+@pytest.mark.parametrize("exponent", [-1.5, -0.5, 0.25, 0.5, 2.0])
+def test_powers_match_mpmath(dtype, kappa, exponent):
+    P, actual = positive_definite(kappa, dtype)
+    truth = mp_function(P, lambda x: x ** mpmath.mpf(exponent))
+    # x^p: a relative change δλ/λ ≤ eps·κ of the smallest eigenvalue weighs κ^{−p} against the largest.
+    worst = max(actual ** (1 - exponent), 1.0) if exponent > 0 else actual
+    assert relative_error(wl.powm(P, exponent), truth) <= 10 * D * eps_of(dtype) * max(worst, 1.0)
+
+
+@pytest.mark.parametrize(("dtype", "kappa"), [r for r in RANGE if r[1] <= 1e8])
+def test_logarithm_and_exponential_match_mpmath(dtype, kappa):
+    P, actual = positive_definite(kappa, dtype)
+    # d log λ = dλ/λ: eps·κ absolute, on values up to log κ.
+    bound = 10 * D * eps_of(dtype)
+    log = mp_function(P, mpmath.log)
+    # For P = I the logarithm vanishes: the error is absolute there.
+    assert (wl.logm(P).to(log.dtype) - log).norm() <= bound * actual * max(1.0, log.norm().item())
+    H = hermitian_part(4 * torch.randn(D, D, dtype=dtype))
+    # The condition number of exp at a Hermitian matrix is its norm (Higham 2008, ch. 10).
+    norm = torch.linalg.matrix_norm(H, 2).item()
+    assert relative_error(wl.expm(H), mp_function(H, mpmath.exp)) <= bound * max(norm, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("gap", [1e-3, 1e-7, 1e-10, 1e-13])
+def test_derivatives_keep_their_digits_when_eigenvalues_nearly_meet(dtype, gap):
+    """The divided differences lose nothing as λi → λj: neither the plain quotient nor the derivative would do."""
+    P = with_spectrum([2.0, 2.0 - gap, 0.5, 0.5 + gap], dtype)
+    G = hermitian_part(torch.randn(4, 4, dtype=dtype))
+    functions = {
+        "sqrt": (wl.sqrtm, mpmath.sqrt),
+        "invsqrt": (wl.invsqrtm, lambda x: 1 / mpmath.sqrt(x)),
+        "log": (wl.logm, mpmath.log),
+        "exp": (wl.expm, mpmath.exp),
+        "power": (partial(wl.powm, exponent=0.3), lambda x: x ** mpmath.mpf(0.3)),
+        "inverse power": (partial(wl.powm, exponent=-1.7), lambda x: x ** mpmath.mpf(-1.7)),
+    }
+    for name, (f, scalar) in functions.items():
+        tracked = P.clone().requires_grad_()
+        (got,) = torch.autograd.grad(f(tracked), tracked, G)
+        # κ = 4 and the functions are smooth on [½, 2]: a few eps times κ^{2.7}.
+        assert relative_error(got, mp_derivative(P, G, scalar)) <= 10 * eps_of(dtype) * 4**2.7, name
+
+
+@pytest.mark.parametrize("eps", [1e-3, 1e-5, 1e-10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_a_positive_semidefinite_matrix_with_a_ridge_never_gives_nan(dtype, eps):
+    """Zero, rank one, denormal, graded over the whole range of the dtype: values and gradients stay finite."""
+    big = torch.finfo(dtype).max ** 0.25
+    real = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+    vector = torch.randn(5, 1, dtype=dtype)
+    matrices = {
+        "zero": torch.zeros(5, 5, dtype=dtype),
+        "negative zero": -torch.zeros(5, 5, dtype=dtype),
+        "rank one": vector @ vector.mH,
+        "denormal": torch.eye(5, dtype=dtype) * torch.finfo(dtype).tiny / 8,
+        "graded": torch.diag(torch.tensor([big, 1.0, 1.0 / big, 0.0, 0.0], dtype=real)).to(dtype),
+        "ones": torch.ones(5, 5, dtype=dtype),
+    }
+    for name, P in matrices.items():
+        for f in (wl.sqrtm, wl.invsqrtm, wl.logm, partial(wl.powm, exponent=-0.3), partial(wl.powm, exponent=0.3)):
+            tracked = P.clone().requires_grad_()
+            out = f(tracked, eps=eps)
+            assert torch.isfinite(out).all(), (name, f)
+            (g,) = torch.autograd.grad(out.real.sum(), tracked)
+            assert torch.isfinite(g).all(), (name, f)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-19, 1e19, 1e30, 3e37])
+def test_roots_in_single_precision_scale_over_its_whole_range(scale):
+    """√(cP) = √c √P with no overflow or underflow on the way: λi² − λj² would overflow from 1e19 on."""
+    P = with_spectrum([4.0, 2.0, 2.0, 1.0])
+    scaled = hermitian_part((P * scale).float().double()).float()
+    exact = scaled.double() / scale
+    for f, power in ((wl.sqrtm, 0.5), (wl.invsqrtm, -0.5), (partial(wl.powm, exponent=0.3), 0.3)):
+        tracked = scaled.clone().requires_grad_()
+        out = f(tracked)
+        truth = f(exact)
+        # Denormal entries (below 1.2e-38) keep an absolute 1.4e-45 only: at 1e-38 a relative 1e-7 still.
+        assert relative_error(out.double() / scale**power, truth) < 20 * eps_of(torch.float32)
+        (g,) = torch.autograd.grad(out.sum(), tracked)
+        size = scale ** (power - 1)
+        if 1e-36 < size < 1e36:
+            reference = exact.clone().requires_grad_()
+            (expected,) = torch.autograd.grad(f(reference).sum(), reference)
+            assert relative_error(g.double() / size, expected) < 40 * eps_of(torch.float32)
+
+
+def test_entries_near_the_largest_float_do_not_overflow_in_symmetrising():
+    """Every entry is finite, and so is the root: a sum of an entry and its mirror image must not be formed."""
+    P = torch.diag(torch.tensor([2.0e38, 1.0e38, 3.0e38]))
+    assert relative_error(wl.sqrtm(P), P.double().sqrt()) < 10 * eps_of(torch.float32)
+    assert relative_error(wl.invsqrtm(P), torch.diag(P.diagonal().double().rsqrt())) < 10 * eps_of(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize(("d", "n"), [(1, 1), (3, 1), (3, 2), (4, 9), (2, 50_000)])
+@pytest.mark.parametrize("correction", [0, 1])
+def test_covariance_is_the_definition(dtype, d, n, correction):
+    """eq. (2) with its n × n centring matrix, in double precision, up to sizes where that can be formed."""
+    X = torch.randn(2, d, n, dtype=dtype) + 3
+    if n <= correction:
+        with pytest.raises(ValueError, match=r"1 sample .*correction=1 needs at least 2"):
+            wl.covariance(X, correction=correction)
+        return
+    wide = X.to(torch.complex128 if dtype.is_complex else torch.float64)
+    centred = wide - wide.mean(-1, keepdim=True)
+    truth = centred @ centred.mH / (n - correction)
+    got = wl.covariance(X, correction=correction)
+    assert got.dtype == dtype and got.shape == (2, d, d)
+    # The mean is off by eps·|mean|·log n and squares to nothing; the product by eps·√n at worst.
+    assert (got.to(wide.dtype) - truth).abs().max() <= 10 * eps_of(dtype) * (n**0.5) * (1 + truth.abs().max())
+    assert torch.equal(got, got.mH)
+    # The diagonal of a Hermitian matrix is real, to the last bit.
+    if dtype.is_complex:
+        assert (got.diagonal(dim1=-2, dim2=-1).imag == 0).all()
+
+
+def test_covariance_of_an_offset_far_larger_than_the_spread():
+    """The mean is subtracted before squaring: E[x²] − E[x]² would lose everything here."""
+    X = torch.randn(4, 4096, dtype=torch.float64)
+    shifted = (X + 1e4).float()
+    truth = wl.covariance(shifted.double())
+    # Float32 samples near 1e4 are spaced 1e-3; their mean is off by at most that, which enters squared.
+    assert relative_error(wl.covariance(shifted), truth) < 1e-5
+
+
+def test_covariance_needs_no_centring_matrix():
+    """2¹⁸ samples: the n × n matrix would take 256 GB."""
+    X = torch.randn(3, 2**18)
+    assert relative_error(wl.covariance(X), torch.cov(X.double(), correction=0)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_lyapunov_solves_its_equation(dtype):
+    Q = with_spectrum([3.0, 3.0, 1.0, 0.2], dtype)
+    G = torch.randn(4, 4, dtype=dtype)
+    X = wl.lyapunov(Q, G)
+    assert relative_error(Q @ X + X @ Q, G) < 100 * eps_of(dtype)
+    # A second algorithm: the Kronecker form of the equation.
+    eye = torch.eye(4, dtype=dtype)
+    direct = torch.linalg.solve(torch.kron(Q, eye) + torch.kron(eye, Q.mT.contiguous()), G.reshape(-1)).reshape(4, 4)
+    assert relative_error(X, direct) < 100 * 15 * eps_of(dtype)
+
+
+def test_lyapunov_of_an_indefinite_matrix_takes_the_least_norm_solution():
+    """Pairs that sum to zero have no solution; the pseudo-inverse of the Kronecker form is the truth."""
+    Q = torch.diag(torch.tensor([2.0, 1.0, -1.0, 0.0], dtype=torch.float64))
+    G = torch.randn(4, 4, dtype=torch.float64)
+    eye = torch.eye(4, dtype=torch.float64)
+    truth = (torch.linalg.pinv(torch.kron(Q, eye) + torch.kron(eye, Q)) @ G.reshape(-1)).reshape(4, 4)
+    assert relative_error(wl.lyapunov(Q, G), truth) < 1e-13
+
+
+def test_newton_schulz_with_many_steps_is_the_square_root():
+    P = with_spectrum(geometric(5, 100.0), batch=(3,))
+    Q, S = wl.sqrtm_invsqrtm(P, solver=wl.NewtonSchulz(steps=25))
+    for i in range(3):
+        assert relative_error(Q[i], mp_function(P[i], mpmath.sqrt)) < 1e-12
+        assert relative_error(S[i], mp_function(P[i], lambda x: 1 / mpmath.sqrt(x))) < 1e-11
+
+
+def test_newton_schulz_is_the_published_iteration():
+    """iSQRT-COV (Li et al. 2018, eq. 4–7), written out on the eigenvalues: every step acts on each of them alone."""
+    P = with_spectrum([3.0, 1.0, 0.1])
+    eigvals = torch.linalg.eigvalsh(P)
+    for steps in (1, 3, 5):
+        y, z = eigvals / eigvals.sum(), torch.ones_like(eigvals)
+        for _ in range(steps):
+            m = (3 - z * y) / 2
+            y, z = y * m, m * z
+        Q, S = wl.sqrtm_invsqrtm(P, solver=wl.NewtonSchulz(steps, tolerance=None))
+        assert torch.allclose(torch.linalg.eigvalsh(Q), y * eigvals.sum().sqrt(), rtol=1e-12)
+        assert torch.allclose(torch.linalg.eigvalsh(S), (z / eigvals.sum().sqrt()).sort().values, rtol=1e-12)
+
+
+def test_newton_schulz_scales_each_matrix_by_itself():
+    """One large matrix in the batch leaves the others as they are alone (mathematics.md, section 4)."""
+    small, large = with_spectrum([2.0, 1.0, 0.5]), 1e6 * with_spectrum([1.0, 1.0, 1.0])
+    together = wl.sqrtm(torch.stack([small, large]), solver="newton_schulz")
+    assert relative_error(together[0], wl.sqrtm(small, solver="newton_schulz")) < 1e-14
+
+
+@pytest.mark.parametrize("solver", list(wl.SOLVERS))
+def test_every_solver_is_the_root_of_a_well_conditioned_matrix(solver):
+    """Published errors at κ = 100 reach 22 %; at κ = 1.2 every solver is a square root to a percent."""
+    P = with_spectrum([1.2, 1.1, 1.0], torch.float64, batch=(2,))
+    for f, power in ((wl.sqrtm, 0.5), (wl.invsqrtm, -0.5)):
+        out = f(P, solver=solver)
+        truth = torch.stack([mp_function(p, lambda x, power=power: x ** mpmath.mpf(power)) for p in P])
+        assert relative_error(out, truth) < 1e-2
+
+
+@pytest.mark.parametrize("solver", ["auto", *wl.SOLVERS])
+def test_every_solver_takes_the_zero_matrix(solver):
+    """√0 = 0; with a ridge it is √ε I, and its inverse."""
+    zero, eye = torch.zeros(3, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    assert relative_error(wl.sqrtm(zero, eps=1e-4, solver=solver), 1e-2 * eye) < 1e-3
+    assert relative_error(wl.invsqrtm(zero, eps=1e-4, solver=solver), 1e2 * eye) < 1e-2
+    assert wl.sqrtm(zero, solver=solver).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("solver", ["auto", "eigh", "svd"])
+def test_decomposing_solvers_refuse_an_indefinite_matrix(solver):
+    """Singular values have no sign: the root of |P| is not the root of P."""
+    with pytest.raises(wl.NotPositiveSemidefiniteError, match="indefinite"):
+        wl.sqrtm(torch.diag(torch.tensor([1.0, -0.5])), solver=solver)
+
+
+@pytest.mark.parametrize("solver", ["auto", *wl.SOLVERS])
+def test_the_pair_equals_the_two_alone(solver):
+    P = with_spectrum([2.0, 1.0, 0.5], batch=(2,))
+    Q, S = wl.sqrtm_invsqrtm(P, eps=0.1, solver=solver)
+    assert relative_error(Q, wl.sqrtm(P, eps=0.1, solver=solver)) < 1e-13
+    assert relative_error(S, wl.invsqrtm(P, eps=0.1, solver=solver)) < 1e-13
+
+
+@pytest.mark.parametrize("name", ["sqrtm", "invsqrtm", "logm", "expm", "powm", "newton_schulz", "polar", "lyapunov"])
+def test_matrices_without_rows(name):
+    f = {
+        "powm": partial(wl.powm, exponent=0.5),
+        "newton_schulz": partial(wl.sqrtm, solver="newton_schulz"),
+        "lyapunov": lambda P: wl.lyapunov(P, P),
+    }.get(name) or getattr(wl, name)
+    for shape in ((0, 0), (2, 0, 0), (0, 3, 3)):
+        assert f(torch.zeros(shape)).shape == shape
+
+
+@pytest.mark.parametrize("d", [2, 3, 17])
+def test_roots_of_unity_are_exact(d):
+    """Projections are their own roots; scaled identities stay scaled identities."""
+    U = unitary(d, max(d // 2, 1))
+    projection = hermitian_part(U @ U.mH)
+    # A null eigenvalue is off by eps·d, and its square root by √(eps·d).
+    assert relative_error(wl.sqrtm(projection), projection) < 3 * (d * eps_of(torch.float64)) ** 0.5
+    eye = torch.eye(d, dtype=torch.float64)
+    assert torch.equal(wl.sqrtm(4 * eye), 2 * eye)
+    assert torch.equal(wl.invsqrtm(4 * eye), eye / 2)
+    assert relative_error(wl.expm(wl.logm(3 * eye)), 3 * eye) < 1e-15
+
+
+def test_functions_of_a_covariance_agree_with_each_other():
+    """Identities between functions that share no formula."""
+    P = wl.covariance(features_with([3.0, 1.0, 0.5, 0.1], 9))
+    Q, S = wl.sqrtm_invsqrtm(P)
+    eye = torch.eye(4, dtype=torch.float64)
+    assert relative_error(Q @ Q, P) < 1e-14
+    assert relative_error(S @ P @ S, eye) < 1e-13
+    assert relative_error(wl.expm(wl.logm(P) / 2), Q) < 1e-13
+    assert relative_error(wl.powm(P, 0.25) @ wl.powm(P, 0.25), Q) < 1e-13
+    assert relative_error(wl.powm(P, -1.0) @ P, eye) < 1e-13
+    assert relative_error(wl.powm(P, 0.0), eye) < 1e-14
+    assert relative_error(wl.expm(wl.logm(P)), torch.linalg.matrix_exp(wl.logm(P))) < 1e-13
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0, 3.0])
+def test_integer_powers_of_a_singular_matrix_have_every_derivative(exponent):
+    """P⁰, P, P² and P³ are polynomials: the matrix product differentiates as far as one likes."""
+    X = features_with([2.0, 1.0, 0.0, 0.0], 5)
+    products = {
+        0.0: lambda P: torch.eye(4, dtype=P.dtype) + 0 * P,
+        1.0: lambda P: P,
+        2.0: lambda P: P @ P,
+        3.0: lambda P: P @ P @ P,
+    }
+    W = hermitian_part(torch.randn(4, 4, dtype=torch.float64))
+
+    def curvature(f):
+        P = hermitian_part(X @ X.mH / 5).requires_grad_()
+        (g,) = torch.autograd.grad((f(P) * W).sum(), P, create_graph=True)
+        h = torch.autograd.grad((g * W).sum(), P, allow_unused=True)[0] if g.requires_grad else None
+        return g, torch.zeros_like(g) if h is None else h
+
+    for got, want in zip(curvature(lambda P: wl.powm(P, exponent)), curvature(products[exponent]), strict=True):
+        assert torch.isfinite(got).all()
+        assert (got - hermitian_part(want)).abs().max() < 1e-12 * (1 + want.abs().max())
+
+
+@pytest.mark.skipif(not hasattr(torch.linalg, "matrix_sqrth"), reason="torch.linalg.matrix_sqrth is new in torch 2.14")
+def test_sqrtm_equals_torch():
+    P = with_spectrum(geometric(5, 1e4))
+    assert relative_error(wl.sqrtm(P), torch.linalg.matrix_sqrth(P)) < 1e-13

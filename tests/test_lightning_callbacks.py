@@ -1,0 +1,494 @@
+"""The Lightning callbacks do in a fit what a hand-written loop does, and a resumed fit is an uninterrupted one."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from wellcond.lightning import ConditionMonitorCallback, TreatmentCallback
+from wellcond.monitor import ConditionMonitor
+from wellcond.nn import DecorrelatedBatchNorm2d
+from wellcond.orthogonality import treat
+
+LR = 0.05
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*The number of training batches"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors this small are slower on two threads, and far slower when tests share the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False), DecorrelatedBatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2)
+    )
+
+
+def batches(count: int = 6) -> TensorDataset:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(count * 4, 3, 6, 6, generator=generator)
+    return TensorDataset(x, torch.randint(0, 2, (count * 4,), generator=generator))
+
+
+def loader(count: int = 6) -> DataLoader:
+    return DataLoader(batches(count), batch_size=4)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-3)
+
+
+class Task(pl.LightningModule):
+    """A classifier whose network is a part; it has no forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = network()
+
+    def training_step(self, batch, index):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def test_step(self, batch, index):
+        self.log("loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return sgd(self)
+
+
+class ManualTask(Task):
+    """The same by hand, stepping every ``accumulate`` batches."""
+
+    def __init__(self, accumulate: int = 1) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.accumulate = accumulate
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        self.manual_backward(super().training_step(batch, index) / self.accumulate)
+        if (index + 1) % self.accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def fit(task: pl.LightningModule, *callbacks: pl.Callback, ckpt: Path | None = None, **options) -> pl.Trainer:
+    defaults = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = pl.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+    trainer.fit(task, loader(), ckpt_path=ckpt, weights_only=True)
+    return trainer
+
+
+def by_hand(
+    treatments: str, *, accumulate: int = 1, clip: float = 0.0, epochs: int = 2, autocast=None, manual=False
+) -> Task:
+    """What the documentation tells the owner of a training loop to write."""
+    task = Task()
+    optimizer = sgd(task)
+    handle = treat(task.net, optimizer, treatments)
+    for index, (x, y) in enumerate([batch for _ in range(epochs) for batch in loader()]):
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None, cache_enabled=False):
+            loss = nn.functional.cross_entropy(task.net(x), y)
+            if manual:  # Lightning runs the whole of training_step under autocast
+                (loss / accumulate).backward()
+        (handle.loss() / accumulate if manual else (loss + handle.loss()) / accumulate).backward()
+        if (index + 1) % accumulate == 0:
+            if clip:
+                nn.utils.clip_grad_norm_(task.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    return task
+
+
+def assert_same_weights(one: nn.Module | dict, other: nn.Module | dict) -> None:
+    """Equal up to the order in which the gradient of `ol` is added: a few eps32 a step, over 12 steps."""
+    mine, theirs = (x.state_dict() if isinstance(x, nn.Module) else x for x in (one, other))
+    assert list(mine) == list(theirs)
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# -- treatments ---------------------------------------------------------------------------------------------------
+
+TREATMENTS = ["nog", "olr", "ow", "sn", "ol", "nog+ow+olr", "sn+ol", "nog+ow+ol+olr"]
+
+
+@pytest.mark.parametrize("treatments", TREATMENTS)
+def test_automatic_optimisation_is_the_hand_written_loop(treatments: str) -> None:
+    task = Task()
+    fit(task, TreatmentCallback(treatments))
+    assert_same_weights(task, by_hand(treatments))
+    untreated = Task()
+    fit(untreated)
+    assert not torch.allclose(task.net[0].weight, untreated.net[0].weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("treatments", ["ol", "nog+ol", "ow+olr"])
+def test_accumulated_and_clipped_gradients_are_those_of_the_hand_written_loop(treatments: str) -> None:
+    task = Task()
+    fit(task, TreatmentCallback(treatments), accumulate_grad_batches=3, gradient_clip_val=0.5)
+    assert_same_weights(task, by_hand(treatments, accumulate=3, clip=0.5))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_manual_optimisation_is_the_hand_written_loop(accumulate: int) -> None:
+    task = ManualTask(accumulate)
+    fit(task, TreatmentCallback("nog+ow+ol+olr"))
+    assert_same_weights(task, by_hand("nog+ow+ol+olr", accumulate=accumulate))
+
+
+@pytest.mark.parametrize("kind", [Task, ManualTask])
+def test_bfloat16_autocast_does_not_reach_the_loss_term(kind: type[Task]) -> None:
+    task = kind()
+    fit(task, TreatmentCallback("ow+ol"), precision="bf16-mixed")
+    assert_same_weights(task, by_hand("ow+ol", autocast=torch.bfloat16, manual=kind is ManualTask))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaled_gradients_get_the_loss_term_in_their_own_scale(fused: bool) -> None:
+    """float16 gradients scaled by 1024; a fused optimizer unscales them only in its step."""
+
+    class Fused(Task):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=LR, momentum=0.9, weight_decay=1e-3, fused=fused)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    task = Fused()
+    fit(task, TreatmentCallback("ol"), plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    reference = by_hand("ol", autocast=torch.float16)
+    for name, value in task.state_dict().items():
+        # float16 activations: eps16 = 1e-3 of a gradient of order 1 in each of 12 steps of LR
+        torch.testing.assert_close(value, reference.state_dict()[name], rtol=1e-2, atol=12 * LR * 1e-3)
+    untreated = Task()
+    fit(untreated, precision="bf16-mixed")
+    gap = (untreated.net[0].weight - reference.net[0].weight).abs().max()
+    assert gap > 10 * 12 * LR * 1e-3  # the bound above would notice a term that is missing
+
+
+@pytest.mark.parametrize("treatments", ["nog+olr", "nog+ow+olr", "sn+ol"])
+def test_a_resumed_fit_ends_with_the_weights_of_an_uninterrupted_one(treatments: str, tmp_path: Path) -> None:
+    straight = Task()
+    fit(straight, TreatmentCallback(treatments), max_epochs=3)
+    trainer = fit(Task(), TreatmentCallback(treatments), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    resumed = Task()
+    nn.init.normal_(resumed.net[0].weight)  # nothing may depend on the weights that the resumed task began with
+    callback = TreatmentCallback(treatments)
+    fit(resumed, callback, max_epochs=3, ckpt=tmp_path / "one.ckpt")
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    for handle in callback.handles.values():
+        if handle.nog is not None:
+            assert sum(handle.nog.counts()["net.0"].values()) == 18  # all three epochs
+
+
+class LateTask(Task):
+    """Its network is built in the hook named ``where``, as Lightning allows."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.net = where, None
+
+    def _build(self, here: str) -> None:
+        if here == self.where and self.net is None:
+            torch.manual_seed(0)
+            self.net = network()
+
+    def setup(self, stage):
+        self._build("setup")
+
+    def configure_model(self):
+        self._build("configure_model")
+
+
+@pytest.mark.parametrize("where", ["setup", "configure_model"])
+def test_a_model_that_is_built_late_is_treated_and_resumed(where: str, tmp_path: Path) -> None:
+    trainer = fit(LateTask(where), TreatmentCallback("nog+ow+olr"), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    resumed = LateTask(where)
+    fit(resumed, TreatmentCallback("nog+ow+olr"), ckpt=tmp_path / "one.ckpt")
+    assert_same_weights(resumed, by_hand("nog+ow+olr"))
+
+
+def test_a_treated_checkpoint_is_tested_in_a_new_process_with_the_callback(tmp_path: Path) -> None:
+    trainer = fit(Task(), TreatmentCallback("ow+nog"))
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    (expected,) = trainer.test(trainer.lightning_module, loader(), verbose=False)
+    fresh = pl.Trainer(
+        callbacks=[TreatmentCallback("ow+nog")], accelerator="cpu", logger=False, enable_progress_bar=False
+    )
+    (measured,) = fresh.test(Task(), loader(), ckpt_path=tmp_path / "two.ckpt", verbose=False, weights_only=True)
+    assert measured == expected
+
+
+def test_testing_an_untreated_model_leaves_it_untreated() -> None:
+    task = Task()
+    before = copy.deepcopy(task.state_dict())
+    callback = TreatmentCallback("ow+sn")
+    pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_progress_bar=False).test(
+        task, loader(), verbose=False
+    )
+    assert list(task.state_dict()) == list(before)
+    assert not task._load_state_dict_pre_hooks
+
+
+def test_two_optimizers_each_treat_what_they_hold() -> None:
+    class Two(ManualTask):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = copy.deepcopy(self.net)
+
+        def forward(self, x):
+            return self.net(x), self.other(x)
+
+        def configure_optimizers(self):
+            return sgd(self.net), sgd(self.other)
+
+        def training_step(self, batch, index):
+            for optimizer, output in zip(self.optimizers(), self(batch[0]), strict=True):
+                self.toggle_optimizer(optimizer)
+                self.manual_backward(nn.functional.cross_entropy(output, batch[1]))
+                optimizer.step()
+                optimizer.zero_grad()
+                self.untoggle_optimizer(optimizer)
+
+    task = Two()
+    callback = TreatmentCallback("nog+ow+ol+olr")
+    fit(task, callback)
+    assert [list(handle.layers) for handle in callback.handles.values()] == [["net.0"], ["other.0"]]
+    reference = by_hand("nog+ow+ol+olr")
+    assert_same_weights(task.net, reference.net)
+    assert_same_weights(task.other, reference.net)
+
+
+def test_weight_averaging_after_it_follows_the_treated_weights() -> None:
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    task = Task()
+    fit(task, TreatmentCallback("ow"), EMAWeightAveraging(decay=0.5))  # gives the task the average in the end
+    weight = task.net[0].weight.flatten(1)  # 6 × 27
+    # Orthogonal because the stored weights were averaged, not the orthogonal ones; 6·eps32 per product, amply.
+    torch.testing.assert_close(weight @ weight.mT, torch.eye(6), rtol=0, atol=1e-5)
+
+
+def test_a_second_fit_of_the_same_task_is_treated_once(tmp_path: Path) -> None:
+    task, callback = Task(), TreatmentCallback("nog+ow+ol")
+    fit(task, callback, max_epochs=1)
+    fit(task, callback, max_epochs=1)
+    assert len(callback.handles) == 1
+    assert "net.0: ow" in callback.summary()
+    (handle,) = callback.handles.values()
+    assert handle.nog is not None
+    assert sum(handle.nog.counts()["net.0"].values()) == 6
+
+
+@pytest.mark.parametrize(("first", "second"), [("nog", "olr"), ("ow", "nog"), ("nog", "nog+ow")])
+def test_resuming_with_other_treatments_is_refused(first: str, second: str, tmp_path: Path) -> None:
+    fit(Task(), TreatmentCallback(first), max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(ValueError, match="treat"):
+        fit(Task(), TreatmentCallback(second), ckpt=tmp_path / "one.ckpt")
+
+
+def test_wrong_treatments_and_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="did you mean 'nog'"):
+        TreatmentCallback("nogg")
+    with pytest.raises(ValueError, match="options for 'ol'"):
+        TreatmentCallback("nog", options={"ol": {}})
+    with pytest.raises(ValueError, match=r"no layer 'net\.7'"):
+        fit(Task(), TreatmentCallback("nog", layers=["net.7"]))
+
+    class Plain(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[1] = nn.BatchNorm2d(6)
+
+    with pytest.raises(ValueError, match="layers="):
+        fit(Plain(), TreatmentCallback("nog"))
+    fit(Plain(), TreatmentCallback("nog", layers="net.0"), max_epochs=1)
+
+    class Frozen(Task):
+        def configure_optimizers(self):
+            return sgd(self.net[4])
+
+    with pytest.raises(ValueError, match=r"net\.0"):
+        fit(Frozen(), TreatmentCallback("nog"))
+
+
+# -- the monitor --------------------------------------------------------------------------------------------------
+
+
+def kappas(records) -> list[tuple[int, str, float]]:
+    return [(record.step, record.layer, record.kappa) for record in records]
+
+
+@pytest.mark.parametrize("kind", [Task, ManualTask])
+def test_the_monitor_records_what_a_hand_written_loop_records(kind: type[Task]) -> None:
+    callback = ConditionMonitorCallback(every=5)
+    fit(kind(), callback)
+    task = Task()
+    optimizer = sgd(task)
+    with ConditionMonitor(task, every=5) as monitor:
+        for _ in range(2):
+            for x, y in loader():
+                monitor.step += 1 if monitor.records else 0
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(task.net(x), y).backward()
+                optimizer.step()
+    assert kappas(callback.records) == kappas(monitor.records)
+    assert [record.step for record in callback.records] == [0, 5, 10]
+
+
+@pytest.mark.parametrize("kind", [Task, lambda: ManualTask(2)])
+def test_under_accumulation_steps_are_the_optimizers(kind) -> None:
+    callback = ConditionMonitorCallback(every=2)
+    task = kind()
+    fit(task, callback, **({"accumulate_grad_batches": 2} if task.automatic_optimization else {}))
+    assert [record.step for record in callback.records] == [0, 2, 4]
+
+
+class MemoryLogger(pl.loggers.logger.DummyLogger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[int, dict]] = []
+
+    def log_metrics(self, metrics, step=None):
+        self.lines.append((step, dict(metrics)))
+
+
+def test_records_go_to_the_loggers_at_their_steps_and_kappa_to_the_callbacks() -> None:
+    logger, callback = MemoryLogger(), ConditionMonitorCallback(every=4)
+    trainer = fit(Task(), callback, logger=logger, log_every_n_steps=1000)
+    sent = [(step, line["condition/net.1/kappa"]) for step, line in logger.lines if "condition/net.1/kappa" in line]
+    assert sent == [(record.step, record.kappa) for record in callback.records]
+    assert trainer.callback_metrics["kappa"].item() == pytest.approx(callback.records[-1].kappa, rel=1e-6)
+    silent = MemoryLogger()
+    fit(Task(), ConditionMonitorCallback(log=False), logger=silent, log_every_n_steps=1000)
+    assert not any("condition" in key for _, line in silent.lines for key in line)
+
+
+def test_the_csv_logger_of_lightning_keeps_every_record(tmp_path: Path) -> None:
+    callback = ConditionMonitorCallback(every=4)
+    fit(Task(), callback, logger=pl.loggers.CSVLogger(tmp_path), log_every_n_steps=1)
+    with next(tmp_path.rglob("metrics.csv")).open(newline="") as file:
+        rows = [
+            (int(r["step"]), float(r["condition/net.1/kappa"]))
+            for r in csv.DictReader(file)
+            if r["condition/net.1/kappa"]
+        ]
+    assert rows == [(record.step, record.kappa) for record in callback.records]
+
+
+@pytest.mark.parametrize("bar", [pl.callbacks.TQDMProgressBar, pl.callbacks.RichProgressBar])
+def test_the_progress_bar_shows_a_sparkline(bar, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = bar(refresh_rate=1)
+    shown: list[dict] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            shown.append(progress.get_metrics(trainer, module))
+
+    callback = ConditionMonitorCallback(every=1)
+    fit(Task(), callback, Look(), progress, enable_progress_bar=True)
+    number, line = shown[-1]["κ"].split(" ")
+    assert float(number) == pytest.approx(callback.records[-1].kappa, rel=0.1)
+    assert len(line) == 12
+    assert "get_metrics" not in progress.__dict__  # as it was
+
+
+def test_a_resumed_fit_ends_with_the_records_and_file_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    straight = ConditionMonitorCallback(every=4, writers=[tmp_path / "straight.csv"])
+    fit(Task(), straight, max_epochs=3)
+    first = ConditionMonitorCallback(every=4, writers=[tmp_path / "resumed.csv"])
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if trainer.global_step == 6:
+                trainer.save_checkpoint(tmp_path / "one.ckpt")
+
+    fit(Task(), first, Save(), max_epochs=2)  # "killed" after 12 steps, the checkpoint is of 6
+    second = ConditionMonitorCallback(every=4, writers=[tmp_path / "resumed.csv"])
+    fit(Task(), second, max_epochs=3, ckpt=tmp_path / "one.ckpt")
+    assert kappas(second.records) == kappas(straight.records)
+    assert (tmp_path / "resumed.csv").read_text() == (tmp_path / "straight.csv").read_text()
+
+
+def test_hooks_are_gone_after_a_fit_and_after_an_error() -> None:
+    class Failing(Task):
+        def training_step(self, batch, index):
+            if index == 3:
+                raise RuntimeError("the user's own error")
+            return super().training_step(batch, index)
+
+    task = Task()
+    fit(task, ConditionMonitorCallback())
+    assert not task.net[1]._observers
+    failing, callback = Failing(), ConditionMonitorCallback(every=1)
+    with pytest.raises(RuntimeError, match="own error"):
+        fit(failing, callback)
+    assert not failing.net[1]._observers
+    assert len(callback.records) == 3
+
+
+def test_the_monitor_sees_the_effect_of_the_treatment_and_alarms_reach_the_user() -> None:
+    heard: list[str] = []
+    monitor = ConditionMonitorCallback(every=1, kappa_above=1.0, on_alarm=lambda record, reason: heard.append(reason))
+    fit(Task(), TreatmentCallback("ow"), monitor)
+    assert len(heard) == len(monitor.records) == 12
+    assert all(math.isfinite(record.kappa) for record in monitor.records)
+    assert monitor.monitor is not None
+    assert monitor.monitor.summary()["net.1"]["numerical_rank"] == 6
+
+
+class SaveAtEnd(pl.Callback):
+    """From inside the processes: a spawned fit gives nothing back to the one that started it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer, module):
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.slow
+def test_two_processes_that_see_the_same_data_are_one_process(tmp_path: Path) -> None:
+    """The average over two equal gradients is each of them, so everything must agree, the `ol` term too."""
+    one = Task()
+    fit(one, TreatmentCallback("nog+ow+ol+olr"), max_epochs=1)
+    fit(
+        Task(),
+        TreatmentCallback("nog+ow+ol+olr"),
+        ConditionMonitorCallback(every=2, writers=[tmp_path / "c.csv"]),
+        SaveAtEnd(tmp_path / "c.ckpt"),
+        max_epochs=1,
+        strategy="ddp_spawn",
+        devices=2,
+        use_distributed_sampler=False,
+    )
+    saved = torch.load(tmp_path / "c.ckpt", weights_only=True)["state_dict"]
+    assert_same_weights(saved, one.state_dict())
+    assert len((tmp_path / "c.csv").read_text().splitlines()) == 1 + 3  # written by one of the two

@@ -1,0 +1,132 @@
+"""The polar factor: the nearest orthonormal matrix, at every scale and shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import wellcond.linalg as wl
+from helpers import eps_of, relative_error, unitary
+
+
+def with_singular_values(m: int, n: int, sigma: list[float], dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    r = min(m, n)
+    return (unitary(m, r, dtype) * torch.tensor(sigma, dtype=dtype)) @ unitary(n, r, dtype).mH
+
+
+@settings(max_examples=60, deadline=None)
+@given(m=st.integers(1, 6), n=st.integers(1, 6), seed=st.integers(0, 2**20), complex_=st.booleans())
+def test_no_other_orthonormal_matrix_is_nearer(m, n, seed, complex_):
+    """Against random orthonormal matrices, and against small rotations of the answer."""
+    torch.manual_seed(seed)
+    dtype = torch.complex128 if complex_ else torch.float64
+    G = torch.randn(m, n, dtype=dtype)
+    W = wl.polar(G)
+    tall = m >= n
+    eye = torch.eye(min(m, n), dtype=dtype)
+    assert ((W.mH @ W if tall else W @ W.mH) - eye).abs().max() < 1e-12
+    distance = (G - W).norm()
+    for other in (unitary(m, n, dtype) if tall else unitary(n, m, dtype).mH, -W):
+        assert distance <= (G - other).norm() + 1e-12
+    for size in (1.0, 1e-2, 1e-4):
+        left, right = torch.randn(m, m, dtype=dtype), torch.randn(n, n, dtype=dtype)
+        turns = [torch.linalg.matrix_exp(size * (A - A.mH)) for A in (left, right)]
+        rotated = turns[0] @ W @ turns[1]
+        assert distance <= (G - rotated).norm() + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30])
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
+def test_the_scale_does_not_matter(shape, scale, dtype):
+    """needs.md 7; a power of two would be trivial, ten is not one."""
+    G = with_singular_values(*shape, [3.0, 2.0, 1.0, 0.5][: min(shape)], dtype)
+    # κ = 6: scaling rounds each entry once more.
+    assert relative_error(wl.polar(G * scale), wl.polar(G)) < 6 * 20 * eps_of(dtype)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+@pytest.mark.parametrize("shape", [(5, 3), (4, 4)])
+def test_the_gradient_scales_with_the_inverse(shape, scale):
+    G = with_singular_values(*shape, [3.0, 2.0, 1.0, 0.5][: min(shape)])
+    W = torch.randn(shape, dtype=torch.float64)
+    small = G.float().requires_grad_()
+    (expected,) = torch.autograd.grad(wl.polar(small), small, W.float())
+    scaled = (G * scale).float().requires_grad_()
+    (got,) = torch.autograd.grad(wl.polar(scaled), scaled, W.float())
+    assert relative_error(got.double() * scale, expected) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(4, 3), (3, 4), (3, 3), (1, 1), (5, 1), (2, 3, 4), (0, 3), (3, 0), (0, 0), (0, 3, 2), (2, 0, 3)]
+)
+def test_zero_stays_zero_and_has_a_zero_gradient(shape, dtype):
+    G = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    W = wl.polar(G)
+    assert W.shape == G.shape and W.dtype == dtype
+    assert torch.equal(W, torch.zeros_like(W))
+    (g,) = torch.autograd.grad(W.real.sum(), G)
+    assert torch.equal(g, torch.zeros_like(g))
+
+
+def test_a_batch_with_one_zero_matrix_leaves_the_others_alone():
+    G = torch.randn(3, 4, 2)
+    G[1] = 0
+    W = wl.polar(G)
+    for i in (0, 2):
+        assert relative_error(W[i], wl.polar(G[i])) < 1e-6
+    assert torch.equal(W[1], torch.zeros(4, 2))
+
+
+def test_matrices_of_very_different_scale_in_one_batch():
+    G = torch.randn(4, 3, dtype=torch.float64)
+    batch = torch.stack([G * 1e-20, G, G * 1e20]).float()
+    for W in wl.polar(batch):
+        assert relative_error(W, wl.polar(G)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize(("m", "n"), [(5, 3), (3, 5), (4, 4)])
+def test_rank_deficient_input_gives_the_partial_isometry(m, n, dtype):
+    """U Vᴴ over the range: W Wᴴ is the projection on the column space of G and nothing more."""
+    left, right = unitary(m, 2, dtype), unitary(n, 2, dtype)
+    G = (left * torch.tensor([2.0, 0.5], dtype=dtype)) @ right.mH
+    assert relative_error(wl.polar(G), left @ right.mH) < 1e-13
+
+
+def test_an_orthonormal_matrix_is_its_own_factor():
+    Q = unitary(6, 4)
+    assert relative_error(wl.polar(Q), Q) < 1e-14
+    assert relative_error(wl.polar(-3 * Q), -Q) < 1e-14
+
+
+def test_it_equals_whitening_by_the_inverse_root_of_the_gram_matrix():
+    G = torch.randn(6, 4, dtype=torch.float64)
+    assert relative_error(wl.polar(G), G @ wl.invsqrtm(G.mH @ G)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kappa", [1e2, 1e4, 1e5])
+def test_orthonormality_does_not_depend_on_the_condition_number(kappa, dtype):
+    """It comes from singular vectors and not from a product with an inverse."""
+    G = with_singular_values(8, 5, [kappa ** (-i / 4) for i in range(5)], dtype)
+    W = wl.polar(G)
+    assert (W.mH @ W - torch.eye(5, dtype=dtype)).abs().max() < 20 * eps_of(dtype)
+    assert relative_error(W, wl.polar(G.double())) < 10 * kappa * eps_of(dtype)
+
+
+def test_convolution_weights_batch_like_a_loop():
+    G = torch.randn(2, 3, 8, 5, dtype=torch.float64)
+    W = wl.polar(G)
+    for i in range(2):
+        for j in range(3):
+            assert relative_error(W[i, j], wl.polar(G[i, j])) < 1e-14
+
+
+@pytest.mark.skipif(not hasattr(torch.linalg, "polar"), reason="torch.linalg.polar is new in torch 2.14")
+def test_it_equals_torch():
+    G = torch.randn(6, 4, dtype=torch.float64)
+    assert relative_error(wl.polar(G), torch.linalg.polar(G)[0]) < 1e-13

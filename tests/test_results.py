@@ -1,0 +1,226 @@
+"""What a run and a comparison leave on the disk: whole files, right statistics, a readable figure."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from small_runs import full_disk_after
+from wellcond.experiments.figures import COLOURS, condition_figure, curve, save_figure
+from wellcond.experiments.files import keep_rows_before, read_csv, write_atomically, write_csv, write_json
+from wellcond.experiments.recipes import DECAY_AFTER, ConfigError, RunConfig, grid, recipe
+from wellcond.experiments.results import (
+    CONDITION,
+    LayerCondition,
+    RunResult,
+    layer_conditions,
+    load_result,
+    summarise,
+)
+
+CONDITION_COLUMNS = ("step", "layer", "kappa", "kappa_eps", "numerical_rank", "effective_rank", "dim")
+
+
+def write_conditions(folder, rng, layers=("norm1",), steps=11, scale=1.0):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        dict(
+            zip(
+                CONDITION_COLUMNS,
+                (step, layer, scale * 10 ** rng.uniform(2, 6), 10 ** rng.uniform(2, 5), 15, rng.uniform(1, 9), 16),
+                strict=True,
+            )
+        )
+        for step in range(0, 5 * steps, 5)
+        for layer in layers
+    ]
+    write_csv(folder / CONDITION, CONDITION_COLUMNS, rows)
+    return rows
+
+
+def result(folder, *, treat="none", seed=0, error=0.1, kappa=1e3, seconds=0.01):
+    config = recipe(data="digits", treat=treat, seed=seed)
+    condition = LayerCondition("norm1", kappa, kappa / 2, 16, 16, 3.5, 1, 20)
+    return RunResult(
+        config=config,
+        folder=str(folder),
+        test_error=error,
+        test_accuracy=1 - error,
+        test_loss=0.3,
+        best_val_accuracy=0.95,
+        best_epoch=1,
+        steps=40,
+        seconds=4.0,
+        seconds_per_step=seconds,
+        conditions=(condition,),
+        environment={"torch": "x"},
+    )
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_remains(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    full_disk_after(1000, monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"n" * 5000, previous=tmp_path / "previous")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_write_keeps_what_was_there_as_previous(tmp_path):
+    path, previous = tmp_path / "file", tmp_path / "previous"
+    for content in (b"one", b"two", b"three"):
+        write_atomically(path, content, previous=previous)
+    assert (path.read_bytes(), previous.read_bytes()) == (b"three", b"two")
+
+
+def test_json_is_strict_and_keeps_infinity_readable(tmp_path):
+    write_json(tmp_path / "x.json", {"a": math.inf, "b": [math.nan, 1.5], "c": {"d": (-math.inf,)}})
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    held = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
+    assert held == {"a": "inf", "b": ["nan", 1.5], "c": {"d": ["-inf"]}}
+
+
+def test_rows_after_a_checkpoint_and_torn_lines_are_dropped(tmp_path):
+    path = tmp_path / "t.csv"
+    write_csv(path, ("step", "value"), [{"step": s, "value": 0.1 * s} for s in range(5)])
+    with path.open("a") as stream:
+        stream.write("1")  # the power went off here
+    keep_rows_before(path, "step", 3)
+    assert [row["step"] for row in read_csv(path)] == ["0", "1", "2"]
+    assert [float(row["value"]) for row in read_csv(path)] == [0.1 * s for s in range(3)]  # every digit kept
+
+
+def test_medians_of_a_run_agree_with_numpy(tmp_path):
+    rows = write_conditions(tmp_path, np.random.default_rng(0), layers=("a", "b"), steps=10)
+    conditions = layer_conditions(tmp_path / CONDITION, {"b": 3})
+    assert [c.layer for c in conditions] == ["a", "b"]
+    for condition in conditions:
+        mine = [row for row in rows if row["layer"] == condition.layer]
+        for name in ("kappa", "kappa_eps", "effective_rank"):
+            assert getattr(condition, name) == np.median([row[name] for row in mine])
+        assert condition.records == 10
+    assert [c.failures for c in conditions] == [0, 3]
+
+
+def test_a_result_survives_the_disk(tmp_path):
+    kept = replace(result(tmp_path, kappa=math.inf), test_loss=math.nan)
+    kept.save()
+    back = load_result(tmp_path)
+    assert back is not None
+    assert math.isnan(back.test_loss)
+    assert replace(back, test_loss=0) == replace(kept, test_loss=0)
+    assert load_result(tmp_path / "elsewhere") is None
+
+
+def test_the_spread_is_the_sample_standard_deviation(tmp_path):
+    errors = [0.02, 0.03, 0.07]
+    runs = [result(tmp_path, seed=s, error=e, kappa=10**s) for s, e in enumerate(errors)]
+    row, other = summarise([*runs, result(tmp_path, treat="nog")])
+    # two summation orders of three numbers below 0.1 differ by a few eps64
+    assert row.test_error_mean == pytest.approx(np.mean(errors), rel=1e-14)
+    assert row.test_error_std == pytest.approx(np.std(errors, ddof=1), rel=1e-14)
+    assert (row.test_error_min, row.kappa, row.failures, row.seeds) == (0.02, 10, 3, 3)
+    assert other.label == "zca+nog"
+    assert math.isnan(other.test_error_std)
+
+
+def test_the_default_grid_is_that_of_the_papers_tables():
+    configs = grid(["batch", "zca"], ["avg"], ["none", "nog", "olr", "ow", "nog+ow+olr"], range(2))
+    labels = ["batch", "zca", "zca+nog", "zca+olr", "zca+ow", "zca+nog+ow+olr"]
+    assert [(c.label, c.seed) for c in configs] == [(label, seed) for label in labels for seed in (0, 1)]
+    assert len(grid(["batch"], ["gcp"], ["none", "nog"], [0])) == 2  # a spectral head can be treated
+
+
+def test_treatments_are_named_as_in_the_tables_however_they_are_typed():
+    assert recipe(treat="NOG + ow").label == "zca+nog+ow"
+
+
+def test_the_paper_s_recipe_is_the_default_away_from_the_digits():
+    config = recipe(data="cifar100")
+    assert (config.epochs, config.lr, config.batch_size) == (350, 0.1, 128)
+    assert (config.momentum, config.weight_decay) == (0.9, 5e-4)
+    assert [round(350 * fraction) for fraction in DECAY_AFTER] == [150, 250]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "zcaa"}, "did you mean 'zca'"),
+        ({"head": "gpc"}, "did you mean 'gcp'"),
+        ({"precision": "bf16"}, "did you mean 'bf16-mixed'"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"lr": math.nan}, "lr must be positive and finite, got nan"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"norm": "batch", "treat": "nog"}, "acts before a spectral layer"),
+    ],
+)
+def test_a_configuration_that_cannot_be_run_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe(**options)
+
+
+def test_a_configuration_of_another_version_is_refused():
+    values = recipe(data="digits").to_dict()
+    assert RunConfig.from_dict(values) == recipe(data="digits")
+    with pytest.raises(ConfigError, match="colour"):
+        RunConfig.from_dict({**values, "colour": "red"})
+
+
+def test_the_curve_is_the_median_over_seeds_with_its_range(tmp_path):
+    rng = np.random.default_rng(1)
+    runs = [tmp_path / str(seed) for seed in range(3)]
+    table = np.array([[row["kappa"] for row in write_conditions(run, rng)] for run in runs])
+    steps, middle, low, high = curve(runs, "norm1", "kappa")
+    assert steps == list(range(0, 55, 5))
+    np.testing.assert_array_equal(middle, np.median(table, 0))
+    np.testing.assert_array_equal(low, table.min(0))
+    np.testing.assert_array_equal(high, table.max(0))
+
+
+def test_the_figure_is_readable(tmp_path):
+    """Legend, titles and axes lie apart; every line is labelled, has its own look, and is on a log scale."""
+    rng = np.random.default_rng(2)
+    labels = ["batch", "zca", "zca+nog", "zca+olr", "zca+ow", "zca+nog+ow+olr"]
+    runs = {label: [tmp_path / f"{label}-{seed}" for seed in range(2)] for label in labels}
+    for folders in runs.values():
+        for folder in folders:
+            write_conditions(folder, rng)
+    figure = condition_figure(runs, dict.fromkeys(labels, "norm1"), "resnet8 on digits")
+    png, svg = save_figure(figure, tmp_path / "condition")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert all(f">{label}<" in svg.read_text() for label in labels)
+    figure.canvas.draw()
+    left, right = figure.axes
+    boxes = [axis.get_tightbbox() for axis in (left, right)] + [figure.legends[0].get_window_extent()]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not boxes[one].overlaps(boxes[other])
+    assert max(box.x1 for box in boxes) <= figure.bbox.width  # nothing is cut off
+    assert left.get_yscale() == right.get_yscale() == "log"
+    looks = {(line.get_color(), line.get_linestyle()) for line in left.lines}
+    assert len(looks) == len(left.lines) == len(labels)
+    assert [line.get_color() for line in left.lines] == list(COLOURS[: len(labels)])
+
+
+def test_infinite_condition_numbers_are_said_and_not_drawn(tmp_path):
+    write_conditions(tmp_path / "a", np.random.default_rng(3), scale=math.inf)
+    write_conditions(tmp_path / "b", np.random.default_rng(3))
+    figure = condition_figure({"a": [tmp_path / "a"], "b": [tmp_path / "b"]}, {"a": "norm1", "b": "norm1"}, "title")
+    save_figure(figure, tmp_path / "f")
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["a (κ(P) infinite at 11 of 11)", "b"]
+
+
+def test_csv_floats_keep_every_digit(tmp_path):
+    values = np.random.default_rng(4).standard_normal(50).tolist()
+    write_csv(tmp_path / "v.csv", ("v",), [{"v": value} for value in values])
+    with (tmp_path / "v.csv").open() as stream:
+        assert [float(row["v"]) for row in csv.DictReader(stream)] == values

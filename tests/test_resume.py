@@ -1,0 +1,238 @@
+"""A run that was stopped, by whatever means, goes on exactly: equal bit for bit to one that was not.
+
+On one CPU with one number of threads every operation is deterministic, so the tolerance is zero.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from small_runs import checkpoint, differences, differences_of_runs, full_disk_after, small
+from wellcond.experiments.checkpoints import CheckpointError
+from wellcond.experiments.errors import FolderError
+from wellcond.experiments.files import read_csv
+from wellcond.experiments.runs import run
+from wellcond.experiments.training import Classifier
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One uninterrupted run of the default configuration of these tests, and its folder."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return run(small(treat="nog+ow+olr", augment=True), folder), folder
+
+
+def stop_at(step, stop, monkeypatch):
+    """Call `stop` in the middle of training step `step`."""
+    real = Classifier.training_step
+
+    def training_step(self, batch, batch_index):
+        if self.global_step == step:
+            stop()
+        return real(self, batch, batch_index)
+
+    monkeypatch.setattr(Classifier, "training_step", training_step)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 11])
+def test_an_interrupted_run_equals_an_uninterrupted_one(whole, step, tmp_path, monkeypatch):
+    """In the first epoch (nothing saved yet), at the start and in the middle of one, at the very last step."""
+    result, folder = whole
+    with monkeypatch.context() as patch:
+        stop_at(step, interrupt, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(result.config, tmp_path / "run")
+    assert not (tmp_path / "run" / "result.json").exists()
+    again = run(result.config, tmp_path / "run", resume=True)
+    assert differences_of_runs(folder, tmp_path / "run") == []
+    assert (again.test_error, again.test_loss) == (result.test_error, result.test_loss)
+    assert again.conditions == result.conditions
+    assert again.steps == result.steps == 12
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": "batch"},
+        {"norm": "iter", "treat": "sn+ol"},
+        {"head": "gcp", "treat": "nog", "batch_size": 64},
+        {"precision": "bf16-mixed"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_every_kind_of_run_resumes_exactly(options, tmp_path, monkeypatch):
+    config = small(epochs=2, **options)
+    steps = run(config, tmp_path / "whole").steps
+    with monkeypatch.context() as patch:
+        stop_at(steps - 1, interrupt, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path / "part")
+    run(config, tmp_path / "part", resume=True)
+    assert differences_of_runs(tmp_path / "whole", tmp_path / "part") == []
+
+
+def test_seeds_differ_and_equal_seeds_agree(whole, tmp_path):
+    result, folder = whole
+    run(result.config, tmp_path / "same")
+    assert differences_of_runs(folder, tmp_path / "same") == []
+    run(small(treat="nog+ow+olr", augment=True, seed=1), tmp_path / "other")
+    assert "last.ckpt/state_dict/model.conv1.parametrizations.weight.original" in differences_of_runs(
+        folder, tmp_path / "other"
+    )
+
+
+def test_ctrl_c_in_mid_epoch_leaves_a_resumable_run(whole, tmp_path):
+    """A real SIGINT to a real process, in the second epoch; the command says how to go on, and that is true."""
+    result, folder = whole
+    out = tmp_path / "run"
+    slowed = (
+        "import time, torch, sys; torch.set_num_threads(1)\n"
+        "from wellcond.experiments.training import Classifier as C\n"
+        "real = C.training_step\n"
+        "C.training_step = lambda self, *a: (time.sleep(0.3 if self.current_epoch else 0), real(self, *a))[1]\n"
+        "from wellcond.cli import main; main()"
+    )
+    options = ["--limit", "130", "--width", "8", "--batch-size", "32", "--epochs", "3", "--monitor-every", "2"]
+    options += ["--lr", "0.05", "--augment", "--treat", "nog+ow+olr", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", slowed, "train", *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not any(int(row["step"]) >= 6 for row in read_csv(out / "condition.csv")):  # epoch 1 has steps 4 to 7
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"go on with: wellcond train --out {out} --resume" in said
+    assert "Traceback" not in said
+    assert checkpoint(out)["epoch"] == 0
+    run(result.config, out, resume=True)
+    assert differences_of_runs(folder, out) == []
+
+
+def test_a_full_disk_while_saving_keeps_the_last_good_checkpoint(whole, tmp_path, monkeypatch):
+    result, folder = whole
+    out = tmp_path / "run"
+    size = (folder / "checkpoints" / "last.ckpt").stat().st_size
+    with monkeypatch.context() as patch:
+        stop_at(8, lambda: full_disk_after(size // 2, patch), patch)  # in the last of three epochs
+        with pytest.raises(CheckpointError, match=r"No space left on device.*earlier checkpoints remain.*last.ckpt"):
+            run(result.config, out)
+    assert checkpoint(out)["epoch"] == 1
+    assert not list(out.rglob(".*.part"))
+    run(result.config, out, resume=True)
+    assert differences_of_runs(folder, out) == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
+def test_a_damaged_last_checkpoint_is_said_and_the_one_before_used(whole, damage, tmp_path, monkeypatch, caplog):
+    result, folder = whole
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(9, interrupt, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(result.config, out)
+    last = out / "checkpoints" / "last.ckpt"
+    content = last.read_bytes()
+    last.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "garbage": b"\x80\x04K\x01."}[damage])
+    with caplog.at_level(logging.WARNING, logger="wellcond"):
+        run(result.config, out, resume=True)
+    assert "last.ckpt' cannot be read" in caplog.text
+    assert "going on from" in caplog.text
+    assert differences_of_runs(folder, out) == []
+
+
+def test_without_a_readable_checkpoint_nothing_is_touched(whole, tmp_path, monkeypatch):
+    result, _ = whole
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(6, interrupt, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(result.config, out)
+    for path in (out / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="nothing to resume from; start afresh with --overwrite"):
+        run(result.config, out, resume=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(whole, tmp_path, monkeypatch):
+    """A pickle that calls a function on loading is not loaded: `weights_only`."""
+    result, _ = whole
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(5, interrupt, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(result.config, out)
+    fired = tmp_path / "fired"
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(fired),)
+
+    for path in (out / "checkpoints").glob("*.ckpt"):
+        torch.save({**torch.load(path, weights_only=True), "bomb": Bomb()}, path)
+    with pytest.raises(CheckpointError):
+        run(result.config, out, resume=True)
+    assert not fired.exists()
+
+
+def test_a_finished_run_is_returned_and_not_trained_again(whole, monkeypatch):
+    result, folder = whole
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    stop_at(0, lambda: pytest.fail("trained again"), monkeypatch)
+    assert run(result.config, folder, resume=True) == result
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_run_stopped_before_its_test_is_tested_only(whole, tmp_path, monkeypatch):
+    """All epochs done, but no result: the resumed run evaluates the last weights and trains nothing."""
+    result, folder = whole
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("wellcond.experiments.runs.evaluate", lambda *_: interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(result.config, out)
+    stop_at(12, lambda: pytest.fail("trained beyond the end"), monkeypatch)
+    again = run(result.config, out, resume=True)
+    assert (again.test_error, again.steps) == (result.test_error, result.steps)
+    assert differences_of_runs(folder, out) == []
+
+
+def test_resuming_with_another_configuration_is_refused(whole):
+    _, folder = whole
+    with pytest.raises(FolderError, match=r"lr is 0.05 there, 0.1 was asked; seed is 0 there, 1 was asked"):
+        run(small(treat="nog+ow+olr", augment=True, lr=0.1, seed=1), folder, resume=True)
+
+
+def test_differences_sees_a_single_bit():
+    """The comparison that all of the above rests on can fail."""
+    one = {"a": [torch.tensor([1.0, 0.0]), 3], "b": float("nan")}
+    other = {"a": [torch.tensor([1.0, -0.0]), 3], "b": float("nan")}
+    assert differences(one, one) == []
+    assert differences(one, other) == ["/a/0"]
+    assert differences(one, {**one, "c": 1}) == ["/c"]

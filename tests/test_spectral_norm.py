@@ -1,0 +1,93 @@
+"""SN: the largest singular value of the flattened weight is exactly 1, eq. (11)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from treatment_models import LAYERS, matrices, polar_reference
+from wellcond.orthogonality import orthogonal_weight, spectral_norm
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def largest(layer: nn.Module) -> float:
+    return max(np.linalg.norm(W, 2) for W, _ in matrices(layer, layer.weight))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_layer_is_its_weight_over_the_largest_singular_value(kind):
+    """The groups of a convolution are blocks of one block-diagonal matrix and share its norm."""
+    layer = LAYERS[kind]()
+    before, parameter = layer.weight.detach().clone(), layer.weight
+    sigma = largest(layer)
+    assert spectral_norm(layer) is layer
+    assert layer.parametrizations.weight.original is parameter
+    assert torch.equal(parameter, before)
+    # The square of σ_max is an eigenvalue of the Gram matrix, known to eps·(its size) relative to itself.
+    assert largest(layer) == pytest.approx(1, rel=20 * EPS)
+    assert torch.allclose(layer.weight.double() * sigma, before.double(), rtol=20 * EPS, atol=0)
+    with torch.no_grad():
+        parameter.add_(torch.randn_like(parameter))
+    assert largest(layer) == pytest.approx(1, rel=20 * EPS)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+def test_gradients_are_exact(shape):
+    layer = spectral_norm(nn.Linear(shape[1], shape[0], bias=False).double())
+
+    def value(weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer.parametrizations.weight, {"original": weight}, ())
+
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(value, weight)
+    reference = weight / torch.linalg.matrix_norm(weight, 2)
+    assert torch.allclose(value(weight), reference, rtol=1e-12)
+
+
+def test_training_and_evaluation_agree_and_scale_does_not_matter():
+    layer = spectral_norm(nn.Conv2d(3, 8, 3))
+    x = torch.randn(2, 3, 5, 5)
+    trained = layer.train()(x)
+    with torch.no_grad():
+        assert torch.equal(trained, layer.eval()(x))
+    weight = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.parametrizations.weight.original.mul_(4.0)  # a power of two, so not even rounding differs
+    assert torch.equal(layer.weight, weight)
+
+
+def test_a_zero_weight_stays_zero():
+    layer = nn.Linear(3, 4)
+    layer.weight.data.zero_()
+    assert torch.equal(spectral_norm(layer).weight, torch.zeros(4, 3))
+
+
+def test_of_an_orthogonal_weight_it_is_the_identity():
+    layer = orthogonal_weight(nn.Linear(6, 4))
+    weight = layer.weight.detach().clone()
+    assert (spectral_norm(layer).weight - weight).abs().max() <= 20 * EPS
+    value = torch.randn(4, 6)
+    layer.weight = value  # goes through both
+    assert (layer.weight - polar_reference(nn.Linear(6, 4), value)).abs().max() <= 50 * EPS
+
+
+def test_autocast_and_half_precision_compute_in_float32():
+    layer = spectral_norm(nn.Linear(64, 48))
+    weight = layer.weight.detach().clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.weight, weight)
+    layer.to(torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16
+    assert largest(layer) == pytest.approx(1, rel=2 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_bad_layers_are_refused():
+    with pytest.raises(ValueError, match=r"layer 'norm' \(LayerNorm\) has a weight of shape \(3,\)"):
+        spectral_norm(nn.LayerNorm(3), name="norm")
+    with pytest.raises(ValueError, match=r"spectral norm of layer 'fc' .* is already on"):
+        spectral_norm(spectral_norm(nn.Linear(2, 2)), name="fc")
+    with pytest.raises(ValueError, match="already has the parametrisation _Orthogonal"):
+        spectral_norm(nn.utils.parametrizations.orthogonal(nn.Linear(2, 2)))

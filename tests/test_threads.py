@@ -1,0 +1,216 @@
+"""A batch cut into chunks for several threads gives what the whole batch gives in one.
+
+Decompositions bit for bit where a matrix is a multiple of 64 bytes: LAPACK's vectorised kernels depend on the alignment
+of a matrix in memory, and the first of a chunk starts at another offset than in the batch. The products after them
+depend on the strides of the eigenvectors as well (chunks are put together row by row): functions agree to rounding.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from functools import partial
+
+import pytest
+import torch
+
+import wellcond.linalg as wl
+from helpers import eps_of, relative_error, with_spectrum
+from wellcond.linalg import _batches
+from wellcond.linalg._batches import chunk_count, in_threads
+
+# Eight by eight: 256 bytes and up.
+ALIGNED = (3.0, 2.0, 1.0, 1.0, 0.5, 0.5, 0.3, 0.1)
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Four threads and chunks of any size, whatever the machine has; PyTorch's own number is put back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    monkeypatch.setattr(_batches, "SMALLEST_CHUNK", 1)
+    yield 4
+    torch.set_num_threads(before)
+
+
+def alone(f, *args, **kwargs):
+    """The same call without chunks."""
+    before, _batches.LARGEST_MATRIX = _batches.LARGEST_MATRIX, 0
+    try:
+        return f(*args, **kwargs)
+    finally:
+        _batches.LARGEST_MATRIX = before
+
+
+@pytest.mark.parametrize("batch", [(2,), (7,), (3, 5), (1, 4, 1), (64,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
+def test_chunks_give_the_same_bits(threads, batch, dtype):
+    P = with_spectrum(ALIGNED, dtype, batch)
+    assert chunk_count(P) == min(threads, torch.Size(batch).numel())
+    for got, want in zip(in_threads(torch.linalg.eigh, P), torch.linalg.eigh(P), strict=True):
+        assert got.shape == want.shape and torch.equal(got, want)
+
+
+FUNCTIONS = {
+    "sqrtm": wl.sqrtm,
+    "invsqrtm": wl.invsqrtm,
+    "powm": partial(wl.powm, exponent=0.3),
+    "expm": wl.expm,
+    "lyapunov": lambda P: wl.lyapunov(P, P @ P),
+    "covariance_sqrtm": lambda P: wl.covariance_sqrtm(torch.cat([P, 2 * P @ P, P.cos()], -1)),
+    "covariance_sqrtm of few samples": lambda P: wl.covariance_sqrtm(P[..., :3]),
+    "whiten": partial(wl.whiten, eps=0.1),
+    "polar": wl.polar,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_and_their_gradients_are_the_same(threads, name):
+    f = FUNCTIONS[name]
+    P = with_spectrum([3.0, 2.0, 1.0, 1.0, 0.1], torch.float64, (13,))
+
+    def both(P):
+        P = P.clone().requires_grad_()
+        out = f(P)
+        weight = torch.arange(out[0].numel(), dtype=out.dtype).reshape(out.shape[1:])
+        return out.detach(), torch.autograd.grad((weight * out).sum(), P)[0]
+
+    for got, want in zip(both(P), alone(both, P), strict=True):
+        # κ = 30, and up to 900 for a covariance of features made of it: gradients amplify rounding by κ^{3/2} at most.
+        assert relative_error(got, want) < 900**1.5 * eps_of(torch.float64)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_every_gradient_mode(threads, mode):
+    P = with_spectrum([3.0, 1.0, 0.1], torch.float64, (9,))
+    want = wl.sqrtm(P)
+    with mode():
+        got = wl.sqrtm(P)
+        inside = wl.sqrtm(P.clone())
+    assert torch.equal(got, want) and torch.equal(inside, want)
+    assert got.is_inference() == (mode is torch.inference_mode)
+
+
+def test_views_and_expanded_batches(threads):
+    P = with_spectrum([3.0, 1.0, 0.1])
+    many = wl.sqrtm(P.expand(6, 3, 3))
+    assert all(relative_error(Q, many[0]) < 1e-14 for Q in many)
+    strided = with_spectrum([3.0, 1.0, 0.1], torch.float64, (12,))[::2]
+    assert relative_error(wl.sqrtm(strided), alone(wl.sqrtm, strided.contiguous())) < 1e-14
+
+
+@pytest.mark.parametrize("bad", [0, 4, 8])
+def test_a_failure_in_any_chunk_reaches_the_caller_and_is_mended(threads, monkeypatch, bad):
+    """Which thread had the matrix makes no difference; the others' results stand."""
+    P = with_spectrum([1.0, 1.0, 0.5], torch.float64, (9,))
+    want = wl.sqrtm(P)
+    P[bad] *= 100
+    real = torch.linalg.eigh
+
+    def fails(M):
+        if (M.abs() > 10).any():
+            raise torch.linalg.LinAlgError("injected")
+        return real(M)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    with wl.recording(wl.SolverEvents(), lambda: "here") as events:
+        got = wl.sqrtm(P)
+    assert events.failures == 1 and events.rescues == {"scaled": 1}
+    assert relative_error(got[bad], 10 * want[bad]) < 1e-13
+    others = [i for i in range(9) if i != bad]
+    assert relative_error(got[others], want[others]) < 1e-14
+
+
+def test_another_error_in_a_chunk_is_not_swallowed_and_no_chunk_outlives_the_call(threads):
+    P = torch.zeros(8, 2, 2)
+    P[7] = 1
+    running = []
+
+    def decompose(M):
+        running.append(1)
+        try:
+            if M.any():
+                raise ZeroDivisionError("from the last chunk")
+            return (M,)
+        finally:
+            running.pop()
+
+    with pytest.raises(ZeroDivisionError, match="last chunk"):
+        in_threads(decompose, P)
+    assert not running
+    P[0] = 1
+    with pytest.raises(ZeroDivisionError):
+        in_threads(decompose, P)
+    assert not running
+
+
+def test_chunks_really_run_in_other_threads(threads):
+    names = []
+
+    def decompose(M):
+        names.append(threading.current_thread().name)
+        return (M.clone(),)
+
+    (out,) = in_threads(decompose, torch.arange(32.0).reshape(8, 2, 2))
+    assert torch.equal(out, torch.arange(32.0).reshape(8, 2, 2))
+    assert len(names) == threads and threading.current_thread().name in names
+    assert sum(name.startswith("wellcond") for name in names) == threads - 1
+
+
+def test_small_or_single_work_stays_in_one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert chunk_count(torch.zeros(4, 3, 3)) == 1
+        assert chunk_count(torch.zeros(300, 300)) == 1
+        assert chunk_count(torch.zeros(1, 300, 300)) == 1
+        assert chunk_count(torch.zeros(0, 300, 300)) == 1
+        assert chunk_count(torch.zeros(4, 0, 0)) == 1
+        assert chunk_count(torch.zeros(8, 1000, 1000)) == 1
+        assert chunk_count(torch.zeros(64, 64, 64)) == 4
+        torch.set_num_threads(1)
+        assert chunk_count(torch.zeros(64, 64, 64)) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def _in_child(connection, P, want):
+    try:
+        # OpenMP itself does not survive a fork with more than one thread; the pool of the library must.
+        connection.send(bool(torch.equal(wl.sqrtm(P), want)))
+    except Exception as error:
+        connection.send(repr(error))
+
+
+def test_a_forked_child_has_its_own_threads(threads):
+    """A data loader forks after the pool was made: its threads do not exist in the child."""
+    P = with_spectrum([3.0, 1.0, 0.1], torch.float64, (9,))
+    want = wl.sqrtm(P)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_in_child, args=(theirs, P, want))
+    child.start()
+    try:
+        assert ours.poll(20), "the child hangs"
+        assert ours.recv() is True
+    finally:
+        child.join(1)
+        if child.is_alive():
+            child.kill()
+
+
+def test_calls_from_several_threads_at_once(threads):
+    """Workers of one pool serve all callers; none waits for itself."""
+    batches = [with_spectrum([3.0, 1.0, 0.1], torch.float64, (9,)) for _ in range(6)]
+    want = [wl.sqrtm(P) for P in batches]
+    got: list = [None] * 6
+
+    def call(i):
+        got[i] = wl.sqrtm(batches[i])
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(6)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(20)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))

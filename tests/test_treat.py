@@ -1,0 +1,432 @@
+"""treat() does all of it in one call, composes with everything around a training step, and can be undone."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from treatment_models import batches, orthogonality_gap, same, small_net, train
+from wellcond.nn import DecorrelatedBatchNorm2d
+from wellcond.orthogonality import TREATMENTS, NearestOrthogonalGradient, parse_treatments, treat
+
+ALL = [c for n in (1, 2, 3) for c in itertools.combinations(TREATMENTS, n)]
+"""All singles, pairs and triples: among them every combination of the paper's Tables 2-5."""
+
+
+def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-3)
+
+
+def net(seed: int = 0, **kwargs) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return small_net(**kwargs)
+
+
+# Names -----------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_read_as_the_papers_tables_write_them():
+    assert tuple(TREATMENTS) == ("sn", "ol", "ow", "nog", "olr")
+    assert parse_treatments("NOG + OW+olr") == ("nog", "ow", "olr")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("nog+owl", r"unknown treatment 'owl' in 'nog\+owl'; did you mean 'ow'"),
+        ("ngo", "unknown treatment 'ngo' in 'ngo'; did you mean 'nog'"),
+        ("xyz", "unknown treatment 'xyz' in 'xyz'; known: sn, ol, ow, nog, olr"),
+        ("", "unknown treatment '' in ''"),
+        ("nog+", r"unknown treatment '' in 'nog\+'"),
+        ("nog+ow+NOG", "treatment 'nog' is named twice"),
+    ],
+)
+def test_wrong_names_get_the_nearest_right_one(names, message):
+    with pytest.raises(ValueError, match=message):
+        parse_treatments(names)
+    model = net()
+    with pytest.raises(ValueError, match=message):
+        treat(model, sgd(model), names)
+
+
+def test_a_list_of_names_is_refused():
+    with pytest.raises(TypeError, match="one string such as"):
+        parse_treatments(["nog"])  # type: ignore[arg-type]
+
+
+# Every combination -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", ["+".join(c) for c in [*ALL, tuple(TREATMENTS)]])
+def test_every_combination_trains_and_is_undone(names):
+    model = net()
+    optimizer = sgd(model)
+    parameters, order = dict(model.named_parameters()), list(model.state_dict())
+    treatment = treat(model, optimizer, names)
+    data = batches(3)
+    train(model, optimizer, data, treatment.loss)
+    assert all(p.isfinite().all() for p in model.parameters())
+    if "ow" in names:
+        assert orthogonality_gap(model[0]) < 1e-5
+    if "sn" in names:
+        assert torch.linalg.matrix_norm(model[0].weight.detach().flatten(1), 2) == pytest.approx(1, abs=1e-5)
+    weight = model[0].weight.detach().clone()
+    treatment.remove()
+    treatment.remove()
+    # The layer keeps the weight in use, in the same parameter of the same class under the same name and in its place.
+    assert type(model[0]) is nn.Conv2d
+    assert torch.equal(model[0].weight, weight)
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert list(model.state_dict()) == order
+    assert treatment.loss().item() == 0
+    twin = copy.deepcopy(model)
+    plain = sgd(twin)
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, data)
+    train(twin, plain, data)
+    assert same(model, twin)
+
+
+@pytest.mark.parametrize("names", ["+".join(c) for c in [*ALL, tuple(TREATMENTS)]])
+def test_removed_before_a_step_the_model_is_back_bit_for_bit(names):
+    model = net()
+    before = copy.deepcopy(model)
+    optimizer = sgd(model)
+    groups = copy.deepcopy(optimizer.state_dict())
+    treatment = treat(model, optimizer, names)
+    model.eval()(batches(1)[0][0])
+    treatment.remove()
+    assert same(model, before)
+    assert type(model[0]) is nn.Conv2d
+    assert list(dict(model.named_parameters())) == list(dict(before.named_parameters()))
+    assert optimizer.state_dict() == groups
+    train(model, optimizer, batches(2))
+    train(before, sgd(before), batches(2))
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("names", [("nog", "ow", "olr"), ("sn", "nog", "olr"), ("ol", "nog"), ("ow", "sn", "ol")])
+def test_the_order_of_the_names_does_not_matter(names):
+    def result(order) -> nn.Module:
+        model = net()
+        optimizer = sgd(model)
+        treatment = treat(model, optimizer, "+".join(order))
+        train(model, optimizer, batches(3), treatment.loss)
+        return model
+
+    first, *others = [result(order) for order in itertools.permutations(names)]
+    assert all(same(first, other) for other in others)
+
+
+def test_all_at_once_equals_one_after_another():
+    models = []
+    for calls in (["nog+ow+olr"], ["ow", "nog", "olr"]):
+        model = net()
+        optimizer = sgd(model)
+        for names in calls:
+            treat(model, optimizer, names)
+        train(model, optimizer, batches(3))
+        models.append(model)
+    assert same(*models)
+
+
+def test_only_the_layer_before_the_spectral_layer_is_treated():
+    model = net()
+    optimizer = sgd(model)
+    treatment = treat(model, optimizer, "nog+ow+olr")
+    assert list(treatment.layers) == ["0"]
+    assert type(model[3]) is nn.Conv2d
+    assert [len(g["params"]) for g in optimizer.param_groups] == [len(list(model.parameters()))]
+
+
+def test_nog_and_olr_act_on_the_stored_tensor_of_an_orthogonal_weight():
+    """The step of the stored tensor is the rate times an orthogonal matrix, as the optimizer here is plain SGD."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    treatment = treat(model, optimizer, "nog+ow+olr")
+    stored = model[0].parametrizations.weight.original
+    rates = []
+    for data in batches(4):
+        before = stored.detach().clone()
+        train(model, optimizer, [data])
+        rates.append(treatment.rates()["0"].item())
+        step = (before - stored.detach()).flatten(1) / rates[-1]
+        # The step is read from weights of size 1: an error of eps/rate.
+        assert torch.linalg.svdvals(step)[:-1] == pytest.approx([1] * 7, abs=1e-6 / rates[-1])
+    assert all(0 < rate <= 0.1 for rate in rates)
+
+
+def test_layers_may_be_named_or_given():
+    model = net()
+    for layers, names in (("3", ["3"]), (model[3], ["3"]), (["0", model[3]], ["0", "3"]), (None, ["0"])):
+        treatment = treat(model, sgd(model), "nog+ow", layers=layers)
+        assert list(treatment.layers) == names
+        treatment.remove()
+
+
+def test_an_example_input_is_passed_on():
+    class Untraceable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(torch.stack([x[i] for i in range(len(x))]))
+
+    model = Untraceable()
+    with pytest.raises(ValueError, match="give an example_input"):
+        treat(model, sgd(model), "nog")
+    assert list(treat(model, sgd(model), "nog", example_input=batches(1)[0][0]).layers) == ["net.0"]
+
+
+def test_options_reach_their_treatment():
+    model = net()
+    options = {
+        "nog": {"scale": "rms"},
+        "olr": {"rule": "exact", "direction": "update"},
+        "ol": {"form": "srip", "coefficient": 0.5},
+        "ow": {"map": "cayley"},
+    }
+    treatment = treat(model, sgd(model), "nog+olr+ol+ow", options=options)
+    assert treatment.nog is not None
+    assert treatment.olr is not None
+    assert treatment.ol is not None
+    assert treatment.nog.scale == "rms"
+    assert (treatment.olr.rule, treatment.olr.direction) == ("exact", "update")
+    assert (treatment.ol.form, treatment.ol.coefficient) == ("srip", 0.5)
+    assert model[0].parametrizations.weight[0].map == "cayley"
+    with pytest.raises(ValueError, match="unknown treatment 'olr' in options"):
+        treat(model, sgd(model), "nog", options=options)
+
+
+def test_the_loss_is_the_orthogonal_loss_and_otherwise_zero():
+    model = net()
+    W = model[0].weight.detach().flatten(1)
+    treatment = treat(model, sgd(model), "ol")
+    assert treatment.loss().item() == pytest.approx(torch.dist(W @ W.T, torch.eye(8)).item(), rel=1e-5)
+    treatment.remove()
+    assert treat(model, sgd(model), "nog").loss().item() == 0
+
+
+def test_the_summary_says_what_acts_where():
+    model = net(groups=1)
+    treatment = treat(model, sgd(model), "olr+ow+nog", options={"olr": {"rule": "exact"}})
+    lines = treatment.summary().splitlines()
+    assert lines[0].split() == ["layer", "weight", "matrix", "treatments"]
+    assert lines[2].startswith("0 ")
+    assert "8 × 3 × 3 × 3" in lines[2]
+    assert "8 × 27" in lines[2]
+    assert lines[2].endswith("ow, nog, olr (rule=exact)")
+    assert repr(treatment) == "Treatment(ow+nog+olr on 0)"
+    treatment.remove()
+    assert treatment.summary().splitlines()[2].endswith("removed")
+
+
+# Resume, copies, files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", ["nog+ow+olr", "nog+olr+sn", "ol+nog"])
+def test_a_resumed_run_continues_exactly(names, tmp_path):
+    def start():
+        model = net()
+        optimizer = sgd(model, lr=0.2)
+        treatment = treat(model, optimizer, names)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        return model, optimizer, treatment, schedule
+
+    def run(parts, data) -> None:
+        for batch in data:
+            train(parts[0], parts[1], [batch], parts[2].loss)
+            parts[3].step()
+
+    whole, first, second = start(), start(), start()
+    data = batches(6)
+    run(whole, data)
+    run(first, data[:3])
+    torch.save([part.state_dict() for part in first], tmp_path / "checkpoint.pt")
+    with torch.no_grad():
+        for p in second[0].parameters():
+            p.add_(1.0)
+    for part, state in zip(second, torch.load(tmp_path / "checkpoint.pt", weights_only=True), strict=True):
+        part.load_state_dict(state)
+    run(second, data[3:])
+    assert same(whole[0], second[0])
+    assert str(whole[2].state_dict()) == str(second[2].state_dict())
+
+
+def test_the_state_of_other_treatments_is_refused():
+    a, b = net(), net()
+    treatment = treat(a, sgd(a), "nog")
+    with pytest.raises(ValueError, match=r"of the treatments \['nog'\], this model has \['nog', 'olr'\]"):
+        treat(b, sgd(b), "nog+olr").load_state_dict(treatment.state_dict())
+    c = net()
+    with pytest.raises(ValueError, match=r"of the layers \['0'\], this model has \['3'\]"):
+        treat(c, sgd(c), "nog", layers="3").load_state_dict(treatment.state_dict())
+
+
+@pytest.mark.parametrize("names", ["nog+olr+ol", "nog+ow+olr", "sn"])
+def test_copies_of_a_treated_model_are_whole_and_outlive_its_removal(names):
+    model = net()
+    optimizer = sgd(model)
+    treatment = treat(model, optimizer, names)
+    train(model, optimizer, batches(2))
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    assert all(same(model, twin) for twin in copies)
+    train(model, optimizer, batches(2, seed=1))
+    ema.update_parameters(model)
+    x = batches(1)[0][0]
+    expected = [twin.eval()(x) for twin in copies]
+    average = ema.module.eval()(x)
+    treatment.remove()
+    assert all(torch.equal(twin(x), y) for twin, y in zip(copies, expected, strict=True))
+    assert torch.equal(ema.module(x), average)
+    if "ow" in names:
+        assert all(orthogonality_gap(twin[0]) < 1e-5 for twin in (*copies, ema.module))
+    again = copies[0]  # the copy can be treated by itself
+    if "ow" not in names and "sn" not in names:
+        treat(again, sgd(again), names)
+
+
+# Around the step -------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_trains_as_the_plain_one():
+    plain, compiled = net(), net()
+    for model in (plain, compiled):
+        optimizer = sgd(model)
+        stepper = torch.compile(model, backend="aot_eager") if model is compiled else model
+        treatment = treat(stepper, optimizer, "nog+ow+olr")
+        train(stepper, optimizer, batches(3))
+        assert treatment.nog is not None
+        assert next(iter(treatment.nog.counts().values()))["treated"] == 3
+    # The same operations in another order: rounding, magnified by the polar factor's condition number.
+    for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-4)
+
+
+def test_autocast_trains_with_everything_on():
+    model = net()
+    optimizer = sgd(model)
+    treatment = treat(model, optimizer, "nog+ow+olr+ol")
+    for x, y in batches(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x), y) + treatment.loss()
+        loss.backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # a step inside the block must not be rounded either
+            optimizer.step()
+    assert orthogonality_gap(model[0]) < 1e-5
+    W = model[0].parametrizations.weight.original.grad.flatten(1)
+    assert torch.linalg.svdvals(W)[:-1] == pytest.approx([1] * 7, abs=1e-5)
+
+
+def _process(rank: int, size: int, folder: str, names: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    model = net(seed=rank).eval()  # running statistics, so that one process with the whole batch computes the same
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = sgd(model)
+    treatment = treat(wrapped, optimizer, names)
+    for x, y in batches(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(wrapped(x.chunk(size)[rank]), y.chunk(size)[rank]).backward()
+        optimizer.step()
+    torch.save((list(treatment.layers), model.state_dict(), treatment.rates()), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("names", ["nog+olr", "nog+ow+olr"])
+def test_two_processes_equal_one_with_the_whole_batch(names, tmp_path):
+    """DDP: the hooks see the averaged gradient, and every rank takes the same step."""
+    mp.spawn(_process, (2, str(tmp_path), names), nprocs=2)
+    (layers, first, rates), (_, second, other_rates) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert layers == ["module.0"]
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert rates == other_rates
+    model = net(seed=0).eval()
+    optimizer = sgd(model)
+    treat(model, optimizer, names)
+    for x, y in batches(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    for key, value in model.state_dict().items():
+        # The mean of two halves is the whole up to rounding, magnified by the polar factor's condition number.
+        assert torch.allclose(value, first[key], rtol=0, atol=1e-4), key
+
+
+# Refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_treatment_twice_is_refused():
+    for name in TREATMENTS:
+        model = net()
+        optimizer = sgd(model)
+        first = treat(model, optimizer, name)
+        with pytest.raises(ValueError, match=r"layer '0' .*(already on|already has the parametrisation)"):
+            treat(model, optimizer, name)
+        first.remove()
+        treat(model, optimizer, name)
+
+
+@pytest.mark.parametrize("names", ["nog", "olr", "ow", "sn", "ol", "nog+ow+olr"])
+def test_a_weight_the_optimizer_does_not_hold_is_refused(names):
+    model = net()
+    optimizer = torch.optim.SGD(model[3].parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"layer '0' \(Conv2d\): the optimizer does not hold its weight; add it"):
+        treat(model, optimizer, names)
+
+
+def bad_layer_model() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), DecorrelatedBatchNorm2d(4))
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "layers", "optimizer", "message"),
+    [
+        (bad_layer_model, "nog", "1", torch.optim.SGD, r"layer '1' \(BatchNorm2d\) has a weight of shape \(4,\)"),
+        (bad_layer_model, "nog", "conv", torch.optim.SGD, "unknown layer of Sequential 'conv'"),
+        (bad_layer_model, "nog", [nn.Linear(2, 2)], torch.optim.SGD, "is not a part of Sequential"),
+        (bad_layer_model, "nog", [], torch.optim.SGD, "layers is empty"),
+        (lambda: nn.Linear(3, 3), "nog", None, torch.optim.SGD, "no spectral layer; put one in"),
+        (small_net, "ow+nog+olr", None, torch.optim.Rprop, r"layer '0' \(Conv2d\): the update direction of Rprop"),
+        (small_net, "ow+nog+olr", ["0", "0"], torch.optim.Adafactor, "update direction of Adafactor"),
+    ],
+)
+def test_bad_input_changes_nothing(make, names, layers, optimizer, message):
+    model = make()
+    before, classes = copy.deepcopy(model), [type(m) for m in model.modules()]
+    stepper = optimizer(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        treat(model, stepper, names, layers=layers)
+    assert same(model, before)
+    assert [type(m) for m in model.modules()] == classes
+    assert not stepper._optimizer_step_pre_hooks
+    assert not stepper._optimizer_step_post_hooks
+
+
+def test_a_bad_option_undoes_what_was_done_before_it():
+    model = net()
+    before, optimizer = copy.deepcopy(model), sgd(model)
+    with pytest.raises(ValueError, match="rule of the optimal learning rate"):
+        treat(model, optimizer, "ow+ol+nog+olr", options={"olr": {"rule": "best"}})
+    assert same(model, before)
+    assert type(model[0]) is nn.Conv2d
+    assert not optimizer._optimizer_step_pre_hooks
+    treat(model, optimizer, "ow+ol+nog+olr")
+
+
+def test_an_attached_treatment_and_treat_see_each_other():
+    model = net()
+    optimizer = sgd(model)
+    NearestOrthogonalGradient(optimizer, model[0])
+    with pytest.raises(ValueError, match="already on"):
+        treat(model, optimizer, "nog")
