@@ -86,6 +86,8 @@ def test_an_occupied_folder_is_refused(done):
     assert "it holds batch, zca, zca+nog with 2 seeds" in one_line(other)
     wrong = call("compare", *SMALL, "--treat", "wo", "--out", out, "--overwrite")
     assert "did you mean 'ow'" in one_line(wrong)  # known before anything is deleted
+    large = call("compare", *GRID, "--batch-size", "999", "--out", out, "--overwrite")
+    assert "does not fit into" in one_line(large)
     assert snapshot(out) == before
 
 

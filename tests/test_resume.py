@@ -102,6 +102,7 @@ def test_seeds_differ_and_equal_seeds_agree(whole, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_mid_epoch_leaves_a_resumable_run(whole, tmp_path):
     """A real SIGINT to a real process, in the second epoch; the command says how to go on, and that is true."""
     result, folder = whole

@@ -21,8 +21,7 @@ from wellcond.experiments.files import write_csv, write_json
 from wellcond.experiments.recipes import ConfigError, RunConfig
 from wellcond.experiments.results import RESULT, Row, RunResult, summarise
 from wellcond.experiments.runs import MADE as MADE_BY_RUN
-from wellcond.experiments.runs import run
-from wellcond.experiments.training import Classifier
+from wellcond.experiments.runs import build, run
 
 KIND = "comparison"
 RUNS, TABLE, EVERYTHING, FIGURE = "runs", "results.csv", "results.json", "condition"
@@ -72,7 +71,7 @@ def compare(
         _refuse_another_grid(out, configs)
     data = load_images(configs[0].data, limit=configs[0].limit)
     for config in {config.label: config for config in configs}.values():  # find what is wrong before writing
-        Classifier(config, num_classes=data.num_classes, in_channels=data.in_channels)
+        build(config, data)
     if not resume:
         folders.prepare(out, KIND, listed, MADE)
     results = []

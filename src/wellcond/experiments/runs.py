@@ -96,7 +96,7 @@ def run(
         if (finished := load_result(folder)) is not None:
             return finished
     with threads(config.threads):
-        module, images = _load(config, data)
+        module, images = build(config, data)
         if leader and not resume:
             folders.prepare(folder, KIND, config.to_dict(), MADE)
         start = _rewind(folder, leader) if resume else (None, 0)
@@ -109,8 +109,8 @@ def run(
     return result
 
 
-def _load(config: RunConfig, data: ImageData | None) -> tuple[Classifier, ImageDataModule]:
-    """The network and the batches of `config`."""
+def build(config: RunConfig, data: ImageData | None) -> tuple[Classifier, ImageDataModule]:
+    """The network and the batches of `config`; all that can be wrong with it comes out here, as a ValueError."""
     data = data or load_images(config.data, limit=config.limit)
     module = Classifier(config, num_classes=data.num_classes, in_channels=data.in_channels)
     return module, ImageDataModule(data, config.batch_size, augment=config.augment, seed=config.seed)
@@ -119,7 +119,7 @@ def _load(config: RunConfig, data: ImageData | None) -> tuple[Classifier, ImageD
 def _process(config: RunConfig, folder: Path, start: Start, progress: bool) -> None:
     """One of several processes."""
     with threads(config.threads):
-        _train(config, folder, start, *_load(config, None), progress)
+        _train(config, folder, start, *build(config, None), progress)
 
 
 def _rewind(folder: Path, leader: bool) -> Start:

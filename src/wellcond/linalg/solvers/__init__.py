@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from functools import lru_cache
 
 from ._solver import Done, Root, Solved, Solver, Traced
 from .eigh import Eigh
@@ -46,4 +47,10 @@ def choose_solver(solver: str | Solver) -> Solver:
         near = difflib.get_close_matches(solver, ["auto", *SOLVERS], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise ValueError(f"unknown solver '{solver}'{hint} (known: auto, {', '.join(SOLVERS)})")
-    return SOLVERS[solver]()
+    return _by_name(solver)
+
+
+@lru_cache
+def _by_name(name: str) -> Solver:
+    # One object a name: it warns once, not once a call.
+    return SOLVERS[name]()

@@ -42,7 +42,8 @@ class Solver(ABC):
         keeps_input: whether :meth:`backward` wants P (it is saved only then).
         traceable: whether forward and backward are tensor operations that read no values, so that ``torch.compile``
             takes them whole (``fullgraph=True``).
-        tolerance: of an approximate solver, the relative residual above which it warns (checked with the values).
+        tolerance: of an approximate solver, the relative residual above which it warns, once (checked with the values).
+        has_warned: whether it did; then the residual is not computed any more.
     """
 
     name: ClassVar[str]
@@ -50,6 +51,7 @@ class Solver(ABC):
     keeps_input: ClassVar[bool] = False
     traceable: ClassVar[bool] = False
     tolerance: float | None = None
+    has_warned: bool = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -74,7 +76,7 @@ class Solved(BatchedFunction):
     def forward(P: Tensor, solver: Solver, roots: tuple[Root, ...], eps: float) -> Tensors:
         P = hermitian(P)
         outputs, residuals = solver.forward(P, roots, eps)
-        if solver.tolerance is not None and checks_values(P) and P.numel():
+        if solver.tolerance is not None and not solver.has_warned and checks_values(P) and P.numel():
             _warn_if_far(solver, P, outputs, roots, eps)
         return (*outputs, *residuals)
 
@@ -140,6 +142,7 @@ def _warn_if_far(solver: Solver, P: Tensor, outputs: Tensors, roots: tuple[Root,
     worst = max(relative_residual(P, out, which, eps).max().item() for out, which in zip(outputs, roots, strict=True))
     assert solver.tolerance is not None
     if not worst <= solver.tolerance:
+        solver.has_warned = True
         warnings.warn(
             f"{solver!r} left a relative residual of {worst:.2g}{place()}: this is a damped root, not the root; "
             "take solver='eigh', more steps, or tolerance=None if that is what you want",

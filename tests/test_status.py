@@ -1,0 +1,76 @@
+"""What approximate and failing roots say about themselves: residuals, warnings and the status forms."""
+
+import warnings
+
+import pytest
+import torch
+
+import wellcond.linalg as wl
+from helpers import eps_of, geometric, relative_error, with_spectrum
+from wellcond.linalg import ApproximateRootWarning, NewtonSchulz, Pade, Taylor, invsqrtm_ex, sqrtm_ex
+
+BAD = [torch.full((3, 3), torch.nan), torch.full((3, 3), torch.inf), -torch.eye(3), torch.eye(3).roll(1, 0)]
+INFO = [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("bad", "info"), list(zip(BAD, INFO, strict=True)), ids=["nan", "inf", "indefinite", "not symmetric"]
+)
+@pytest.mark.parametrize("function", [sqrtm_ex, invsqrtm_ex])
+def test_one_bad_matrix_of_eight_is_reported_and_leaves_the_other_seven_alone(function, bad, info):
+    P = with_spectrum([3.0, 2.0, 1.0], torch.float32, (8,))
+    alone = function(P).root
+    P[5] = bad
+    P.requires_grad_()
+    status = function(P)
+    assert status.info.tolist() == [0] * 5 + [info] + [0] * 2
+    others = [i for i in range(8) if i != 5]
+    torch.testing.assert_close(status.root[others], alone[others], rtol=0, atol=0)
+    status.root[others].sum().backward()
+    assert P.grad.isfinite().all()
+    assert P.grad[5].abs().max() == 0
+
+
+def test_status_forms_work_under_vmap():
+    P = torch.stack([torch.eye(3), torch.full((3, 3), torch.nan), -torch.eye(3)])
+    assert torch.vmap(lambda P: sqrtm_ex(P).info)(P).tolist() == [0, 1, 2]
+
+
+def test_a_matrix_that_nothing_decomposes_is_a_status_too(monkeypatch):
+    def fails(*args, **kwargs):
+        raise torch.linalg.LinAlgError("did not converge (injected)")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    assert sqrtm_ex(torch.eye(3)).info == 1
+
+
+@pytest.mark.parametrize("solver", [NewtonSchulz(5, tolerance=None), Pade(tolerance=None), Taylor(tolerance=None)])
+def test_the_residual_is_the_true_one(solver):
+    P = with_spectrum(geometric(6, 1e4), torch.float32, (2,))
+    status = sqrtm_ex(P, solver=solver)
+    Q = status.root.double()
+    for i in range(2):
+        # The residual itself is computed in float32: a product and a norm of 6 × 6 matrices.
+        assert status.residual[i].item() == pytest.approx(
+            relative_error(Q[i] @ Q[i], P[i].double()), abs=12 * eps_of(torch.float32)
+        )
+    assert status.info.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("make", [NewtonSchulz, Pade, Taylor])
+def test_an_approximate_solver_warns_once_when_it_is_far_off(make):
+    solver = make()
+    P = with_spectrum([1.0] * 3 + [1e-6] * 3, torch.float32)
+    with pytest.warns(ApproximateRootWarning, match="residual"):
+        wl.invsqrtm(P, solver=solver)
+    assert solver.has_warned
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wl.invsqrtm(P, solver=solver)
+
+
+@pytest.mark.filterwarnings("error::wellcond.linalg.ApproximateRootWarning")
+def test_no_warning_within_the_tolerance_or_without_one():
+    wl.sqrtm(with_spectrum([1.0, 0.9, 0.8]), solver=NewtonSchulz(8))
+    wl.invsqrtm(with_spectrum([1.0, 1e-3, 1e-6]), solver=NewtonSchulz(1, tolerance=None))
