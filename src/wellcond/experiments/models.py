@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from wellcond.linalg import NewtonSchulz
 from wellcond.nn import DecorrelatedBatchNorm2d, GlobalCovariancePool2d
 
 
@@ -74,7 +75,8 @@ MODELS = {
     "resnet18": Design(BasicBlock, (2, 2, 2, 2), 64),
     "resnet50": Design(Bottleneck, (3, 4, 6, 3), 64),
 }
-SOLVERS = {"zca": "auto", "iter": "newton_schulz"}
+# IterNorm wants the damped root of five steps, so it is no cause for a warning.
+SOLVERS = {"zca": "auto", "iter": NewtonSchulz(5, tolerance=None)}
 """The solvers of the decorrelating norms by name."""
 NORMS = ("batch", *SOLVERS)
 HEADS = ("avg", "gcp")

@@ -22,17 +22,18 @@ from ._feature_spectrum import covariance_spectrum
 from ._functions import expm, logm, powm
 from ._polar import polar
 from ._roots import invsqrtm, sqrtm, sqrtm_invsqrtm
-from ._spectrum_type import Spectrum
+from ._spectrum import Spectrum
 from ._status import RootStatus, invsqrtm_ex, sqrtm_ex
 from ._sylvester import lyapunov
 from ._whiten import whiten
-from .solvers import SOLVERS, Eigh, NewtonSchulz, Pade, Solver, Svd, Taylor
+from .solvers import SOLVERS, Eigh, Minimax, NewtonSchulz, Pade, Solver, Svd, Taylor
 
 __all__ = [
     "SOLVERS",
     "ApproximateRootWarning",
     "DecompositionError",
     "Eigh",
+    "Minimax",
     "NewtonSchulz",
     "NonFiniteMatrixError",
     "NotPositiveSemidefiniteError",

@@ -8,7 +8,7 @@ from torch import Tensor
 from ._checks import checks_values, hermitian, require_finite, require_matrix, require_nonnegative
 from ._eigh import eigh
 from ._feature_spectrum import covariance_spectrum
-from ._spectrum_type import Spectrum
+from ._spectrum import Spectrum
 
 
 def matrix_spectrum(P: Tensor) -> Spectrum:

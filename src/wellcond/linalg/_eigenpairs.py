@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ._checks import hermitian
 from ._eigh import eigh
-from ._spectrum import Rank, shifted_spectrum
+from ._rank_policy import Rank, shifted_spectrum
 from ._vmap import BatchedFunction
 
 
 class Shift(NamedTuple):
-    """How the eigenvalues of a positive semidefinite matrix are made fit for a function; see ``_spectrum``."""
+    """How the eigenvalues of a positive semidefinite matrix are made fit for a function; see ``_rank_policy``."""
 
     eps: float
     rank: Rank

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._spectrum_type import Spectrum
+from ._spectrum import Spectrum
 
 _CHUNK = {"cpu": 1 << 18, "accelerator": 1 << 24}
 """Entries converted to float64 at a time: 2 MiB that stay in the cache, 128 MiB that keep an accelerator busy."""

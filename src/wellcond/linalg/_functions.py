@@ -7,10 +7,10 @@ import math
 from torch import Tensor
 
 from ._checks import full_precision, require_matrix, require_nonnegative, working_dtype
+from ._daleckii_krein import apply_function
 from ._divided_differences import Exp, Log, Power, ScalarFunction
 from ._eigenpairs import Shift, eigenpairs
-from ._spectral import apply_function
-from ._spectrum import Rank, on_kept_eigenvalues, require_rank_policy
+from ._rank_policy import Rank, on_kept_eigenvalues, require_rank_policy
 
 
 def powm(P: Tensor, exponent: float, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:

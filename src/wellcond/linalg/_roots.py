@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._checks import full_precision, require_matrix, require_nonnegative, working_dtype
 from ._functions import powm
-from ._spectrum import Rank, require_rank_policy
+from ._rank_policy import Rank, require_rank_policy
 from .solvers import Eigh, Root, Solved, Solver, Traced, choose_solver
 
 

@@ -24,8 +24,8 @@ from ._covariance import centred_factor
 from ._eigenpairs import eigenpairs
 from ._errors import NotPositiveSemidefiniteError
 from ._events import place
+from ._rank_policy import Rank, rank_tolerance, require_rank_policy
 from ._roots import invsqrtm
-from ._spectrum import Rank, rank_tolerance, require_rank_policy
 from ._sylvester import reciprocal_or_zero
 from .solvers import Eigh, Solver, choose_solver
 

@@ -7,17 +7,19 @@ from functools import lru_cache
 
 from ._solver import Done, Root, Solved, Solver, Traced
 from .eigh import Eigh
+from .minimax import Minimax
 from .newton_schulz import NewtonSchulz
 from .pade import Pade
 from .svd import Svd
 from .taylor import Taylor
 
-SOLVERS: dict[str, type[Solver]] = {solver.name: solver for solver in (Eigh, Svd, NewtonSchulz, Pade, Taylor)}
+SOLVERS: dict[str, type[Solver]] = {solver.name: solver for solver in (Eigh, Svd, NewtonSchulz, Minimax, Pade, Taylor)}
 
 __all__ = [
     "SOLVERS",
     "Done",
     "Eigh",
+    "Minimax",
     "NewtonSchulz",
     "Pade",
     "Root",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._events import count_call
 from ._lyapunov_iteration import lyapunov_iteration
+from ._minimax_polynomials import NEWTON_SCHULZ
 from ._solver import Done, Root, Solver, Tensors, require_scale
 
 
@@ -52,7 +53,7 @@ class SeriesSolver(Solver):
         total: Tensor | None = None
         for root, output, grad in zip(done.roots, done.outputs, grads, strict=True):
             if grad is not None:
-                term = self._derivative(root, output, grad)
+                term = self._derivative(root, output, (grad + grad.mH) / 2)
                 total = term if total is None else total + term
         assert total is not None
         return (total + total.mH) / 2
@@ -62,9 +63,9 @@ class SeriesSolver(Solver):
 
     def _derivative(self, root: Root, output: Tensor, direction: Tensor) -> Tensor:
         if root == "sqrt":
-            return lyapunov_iteration(output, direction, self.backward_steps)
+            return lyapunov_iteration(output, direction, [NEWTON_SCHULZ] * self.backward_steps)
         S = output
-        return -S @ lyapunov_iteration(S, S @ direction @ S, self.backward_steps) @ S
+        return -S @ lyapunov_iteration(S, S @ direction @ S, [NEWTON_SCHULZ] * self.backward_steps) @ S
 
 
 def evaluate_polynomial(coefficients: list[float], Z: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._eigh import eigh
-from .._spectrum import shifted_spectrum
+from .._rank_policy import shifted_spectrum
 from .._sylvester import differentiated_again, in_eigenbasis, reciprocal_or_zero, sylvester
 from ._solver import Done, Root, Solver, Tensors
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._batches import in_threads
 from .._eigh import eigh
 from .._events import count_call, count_failure
-from .._spectrum import shifted_spectrum
+from .._rank_policy import shifted_spectrum
 from .._vmap import once
 from ._solver import Done, Root, Solver, Tensors
 

@@ -1,0 +1,119 @@
+"""What is done with eigenvalues of a positive semidefinite matrix that are zero up to rounding: the rank policies.
+
+- ``"ridge"``: ε is added to every eigenvalue; with ε = 0 a singular matrix is refused where its inverse is needed.
+- ``"pinv"``: f(0) counts as 0, so the function acts on the range alone.
+- ``"floor"``: eigenvalues at or below the tolerance are raised to it.
+- ``"raise"``: an eigenvalue at or below the tolerance is an error.
+
+What was clamped has no gradient of its own; the derivative is that of the function as applied (the divided differences
+of the truncated function), so nothing leaks through.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ._checks import bad_indices, checks_values
+from ._divided_differences import ScalarFunction, SpectralMap, pairs, triples
+from ._errors import NotPositiveSemidefiniteError
+from ._events import place
+
+Rank = Literal["ridge", "pinv", "floor", "raise"]
+
+
+def rounding_floor(d: int, dtype: torch.dtype) -> float:
+    """How far below zero, relative to the largest, rounding can push an eigenvalue of a d × d matrix.
+
+    Forming the matrix and decomposing it are backward stable: each perturbs by a low multiple of eps·d in norm
+    (Higham, Accuracy and Stability of Numerical Algorithms, 2002, ch. 3); 10 covers both.
+    """
+    return 10 * d * torch.finfo(dtype).eps
+
+
+def rank_tolerance(eigvals: Tensor) -> Tensor:
+    """(..., 1): eigenvalues at or below d·eps of the largest are zero up to rounding, as in ``matrix_rank``."""
+    return eigvals.shape[-1] * torch.finfo(eigvals.dtype).eps * eigvals.amax(-1, keepdim=True).clamp_min(0.0)
+
+
+def require_rank_policy(rank: str, eps: float) -> None:
+    """Refuse an unknown policy, and an ε that the policy would not use."""
+    if rank not in get_args(Rank):
+        raise ValueError(f"rank must be one of {', '.join(get_args(Rank))}, got {rank!r}")
+    if rank != "ridge" and eps != 0.0:
+        raise ValueError(f"eps={eps} is the ridge of rank='ridge'; rank={rank!r} takes none")
+
+
+def shifted_spectrum(eigvals: Tensor, eps: float, *, invertible: bool, rank: Rank = "ridge") -> Tensor:
+    """max(λ, 0) + ε, refusing an indefinite matrix and, where its inverse is needed, a singular one."""
+    if checks_values(eigvals) and eigvals.numel() and (rank == "raise" or eigvals.min().item() <= 0.0):
+        lowest, largest = eigvals.amin(-1), eigvals.abs().amax(-1)
+        indefinite = lowest < -rounding_floor(eigvals.shape[-1], eigvals.dtype) * largest
+        if indefinite.any():
+            raise NotPositiveSemidefiniteError(
+                f"P is indefinite{bad_indices(indefinite)}{place()}: its eigenvalues reach from "
+                f"{lowest.min().item():.3e} to {largest.max().item():.3e}, and the negative ones are larger than "
+                "rounding; a covariance has none"
+            )
+        cut = rank_tolerance(eigvals).squeeze(-1) if rank == "raise" else torch.zeros_like(lowest)
+        singular = lowest <= cut
+        if (rank == "raise" or (rank == "ridge" and invertible and eps == 0.0)) and singular.any():
+            raise NotPositiveSemidefiniteError(
+                f"P is singular{bad_indices(singular)}{place()}: its smallest eigenvalue is {lowest.min().item():.3e}, "
+                f"zero in {eigvals.dtype}; give eps > 0, or rank='pinv' or 'floor'"
+            )
+    return eigvals.clamp_min(0.0) + eps
+
+
+class Truncated(SpectralMap):
+    """f with the eigenvalues at or below the rank tolerance mapped to f(tolerance) ("floor") or to 0 ("pinv")."""
+
+    def __init__(self, f: ScalarFunction, rank: Rank) -> None:
+        self.f, self.floor = f, rank == "floor"
+
+    def _split(self, eigvals: Tensor) -> tuple[Tensor, Tensor]:
+        """Which eigenvalues are kept, and the spectrum with a harmless value in place of the others."""
+        cut = rank_tolerance(eigvals)
+        kept = eigvals > cut
+        return kept, torch.where(kept, eigvals, torch.where(cut > 0, cut, 1.0))
+
+    def values(self, eigvals: Tensor) -> Tensor:
+        kept, safe = self._split(eigvals)
+        values = self.f.value(safe)
+        # A zero matrix has no scale to take a floor from: like the pseudo-inverse, it maps to zero.
+        return torch.where(kept | (self.floor & kept.any(-1, keepdim=True)), values, 0.0)
+
+    def differences(self, eigvals: Tensor) -> Tensor:
+        kept, safe = self._split(eigvals)
+        (ki, kj), (si, sj) = pairs(kept), pairs(safe)
+        return self._mixed(self.f.first(si, sj), (ki & kj), (ki | kj), *pairs(eigvals), *pairs(self.values(eigvals)))
+
+    def second_differences(self, eigvals: Tensor) -> Tensor:
+        kept, safe = self._split(eigvals)
+        ki, kj, kk = triples(kept)
+        lam = torch.stack(torch.broadcast_tensors(*triples(eigvals)))
+        lam, order = lam.sort(0)
+        values = torch.stack(torch.broadcast_tensors(*triples(self.values(eigvals)))).gather(0, order)
+        keep = torch.stack(torch.broadcast_tensors(ki, kj, kk)).gather(0, order)
+        safe3 = torch.stack(torch.broadcast_tensors(*triples(safe))).gather(0, order)
+
+        def first(i: int, j: int) -> Tensor:
+            inner = self.f.first(safe3[i], safe3[j])
+            return self._mixed(inner, keep[i] & keep[j], keep[i] | keep[j], lam[i], lam[j], values[i], values[j])
+
+        return self._mixed(
+            self.f.second(*triples(safe)), ki & kj & kk, ki | kj | kk, lam[2], lam[0], first(2, 1), first(1, 0)
+        )
+
+    @staticmethod
+    def _mixed(whole: Tensor, every: Tensor, some: Tensor, a: Tensor, b: Tensor, fa: Tensor, fb: Tensor) -> Tensor:
+        """f's own difference where all are kept, 0 where none is, and the quotient across the cut."""
+        gap = torch.where(a == b, 1.0, a - b)
+        return torch.where(every, whole, torch.where(some, (fa - fb) / gap, 0.0))
+
+
+def on_kept_eigenvalues(f: ScalarFunction, rank: Rank) -> SpectralMap:
+    """The function that a rank policy makes of f."""
+    return Truncated(f, rank) if rank in ("pinv", "floor") else f

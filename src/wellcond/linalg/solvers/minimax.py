@@ -1,0 +1,85 @@
+"""A square root from matrix products alone that reaches float32 accuracy: minimax polynomials instead of Newton–Schulz.
+
+The coupled iteration Y ← Y h(ZY), Z ← h(ZY) Z with h chosen anew in every step (``_minimax_polynomials``) needs 9 steps
+for κ = 1e6 where Newton–Schulz needs some 25. The derivative solves the Lyapunov equation by the same polynomials.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._events import count_call
+from ._lyapunov_iteration import lyapunov_iteration
+from ._minimax_polynomials import Coefficients, polynomials_from
+from ._solver import Done, Root, Solver, Tensors, require_scale
+
+
+class Minimax(Solver):
+    """Exact roots up to a chosen condition number without any factorisation, for accelerators.
+
+    Args:
+        kappa: condition numbers up to this one are resolved; smaller eigenvalues are damped. A factor of 20 costs
+            one step.
+        tolerance: warn where the relative residual is larger (``None``: never); checked with the values.
+
+    Raises:
+        ValueError: kappa is not a finite number above 1.
+    """
+
+    name = "minimax"
+    cost = "four products a step, seven a step backward; 7 steps at κ = 1e4, 9 at 1e6; no factorisation"
+    traceable = True
+
+    def __init__(self, kappa: float = 1e6, tolerance: float | None = 0.1) -> None:
+        if not 1.0 < kappa < float("inf"):
+            raise ValueError(f"kappa must be a finite number above 1, got {kappa}")
+        self.kappa, self.tolerance = float(kappa), tolerance
+        # Frobenius norms overestimate the largest eigenvalue: by √d in the derivative, by d^{1/4} in the root.
+        self.polynomials = polynomials_from(self.kappa**-0.5 / 3)
+
+    def __repr__(self) -> str:
+        return f"Minimax(kappa={self.kappa:g})"
+
+    def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
+        count_call()
+        eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+        P = P + eps * eye
+        # λmax ≤ ‖P²‖_F^{1/2} ≤ d^{1/4} λmax; dividing first by the plain norm keeps the square in range.
+        coarse = torch.linalg.matrix_norm(P, keepdim=True)
+        require_scale(coarse, roots)
+        coarse = torch.where(coarse > 0, coarse, 1.0)
+        Y = P / coarse
+        fine = torch.linalg.matrix_norm(Y @ Y, keepdim=True).sqrt()
+        fine = torch.where(fine > 0, fine, 1.0)
+        Y, scale = Y / fine, coarse * fine
+        Z = eye.expand_as(Y)
+        for step, (a, b, c) in enumerate(self._polynomials(P.dtype)):
+            M = Z @ Y if step else Y
+            H = a * eye + b * M + c * (M @ M)
+            Y, Z = Y @ H, H @ Z if step else H
+        values = {"sqrt": (Y + Y.mH) / 2 * scale.sqrt(), "invsqrt": (Z + Z.mH) / 2 / scale.sqrt()}
+        return tuple(values[root] for root in roots), ()
+
+    def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
+        terms = [
+            self._derivative(root, output, (grad + grad.mH) / 2)
+            for root, output, grad in zip(done.roots, done.outputs, grads, strict=True)
+            if grad is not None
+        ]
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+    def jvp(self, done: Done, dP: Tensor) -> Tensors:
+        return tuple(self._derivative(root, out, dP) for root, out in zip(done.roots, done.outputs, strict=True))
+
+    def _derivative(self, root: Root, output: Tensor, direction: Tensor) -> Tensor:
+        polynomials = self._polynomials(output.dtype)
+        if root == "sqrt":
+            return lyapunov_iteration(output, direction, polynomials)
+        right = output @ direction @ output
+        X = output @ lyapunov_iteration(output, (right + right.mH) / 2, polynomials) @ output
+        return -(X + X.mH) / 2
+
+    def _polynomials(self, dtype: torch.dtype) -> tuple[Coefficients, ...]:
+        # The last but one leaves 1e-11, below the rounding of single precision.
+        return self.polynomials if dtype in (torch.float64, torch.complex128) else self.polynomials[:-1]
