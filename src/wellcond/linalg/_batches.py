@@ -15,8 +15,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# Work per chunk, d³ summed over its matrices, below which handing it to a thread costs more than it saves.
-SMALLEST_CHUNK = 150_000
+# Entries of a chunk below which handing it to a thread costs more than it saves. A decomposition of a small matrix
+# takes some 50 ns an entry (from 4 µs at 8 × 8 to 200 µs at 64 × 64), the hand-over 50 to 100 µs.
+SMALLEST_CHUNK = 2_500
 # From this size on LAPACK itself uses the cores.
 LARGEST_MATRIX = 384
 
@@ -39,7 +40,14 @@ def in_threads(decompose: Callable[[Tensor], tuple[Tensor, ...]], P: Tensor) -> 
         if error is not None:
             raise error
     parts += [future.result() for future in waiting]
-    return tuple(torch.cat(part).reshape(*P.shape[:-2], *part[0].shape[1:]) for part in zip(*parts, strict=True))
+    return tuple(_joined(part).reshape(*P.shape[:-2], *part[0].shape[1:]) for part in zip(*parts, strict=True))
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """The chunks one after the other; matrices stay in the column order in which LAPACK wrote them."""
+    if parts[0].ndim < 3 or parts[0].is_contiguous():
+        return torch.cat(parts)
+    return torch.cat([part.mT for part in parts]).mT
 
 
 def chunk_count(P: Tensor) -> int:
@@ -47,8 +55,7 @@ def chunk_count(P: Tensor) -> int:
     rows, columns = P.shape[-2:]
     if P.device.type != "cpu" or P.ndim < 3 or max(rows, columns) > LARGEST_MATRIX or torch.compiler.is_compiling():
         return 1
-    work = P.shape[:-2].numel() * rows * columns * min(rows, columns)
-    return max(1, min(torch.get_num_threads(), P.shape[:-2].numel(), work // SMALLEST_CHUNK))
+    return max(1, min(torch.get_num_threads(), P.shape[:-2].numel(), P.numel() // SMALLEST_CHUNK))
 
 
 def _without_grad(decompose: Callable[[Tensor], tuple[Tensor, ...]], P: Tensor) -> tuple[Tensor, ...]:

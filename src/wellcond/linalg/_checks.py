@@ -7,6 +7,7 @@ accelerator that would make the host wait, so they are on for CPU tensors and of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -117,8 +118,10 @@ def hermitian(P: Tensor, name: str = "P") -> Tensor:
     """The Hermitian part of P, after the value checks where they are on."""
     if not checks_values(P):
         return (P + P.mH) / 2
-    # One pass settles the usual case: exactly Hermitian and finite (NaN and inf - inf are not zero).
-    if P.numel() == 0 or (P - P.mH).abs().max().item() == 0.0:
+    # Two passes without a temporary settle the usual case: exactly Hermitian (NaN equals nothing) and a finite sum.
+    if torch.equal(P, P.mH):
+        if not math.isfinite(abs(P.sum().item())):
+            require_finite(P, name)
         return P
     require_finite(P, name)
     require_symmetric(P, name)

@@ -21,7 +21,7 @@ from ._vmap import BatchedFunction
 
 def apply_function(P: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
     """f(P), given the eigenpairs of P; differentiable in P twice."""
-    return _Function.apply(P, f, eigvals, U)  # pyright: ignore[reportReturnType]
+    return _Function.call(P, f, eigvals, U)
 
 
 def _derivative(P: Tensor, E: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:

@@ -47,4 +47,4 @@ class _Eigenpairs(BatchedFunction):
 
 def eigenpairs(P: Tensor, shift: Shift | None = None) -> tuple[Tensor, Tensor]:
     """Checked eigenvalues (ascending, shifted if asked) and eigenvectors of Hermitian P, not differentiable."""
-    return _Eigenpairs.apply(P, shift)  # pyright: ignore[reportReturnType]
+    return _Eigenpairs.call(P, shift)

@@ -55,7 +55,7 @@ def covariance_sqrtm(X: Tensor, *, correction: int = 0, solver: str | Solver = "
         A = centred_factor(X, correction=correction)
         if solver != "auto":
             return sqrtm(A @ A.mH, solver=solver).to(X.dtype)
-        Q, *_ = FactorSqrt.apply(A)  # pyright: ignore[reportGeneralTypeIssues]
+        Q, *_ = FactorSqrt.call(A)
         return Q.to(X.dtype)
 
 

@@ -49,7 +49,7 @@ def polar(G: Tensor, *, solver: str = "auto") -> Tensor:
     with full_precision(G):
         A = G.to(working_dtype(G.dtype))
         tall = A.shape[-2] >= A.shape[-1]
-        W, *_ = Polar.apply(A if tall else A.mH)  # pyright: ignore[reportGeneralTypeIssues]
+        W, *_ = Polar.call(A if tall else A.mH)
         return (W if tall else W.mH.resolve_conj()).to(G.dtype)
 
 

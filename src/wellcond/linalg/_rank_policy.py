@@ -64,7 +64,7 @@ def shifted_spectrum(eigvals: Tensor, eps: float, *, invertible: bool, rank: Ran
                 f"P is singular{bad_indices(singular)}{place()}: its smallest eigenvalue is {lowest.min().item():.3e}, "
                 f"zero in {eigvals.dtype}; give eps > 0, or rank='pinv' or 'floor'"
             )
-    return eigvals.clamp_min(0.0) + eps
+    return eigvals.clamp_min(0.0).add_(eps) if eps else eigvals.clamp_min(0.0)
 
 
 class Truncated(SpectralMap):

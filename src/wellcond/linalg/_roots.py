@@ -92,5 +92,5 @@ def _roots(P: Tensor, roots: tuple[Root, ...], eps: float, solver: str | Solver)
         if chosen.traceable and torch.compiler.is_compiling():
             out = Traced.apply(work, chosen, roots, float(eps))
         else:
-            out = Solved.apply(work, chosen, roots, float(eps))
+            out = Solved.call(work, chosen, roots, float(eps))
         return tuple(root.to(P.dtype) for root in out[: len(roots)])  # pyright: ignore[reportOptionalSubscript]

@@ -19,7 +19,12 @@ from ._vmap import BatchedFunction
 
 def reciprocal_or_zero(x: Tensor) -> Tensor:
     """1/x, and 0 where x is 0: the pseudo-inverse of a diagonal. Not differentiated."""
-    return x.masked_fill(x == 0, torch.inf).reciprocal()
+    return x.reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0, neginf=0.0)
+
+
+def product(A: Tensor, B: Tensor) -> Tensor:
+    """A @ B, without the reshaping that ``matmul`` does even where there is nothing to reshape."""
+    return torch.bmm(A, B) if A.ndim == B.ndim == 3 and A.shape[0] == B.shape[0] else A @ B
 
 
 def differentiated_again() -> bool:
@@ -33,7 +38,7 @@ def differentiated_again() -> bool:
 
 def in_eigenbasis(U: Tensor, K: Tensor, G: Tensor) -> Tensor:
     """U (K ∘ (Uᴴ G U)) Uᴴ: the form of every first derivative of a matrix function (Daleckii–Krein)."""
-    return U @ (K * (U.mH @ G @ U)) @ U.mH
+    return product(product(U, product(product(U.mH, G), U).mul_(K)), U.mH)
 
 
 class Sylvester(BatchedFunction):

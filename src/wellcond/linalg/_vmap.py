@@ -25,6 +25,13 @@ class BatchedFunction(torch.autograd.Function):
         cls.forward.__signature__ = inspect.signature(cls.forward)  # pyright: ignore[reportFunctionMemberAccess]
         cls.vmap = staticmethod(vmap)  # pyright: ignore[reportAttributeAccessIssue]
 
+    @classmethod
+    def call(cls, *args: Any) -> Any:
+        """``apply`` without the binding of defaults and the search for wrappers: they cost what a small product does."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+
 
 class _Once(BatchedFunction):
     """A value that cannot be differentiated again with respect to its sources."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._eigh import eigh
 from .._rank_policy import shifted_spectrum
-from .._sylvester import differentiated_again, in_eigenbasis, reciprocal_or_zero, sylvester
+from .._sylvester import differentiated_again, product, reciprocal_or_zero, sylvester
 from ._solver import Done, Root, Solver, Tensors
 
 
@@ -23,10 +23,12 @@ class Eigh(Solver):
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
         eigvals, U = eigh(P)
         s = shifted_spectrum(eigvals, eps, invertible="invsqrt" in roots).sqrt()
-        values = {"sqrt": s, "invsqrt": reciprocal_or_zero(s)}
-        return tuple((U * values[root].unsqueeze(-2)) @ U.mH for root in roots), (s, U)
+        values = [s if root == "sqrt" else reciprocal_or_zero(s) for root in roots]
+        return tuple(product(U * value.unsqueeze(-2), U.mH) for value in values), (s, U)
 
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
+        if not differentiated_again():
+            return _gradient(done, grads)
         terms = [
             FRECHET[root](output, grad, *done.residuals)
             for root, output, grad in zip(done.roots, done.outputs, grads, strict=True)
@@ -41,6 +43,25 @@ class Eigh(Solver):
         )
 
 
+def _gradient(done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
+    """The derivatives of :data:`FRECHET` in one pass through the eigenbasis, where nobody differentiates again."""
+    s, U = done.residuals
+    half = s + s
+    pair = reciprocal_or_zero(half.unsqueeze(-1) + half.unsqueeze(-2))  # half of K: the rest is the Hermitian part
+    inner: Tensor | None = None
+    for root, grad in zip(done.roots, grads, strict=True):
+        if grad is None:
+            continue
+        term = product(product(U.mH, grad), U).mul_(pair)
+        if root == "invsqrt":
+            t = reciprocal_or_zero(s)
+            term.mul_(t.unsqueeze(-1)).mul_(t.neg().unsqueeze(-2))
+        inner = term if inner is None else inner.add_(term)
+    assert inner is not None
+    gradient = product(product(U, inner), U.mH)
+    return gradient + gradient.mH
+
+
 def frechet_sqrt(Q: Tensor, G: Tensor, s: Tensor, U: Tensor) -> Tensor:
     """The derivative of P^{1/2} = Q along G, and its adjoint: K_ij = 1/(√λi + √λj)."""
     return sylvester(Q, G, s, U)
@@ -50,13 +71,9 @@ def frechet_invsqrt(S: Tensor, G: Tensor, s: Tensor, U: Tensor) -> Tensor:
     """The derivative of P^{-1/2} = S along G, and its adjoint: K_ij = −1/(√λi √λj (√λi + √λj)).
 
     From S P S = I: dS = −S Y S with SY + YS = S dP S, which autograd can differentiate again through
-    :func:`sylvester`; where nobody will, the same in one step.
+    :func:`sylvester`.
     """
-    t = reciprocal_or_zero(s)
-    if differentiated_again():
-        return -S @ sylvester(S, S @ G @ S, t, U) @ S
-    K = -t.unsqueeze(-1) * t.unsqueeze(-2) * reciprocal_or_zero(s.unsqueeze(-1) + s.unsqueeze(-2))
-    return in_eigenbasis(U, K, G)
+    return -S @ sylvester(S, S @ G @ S, reciprocal_or_zero(s), U) @ S
 
 
 FRECHET = {"sqrt": frechet_sqrt, "invsqrt": frechet_invsqrt}
