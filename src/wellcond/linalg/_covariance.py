@@ -41,11 +41,16 @@ def covariance(X: Tensor, *, correction: int = 0) -> Tensor:
 def centred_factor(X: Tensor, *, correction: int = 0) -> Tensor:
     """A = (X − mean)/√(n − correction), so that P = A Aᴴ; in the working dtype."""
     require_matrix(X, "X")
+    require_samples(X, correction)
+    X = X.to(working_dtype(X.dtype))
+    return (X - X.mean(-1, keepdim=True)) / (X.shape[-1] - correction) ** 0.5
+
+
+def require_samples(X: Tensor, correction: int) -> None:
+    """Refuse features with too few samples for a covariance."""
     n = X.shape[-1]
     if n <= correction:
         raise ValueError(
             f"X of shape {tuple(X.shape)} has {n} sample{'s' if n != 1 else ''} in its last dimension; "
             f"a covariance with correction={correction} needs at least {correction + 1}"
         )
-    X = X.to(working_dtype(X.dtype))
-    return (X - X.mean(-1, keepdim=True)) / (n - correction) ** 0.5

@@ -7,18 +7,20 @@ and R_ij = σj/(σi + σj): every coefficient lies in [0, 1], so the gradient is
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import checks_values, full_precision, require_finite, require_matrix
-from ._covariance import centred_factor
+from ._checks import checks_values, full_precision, require_finite, require_matrix, working_dtype
+from ._covariance import centred_factor, require_samples
 from ._eigh import eigh
 from ._roots import sqrtm
 from ._svd import thin_svd
-from ._sylvester import differentiated_again, in_eigenbasis, reciprocal_or_zero, sylvester
+from ._sylvester import differentiated_again, in_eigenbasis, product, reciprocal_or_zero, sylvester
 from ._vmap import BatchedFunction
+from ._wide import wide_dtype, wide_gram, wide_product
 from .solvers import Solver
 from .solvers.eigh import frechet_invsqrt
 
@@ -51,41 +53,43 @@ def covariance_sqrtm(X: Tensor, *, correction: int = 0, solver: str | Solver = "
                 [2.4000, 0.0000, 3.2000]])
     """
     require_matrix(X, "X")
+    require_samples(X, correction)
     with full_precision(X):
-        A = centred_factor(X, correction=correction)
         if solver != "auto":
+            A = centred_factor(X, correction=correction)
             return sqrtm(A @ A.mH, solver=solver).to(X.dtype)
-        Q, *_ = FactorSqrt.call(A)
+        Q, *_ = FactorSqrt.call(X.to(working_dtype(X.dtype)), correction)
         return Q.to(X.dtype)
 
 
-def _decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _decompose(X: Tensor, correction: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Q and U, σ, V of A = U Σ Vᴴ, with zero columns in V for directions below the rank tolerance.
 
     float64 features take the singular value decomposition. For others the eigenpairs of the smaller float64 Gram matrix
     do: it resolves σ down to √eps64 ≈ 1.5e-8 of the largest, beyond the rounding of the features. With n ≥ d, V would
     be another copy of the features; it is left empty, and U and σ stay in float64 (see :func:`_gradient_by_gram`).
     """
-    d, n = A.shape[-2:]
-    wide = A.to(torch.complex128 if A.is_complex() else torch.float64)
-    if wide.dtype == A.dtype:
+    d, n = X.shape[-2:]
+    if wide_dtype(X) == X.dtype:
+        A = centred_factor(X, correction=correction)
         U, sigma, Vh = thin_svd(A) if n < d else _adjoint(thin_svd(A.mH))
         # The usual rank tolerance on singular values.
-        kept = sigma > torch.finfo(A.dtype).eps * max(d, n) * sigma.amax(-1, keepdim=True)
+        kept = sigma > torch.finfo(X.dtype).eps * max(d, n) * sigma.amax(-1, keepdim=True)
         sigma = torch.where(kept, sigma, 0.0)
         return (U * sigma.unsqueeze(-2)) @ U.mH, U, sigma, Vh.mH * kept.unsqueeze(-2)
-    gram = wide.mH @ wide if n < d else wide @ wide.mH
+    A = centred_factor(X.to(wide_dtype(X)), correction=correction) if n < d else None
+    gram = wide_gram(X) / (n - correction) if A is None else A.mH @ A
     eigvals, basis = eigh((gram + gram.mH) / 2)
     # Gram entries are exact to eps64 times their length, so σ² below that of the largest is rounding.
     cut = 10 * max(d, n) * torch.finfo(torch.float64).eps
     sigma = torch.where(eigvals > cut * eigvals.amax(-1, keepdim=True), eigvals.clamp_min(0.0), 0.0).sqrt()
-    if n < d:
+    if A is not None:
         V = basis * (sigma > 0).unsqueeze(-2)
-        U = (wide @ (V * reciprocal_or_zero(sigma).unsqueeze(-2))).to(A.dtype)
-        sigma = sigma.to(A.real.dtype)
-        return (U * sigma.unsqueeze(-2)) @ U.mH, U, sigma, V.to(A.dtype)
-    Q = ((basis * sigma.unsqueeze(-2)) @ basis.mH).to(A.dtype)
-    return Q, basis, sigma, A.new_empty(*A.shape[:-2], 0, 0)
+        U = (A @ (V * reciprocal_or_zero(sigma).unsqueeze(-2))).to(X.dtype)
+        sigma = sigma.to(X.real.dtype)
+        return (U * sigma.unsqueeze(-2)) @ U.mH, U, sigma, V.to(X.dtype)
+    Q = product(basis * sigma.unsqueeze(-2), basis.mH).to(X.dtype)
+    return Q, basis, sigma, X.new_empty(*X.shape[:-2], 0, 0)
 
 
 def _adjoint(svd: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,44 +98,54 @@ def _adjoint(svd: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor
 
 
 class FactorSqrt(BatchedFunction):
-    """Q = (A Aᴴ)^{1/2} of a factor A, differentiated in A."""
+    """Q = (A Aᴴ)^{1/2} with the factor A of features X, differentiated in X."""
 
     @staticmethod
-    def forward(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if checks_values(A):
-            require_finite(A, "X")
-        return _decompose(A)
+    def forward(X: Tensor, correction: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if checks_values(X) and not math.isfinite(abs(X.sum().item())):
+            require_finite(X, "X")
+        return _decompose(X, correction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, *output)
-        ctx.save_for_forward(*inputs, *output)
+        X, ctx.correction = inputs
+        ctx.save_for_backward(X, *output)
+        ctx.save_for_forward(X, *output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Tensor | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
-            return None
-        A, Q, U, sigma, V = ctx.saved_tensors
-        with full_precision(A):
+            return None, None
+        X, Q, U, sigma, V = ctx.saved_tensors
+        divisor = X.shape[-1] - ctx.correction
+        with full_precision(X):
             G = (grad + grad.mH) / 2
-            bounded = _bounded_gradient(G, U, sigma, V) if V.numel() else _gradient_by_gram(A, G, U, sigma)
+            # The rows of V sum to zero like those of A, and so do those of the gradient: it is centred already.
+            bounded = (
+                _bounded_gradient(G, U, sigma, V).div_(divisor**0.5)
+                if V.numel()
+                else _gradient_by_gram(X, G, U, sigma, divisor)
+            )
             if not differentiated_again():
-                return bounded
-            # Somebody will differentiate again: the same gradient as a differentiable expression of A and G,
+                return bounded, None
+            # Somebody will differentiate again: the same gradient as a differentiable expression of X and G,
             # which keeps the bounded one as its value.
+            A = centred_factor(X, correction=ctx.correction)
             if A.shape[-1] < A.shape[-2]:
                 S = _range_invsqrt(A, sigma, V)
                 again = 2 * (G @ A @ S + A @ frechet_invsqrt(S, A.mH @ G @ A, sigma, V))
             else:
                 again = 2 * sylvester(Q, G, sigma.to(A.real.dtype), U.to(A.dtype)) @ A
-            return again + (bounded - again).detach()
+            again = (again - again.mean(-1, keepdim=True)) / divisor**0.5
+            return again + (bounded - again).detach(), None
 
     @staticmethod
-    def jvp(ctx: Any, dA: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        A, Q, U, sigma, V = ctx.saved_tensors
-        with full_precision(A):
+    def jvp(ctx: Any, dX: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        X, Q, U, sigma, V = ctx.saved_tensors
+        with full_precision(X):
+            A, dA = (centred_factor(x, correction=ctx.correction) for x in (X, dX))
             if A.shape[-1] < A.shape[-2]:
                 S = _range_invsqrt(A, sigma, V)
                 half = dA @ S @ A.mH
@@ -174,11 +188,11 @@ def _bounded_gradient(G: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
     return 2 * (GU - U @ ((U.mH @ GU) * kept)) @ V.mH
 
 
-def _gradient_by_gram(A: Tensor, G: Tensor, U: Tensor, sigma: Tensor) -> Tensor:
-    """2 Y A with QY + YQ = G, all in float64: the same gradient where V = Aᴴ U Σ^{-1} was not kept.
+def _gradient_by_gram(X: Tensor, G: Tensor, U: Tensor, sigma: Tensor, divisor: int) -> Tensor:
+    """2 Y A/√divisor with QY + YQ = G, all in float64: the same gradient where V = Aᴴ U Σ^{-1} was not kept.
 
     Y grows like 1/σ_min, and A shrinks as much: in float64 the product keeps eps64 σ_max/σ_min, below the rounding of
     the features for every σ that the Gram matrix resolves.
     """
-    K = reciprocal_or_zero(sigma.unsqueeze(-1) + sigma.unsqueeze(-2))
-    return (2 * in_eigenbasis(U, K, G.to(U.dtype)) @ A.to(U.dtype)).to(A.dtype)
+    K = reciprocal_or_zero(sigma.unsqueeze(-1) + sigma.unsqueeze(-2)) * (2 / divisor)
+    return wide_product(in_eigenbasis(U, K, G.to(U.dtype)), X)

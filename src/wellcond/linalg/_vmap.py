@@ -27,7 +27,7 @@ class BatchedFunction(torch.autograd.Function):
 
     @classmethod
     def call(cls, *args: Any) -> Any:
-        """``apply`` without the binding of defaults and the search for wrappers: they cost what a small product does."""
+        """``apply`` without its binding of defaults and search for wrappers, which cost what a small product does."""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return cls.apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
