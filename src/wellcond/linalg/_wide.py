@@ -39,7 +39,7 @@ def wide_product(Y: Tensor, X: Tensor) -> Tensor:
 
 
 def _centred_pieces(X: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Pieces of X − mean: some whole matrices of the flattened batch, or some columns of one that is large by itself."""
+    """Pieces of X − mean: whole matrices of the flattened batch, or some columns of one that is large."""
     d, n = X.shape[-2:]
     piece = _PIECE["cpu" if X.device.type == "cpu" else "accelerator"]
     matrices, columns = max(1, piece // max(1, d * n)), max(1, piece // max(1, d))
