@@ -33,7 +33,9 @@ def covariance(X: Tensor, *, correction: int = 0) -> Tensor:
     require_matrix(X, "X")
     with full_precision(X):
         A = centred_factor(X, correction=correction)
-        return (A @ A.mH).to(X.dtype)
+        P = A @ A.mH
+        # BLAS need not round the two triangles alike, nor leave a complex diagonal real.
+        return ((P + P.mH) / 2).to(X.dtype)
 
 
 def centred_factor(X: Tensor, *, correction: int = 0) -> Tensor:

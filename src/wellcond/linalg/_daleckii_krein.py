@@ -1,9 +1,8 @@
 """Any function of a Hermitian matrix from its eigenpairs, with exact first and second derivatives.
 
 F = U f(Λ) Uᴴ; its derivative along E is U (f[λi, λj] ∘ Uᴴ E U) Uᴴ (Daleckii and Krein 1965; Higham 2008, ch. 3), and
-the second
-along E, F is Σ_k f[λi, λk, λj] (Ê_ik F̂_kj + F̂_ik Ê_kj) in the eigenbasis. Nothing divides by a difference of
-eigenvalues.
+the second along E, F is Σ_k f[λi, λk, λj] (Ê_ik F̂_kj + F̂_ik Ê_kj) in the eigenbasis. Nothing divides by a difference
+of eigenvalues.
 """
 
 from __future__ import annotations
