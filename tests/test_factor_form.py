@@ -82,8 +82,7 @@ def test_values_equal_mpmath_for_every_shape(d, n, dtype):
     with mpmath.workdps(60):
         centred = X - X.mean(-1, keepdim=True)
         truth = mp_function(hermitian_part(centred @ centred.mH / n), lambda x: mpmath.sqrt(abs(x)))
-    # Null eigenvalues of the float64 covariance are off by eps·‖P‖ and their roots by √eps: that much is the truth's
-    # own.
+    # Null eigenvalues of the float64 covariance are off by eps·‖P‖ and their roots by √eps: that is the truth's own.
     assert (wl.covariance_sqrtm(X) - truth).abs().max() < 10 * eps_of(dtype) ** 0.5 * max(1.0, truth.abs().max().item())
     # Squared, the root is the covariance to full precision.
     Q = wl.covariance_sqrtm(X)

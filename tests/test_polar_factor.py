@@ -130,3 +130,71 @@ def test_convolution_weights_batch_like_a_loop():
 def test_it_equals_torch():
     G = torch.randn(6, 4, dtype=torch.float64)
     assert relative_error(wl.polar(G), torch.linalg.polar(G)[0]) < 1e-13
+
+
+SHAPES = pytest.mark.parametrize(("m", "n"), [(64, 64), (256, 27), (27, 256), (5, 1), (1, 1)])
+
+
+@SHAPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("kappa", [1.0, 1e2, 1e5])
+def test_products_alone_reach_the_accuracy_of_the_decomposition(m, n, dtype, kappa):
+    """The polar factor is conditioned by 1/σmin (Higham 2008, ch. 8): a stable method is within a few eps·κ."""
+    r = min(m, n)
+    G = with_singular_values(m, n, [kappa ** (-i / max(r - 1, 1)) for i in range(r)], dtype)
+    U, _, Vh = torch.linalg.svd(G.to(torch.complex128 if dtype.is_complex else torch.float64), full_matrices=False)
+    W = wl.polar(G, solver="minimax")
+    assert W.dtype == dtype
+    assert relative_error(W, U @ Vh) < 10 * eps_of(dtype) * kappa
+    gram = W.mH @ W if m >= n else W @ W.mH
+    assert (gram - torch.eye(r, dtype=dtype)).abs().max() < 20 * eps_of(dtype)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+@pytest.mark.parametrize("solver", ["minimax", "muon"])
+def test_products_alone_do_not_see_the_scale(solver, scale):
+    G = with_singular_values(5, 3, [3.0, 2.0, 1.0])
+    assert relative_error(wl.polar((G * scale).float(), solver=solver), wl.polar(G, solver=solver)) < 1e-5
+    assert torch.equal(wl.polar(torch.zeros(4, 3), solver=solver), torch.zeros(4, 3))
+    assert wl.polar(torch.zeros(0, 4, 3), solver=solver).shape == (0, 4, 3)
+    assert wl.polar(torch.zeros(3, 0), solver=solver).shape == (3, 0)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (3, 4), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_products_alone_have_the_derivatives_of_the_polar_factor(shape, dtype):
+    """Autograd goes through the polynomials; on σ ∈ [1, 3] they are 1 to rounding, and so their derivative is 0."""
+    G = with_singular_values(*shape, [3.0, 2.0, 1.0], dtype).requires_grad_()
+    H = torch.randn(shape, dtype=dtype)
+    (got,) = torch.autograd.grad(wl.polar(G, solver="minimax"), G, H)
+    (want,) = torch.autograd.grad(wl.polar(G), G, H)
+    # The first polynomials have slopes of 8 each, which is what rounding is multiplied by.
+    assert relative_error(got, want) < 1e-10
+    assert torch.autograd.gradcheck(lambda x: wl.polar(x, solver="minimax"), G, check_forward_ad=True, fast_mode=True)
+
+
+def test_singular_values_that_the_polynomials_do_not_reach_are_damped():
+    G = with_singular_values(4, 3, [1.0, 0.5, 1e-9])
+    got = torch.linalg.svdvals(wl.polar(G, solver=wl.Minimax(kappa=1e4)))
+    assert (got[:2] - 1).abs().max() < 1e-9 and 0 < got[2] < 0.01
+    # Enough of them, and it is one of three: κ(G)² = 1e18.
+    assert relative_error(wl.polar(G, solver=wl.Minimax(kappa=1e18)), wl.polar(G)) < 1e-6
+
+
+def test_muons_steps_leave_what_its_author_says():
+    """Five quintic steps: singular values of a well conditioned matrix end between 0.68 and 1.14."""
+    G = with_singular_values(8, 6, [1.0, 0.8, 0.5, 0.3, 0.2, 0.1])
+    sigma = torch.linalg.svdvals(wl.polar(G, solver="muon"))
+    assert sigma.min() > 0.68 and sigma.max() < 1.14
+    assert relative_error(wl.polar(G, solver="muon"), wl.polar(G)) > 0.02
+
+
+@pytest.mark.parametrize("solver", ["qr", "eigh", None, wl.NewtonSchulz(5)])
+def test_solvers_of_other_functions_are_refused(solver):
+    with pytest.raises(ValueError, match=r"unknown solver .* for polar \(known: auto, svd, minimax, muon"):
+        wl.polar(torch.eye(2), solver=solver)
+
+
+def test_nan_is_refused_by_products_too():
+    with pytest.raises(wl.NonFiniteMatrixError, match="G of shape"):
+        wl.polar(torch.full((2, 2), torch.nan), solver="minimax")

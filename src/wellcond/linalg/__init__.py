@@ -9,6 +9,7 @@ from ._condition import (
     spectrum,
 )
 from ._covariance import covariance
+from ._covariance_functions import covariance_logm, covariance_powm
 from ._errors import (
     ApproximateRootWarning,
     DecompositionError,
@@ -47,6 +48,8 @@ __all__ = [
     "Taylor",
     "condition_number",
     "covariance",
+    "covariance_logm",
+    "covariance_powm",
     "covariance_spectrum",
     "covariance_sqrtm",
     "effective_rank",

@@ -46,6 +46,11 @@ def checks_values(x: Tensor) -> bool:
     return x.device.type == "cpu" if enabled is None else enabled
 
 
+def readable(x: Tensor) -> bool:
+    """:func:`checks_values`, where an autograd function does not unwrap them: under ``torch.func`` there are none."""
+    return not torch._C._are_functorch_transforms_active() and checks_values(x)
+
+
 def require_matrix(x: Tensor, name: str, *, square: bool = False) -> None:
     """Refuse what is not a (..., m, n) floating or complex tensor."""
     if not isinstance(x, Tensor):

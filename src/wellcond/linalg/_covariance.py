@@ -34,7 +34,7 @@ def covariance(X: Tensor, *, correction: int = 0) -> Tensor:
     with full_precision(X):
         A = centred_factor(X, correction=correction)
         P = A @ A.mH
-        # A threaded product of complex matrices is Hermitian up to rounding only.
+        # BLAS need not round the two triangles alike, nor leave a complex diagonal real.
         return ((P + P.mH) / 2).to(X.dtype)
 
 

@@ -1,9 +1,8 @@
 """Any function of a Hermitian matrix from its eigenpairs, with exact first and second derivatives.
 
 F = U f(Λ) Uᴴ; its derivative along E is U (f[λi, λj] ∘ Uᴴ E U) Uᴴ (Daleckii and Krein 1965; Higham 2008, ch. 3), and
-the second
-along E, F is Σ_k f[λi, λk, λj] (Ê_ik F̂_kj + F̂_ik Ê_kj) in the eigenbasis. Nothing divides by a difference of
-eigenvalues.
+the second along E, F is Σ_k f[λi, λk, λj] (Ê_ik F̂_kj + F̂_ik Ê_kj) in the eigenbasis. Nothing divides by a difference
+of eigenvalues.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ def apply_function(P: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Ten
     return _Function.call(P, f, eigvals, U)
 
 
-def _derivative(P: Tensor, E: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
+def derivative_along(P: Tensor, E: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
+    """The derivative of f at P along E, which is its own adjoint; differentiable in P and E once."""
     return _Derivative.apply(P, (E + E.mH) / 2, f, eigvals, U)  # pyright: ignore[reportReturnType]
 
 
@@ -49,13 +49,13 @@ class _Function(BatchedFunction):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         P, eigvals, U = ctx.saved_tensors
         with full_precision(P):
-            return _derivative(P, grad, ctx.f, eigvals, U), None, None, None
+            return derivative_along(P, grad, ctx.f, eigvals, U), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dP: Tensor, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         P, eigvals, U = ctx.saved_tensors
         with full_precision(P):
-            return _derivative(P, dP, ctx.f, eigvals, U)
+            return derivative_along(P, dP, ctx.f, eigvals, U)
 
 
 class _Derivative(BatchedFunction):
@@ -76,13 +76,13 @@ class _Derivative(BatchedFunction):
         P, E, eigvals, U = ctx.saved_tensors
         with full_precision(P):
             grad_P = _second_derivative(E, grad, ctx.f, eigvals, U) if ctx.needs_input_grad[0] else None
-            return grad_P, _derivative(P, grad, ctx.f, eigvals, U), None, None, None
+            return grad_P, derivative_along(P, grad, ctx.f, eigvals, U), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dP: Tensor | None, dE: Tensor | None, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         P, E, eigvals, U = ctx.saved_tensors
         with full_precision(P):
-            change = torch.zeros_like(E) if dE is None else _derivative(P, dE, ctx.f, eigvals, U)
+            change = torch.zeros_like(E) if dE is None else derivative_along(P, dE, ctx.f, eigvals, U)
             return change if dP is None else change + _second_derivative(E, dP, ctx.f, eigvals, U)
 
 

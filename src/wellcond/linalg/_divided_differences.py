@@ -2,9 +2,8 @@
 
 f[a, b] = (f(a) − f(b))/(a − b) and f[a, b, c] = (f[a, b] − f[b, c])/(a − c), with the derivatives f'(a) and f''(a)/2 as
 their limits (Higham, Functions of Matrices, 2008, app. B.16). The first is a closed form in ``expm1`` or ``log1p``,
-with
-no threshold. The second is the quotient while the arguments differ by more than a fifth, where it loses at most a
-digit, and else a series about their midpoint in complete homogeneous polynomials.
+with no threshold. The second is the quotient while the arguments differ by more than a fifth, where it loses at most
+a digit, and else a series about their midpoint in complete homogeneous polynomials.
 """
 
 from __future__ import annotations

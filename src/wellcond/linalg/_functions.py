@@ -20,7 +20,8 @@ def powm(P: Tensor, exponent: float, *, eps: float = 0.0, rank: Rank = "ridge") 
         P: (..., d, d) real symmetric or complex Hermitian; any floating or complex dtype, half precision is computed
             in float32.
         exponent: any finite real number. For ±1/2 :func:`sqrtm` and :func:`invsqrtm` are cheaper to differentiate
-        twice. eps, rank: what is done to eigenvalues that are zero up to rounding, as in :func:`invsqrtm`.
+            twice.
+        eps, rank: what is done to eigenvalues that are zero up to rounding, as in :func:`invsqrtm`.
 
     Returns:
         (..., d, d) in the dtype of P.

@@ -23,8 +23,8 @@ class RootStatus(NamedTuple):
         root: (..., d, d); NaN, with gradient zero, where the status is 1.
         residual: (...,) ‖Q² − P‖/‖P‖ of a square root, ‖S P S − I‖/‖I‖ of an inverse one (P + εI for P).
         info: (...,) int32: 0 fine; 1 the matrix holds NaN or infinity, or could not be decomposed; 2 the residual is
-            above
-            the tolerance: the matrix is not Hermitian or indefinite, too ill-conditioned, or the solver approximate.
+            above the tolerance: the matrix is not Hermitian or indefinite, too ill-conditioned, or the solver
+            approximate.
     """
 
     root: Tensor

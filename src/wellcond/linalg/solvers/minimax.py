@@ -54,7 +54,7 @@ class Minimax(Solver):
         fine = torch.where(fine > 0, fine, 1.0)
         Y, scale = Y / fine, coarse * fine
         Z = eye.expand_as(Y)
-        for step, (a, b, c) in enumerate(self._polynomials(P.dtype)):
+        for step, (a, b, c) in enumerate(self.polynomials_for(P.dtype)):
             M = Z @ Y if step else Y
             H = a * eye + b * M + c * (M @ M)
             Y, Z = Y @ H, H @ Z if step else H
@@ -73,13 +73,14 @@ class Minimax(Solver):
         return tuple(self._derivative(root, out, dP) for root, out in zip(done.roots, done.outputs, strict=True))
 
     def _derivative(self, root: Root, output: Tensor, direction: Tensor) -> Tensor:
-        polynomials = self._polynomials(output.dtype)
+        polynomials = self.polynomials_for(output.dtype)
         if root == "sqrt":
             return lyapunov_iteration(output, direction, polynomials)
         right = output @ direction @ output
         X = output @ lyapunov_iteration(output, (right + right.mH) / 2, polynomials) @ output
         return -(X + X.mH) / 2
 
-    def _polynomials(self, dtype: torch.dtype) -> tuple[Coefficients, ...]:
+    def polynomials_for(self, dtype: torch.dtype) -> tuple[Coefficients, ...]:
+        """As many as a matrix of this dtype needs."""
         # The last but one leaves 1e-11, below the rounding of single precision.
         return self.polynomials if dtype in (torch.float64, torch.complex128) else self.polynomials[:-1]

@@ -1,8 +1,8 @@
 """The paper's baseline: the singular value decomposition, differentiated through its singular vectors, eq. (3)–(8).
 
 Kept as published (with the misprints of eq. (5) and (6) corrected), so that its failures can be shown and counted:
-eq. (7)
-divides by λi − λj, so the gradient is infinite at repeated eigenvalues and meaningless near them. Use ``eigh``.
+eq. (7) divides by λi − λj, so the gradient is infinite at repeated eigenvalues and meaningless near them. Use
+``eigh``.
 """
 
 from __future__ import annotations
