@@ -27,7 +27,7 @@ from ._spectrum import Spectrum
 from ._status import RootStatus, invsqrtm_ex, sqrtm_ex
 from ._sylvester import lyapunov
 from ._whiten import whiten
-from .solvers import SOLVERS, Eigh, Minimax, NewtonSchulz, Pade, Solver, Svd, Taylor
+from .solvers import SOLVERS, Eigh, Minimax, MinimaxOrEigh, NewtonSchulz, Pade, Solver, Svd, Taylor, auto_solver
 
 __all__ = [
     "SOLVERS",
@@ -35,6 +35,7 @@ __all__ = [
     "DecompositionError",
     "Eigh",
     "Minimax",
+    "MinimaxOrEigh",
     "NewtonSchulz",
     "NonFiniteMatrixError",
     "NotPositiveSemidefiniteError",
@@ -46,6 +47,7 @@ __all__ = [
     "Spectrum",
     "Svd",
     "Taylor",
+    "auto_solver",
     "condition_number",
     "covariance",
     "covariance_logm",

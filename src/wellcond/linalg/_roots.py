@@ -18,7 +18,8 @@ def sqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto") -> Tens
         P: (..., d, d) real symmetric or complex Hermitian, positive semidefinite; any floating or complex dtype.
             Half precision is computed in float32.
         eps: ε ≥ 0, added to every eigenvalue.
-        solver: a name of :data:`wellcond.linalg.SOLVERS`, a configured solver, or ``"auto"``.
+        solver: a name of :data:`wellcond.linalg.SOLVERS`, a configured solver, or ``"auto"``
+            (:func:`auto_solver` says which one that is).
 
     Returns:
         (..., d, d) in the dtype of P.
@@ -86,7 +87,7 @@ def sqrtm_invsqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto"
 def _roots(P: Tensor, roots: tuple[Root, ...], eps: float, solver: str | Solver) -> tuple[Tensor, ...]:
     require_matrix(P, "P", square=True)
     require_nonnegative(eps, "eps")
-    chosen = choose_solver(solver)
+    chosen = choose_solver(solver, P)
     with full_precision(P):
         work = P.to(working_dtype(P.dtype))
         if chosen.traceable and torch.compiler.is_compiling():

@@ -5,21 +5,28 @@ from __future__ import annotations
 import difflib
 from functools import lru_cache
 
+from torch import Tensor
+
+from ._auto import auto_solver
 from ._solver import Done, Root, Solved, Solver, Traced
 from .eigh import Eigh
 from .minimax import Minimax
+from .minimax_or_eigh import MinimaxOrEigh
 from .newton_schulz import NewtonSchulz
 from .pade import Pade
 from .svd import Svd
 from .taylor import Taylor
 
-SOLVERS: dict[str, type[Solver]] = {solver.name: solver for solver in (Eigh, Svd, NewtonSchulz, Minimax, Pade, Taylor)}
+SOLVERS: dict[str, type[Solver]] = {
+    solver.name: solver for solver in (Eigh, Svd, NewtonSchulz, Minimax, MinimaxOrEigh, Pade, Taylor)
+}
 
 __all__ = [
     "SOLVERS",
     "Done",
     "Eigh",
     "Minimax",
+    "MinimaxOrEigh",
     "NewtonSchulz",
     "Pade",
     "Root",
@@ -28,12 +35,13 @@ __all__ = [
     "Svd",
     "Taylor",
     "Traced",
+    "auto_solver",
     "choose_solver",
 ]
 
 
-def choose_solver(solver: str | Solver) -> Solver:
-    """The solver meant by a name, a configured object, or ``"auto"``.
+def choose_solver(solver: str | Solver, P: Tensor | None = None) -> Solver:
+    """The solver meant by a name, a configured object, or ``"auto"`` (for P; the reference where there is none).
 
     Raises:
         ValueError: an unknown name (the nearest right one is in the message).
@@ -44,7 +52,7 @@ def choose_solver(solver: str | Solver) -> Solver:
     if not isinstance(solver, str):
         raise TypeError(f"solver must be a name or a Solver object, got {type(solver).__name__}")
     if solver == "auto":
-        return Eigh()
+        return Eigh() if P is None else auto_solver(P)
     if solver not in SOLVERS:
         near = difflib.get_close_matches(solver, ["auto", *SOLVERS], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""

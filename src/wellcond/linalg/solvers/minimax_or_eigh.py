@@ -1,0 +1,68 @@
+"""Minimax polynomials where they are the root, the eigendecomposition where they are not: found out, not assumed.
+
+The coupled iteration gives Q ≈ P^{1/2} and S ≈ P^{-1/2} together, and ‖S Q − I‖_F says whether every eigenvalue was
+resolved: an unresolved one (κ beyond reach, rank deficiency, an indefinite or non-finite P) leaves a difference near 1,
+which the identity does not average away as a residual relative to ‖P‖ does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import value_checks
+from ._solver import Done, Root, Solver, Tensors
+from .eigh import Eigh
+from .minimax import Minimax
+
+
+class MinimaxOrEigh(Solver):
+    """Roots by :class:`Minimax`, verified; a batch in which some matrix fails goes to :class:`Eigh` as a whole.
+
+    Args:
+        kappa: as for :class:`Minimax`.
+        tolerated: ‖S Q − I‖_F of every matrix up to which its roots count as resolved. In float32 rounding alone
+            gives 0.01 at κ = 1e6 and 0.03 at 4e6, so that 0.02 lets pass what float32 resolves.
+
+    The verification reads one number, so the host waits for the device once, as it does for the status of
+    ``torch.linalg.eigh``. Errors are those of :class:`Eigh`: whatever is wrong with a matrix ends there.
+
+    Raises:
+        ValueError: kappa is not a finite number above 1.
+    """
+
+    name = "minimax_or_eigh"
+    cost = "that of minimax and one product; where the condition number is beyond reach, that of eigh on top"
+
+    def __init__(self, kappa: float = 1e6, tolerated: float = 0.02) -> None:
+        self.tolerated = tolerated
+        self.minimax, self.eigh = Minimax(kappa, tolerance=None), Eigh()
+
+    def __repr__(self) -> str:
+        return f"MinimaxOrEigh(kappa={self.minimax.kappa:g}, tolerated={self.tolerated:g})"
+
+    def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
+        # Without the checks: what they would refuse, the verification hands to eigh, which says what is wrong.
+        with value_checks(False):
+            (Q, S), _ = self.minimax.forward(P, ("sqrt", "invsqrt"), eps)
+        if not self._resolved(Q, S):
+            return self.eigh.forward(P, roots, eps)
+        values = {"sqrt": Q, "invsqrt": S}
+        return tuple(values[root] for root in roots), ()
+
+    def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
+        return self._chosen(done).backward(done, grads)
+
+    def jvp(self, done: Done, dP: Tensor) -> Tensors:
+        return self._chosen(done).jvp(done, dP)
+
+    def _resolved(self, Q: Tensor, S: Tensor) -> bool:
+        if Q.numel() == 0:
+            return True
+        eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        # NaN compares false.
+        return torch.linalg.matrix_norm(S @ Q - eye).amax().item() <= self.tolerated
+
+    def _chosen(self, done: Done) -> Solver:
+        # Only the eigendecomposition leaves residuals.
+        return self.eigh if done.residuals else self.minimax
