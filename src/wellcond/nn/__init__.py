@@ -1,7 +1,7 @@
 """Spectral layers, in the manner of ``torch.nn``."""
 
 from ._base import Observation, SpectralModule
-from .covariance_pool import GlobalCovariancePool2d
+from .covariance_pool import GlobalCovariancePool2d, TokenCovariancePool
 from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
 from .spectral_layer import SpectralLayer
 
@@ -13,4 +13,5 @@ __all__ = [
     "Observation",
     "SpectralLayer",
     "SpectralModule",
+    "TokenCovariancePool",
 ]
