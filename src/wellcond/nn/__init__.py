@@ -1,9 +1,11 @@
 """Spectral layers, in the manner of ``torch.nn``."""
 
+from . import functional
 from ._base import Observation, SpectralModule
 from .covariance_pool import GlobalCovariancePool2d, TokenCovariancePool
 from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
 from .spectral_layer import SpectralLayer
+from .whitening_coloring import WhiteningColoring
 
 __all__ = [
     "DecorrelatedBatchNorm1d",
@@ -14,4 +16,6 @@ __all__ = [
     "SpectralLayer",
     "SpectralModule",
     "TokenCovariancePool",
+    "WhiteningColoring",
+    "functional",
 ]
