@@ -4,6 +4,8 @@ from . import functional
 from ._base import Observation, SpectralModule
 from .covariance_pool import GlobalCovariancePool2d, TokenCovariancePool
 from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
+from .fold import fold
+from .replace_batchnorm import replace_batchnorm
 from .spectral_layer import SpectralLayer
 from .whitening_coloring import WhiteningColoring
 
@@ -17,5 +19,7 @@ __all__ = [
     "SpectralModule",
     "TokenCovariancePool",
     "WhiteningColoring",
+    "fold",
     "functional",
+    "replace_batchnorm",
 ]

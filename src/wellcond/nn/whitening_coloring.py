@@ -38,7 +38,8 @@ class WhiteningColoring(SpectralModule):
         super().__init__()
         if not 0.0 <= eps < float("inf"):
             raise ValueError(f"eps must be a finite number >= 0, got {eps}")
-        self.eps, self.alpha, self.method, self.groups, self.relative = eps, alpha, method, groups, relative
+        self.eps, self.alpha, self.groups, self.relative = eps, alpha, groups, relative
+        self.method: Method = method
 
     def forward(
         self,

@@ -1,8 +1,9 @@
 """The whitening and colouring transform: content features with the mean and covariance of style features.
 
-y = C W (x − μ_c) + μ_s with W P_c Wᵀ = I of the content and C Cᵀ = P_s of the style (Li et al., Universal Style Transfer
-via Feature Transforms, NeurIPS 2017). ZCA takes the symmetric W = (P_c + εI)^{-1/2} and C = P_s^{1/2}; Cholesky the
-triangular W = L_c^{-1} and C = L_s, whose product is triangular and the identity where the two covariances are equal.
+y = C W (x − μ_c) + μ_s with W P_c Wᵀ = I of the content and C Cᵀ = P_s of the style (Li et al., Universal Style
+Transfer via Feature Transforms, NeurIPS 2017). ZCA takes the symmetric W = (P_c + εI)^{-1/2} and C = P_s^{1/2};
+Cholesky the triangular W = L_c^{-1} and C = L_s, whose product is triangular and the identity where the two covariances
+are equal.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def whitening_coloring(
     With ε = 0 ("zca") the covariance of the result at α = 1 is P_s^{1/2} Π P_s^{1/2}, where Π projects on the range of
     the content's covariance: that of the style exactly where the content has full rank. With fewer content samples
     than channels its eigenvalues are those of the style on the content's range, Π P_s Π. An ε > 0 changes it by at most
-    ε/(λ + ε) of the largest eigenvalue of P_s, λ the least nonzero eigenvalue of P_c. With "cholesky" P_s + εI takes the
-    place of P_s. A style of any rank is matched; its gradient through P_s^{1/2} is bounded.
+    ε/(λ + ε) of the largest eigenvalue of P_s, λ the least nonzero eigenvalue of P_c. With "cholesky" P_s + εI takes
+    the place of P_s. A style of any rank is matched; its gradient through P_s^{1/2} is bounded.
 
     Args:
         content, style: (N, C, *spatial) or (C, n); the channels agree, the spatial sizes need not, and a batch of 1
@@ -152,8 +153,8 @@ def _cholesky(A: Tensor, eps: float, relative: bool) -> Tensor:
         if not P.isfinite().all():
             raise NonFiniteMatrixError(f"features of shape {tuple(A.shape)} hold NaN or infinite entries") from error
         raise NotPositiveSemidefiniteError(
-            f"a covariance of {A.shape[-2]} channels over at most {A.shape[-1]} samples is singular up to rounding with "
-            f"eps={eps}: it has no Cholesky factor; give a larger eps, or method='zca'"
+            f"a covariance of {A.shape[-2]} channels over at most {A.shape[-1]} samples is singular up to rounding "
+            f"with eps={eps}: it has no Cholesky factor; give a larger eps, or method='zca'"
         ) from error
 
 
