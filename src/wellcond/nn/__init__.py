@@ -6,6 +6,7 @@ from .covariance_pool import GlobalCovariancePool2d, TokenCovariancePool
 from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
 from .fold import fold
 from .replace_batchnorm import replace_batchnorm
+from .skew_orthogonal_conv import SkewOrthogonalConv2d
 from .spectral_layer import SpectralLayer
 from .whitening_coloring import WhiteningColoring
 
@@ -15,6 +16,7 @@ __all__ = [
     "DecorrelatedBatchNorm3d",
     "GlobalCovariancePool2d",
     "Observation",
+    "SkewOrthogonalConv2d",
     "SpectralLayer",
     "SpectralModule",
     "TokenCovariancePool",
