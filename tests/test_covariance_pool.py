@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from wellcond.linalg import NewtonSchulz, covariance
-from wellcond.nn import GlobalCovariancePool2d, SpectralLayer
+from wellcond.nn import GlobalCovariancePool2d, SpectralLayer, TokenCovariancePool
+from wellcond.orthogonality import pre_spectral_layers
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 4, 4), (3, 20, 3, 3), (1, 1, 2, 2)])
@@ -34,17 +36,142 @@ def test_reduction_comes_before_the_covariance():
     assert pool(x).shape == (6, pool.out_features) == (6, 10)
 
 
-@pytest.mark.parametrize("solver", ["auto", "eigh", NewtonSchulz(1), NewtonSchulz(4), NewtonSchulz(7)])
-@pytest.mark.parametrize("shape", [(2, 3, 3, 3), (2, 5, 2, 2)])
-def test_gradients_match_finite_differences(solver, shape):
-    if solver == "eigh" and shape[1] > shape[2] * shape[3]:
-        pytest.skip("through P the square root has no derivative at rank deficiency; the factor form (auto) has")
-    pool = GlobalCovariancePool2d(shape[1], solver=solver).double()
+FULL_RANK, RANK_DEFICIENT = (2, 3, 3, 3), (2, 5, 2, 2)
+
+
+@pytest.mark.parametrize("steps", range(1, 8))
+@pytest.mark.parametrize("shape", [FULL_RANK, RANK_DEFICIENT])
+def test_gradients_of_the_iteration_match_finite_differences(steps, shape):
+    pool = GlobalCovariancePool2d(shape[1], solver=NewtonSchulz(steps, tolerance=None)).double()
     assert torch.autograd.gradcheck(pool, torch.randn(shape, dtype=torch.float64, requires_grad=True))
 
 
-def test_no_matrix_of_the_size_of_the_map_is_formed():
-    """A 64 × 64 map has 4,096 positions: a centring matrix would be 16.8 million numbers."""
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({}, FULL_RANK),
+        ({}, RANK_DEFICIENT),
+        ({"solver": "eigh"}, FULL_RANK),  # at rank deficiency P^{1/2} has no derivative; the factor form has
+        ({"normalisation": "trace"}, FULL_RANK),
+        ({"normalisation": "trace", "isometric": True}, RANK_DEFICIENT),
+        ({"normalisation": "frobenius"}, FULL_RANK),
+        ({"normalisation": "frobenius"}, RANK_DEFICIENT),
+        ({"function": "log", "eps": 1e-2}, FULL_RANK),
+        ({"function": "log", "eps": 1e-2}, RANK_DEFICIENT),
+        ({"function": "power", "exponent": 0.3}, FULL_RANK),
+        ({"function": "power", "exponent": 0.3}, RANK_DEFICIENT),
+        ({"function": "power", "exponent": -0.7, "eps": 1e-2}, RANK_DEFICIENT),
+        ({"function": "invsqrt", "eps": 1e-2, "normalisation": "trace"}, RANK_DEFICIENT),
+        ({"function": "exp"}, RANK_DEFICIENT),
+    ],
+    ids=str,
+)
+def test_gradients_match_finite_differences(options, shape):
+    pool = GlobalCovariancePool2d(shape[1], **options).double()
+    assert torch.autograd.gradcheck(pool, torch.randn(shape, dtype=torch.float64, requires_grad=True))
+
+
+FUNCTIONS = {
+    "sqrt": torch.sqrt,
+    "invsqrt": torch.rsqrt,
+    "log": torch.log,
+    "power": lambda x: x**0.3,
+    "exp": torch.exp,
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4, 4), (2, 9, 2, 3)])
+@pytest.mark.parametrize("normalisation", [None, "trace", "frobenius"])
+@pytest.mark.parametrize("eps", [0.0, 1e-2])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_values_are_those_of_the_singular_values_of_the_features(function, eps, normalisation, shape):
+    """f(σ²/c + ε) from torch's SVD of the centred features, with c = Σσ² or (Σσ⁴)^{1/2}."""
+    d, n = shape[1], shape[2] * shape[3]
+    if eps == 0.0 and (function in ("invsqrt", "log") and n <= d):
+        eps = 1e-1  # these two do not exist at rank deficiency
+    x = torch.randn(shape, dtype=torch.float64)
+    options = {"exponent": 0.3} if function == "power" else {}
+    pool = GlobalCovariancePool2d(d, function=function, triu=False, eps=eps, normalisation=normalisation, **options)
+    X = x.flatten(2)
+    U, sigma, _ = torch.linalg.svd((X - X.mean(-1, keepdim=True)) / n**0.5)
+    eigvals = torch.nn.functional.pad(sigma.square(), (0, d - sigma.shape[-1]))
+    rank = min(d, n - 1)
+    eigvals[:, rank:] = 0
+    size = {None: torch.ones(2, 1), "trace": eigvals.sum(-1, keepdim=True), "frobenius": eigvals.norm(dim=-1)[:, None]}
+    expected = (U * FUNCTIONS[function](eigvals / size[normalisation] + eps).unsqueeze(-2)) @ U.mT
+    # The least well-conditioned is the inverse root of full rank here: κ^{3/2} eps64 of its size, κ < 1e4.
+    torch.testing.assert_close(pool(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("normalisation", ["trace", "frobenius"])
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e6, 1e18])
+def test_normalised_heads_do_not_see_the_scale_of_the_features(normalisation, scale):
+    x = torch.randn(2, 6, 3, 3)
+    pool = GlobalCovariancePool2d(6, normalisation=normalisation)
+    # Scaling rounds every entry once more.
+    torch.testing.assert_close(pool(scale * x), pool(x), rtol=0, atol=10 * torch.finfo(x.dtype).eps)
+
+
+def test_a_power_of_rank_deficient_float32_features_has_no_rounding_noise_in_the_null_space():
+    x = torch.randn(2, 32, 3, 3)
+    pool = GlobalCovariancePool2d(32, function="power", exponent=0.25, triu=False)
+    Q, truth = pool(x), pool(x.double())
+    assert torch.linalg.matrix_rank(truth, hermitian=True).tolist() == [8, 8]
+    # The features are exact here, so only the result is rounded; through a float32 P it would be eps32^0.25 = 2e-2.
+    assert (Q.double() - truth).abs().max() < 10 * torch.finfo(x.dtype).eps * truth.abs().max()
+
+
+def test_isometric_vectors_have_the_inner_products_of_the_matrices():
+    x = torch.randn(4, 6, 3, 3, dtype=torch.float64)
+    v = GlobalCovariancePool2d(6, isometric=True).double()(x)
+    Q = GlobalCovariancePool2d(6, triu=False)(x).flatten(1)
+    # Sums of 21 and of 36 products, all of the same sign on the diagonal and no larger off it.
+    atol = 36 * torch.finfo(x.dtype).eps * (Q @ Q.T).max().item()
+    torch.testing.assert_close(v @ v.T, Q @ Q.T, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalisation": "trace", "isometric": True}, {"reduction": 3}])
+def test_tokens_are_pooled_as_the_positions_of_a_map(options):
+    x = torch.randn(2, 7, 4, 3)
+    tokens, grid = TokenCovariancePool(7, **options), GlobalCovariancePool2d(7, **options)
+    if "reduction" in options:
+        grid.reduction = torch.nn.Conv2d(7, 3, 1, bias=False)
+        with torch.no_grad():
+            grid.reduction.weight.copy_(tokens.reduction.weight[:, :, None, None])
+    torch.testing.assert_close(tokens(x.flatten(2).transpose(1, 2)), grid(x), rtol=1e-4, atol=1e-5)
+    assert tokens.out_features == grid.out_features
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"function": "log", "eps": 1e-3}, {"normalisation": "frobenius"}], ids=str)
+def test_half_precision_input_is_pooled_in_float32(dtype, options):
+    x = torch.randn(2, 6, 4, 4).to(dtype)
+    pool = GlobalCovariancePool2d(6, **options)
+    y, expected = pool(x), pool(x.float())
+    assert y.dtype == dtype
+    # Only the result is rounded to half precision.
+    assert (y.float() - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"function": "power", "exponent": 0.4}, {"normalisation": "trace"}], ids=str)
+def test_autocast_does_not_reach_the_spectral_work(options):
+    x = torch.randn(2, 6, 4, 4, requires_grad=True)
+    pool = GlobalCovariancePool2d(6, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = pool(x)
+    outside = pool(x)
+    torch.testing.assert_close(inside, outside, rtol=0, atol=0)
+    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (inside, outside)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"solver": NewtonSchulz(5, tolerance=None)}, {"function": "power"}, {"normalisation": "frobenius"}],
+    ids=str,
+)
+def test_no_matrix_of_the_size_of_the_map_is_formed(options):
+    """A 250 × 100 map has 25,000 positions: a centring matrix would be 625 million numbers."""
     sizes = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -53,36 +180,99 @@ def test_no_matrix_of_the_size_of_the_map_is_formed():
             sizes.extend(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor))
             return out
 
-    x = torch.randn(2, 8, 64, 64, requires_grad=True)
+    x = torch.randn(2, 8, 250, 100, requires_grad=True)
     with Watch():
-        GlobalCovariancePool2d(8)(x).sum().backward()
+        GlobalCovariancePool2d(8, **options)(x).sum().backward()
     assert max(sizes) <= x.numel()
 
 
-def test_a_constant_map_pools_to_zero_with_a_finite_gradient():
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"function": "power"}, {"normalisation": "trace"}, {"normalisation": "frobenius", "isometric": True}],
+    ids=str,
+)
+def test_a_constant_map_pools_to_zero_with_a_finite_gradient(options):
     x = torch.ones(2, 4, 3, 3, requires_grad=True)
-    y = GlobalCovariancePool2d(4)(x)
+    y = GlobalCovariancePool2d(4, **options)(x)
     y.sum().backward()
     assert y.abs().max() == 0
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 3), (2, 5, 3, 3)])
-def test_input_of_the_wrong_form_is_refused(shape):
-    with pytest.raises(ValueError, match="expected"):
-        GlobalCovariancePool2d(4)(torch.randn(shape))
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        lambda: nn.Conv2d(3, 8, 3),
+        lambda: nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(inplace=True), nn.Conv2d(4, 8, 1), nn.ReLU()),
+    ],
+)
+@pytest.mark.parametrize("size", [(9, 9), (7, 12), (40, 40)])
+def test_any_backbone_and_size_of_image_can_carry_the_head(backbone, size):
+    head = GlobalCovariancePool2d(8, reduction=4, normalisation="trace")
+    model = nn.Sequential(backbone(), head, nn.Linear(head.out_features, 5))
+    assert list(pre_spectral_layers(model)) == ["1.reduction.0"]
+    loss = nn.functional.cross_entropy(model(torch.randn(3, 3, *size)), torch.tensor([0, 1, 2]))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_spectral_layer_offers_the_nearest_right_name():
-    with pytest.raises(ValueError, match="did you mean 'sqrt'"):
-        SpectralLayer("sqrtt")
+@pytest.mark.parametrize(
+    ("layer", "shape", "message"),
+    [
+        (GlobalCovariancePool2d, (2, 4, 3), r"expected 4D input \(got 3D input\)"),
+        (GlobalCovariancePool2d, (2, 5, 3, 3), r"expected input with 4 channels \(got 5 channels\)"),
+        (TokenCovariancePool, (2, 4), r"expected 3D input \(got 2D input\)"),
+        (TokenCovariancePool, (2, 4, 5), r"expected tokens with 4 features \(got 5 features\)"),
+    ],
+)
+def test_input_of_the_wrong_form_is_refused(layer, shape, message):
+    with pytest.raises(ValueError, match=message):
+        layer(4)(torch.randn(shape))
 
 
-@pytest.mark.parametrize("function", ["sqrt", "invsqrt"])
-def test_spectral_layer_gives_the_same_from_features_and_from_their_covariance(function):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"function": "sqrtt"}, "did you mean 'sqrt'"),
+        ({"function": "sqrt", "exponent": 0.3}, "exponent=0.3 is for function='power'"),
+        ({"function": "power", "exponent": float("nan")}, "finite"),
+        ({"function": "log", "solver": "pade"}, "solver='pade' is for sqrt and invsqrt"),
+        ({"normalisation": "max"}, "normalisation must be None, 'trace' or 'frobenius', got 'max'"),
+        ({"isometric": True, "triu": False}, "needs triu=True"),
+        ({"eps": -1.0}, "eps must be"),
+        ({"reduction": 0}, "must be positive"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layer", [GlobalCovariancePool2d, TokenCovariancePool])
+def test_options_that_cannot_be_are_refused(layer, options, message):
+    with pytest.raises(ValueError, match=message):
+        layer(4, **options)
+
+
+def test_the_logarithm_of_a_rank_deficient_map_asks_for_eps_and_names_the_layer():
+    pool = GlobalCovariancePool2d(6, function="log")
+    pool.spectral.layer_name = "head.spectral"
+    with pytest.raises(ValueError, match=r"head\.spectral.*give eps > 0"):
+        pool(torch.zeros(1, 6, 2, 2))
+
+
+def test_spectral_layer_takes_a_function_of_ones_own():
     X = torch.randn(2, 4, 30, dtype=torch.float64)
-    from_features = SpectralLayer(function, eps=1e-3)(X)
-    torch.testing.assert_close(from_features, SpectralLayer(function, "covariance", eps=1e-3)(covariance(X)))
+    cubed = SpectralLayer(torch.linalg.matrix_exp, eps=0.5)(X)
+    expected = torch.matrix_exp(covariance(X) + 0.5 * torch.eye(4, dtype=X.dtype))
+    torch.testing.assert_close(cubed, expected)
+    torch.testing.assert_close(SpectralLayer("exp", eps=0.5)(X), expected)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("options", [{}, {"normalisation": "trace"}, {"normalisation": "frobenius"}], ids=str)
+def test_spectral_layer_gives_the_same_from_features_and_from_their_covariance(function, options):
+    X = torch.randn(2, 4, 30, dtype=torch.float64)
+    from_features = SpectralLayer(function, eps=1e-3, **options)(X)
+    from_covariance = SpectralLayer(function, "covariance", eps=1e-3, **options)(covariance(X))
+    torch.testing.assert_close(from_features, from_covariance)
 
 
 def test_spectral_layer_names_itself_in_errors():

@@ -1,9 +1,14 @@
 """Spectral layers, in the manner of ``torch.nn``."""
 
+from . import functional
 from ._base import Observation, SpectralModule
-from .covariance_pool import GlobalCovariancePool2d
+from .covariance_pool import GlobalCovariancePool2d, TokenCovariancePool
 from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
+from .fold import fold
+from .replace_batchnorm import replace_batchnorm
+from .skew_orthogonal_conv import SkewOrthogonalConv2d
 from .spectral_layer import SpectralLayer
+from .whitening_coloring import WhiteningColoring
 
 __all__ = [
     "DecorrelatedBatchNorm1d",
@@ -11,6 +16,12 @@ __all__ = [
     "DecorrelatedBatchNorm3d",
     "GlobalCovariancePool2d",
     "Observation",
+    "SkewOrthogonalConv2d",
     "SpectralLayer",
     "SpectralModule",
+    "TokenCovariancePool",
+    "WhiteningColoring",
+    "fold",
+    "functional",
+    "replace_batchnorm",
 ]

@@ -3,68 +3,119 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from wellcond.linalg import Solver, covariance, covariance_sqrtm, invsqrtm, recording, sqrtm
+from wellcond.linalg import Solver, covariance, covariance_sqrtm, expm, invsqrtm, logm, powm, recording, sqrtm
 
 from ._base import Observation, SpectralModule
+from ._factor_power import covariance_powm
+from ._normalise import Normalisation, normalised_features, normalised_matrix, require_normalisation
 
-MATRIX_FUNCTIONS: dict[str, Callable[..., Tensor]] = {"sqrt": sqrtm, "invsqrt": invsqrtm}
+FUNCTIONS = ("sqrt", "invsqrt", "log", "power", "exp")
+_ROOTS: dict[str, Callable[..., Tensor]] = {"sqrt": sqrtm, "invsqrt": invsqrtm}
 
 
 class SpectralLayer(SpectralModule):
-    """f(P) of the covariance P of features, one matrix per leading index.
+    """f(P + εI) of the covariance P of features, one matrix per leading index.
 
     Args:
-        function: ``"sqrt"`` or ``"invsqrt"``.
+        function: ``"sqrt"``, ``"invsqrt"``, ``"log"``, ``"power"`` (with ``exponent``), ``"exp"``, or a callable that
+            takes a covariance (..., d, d) to a tensor of your own.
         takes: ``"features"`` (..., d, n) or ``"covariance"`` (..., d, d).
-        eps: ε ≥ 0, added to the eigenvalues; the inverse root wants it positive. The square root of features with
-            ε = 0 takes the factor form, whose gradient is bounded at any condition number.
-        solver: as in :func:`wellcond.linalg.sqrtm`.
+        eps: ε ≥ 0, added to the eigenvalues; the inverse root, the logarithm and negative powers want it positive. The
+            square root and positive powers of features with ε = 0 take the factor form: it works on the smaller side of
+            the features, and the root's gradient is bounded at any condition number.
+        solver: of the two roots, as in :func:`wellcond.linalg.sqrtm`.
+        exponent: of ``"power"``, any finite number; 1/2 if not given.
+        normalisation: divide P by its ``"trace"`` or ``"frobenius"`` norm c first: f(P/c + εI), the same for features
+            of any scale. ``None`` for f(P + εI). The root compensated by √c is P^{1/2} again, that is ``None``.
 
-    Shape: (..., d, n) or (..., d, d) to (..., d, d), in the same dtype.
+    Shape: (..., d, n) or (..., d, d) to (..., d, d), in the same dtype (half precision is computed in float32).
 
     Raises:
-        ValueError: an unknown function (the nearest right name is in the message); what the function raises, naming
-            the layer.
+        ValueError: an unknown function (the nearest right name is in the message); an exponent or a solver for a
+            function that takes none; what the function raises, naming the layer.
 
-    Source: Song, Sebe and Wang, ECCV 2022, sect. 3.
+    Complexity: O(d n min(d, n)) for the covariance and O(d³), or O(n³) in the factor form with n < d.
+    Source: Song, Sebe and Wang, ECCV 2022, sect. 3; Ionescu, Vantzos and Sminchisescu, ICCV 2015, for the logarithm.
 
     Example:
         >>> import torch
         >>> SpectralLayer("sqrt")(torch.randn(2, 16, 49)).shape
         torch.Size([2, 16, 16])
+        >>> SpectralLayer("log", eps=1e-3)(torch.randn(2, 16, 49)).shape
+        torch.Size([2, 16, 16])
     """
 
     def __init__(
         self,
-        function: str = "sqrt",
+        function: str | Callable[[Tensor], Tensor] = "sqrt",
         takes: Literal["features", "covariance"] = "features",
         eps: float = 0.0,
         solver: str | Solver = "auto",
+        *,
+        exponent: float | None = None,
+        normalisation: Normalisation | None = None,
     ) -> None:
         super().__init__()
-        if function not in MATRIX_FUNCTIONS:
-            near = difflib.get_close_matches(function, MATRIX_FUNCTIONS, n=1)
+        if not callable(function) and function not in FUNCTIONS:
+            near = difflib.get_close_matches(function, FUNCTIONS, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"unknown function '{function}'{hint} (known: {', '.join(MATRIX_FUNCTIONS)})")
+            raise ValueError(f"unknown function '{function}'{hint} (known: {', '.join(FUNCTIONS)}, or a callable)")
         if takes not in ("features", "covariance"):
             raise ValueError(f"takes must be 'features' or 'covariance', got {takes!r}")
+        if exponent is not None and function != "power":
+            raise ValueError(f"exponent={exponent} is for function='power', not {function!r}")
+        if exponent is not None and not math.isfinite(exponent):
+            raise ValueError(f"exponent must be a finite number, got {exponent}")
+        if function not in _ROOTS and solver != "auto":
+            raise ValueError(f"solver={solver!r} is for {' and '.join(_ROOTS)}, not {function!r}")
+        if not 0.0 <= eps < math.inf:
+            raise ValueError(f"eps must be a finite number >= 0, got {eps}")
+        require_normalisation(normalisation)
         self.function, self.takes, self.eps, self.solver = function, takes, eps, solver
+        self.normalisation: Normalisation | None = normalisation
+        self.exponent = (0.5 if exponent is None else float(exponent)) if function == "power" else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self._observers and self.takes == "features":
-            self._observe(Observation(x.detach, self.eps))
-        with recording(self.solver_events, self.describe):
-            if self.takes == "features" and self.function == "sqrt" and self.eps == 0.0:
+            self._observe(Observation(lambda: self._normalised(x.detach()), self.eps))
+        with recording(self.solver_events, self.describe), torch.autocast(x.device.type, enabled=False):
+            work = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
+            return self._apply_function(self._normalised(work)).to(x.dtype)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        if self.normalisation is None:
+            return x
+        return (normalised_features if self.takes == "features" else normalised_matrix)(x, self.normalisation)
+
+    def _apply_function(self, x: Tensor) -> Tensor:
+        if self.takes == "features" and self.eps == 0.0:
+            if self.function == "sqrt":
                 return covariance_sqrtm(x, solver=self.solver)
-            with torch.autocast(x.device.type, enabled=False):
-                P = covariance(x) if self.takes == "features" else x
-                return MATRIX_FUNCTIONS[self.function](P, eps=self.eps, solver=self.solver)
+            if self.exponent is not None and self.exponent > 0.0:
+                return covariance_powm(x, self.exponent)
+        return self._of_matrix()(covariance(x) if self.takes == "features" else x)
+
+    def _of_matrix(self) -> Callable[[Tensor], Tensor]:
+        """f(· + εI), of a matrix."""
+        if isinstance(self.function, str) and self.function in _ROOTS:
+            return partial(_ROOTS[self.function], eps=self.eps, solver=self.solver)
+        if self.function == "log":
+            return partial(logm, eps=self.eps)
+        if self.exponent is not None:
+            return partial(powm, exponent=self.exponent, eps=self.eps)
+        inner = self.function if callable(self.function) else expm
+        return lambda P: inner(P + self.eps * torch.eye(P.shape[-1], dtype=P.dtype, device=P.device))
 
     def extra_repr(self) -> str:
-        return f"{self.function!r}, takes={self.takes!r}, eps={self.eps}, solver={self.solver!r}"
+        name = self.function if isinstance(self.function, str) else getattr(self.function, "__name__", "callable")
+        power = "" if self.exponent is None else f", exponent={self.exponent}"
+        size = "" if self.normalisation is None else f", normalisation={self.normalisation!r}"
+        return f"{name!r}, takes={self.takes!r}, eps={self.eps}, solver={self.solver!r}{power}{size}"

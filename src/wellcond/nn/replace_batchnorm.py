@@ -1,0 +1,95 @@
+"""Putting decorrelated batch norm into a finished model, in the place of batch norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
+
+DECORRELATED = {
+    nn.BatchNorm1d: DecorrelatedBatchNorm1d,
+    nn.BatchNorm2d: DecorrelatedBatchNorm2d,
+    nn.BatchNorm3d: DecorrelatedBatchNorm3d,
+}
+Which = Literal["first", "all"] | Callable[[str, nn.Module], bool]
+
+
+def replace_batchnorm(model: nn.Module, which: Which = "first", **options: Any) -> list[str]:
+    """Replace ``nn.BatchNorm1d/2d/3d`` in a model by the decorrelated one, in place.
+
+    Weight, bias, ε, momentum, mode, device and dtype are kept; the running covariance starts as the diagonal of the
+    running variances, so that evaluation is unchanged until the first training step. The weight and bias are the same
+    ``Parameter`` objects: an optimizer goes on with them.
+
+    Args:
+        model: any module. The paper replaces the norm after the first convolution, ``which="first"``.
+        which: ``"first"`` in the order of ``named_modules``, ``"all"``, or a function of name and module that says yes.
+        **options: of :class:`DecorrelatedBatchNorm2d`, such as ``groups`` or ``eps``; they go before what the batch
+            norm had.
+
+    Returns:
+        The names of the norms that were replaced.
+
+    Raises:
+        ValueError: no batch norm of torch's own class is there, ``which`` chose none, or the model is one itself.
+            Subclasses may do more than normalise, and are left alone.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
+        >>> replace_batchnorm(model, groups=4)
+        ['1']
+    """
+    if type(model) in DECORRELATED:
+        raise ValueError(f"{type(model).__name__} is a batch norm itself; make a decorrelated one, or wrap it first")
+    norms = [(name, module) for name, module in model.named_modules() if type(module) in DECORRELATED]
+    if not norms:
+        others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)})
+        hint = f" ({', '.join(others)} are not replaced: they may do more)" if others else ""
+        raise ValueError(f"{type(model).__name__} holds no nn.BatchNorm1d, 2d or 3d to replace{hint}")
+    if callable(which):
+        chosen = [(name, module) for name, module in norms if which(name, module)]
+    elif which in ("first", "all"):
+        chosen = norms[:1] if which == "first" else norms
+    else:
+        raise ValueError(f"which must be 'first', 'all' or a function of name and module, got {which!r}")
+    if not chosen:
+        raise ValueError(f"which chose none of the batch norms {', '.join(name for name, _ in norms)}")
+    new = {module: _decorrelated(module, **options) for _, module in chosen}
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # one norm may have several names
+        if module in new:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, new[module])
+    return [name for name, _ in chosen]
+
+
+@torch.no_grad()
+def _decorrelated(bn: nn.Module, **options: Any) -> nn.Module:
+    """The decorrelated batch norm that is ``bn`` as long as the channels are uncorrelated."""
+    old: Any = bn
+    tensor = next((t for t in (old.weight, old.running_mean) if t is not None), torch.empty(0))
+    kept = {
+        "eps": old.eps,
+        "momentum": old.momentum,
+        "affine": old.affine,
+        "track_running_stats": old.track_running_stats,
+        "device": tensor.device,
+        "dtype": tensor.dtype,
+    }
+    new = DECORRELATED[type(bn)](old.num_features, **{**kept, **options}).train(old.training)
+    if new.weight is not None and old.weight is not None:
+        new.weight, new.bias = old.weight, old.bias
+    if new.running_mean is not None and old.running_mean is not None:
+        new.running_mean.copy_(old.running_mean)
+        variances = old.running_var.view(new.groups, -1)
+        if new.running_cov is not None:
+            new.running_cov.copy_(torch.diag_embed(variances))
+        if new.running_whitening is not None:
+            new.running_whitening.copy_(torch.diag_embed((variances + new.eps).rsqrt()))
+        if new.num_batches_tracked is not None and old.num_batches_tracked is not None:
+            new.num_batches_tracked.copy_(old.num_batches_tracked)
+    return new

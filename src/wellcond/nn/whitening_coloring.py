@@ -1,0 +1,73 @@
+"""The whitening and colouring transform of universal style transfer, as a layer (Li et al., NeurIPS 2017)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from wellcond.linalg import recording
+
+from ._base import Observation, SpectralModule
+from .functional._whitening_coloring import Method, factor, grouped, whitening_coloring
+
+
+class WhiteningColoring(SpectralModule):
+    """Give content features the mean and covariance of style features.
+
+    Args:
+        eps: ε ≥ 0 of the content's covariance.
+        alpha: share of the transformed features in the result, from 0 to 1.
+        method, groups, relative: as in :func:`wellcond.nn.functional.whitening_coloring`, which says what is matched
+            at which rank, and to what error.
+
+    Shape: content (N, C, *spatial) and style (N or 1, C, *any spatial) to the shape of the content; boolean masks
+    (N, *spatial) choose the positions that count and change.
+
+    Raises:
+        ValueError: as the function, naming the layer where a decomposition is at fault.
+
+    Example:
+        >>> import torch
+        >>> transfer = WhiteningColoring(1e-5, alpha=0.6)
+        >>> transfer(torch.randn(2, 8, 16, 16), torch.randn(1, 8, 12, 12)).shape
+        torch.Size([2, 8, 16, 16])
+    """
+
+    def __init__(
+        self, eps: float, alpha: float = 1.0, method: Method = "zca", groups: int = 1, *, relative: bool = False
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= eps < float("inf"):
+            raise ValueError(f"eps must be a finite number >= 0, got {eps}")
+        self.eps, self.alpha, self.groups, self.relative = eps, alpha, groups, relative
+        self.method: Method = method
+
+    def forward(
+        self,
+        content: Tensor,
+        style: Tensor,
+        content_mask: Tensor | None = None,
+        style_mask: Tensor | None = None,
+    ) -> Tensor:
+        if self.training and self._observers and content_mask is None:
+            self._observe(Observation(lambda: self._seen(content.detach()), self.eps))
+        with recording(self.solver_events, self.describe):
+            return whitening_coloring(
+                content,
+                style,
+                eps=self.eps,
+                alpha=self.alpha,
+                method=self.method,
+                groups=self.groups,
+                relative=self.relative,
+                content_mask=content_mask,
+                style_mask=style_mask,
+            )
+
+    def _seen(self, content: Tensor) -> Tensor:
+        """The features whose covariance is whitened, in the units of ε."""
+        _, A, root_n = factor(grouped(content, self.groups), None, self.relative)
+        return A * root_n
+
+    def extra_repr(self) -> str:
+        relative = ", relative=True" if self.relative else ""
+        return f"{self.eps}, alpha={self.alpha}, method={self.method!r}, groups={self.groups}{relative}"

@@ -1,0 +1,276 @@
+"""A folded model gives what the model gives in evaluation, and holds no decorrelated batch norm."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from wellcond.experiments.models import build_model
+from wellcond.nn import (
+    DecorrelatedBatchNorm1d,
+    DecorrelatedBatchNorm2d,
+    DecorrelatedBatchNorm3d,
+    fold,
+    replace_batchnorm,
+)
+from wellcond.orthogonality import orthogonal_weight, spectral_norm
+
+DECORRELATED = (DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d)
+
+
+@torch.no_grad()
+def trained(model, shape, steps=3):
+    """The model after a few passes in training mode: its running statistics are none of the initial ones."""
+    for module in model.modules():
+        if isinstance(module, DECORRELATED) and module.weight is not None:
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    for _ in range(steps):
+        model.train()(torch.randn(shape, dtype=next(model.parameters()).dtype))
+    return model
+
+
+def norms(model):
+    return [m for m in model.modules() if isinstance(m, DECORRELATED)]
+
+
+def pointwise(model):
+    """The 1 × 1 convolutions that stand for norms."""
+    return [m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and max(m.kernel_size) == 1]
+
+
+def assert_folded(model, shape, unfolded=0):
+    x = torch.randn(shape, dtype=next(model.parameters()).dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folded = fold(model)
+    assert not norms(folded)
+    assert not folded.training
+    assert len(pointwise(folded)) - len(pointwise(model)) == unfolded
+    expected = model.eval()(x)
+    # float64: both ways round to eps64 times the condition number of the whitening, below 1e5 (its ε is 1e-5).
+    torch.testing.assert_close(folded(x), expected, rtol=1e-9, atol=1e-9)
+    return folded
+
+
+LAYERS = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (8, 4, 11)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), dilation=2, bias=False), (8, 4, 9, 9)),
+    "conv2d circular": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (8, 4, 6, 6)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 2), (4, 4, 4, 4, 4)),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2), (8, 4, 6, 6)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1), (8, 4, 4, 4)),
+    "grouped transposed": (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), (8, 4, 9)),
+    "linear": (lambda: nn.Linear(4, 6), (40, 4)),
+}
+NORM_OF = {
+    2: DecorrelatedBatchNorm1d,
+    3: DecorrelatedBatchNorm1d,
+    4: DecorrelatedBatchNorm2d,
+    5: DecorrelatedBatchNorm3d,
+}
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("groups", [2, 6])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_norm_folds_into_every_kind_of_layer(name, groups, affine):
+    layer, shape = LAYERS[name]
+    model = nn.Sequential(layer(), NORM_OF[len(shape)](6, groups=groups, affine=affine), nn.ReLU()).double()
+    folded = assert_folded(trained(model, shape), shape)
+    assert type(folded[0]) is type(model[0])
+    assert type(folded[1]) is nn.Identity
+
+
+@pytest.mark.parametrize("name", ["conv2d", "grouped", "grouped transposed"])
+def test_a_norm_that_mixes_the_groups_of_a_convolution_becomes_pointwise(name):
+    layer, shape = LAYERS[name]
+    model = nn.Sequential(layer(), NORM_OF[len(shape)](6)).double()
+    assert_folded(trained(model, shape), shape, unfolded=0 if name == "conv2d" else 1)
+
+
+@pytest.mark.parametrize("running", ["covariance", "whitening"])
+def test_both_kinds_of_running_statistics_fold(running):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), DecorrelatedBatchNorm2d(6, groups=2, running=running)).double()
+    assert_folded(trained(model, (8, 3, 6, 6)), (8, 3, 6, 6))
+
+
+class Twice(nn.Module):
+    """The output of the convolution goes to the norm and past it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3), DecorrelatedBatchNorm2d(6)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y + self.norm(y)
+
+
+class Shared(nn.Module):
+    """One convolution, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(6, 6, 3, padding=1), DecorrelatedBatchNorm2d(6)
+
+    def forward(self, x):
+        return self.norm(self.conv(F.relu(self.conv(x))))
+
+
+class SharedNorm(nn.Module):
+    """One norm after two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3), DecorrelatedBatchNorm2d(6)
+
+    def forward(self, x):
+        return self.norm(self.a(x)) * self.norm(self.b(x))
+
+
+class WeightRead(nn.Module):
+    """The weight of the convolution is used in another place too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(6, 6, 1), DecorrelatedBatchNorm2d(6)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + F.conv2d(x, self.conv.weight)
+
+
+class Hidden(nn.Module):
+    """The convolution is used once more inside a part that tracing does not enter."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(6, 6, 1)
+
+        def forward(self, x):
+            if x.shape[1] != 6:
+                raise ValueError("wrong channels")
+            return self.conv(x).relu()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.norm = self.Part(), DecorrelatedBatchNorm2d(6)
+
+    def forward(self, x):
+        return self.norm(self.part.conv(self.part(x)))
+
+
+class Scaled(nn.Conv2d):
+    """A convolution that does more than convolve."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Twice,
+        Shared,
+        SharedNorm,
+        WeightRead,
+        Hidden,
+        lambda: nn.Sequential(nn.Conv2d(6, 6, 3), nn.ReLU(), DecorrelatedBatchNorm2d(6)),
+        lambda: nn.Sequential(Scaled(6, 6, 3), DecorrelatedBatchNorm2d(6)),
+        lambda: nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(6, 6, 3)), DecorrelatedBatchNorm2d(6)),
+        lambda: nn.Sequential(DecorrelatedBatchNorm2d(6), nn.Conv2d(6, 6, 3)),
+    ],
+)
+def test_where_folding_would_change_another_output_the_norm_becomes_pointwise(model):
+    module = model().double()
+    shape = (8, 3 if isinstance(module, Twice) else 6, 6, 6)
+    assert_folded(trained(module, shape), shape, unfolded=1)
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (8, 6, 5)])
+def test_a_pointwise_layer_takes_both_inputs_of_a_one_dimensional_norm(shape):
+    model = nn.Sequential(nn.Tanh(), DecorrelatedBatchNorm1d(6, groups=3, dtype=torch.float64))
+    assert_folded(trained(model, shape), shape, unfolded=1)
+
+
+def test_a_norm_alone_becomes_a_convolution():
+    norm = trained(DecorrelatedBatchNorm2d(6, dtype=torch.float64), (8, 6, 4, 4))
+    assert isinstance(assert_folded(norm, (8, 6, 4, 4), unfolded=1), nn.Conv2d)
+
+
+def test_what_does_nothing_in_evaluation_does_not_stand_in_the_way():
+    parts = [nn.Conv2d(3, 6, 3), nn.Dropout2d(0.5), nn.Identity(), DecorrelatedBatchNorm2d(6)]
+    assert_folded(trained(nn.Sequential(*parts).double(), (8, 3, 6, 6)), (8, 3, 6, 6))
+
+
+@pytest.mark.parametrize("parametrise", [orthogonal_weight, spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_parametrised_weights_become_plain_in_the_copy_and_stay_in_the_model(parametrise):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), DecorrelatedBatchNorm2d(6)).double()
+    parametrise(model[0])
+    trained(model, (8, 3, 6, 6))
+    before = copy.deepcopy(model.state_dict())
+    folded = assert_folded(model, (8, 3, 6, 6))
+    assert type(folded[0]) is nn.Conv2d
+    assert nn.utils.parametrize.is_parametrized(model[0], "weight")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_the_model_is_left_as_it_was_also_in_training_mode():
+    model = trained(nn.Sequential(nn.Conv2d(3, 6, 3), DecorrelatedBatchNorm2d(6), nn.BatchNorm2d(6)), (8, 3, 6, 6))
+    before = copy.deepcopy(model.state_dict())
+    folded = fold(model.train())
+    assert model.training and norms(model)
+    assert type(folded[2]) is nn.BatchNorm2d
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_a_norm_without_running_statistics_has_no_fixed_map_and_stays():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), DecorrelatedBatchNorm2d(6, track_running_stats=False))
+    folded = fold(model)
+    x = torch.randn(8, 3, 6, 6)
+    assert len(norms(folded)) == 1
+    torch.testing.assert_close(folded(x), model.eval()(x))
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3), DecorrelatedBatchNorm2d(6)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) if y.mean() < 1e6 else y
+
+
+def test_a_model_that_cannot_be_traced_gets_pointwise_layers_and_says_so():
+    model = trained(Untraceable().double(), (8, 3, 6, 6))
+    with pytest.warns(UserWarning, match="Untraceable cannot be traced"):
+        folded = fold(model)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    assert not norms(folded)
+    torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("head", ["avg", "gcp"])
+def test_a_residual_network_of_the_command_line_folds_whole(head):
+    model = build_model("resnet8", num_classes=4, norm="zca", head=head, groups=4)
+    replace_batchnorm(model.stage2, "all")
+    trained(model, (16, 3, 16, 16))
+    x = torch.randn(4, 3, 16, 16)
+    folded = fold(model)
+    assert not norms(folded)
+    assert len(pointwise(folded)) == len(pointwise(model))
+    torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_in_float32_the_outputs_agree_to_1e_5():
+    model = trained(nn.Sequential(nn.Conv2d(3, 16, 5), DecorrelatedBatchNorm2d(16), nn.ReLU()), (32, 3, 12, 12))
+    x = torch.randn(8, 3, 12, 12)
+    expected = model.eval()(x)
+    assert (fold(model)(x) - expected).abs().max() <= 1e-5 * expected.abs().max()

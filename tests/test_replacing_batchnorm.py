@@ -1,0 +1,90 @@
+"""Decorrelated batch norm takes the place of batch norm in any model, and starts where that one was."""
+
+import pytest
+import torch
+from torch import nn
+
+from wellcond.experiments.models import build_model
+from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d, replace_batchnorm
+
+KINDS = [
+    (nn.BatchNorm1d, DecorrelatedBatchNorm1d, (16, 4)),
+    (nn.BatchNorm2d, DecorrelatedBatchNorm2d, (8, 4, 3, 3)),
+    (nn.BatchNorm3d, DecorrelatedBatchNorm3d, (4, 4, 3, 3, 3)),
+]
+
+
+def names(model, kind=DecorrelatedBatchNorm2d):
+    return [name for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+@pytest.mark.parametrize("running", ["covariance", "whitening"])
+@pytest.mark.parametrize(("batch", "decorrelated", "shape"), KINDS)
+def test_evaluation_is_unchanged_until_the_first_training_step(batch, decorrelated, shape, running):
+    model = nn.Sequential(batch(4, eps=1e-3, momentum=0.3, dtype=torch.float64), nn.Tanh())
+    nn.init.normal_(model[0].weight)
+    nn.init.normal_(model[0].bias)
+    for _ in range(3):
+        model(3 + 2 * torch.randn(shape, dtype=torch.float64))
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = model.eval()(x)
+    weight, count = model[0].weight, model[0].num_batches_tracked
+    assert replace_batchnorm(model, groups=2, running=running) == ["0"]
+    norm = model[0]
+    assert type(norm) is decorrelated
+    assert (norm.groups, norm.eps, norm.momentum, norm.training) == (2, 1e-3, 0.3, False)
+    assert norm.weight is weight
+    assert norm.num_batches_tracked == count
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_first_all_or_chosen():
+    model = build_model("resnet8", num_classes=3)
+    assert replace_batchnorm(model) == ["norm1"] == names(model)
+    assert replace_batchnorm(model, lambda name, module: name.endswith("bn2") and module.num_features == 32) == [
+        "stage2.0.bn2"
+    ]
+    rest = replace_batchnorm(model, "all", groups=4)
+    assert "stage1.0.bn1" in rest and "norm1" not in rest
+    assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert model(torch.randn(8, 3, 16, 16)).isfinite().all()
+
+
+def test_a_norm_with_two_names_stays_one():
+    shared = nn.BatchNorm2d(4)
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": shared})
+    assert replace_batchnorm(model) == ["a.0"]
+    assert model["a"][0] is model["b"]
+    assert isinstance(model["b"], DecorrelatedBatchNorm2d)
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}])
+def test_what_the_batch_norm_lacks_the_new_one_lacks(options):
+    model = nn.Sequential(nn.BatchNorm2d(4, **options))
+    replace_batchnorm(model)
+    (key, value), norm = next(iter(options.items())), model[0]
+    assert getattr(norm, key) is value
+    assert (norm.weight is None) == (options == {"affine": False})
+    assert (norm.running_mean is None) == (options == {"track_running_stats": False})
+
+
+class ActivatedNorm(nn.BatchNorm2d):
+    """A batch norm with the activation inside, as some libraries have it."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize(
+    ("model", "which", "message"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1)), "first", "Sequential holds no nn.BatchNorm1d, 2d or 3d"),
+        (lambda: nn.Sequential(ActivatedNorm(4)), "all", "ActivatedNorm are not replaced"),
+        (lambda: nn.Sequential(nn.BatchNorm2d(4)), lambda *_: False, "chose none of the batch norms 0"),
+        (lambda: nn.Sequential(nn.BatchNorm2d(4)), "last", "which must be 'first', 'all' or a function"),
+        (lambda: nn.BatchNorm2d(4), "first", "is a batch norm itself"),
+    ],
+)
+def test_nothing_to_replace_is_an_error_that_says_why(model, which, message):
+    with pytest.raises(ValueError, match=message):
+        replace_batchnorm(model(), which)
