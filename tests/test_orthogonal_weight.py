@@ -16,10 +16,10 @@ from torch.nn.utils import parametrize
 
 from treatment_models import LAYERS, orthogonality_gap, polar_reference
 from wellcond.orthogonality import orthogonal_weight, spectral_norm
-from wellcond.orthogonality.orthogonal_weight import cayley_map, exponential_map
+from wellcond.orthogonality.orthogonal_weight import cayley_map, exponential_map, householder_map
 
 EPS = torch.finfo(torch.float32).eps
-MAPS = {"exp": exponential_map, "cayley": cayley_map}
+MAPS = {"exp": exponential_map, "cayley": cayley_map, "householder": householder_map}
 SHAPES = [(5, 5), (6, 4), (9, 3), (10, 3), (64, 5), (7, 1), (1, 1)]  # square, n ≤ 3k, n > 3k, vectors
 
 

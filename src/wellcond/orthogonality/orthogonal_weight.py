@@ -46,6 +46,36 @@ def cayley_map(V: Tensor, F: Tensor) -> Tensor:
     return F + X @ torch.linalg.solve_ex(eye - M / 2, c)[0]
 
 
+def householder_map(V: Tensor, F: Tensor) -> Tensor:
+    """A product of k reflections, whose vectors are V's strict lower triangle in the coordinates of F, times F.
+
+    With the QR decomposition F = G E D (G a product of reflections, E the first k unit vectors, D signs) and
+    X = Gᵀ(V − F sym(FᵀV)), the reflections along the columns of tril(X, −1) + E take −E to F where X = 0: at the
+    start and at V = 0, as in the other maps. Almost every orthonormal matrix has such vectors (Householder 1958).
+
+    Complexity: products and triangular solves of O(n k²), no exponential; LAPACK only for F, which is constant.
+    """
+    with torch.no_grad():
+        Y = torch.geqrf(F)[0].tril(-1) + torch.eye(*F.shape[-2:], dtype=F.dtype, device=F.device)
+        signs = torch.sign((F * _reflect(Y, torch.eye(*F.shape[-2:], dtype=F.dtype, device=F.device))).sum(-2))
+    inner = F.mT @ V
+    X = _reflect(Y, V - F @ ((inner + inner.mT) / 2), backwards=True)
+    E = torch.eye(*F.shape[-2:], dtype=F.dtype, device=F.device)
+    return -_reflect(Y, _reflect(X.tril(-1) + E, E.expand_as(X))) * signs.unsqueeze(-2)
+
+
+def _reflect(Y: Tensor, B: Tensor, *, backwards: bool = False) -> Tensor:
+    """H₁ H₂ … H_k B (``backwards``: H_k … H₁ B) for the reflections along the columns of Y.
+
+    They are I − Y T Yᵀ with T⁻¹ = triu(YᵀY, 1) + diag(YᵀY)/2 (Puglisi 1992), so k reflections are three products.
+    """
+    gram = Y.mT @ Y
+    inverse = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
+    if backwards:
+        return B - Y @ torch.linalg.solve_triangular(inverse.mT, Y.mT @ B, upper=False)
+    return B - Y @ torch.linalg.solve_triangular(inverse, Y.mT @ B, upper=True)
+
+
 def _low_rank(V: Tensor, F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """X (n, 2k), YᵀX (2k, 2k) and YᵀF (2k, k) with V Fᵀ − F Vᵀ = X Yᵀ.
 
@@ -62,7 +92,7 @@ def _low_rank(V: Tensor, F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([V, -v * F], -1), M, torch.cat([eye, inner.mT / v], -2)
 
 
-_MAPS = {"exp": exponential_map, "cayley": cayley_map}
+_MAPS = {"exp": exponential_map, "cayley": cayley_map, "householder": householder_map}
 
 
 class OrthogonalWeight(WeightParametrisation):
@@ -116,7 +146,8 @@ def orthogonal_weight(layer: nn.Module, map: str = "exp", *, name: str = "") -> 
 
     Args:
         layer: a layer with a matrix-like ``weight``; changed in place.
-        map: ``"exp"``, the matrix exponential of eq. (13), or ``"cayley"``, which costs one linear solve instead.
+        map: ``"exp"``, the matrix exponential of eq. (13); ``"cayley"``, which costs one linear solve instead; or
+            ``"householder"``, a product of reflections, the cheapest for tall matrices.
         name: what to call the layer in messages.
 
     Returns:
