@@ -28,7 +28,11 @@ def offered(solver: str) -> bool:
     return True
 
 
-SOLVERS = [name for name in ("auto", "svd", "newton_schulz", "minimax", "eigh") if offered(name)]
+# How far the singular values of the step may be from 1. A Gaussian 64 × 27 matrix has κ below 10; Muon's own five steps
+# leave any singular value between 0.68 and 1.14 (Jordan et al. 2024).
+SOLVERS = {
+    name: gap for name, gap in {"auto": 1e-4, "svd": 1e-4, "minimax": 1e-4, "muon": 0.33}.items() if offered(name)
+}
 
 
 def exact_polar(matrix: np.ndarray) -> np.ndarray:
@@ -148,15 +152,14 @@ def test_half_precision_weights_are_refused_on_the_update(dtype):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_of_polar_makes_the_step(solver):
-    """The treated gradient is polar's own answer for that matrix; how near to U Vᵀ that is, polar's tests show."""
     layer = nn.Conv2d(3, 64, 3)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     nog = NearestOrthogonalGradient(optimizer, {"conv": layer}, solver=solver)
     gradient = gaussian(64, 3, 3, 3).float()
     layer.weight.grad = gradient.clone()
     optimizer.step()
-    # A Gaussian 64 × 27 matrix has κ below 10, where every solver has converged to single precision.
-    assert (layer.weight.grad - polar_reference(layer, gradient)).abs().max() < 1e-4
+    error = layer.weight.grad.double() - polar_reference(layer, gradient)
+    assert torch.linalg.matrix_norm(error.flatten(1), 2) < SOLVERS[solver]
     layer.weight.grad = torch.full_like(gradient, float("nan"))
     optimizer.step()
     layer.weight.grad = torch.zeros_like(gradient)

@@ -137,6 +137,15 @@ def test_a_step_never_waits(make, options, value):
         hook.counts()  # reading a counter is what waits
 
 
+@pytest.mark.parametrize(("device", "solver"), [("cpu", "svd"), ("meta", "minimax")])
+def test_off_the_cpu_the_default_is_the_solver_without_a_decomposition(device, solver, monkeypatch):
+    """LAPACK-like routines of an accelerator report convergence to the host. A meta tensor stands for one on it."""
+    asked = []
+    monkeypatch.setattr(module, "polar", lambda matrix, solver: asked.append(solver) or matrix)
+    module.nearest_orthogonal(torch.ones(2, 4, 3, device=device))
+    assert asked == [solver]
+
+
 def test_a_whole_training_step_with_the_treatments_never_waits():
     """Forward through the orthogonal weight, backward and step, of the layer before the spectral layer."""
     conv = small_net()[0]
