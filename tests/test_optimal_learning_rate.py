@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 
 import numpy as np
@@ -208,18 +209,43 @@ def test_an_optimizer_with_an_unknown_direction_is_refused(name):
     assert not optimizer._optimizer_step_pre_hooks
 
 
-def test_a_capped_step_is_the_optimizers_own_bit_for_bit():
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SGD", {"momentum": 0.9}),
+        ("SGD", {"momentum": 0.9, "nesterov": True, "foreach": True}),
+        ("SGD", {"momentum": 0.9, "weight_decay": 1e-2, "fused": True}),
+        ("Adam", {"amsgrad": True, "foreach": True}),
+        ("AdamW", {"fused": True}),
+        ("AdamW", {"capturable": True}),
+        ("RMSprop", {"momentum": 0.5, "centered": True}),
+    ],
+)
+@pytest.mark.parametrize("rule", ["paper", "exact"])
+def test_a_capped_step_is_the_optimizers_own_bit_for_bit(name, options, rule, monkeypatch):
+    """Weights, and the optimizer's state and groups."""
+    if options.get("capturable"):  # otherwise refused on the CPU, where there is no graph to capture
+        module = importlib.import_module("torch.optim.adam")
+        monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
     torch.manual_seed(0)
     model = small_net()
     twin = copy.deepcopy(model)
     data = batches(6)
     lr = 1e-6  # far below every η*
-    optimizer, plain = (torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9) for net in (model, twin))
-    olr = OptimalLearningRate(optimizer, {"conv": model[0]})
+    optimizer, plain = (getattr(torch.optim, name)(net.parameters(), lr=lr, **options) for net in (model, twin))
+    olr = OptimalLearningRate(optimizer, {"conv": model[0]}, rule=rule)
     train(model, optimizer, data)
     train(twin, plain, data)
     assert same(model, twin)
     assert olr.rates()["conv"].item() == lr
+    assert olr.counts() == {"conv": 0}
+    mine, theirs = optimizer.state_dict(), plain.state_dict()
+    assert mine["param_groups"] == theirs["param_groups"]
+    assert list(mine["state"]) == list(theirs["state"])
+    for index, state in theirs["state"].items():
+        for key, value in state.items():
+            other = mine["state"][index][key]
+            assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value
 
 
 @pytest.mark.parametrize("rule", ["paper", "exact"])
@@ -262,8 +288,14 @@ def test_the_rate_is_never_above_the_cap_nor_negative(seed, lr, rule):
 
 SCHEDULERS = {
     "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1.0, step / 4)),  # warm-up from 0
+    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, step_size=3, gamma=0.3),
     "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=8),
     "cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=[1.0, 0.5], total_steps=10),
+    "warm-up, then cosine": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3), torch.optim.lr_scheduler.CosineAnnealingLR(o, 6)],
+        milestones=[3],
+    ),
     "two groups": lambda o: torch.optim.lr_scheduler.LambdaLR(o, [lambda s: 0.5**s, lambda s: 0.9**s]),
 }
 

@@ -1,6 +1,7 @@
 """What is done to the layer before a spectral layer: its weight, its gradient, its learning rate, the loss."""
 
 from ._names import TREATMENTS, parse_treatments
+from .convolution_spectrum import convolution_singular_values
 from .nearest_orthogonal_gradient import NearestOrthogonalGradient
 from .optimal_learning_rate import OptimalLearningRate
 from .orthogonal_loss import OrthogonalLoss
@@ -15,6 +16,7 @@ __all__ = [
     "OptimalLearningRate",
     "OrthogonalLoss",
     "Treatment",
+    "convolution_singular_values",
     "orthogonal_weight",
     "parse_treatments",
     "pre_spectral_layers",

@@ -38,6 +38,12 @@ def gradient_scale(optimizer: Optimizer) -> Tensor | None:
     return getattr(optimizer, "grad_scale", None)
 
 
+def decoupled_weight_decay(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether the step first shrinks the weight by lr · weight_decay, apart from the update (AdamW, Muon)."""
+    apart = tuple(getattr(torch.optim, name) for name in ("AdamW", "Muon") if hasattr(torch.optim, name))
+    return isinstance(optimizer, apart) or bool(group.get("decoupled_weight_decay"))
+
+
 def active_hooks(optimizer: Optimizer) -> list[StepHook]:
     """The treatments that are on in ``optimizer``, kept with it (a copy of the optimizer has no hooks, and no list)."""
     return optimizer.__dict__.setdefault("_wellcond_hooks", [])

@@ -5,7 +5,7 @@ Song, Sebe and Wang, "Improving Covariance Conditioning of the SVD Meta-layer by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from wellcond.linalg import polar, value_checks
 
 from ._matrix import Target, Treatable
 from ._names import require_known
-from ._step_hook import StepHook, gradient_scale, require_dense, require_linear_in_lr
+from ._step_hook import StepHook, decoupled_weight_decay, gradient_scale, require_dense, require_linear_in_lr
 
 _COUNTS = ("treated", "zero", "nonfinite")
+_Write = Callable[[Tensor, Tensor], None]
 
 
 def nearest_orthogonal(matrix: Tensor, solver: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
@@ -26,16 +27,18 @@ def nearest_orthogonal(matrix: Tensor, solver: str = "auto") -> tuple[Tensor, Te
 
     Args:
         matrix: (..., m, n), any real floating dtype. Its scale does not matter.
-        solver: as in :func:`wellcond.linalg.polar`.
+        solver: as in :func:`wellcond.linalg.polar`; ``"auto"`` is ``"svd"`` on the CPU and ``"minimax"`` elsewhere.
 
     Returns:
         R of the shape and dtype of ``matrix``, and two flags (...,): ``zero`` (every entry zero or below the smallest
         normal number, so that its direction is rounding) and ``nonfinite``. A flagged matrix is returned unchanged.
         Singular directions that vanish to rounding are left out of R, rather than filled in at random.
 
-    Nothing here waits for an accelerator except the decomposition itself, where its LAPACK routine does.
-    Complexity: one thin SVD, O(m n min(m, n)).
+    Nothing here makes the host wait for an accelerator, unless ``"svd"`` is asked for there, whose routine does.
+    Complexity: O(m n min(m, n)): one thin SVD, or the products of ``"minimax"``.
     """
+    if solver == "auto":
+        solver = "svd" if matrix.device.type == "cpu" else "minimax"
     work = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     largest = work.abs().amax((-2, -1))  # NaN and infinity survive the maximum
     nonfinite = ~torch.isfinite(largest)
@@ -46,29 +49,43 @@ def nearest_orthogonal(matrix: Tensor, solver: str = "auto") -> tuple[Tensor, Te
     return torch.where(left_alone, matrix, factor.to(matrix.dtype)), zero, nonfinite
 
 
+_SCALES = {
+    "paper": lambda m, n: 1.0,
+    "rms": lambda m, n: 0.2 * max(m, n) ** 0.5,
+    "muon": lambda m, n: max(1.0, m / n) ** 0.5,
+}
+"""By name: the singular value that an m × n matrix gets in every direction."""
+
+
 class NearestOrthogonalGradient(StepHook):
     """Make the gradient of chosen layers orthogonal in every step of an optimizer; the training loop does not change.
 
     The gradient is replaced in place when the optimizer begins its step: after backward, after the all-reduce of DDP,
     after accumulation, unscaling and clipping (which it undoes for these layers: U Vᵀ does not depend on the scale
-    of G, and its norm is the square root of the rank).
+    of G, and its norm is the square root of the rank; to bound the step, lower the learning rate). Matrices of one
+    shape, from whatever layers, are decomposed in one batch.
 
     Args:
         optimizer: any ``torch.optim`` optimizer except LBFGS; a wrapper with an ``.optimizer`` is opened.
         params: layers (their ``weight``, one matrix per group of a convolution) or raw parameters (as ``flatten(1)``):
             one, a list, or a dict by name.
-        on: ``"gradient"``, the paper's place, or ``"update"``: the whole step of the optimizer (momentum, Adam's
-            scaling, weight decay) is made orthogonal instead, which is where Muon does it.
-        scale: ``"paper"``: all singular values 1; ``"rms"``: root mean square entry 0.2 at full rank, the size of an
-            Adam step, so that a rate tuned for Adam fits.
-        solver: as in :func:`wellcond.linalg.polar`.
+        on: ``"gradient"``, the paper's place, or ``"update"``: the step of the optimizer (momentum, Adam's scaling,
+            coupled weight decay) is made orthogonal instead, which is where Muon does it; decoupled weight decay stays
+            outside, as there. The update is read from the move of the weight, so it is known to eps·|w|/lr.
+        scale: ``"paper"``: all singular values 1; ``"rms"``: 0.2·√max(m, n), which makes the root mean square entry 0.2
+            at full rank, the size of an Adam step, so that a rate tuned for Adam fits; ``"muon"``: √max(1, m/n), the
+            scale of the original Muon. The last two are ``match_rms_adamw`` and ``original`` of ``torch.optim.Muon``.
+        solver: as in :func:`wellcond.linalg.polar`, which states the error of each: ``"svd"``; ``"minimax"``, matrix
+            products alone, the same for singular values down to 1e-5 of the largest; ``"muon"``, the five steps of
+            that optimizer, whose singular values are 0.68 to 1.14 instead of 1. ``"auto"``: ``"svd"`` on the CPU,
+            ``"minimax"`` elsewhere, where a decomposition makes the host wait.
 
     Raises:
         ValueError: a layer without a matrix-like weight, a weight the optimizer does not hold, the treatment twice on
-            one weight, LBFGS, an unknown option, or ``on="update"`` with an optimizer whose step is not known to be
-            proportional to its learning rate.
+            one weight, LBFGS, an unknown option; or, with ``on="update"``, a half-precision weight (whose rounding is
+            as large as the update) or an optimizer whose step is not known to be proportional to its learning rate.
 
-    A zero, tiny or non-finite gradient is left as it is and counted in :meth:`counts`.
+    A zero, tiny or non-finite gradient is left as it is and counted in :meth:`counts`; nothing waits for the device.
 
     Example:
         >>> import torch
@@ -93,16 +110,26 @@ class NearestOrthogonalGradient(StepHook):
         solver: str = "auto",
     ) -> None:
         require_known(on, ("gradient", "update"), "place of the nearest orthogonal gradient")
-        require_known(scale, ("paper", "rms"), "scale of the nearest orthogonal gradient")
-        polar(torch.eye(1), solver=solver)  # an unknown solver is refused here, not in the first step
+        require_known(scale, _SCALES, "scale of the nearest orthogonal gradient")
+        with value_checks(False):
+            polar(torch.eye(1), solver=solver)  # an unknown solver is refused here, not in the first step
         self.on, self.scale, self.solver = on, scale, solver
         super().__init__(optimizer, params)
         self._counts = {t.name: torch.zeros(3, dtype=torch.int64, device=t.parameter.device) for t in self.targets}
         self._before: dict[str, Tensor] = {}
+        self._waiting: list[tuple[Target, Tensor, _Write]] = []
 
     def validate(self) -> None:
-        if self.on == "update":
-            require_linear_in_lr(self.optimizer, self.treatment, self.targets[0])
+        if self.on == "gradient":
+            return
+        require_linear_in_lr(self.optimizer, self.treatment, self.targets[0])
+        for target in self.targets:
+            if torch.finfo(target.parameter.dtype).bits < 32:
+                raise ValueError(
+                    f"{self.treatment} of {target.where}: on='update' reads the update from the move of the weight, "
+                    f"which {target.parameter.dtype} rounds away; keep the weight in float32 (autocast may compute "
+                    "in half precision), or use on='gradient'"
+                )
 
     def before(self, target: Target, group: dict[str, Any]) -> None:
         gradient = target.parameter.grad
@@ -111,30 +138,53 @@ class NearestOrthogonalGradient(StepHook):
         if self.on == "update":
             self._before[target.name] = target.parameter.detach().clone()
             return
-        orthogonal, found = self._orthogonal(target, gradient)
         scale = gradient_scale(self.optimizer)
-        if scale is not None:  # the fused optimizer is going to divide by it
-            orthogonal = torch.where(found, orthogonal * scale.to(orthogonal), orthogonal)
-        gradient.copy_(orthogonal)
+
+        def write(orthogonal: Tensor, found: Tensor) -> None:
+            if scale is not None:  # the fused optimizer is going to divide by it
+                orthogonal = torch.where(found, orthogonal * scale.to(orthogonal), orthogonal)
+            gradient.copy_(orthogonal)
+
+        self._waiting.append((target, gradient, write))
 
     def after(self, target: Target, group: dict[str, Any]) -> None:
-        if self.on == "update" and (start := self._before.pop(target.name, None)) is not None:
-            lr = group["lr"]
-            update = (start - target.parameter) / lr
-            orthogonal, found = self._orthogonal(target, update)
-            target.parameter.copy_(torch.where(found, start - lr * orthogonal, target.parameter))
+        if self.on == "gradient" or (start := self._before.pop(target.name, None)) is None:
+            return
+        parameter, lr = target.parameter, group["lr"]
+        if decoupled_weight_decay(self.optimizer, group):
+            start = start * (1 - lr * group["weight_decay"])
 
-    def _orthogonal(self, target: Target, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """The treated tensor, and where it differs from the given one (broadcast to its shape)."""
-        matrix = target.view.matrix(tensor)
-        factor, zero, nonfinite = nearest_orthogonal(matrix, self.solver)
+        def write(orthogonal: Tensor, found: Tensor) -> None:
+            parameter.copy_(torch.where(found, start - lr * orthogonal, parameter))
+
+        self._waiting.append((target, start - parameter, write))  # lr times the update: the scale does not matter
+
+    def _each(self, act: Any) -> None:
+        self._waiting = []
+        super()._each(act)  # which puts there what is to be made orthogonal
+        batches: dict[Any, list[tuple[Target, Tensor, _Write]]] = {}
+        for item in self._waiting:
+            matrix = item[0].view.matrix(item[1])
+            batches.setdefault((matrix.shape[-2:], matrix.dtype, matrix.device), []).append(item)
+        self._waiting = []
+        for batch in batches.values():
+            self._treat(batch)
+
+    @torch.no_grad()
+    def _treat(self, batch: list[tuple[Target, Tensor, _Write]]) -> None:
+        """Matrices of one shape at once: fewer calls, and several cores or one kernel for all of them."""
+        matrices = [target.view.matrix(tensor) for target, tensor, _ in batch]
+        factors, zero, nonfinite = nearest_orthogonal(torch.cat(matrices), self.solver)
         found = ~(zero | nonfinite)
-        if self.scale == "rms":
-            factor = torch.where(found[:, None, None], factor * (0.2 * max(matrix.shape[-2:]) ** 0.5), factor)
-        # Kept on the device: reading a counter is the only thing that waits for it.
-        self._counts[target.name] += torch.stack([found.sum(), zero.sum(), nonfinite.sum()])
-        everywhere = target.view.tensor(found[:, None, None].expand_as(matrix), tensor.shape)
-        return target.view.tensor(factor, tensor.shape), everywhere
+        if self.scale != "paper":
+            factors = torch.where(found[:, None, None], factors * _SCALES[self.scale](*factors.shape[-2:]), factors)
+        flags = torch.stack([found, zero, nonfinite], -1)
+        sizes = [len(matrix) for matrix in matrices]
+        for (target, tensor, write), factor, flag in zip(batch, factors.split(sizes), flags.split(sizes), strict=True):
+            # Kept on the device: reading a counter is the only thing that waits for it.
+            self._counts[target.name] += flag.sum(0)
+            everywhere = target.view.tensor(flag[:, :1, None].expand_as(factor), tensor.shape)
+            write(target.view.tensor(factor, tensor.shape), everywhere)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """By layer: how many gradient matrices were ``treated``, left alone as ``zero``, or as ``nonfinite``."""

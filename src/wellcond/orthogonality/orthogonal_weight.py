@@ -1,14 +1,8 @@
 """Orthogonal weight (OW): a layer whose weight is exactly orthogonal, exp(W − Wᵀ) of a stored tensor, eq. (13).
 
-A weight is rarely square, so the rotation acts on a frame: with the stored n × k matrix V (n ≥ k, otherwise
-transposed) and a fixed frame F with orthonormal columns,
-
-    weight = exp(S) F,    S = V Fᵀ − F Vᵀ,
-
-which is eq. (13) with W = V Fᵀ. S runs through the horizontal space of the Stiefel manifold at F, so exp(S) F is its
-geodesic from F and reaches every matrix with orthonormal columns (of the determinant's sign, when square); Edelman,
-Arias and Smith 1998. F is the orthogonal matrix nearest to the weight the layer had: then S = 0 for V = that very
-weight, so the stored parameter keeps its values and the layer starts at the nearest orthogonal matrix.
+A weight is rarely square, so the rotation acts on a frame: F, the orthogonal matrix nearest to the weight the layer had
+(``_stiefel_maps`` has the maps). Then S = 0 for V = that very weight, so the stored parameter keeps its values and the
+layer starts at the nearest orthogonal matrix.
 """
 
 from __future__ import annotations
@@ -19,50 +13,7 @@ from torch import Tensor, nn
 from ._matrix import MatrixView
 from ._names import require_known
 from ._parametrised import WeightParametrisation, attach, require_free
-
-
-def exponential_map(V: Tensor, F: Tensor) -> Tensor:
-    """exp(V Fᵀ − F Vᵀ) F for (..., n, k) with n ≥ k and orthonormal columns in F.
-
-    For n > 3k the n × n exponential is avoided: S = X Yᵀ has rank 2k, so exp(S) F = F + X φ(YᵀX) YᵀF with
-    φ(M) = (eᴹ − I)/M, read off the exponential of the 3k × 3k matrix [[M, YᵀF], [0, 0]].
-
-    Complexity: the exponential of a matrix of size min(n, 3k), and products of O(n k²). Differentiable everywhere.
-    """
-    n, k = F.shape[-2:]
-    if n <= 3 * k:
-        W = V @ F.mT
-        return torch.matrix_exp(W - W.mT) @ F
-    X, M, c = _low_rank(V, F)
-    padded = torch.cat([torch.cat([M, c], -1), M.new_zeros(*M.shape[:-2], k, 3 * k)], -2)
-    return F + X @ torch.matrix_exp(padded)[..., : 2 * k, 2 * k :]
-
-
-def cayley_map(V: Tensor, F: Tensor) -> Tensor:
-    """(I − S/2)⁻¹ (I + S/2) F, S = V Fᵀ − F Vᵀ, as F + X (I − YᵀX/2)⁻¹ YᵀF: one 2k × 2k solve (Wen and Yin 2013)."""
-    X, M, c = _low_rank(V, F)
-    eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-    # S/2 has imaginary eigenvalues, so the matrix is regular; solve_ex does not stop to check that.
-    return F + X @ torch.linalg.solve_ex(eye - M / 2, c)[0]
-
-
-def _low_rank(V: Tensor, F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """X (n, 2k), YᵀX (2k, 2k) and YᵀF (2k, k) with V Fᵀ − F Vᵀ = X Yᵀ.
-
-    The part F·sym(FᵀV) of V cancels in S and is taken out first. The balance v leaves the result unchanged and
-    keeps YᵀX near to a skew matrix when V is large.
-    """
-    inner = F.mT @ V
-    V = V - F @ ((inner + inner.mT) / 2)
-    k = F.shape[-1]
-    v = (V.detach().square().sum((-2, -1), keepdim=True) / k).sqrt().clamp_min(1)
-    eye = torch.eye(k, dtype=F.dtype, device=F.device).expand(*V.shape[:-2], k, k)
-    inner = (inner - inner.mT) / 2
-    M = torch.cat([torch.cat([inner, -v * eye], -1), torch.cat([V.mT @ V / v, -inner.mT], -1)], -2)
-    return torch.cat([V, -v * F], -1), M, torch.cat([eye, inner.mT / v], -2)
-
-
-_MAPS = {"exp": exponential_map, "cayley": cayley_map}
+from ._stiefel_maps import MAPS
 
 
 class OrthogonalWeight(WeightParametrisation):
@@ -87,7 +38,7 @@ class OrthogonalWeight(WeightParametrisation):
         with torch.autocast(stored.device.type, enabled=False):
             V = self.view.matrix(stored).to(self.frame.dtype)
             tall = V.shape[-2] >= V.shape[-1]
-            W = _MAPS[self.map](V if tall else V.mT, self.frame)
+            W = MAPS[self.map](V if tall else V.mT, self.frame)
             # The map is orthogonal to eps·‖S‖, and S may grow in training: one step of Newton's iteration for the
             # polar factor squares that gap, and leaves the derivative, which is tangent already.
             W = 1.5 * W - 0.5 * W @ (W.mT @ W)
@@ -116,7 +67,8 @@ def orthogonal_weight(layer: nn.Module, map: str = "exp", *, name: str = "") -> 
 
     Args:
         layer: a layer with a matrix-like ``weight``; changed in place.
-        map: ``"exp"``, the matrix exponential of eq. (13), or ``"cayley"``, which costs one linear solve instead.
+        map: ``"exp"``, the matrix exponential of eq. (13); ``"cayley"``, which costs one linear solve instead; or
+            ``"householder"``, a product of reflections, the cheapest for tall matrices.
         name: what to call the layer in messages.
 
     Returns:
@@ -134,7 +86,7 @@ def orthogonal_weight(layer: nn.Module, map: str = "exp", *, name: str = "") -> 
         >>> torch.dist(W.T @ W, torch.eye(27)) < 1e-5
         tensor(True)
     """
-    require_known(map, _MAPS, "map of the orthogonal weight")
+    require_known(map, MAPS, "map of the orthogonal weight")
     target = require_free(layer, name, OrthogonalWeight)
     if torch.nn.utils.parametrize.is_parametrized(layer, "weight"):
         raise ValueError(f"{OrthogonalWeight.treatment} of {target.where}: put it on before the spectral norm")

@@ -1,15 +1,20 @@
 """Spectral norm (SN): the weight divided by its largest singular value, W/σ_max(W), eq. (11).
 
-W is the flattened weight (out, in·kh·kw). This is not the operator norm of a convolution on images, which is smaller
-than σ_max(W)·√(kh·kw) and depends on stride and padding.
+W is the flattened weight (out, in·kh·kw). That is not the norm of a convolution as a map on images, which may be
+anything up to σ_max(W)·√(kh·kw) and depends on stride and padding; ``of="operator"`` divides by that one instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from ._matrix import MatrixView
+from ._names import require_known
 from ._parametrised import WeightParametrisation, attach, require_free
+from .convolution_spectrum import Grid, layer_grid, operator_norm
 
 
 class SpectralNorm(WeightParametrisation):
@@ -17,9 +22,16 @@ class SpectralNorm(WeightParametrisation):
 
     treatment = "spectral norm"
 
+    def __init__(self, view: MatrixView, grid: Grid | None = None) -> None:
+        super().__init__(view)
+        self.grid = grid
+
     def forward(self, stored: Tensor) -> Tensor:
         with torch.autocast(stored.device.type, enabled=False):
-            W = self.view.matrix(stored).to(torch.promote_types(stored.dtype, torch.float32))
+            full = stored.to(torch.promote_types(stored.dtype, torch.float32))
+            if self.grid is not None:
+                return (stored / operator_norm(full, self.grid)).to(stored.dtype)
+            W = self.view.matrix(full)
             gram = W.mT @ W if W.shape[-2] >= W.shape[-1] else W @ W.mT
             # Not eigvalsh, whose routine differs with and without a gradient: training and evaluation shall agree.
             largest = torch.linalg.eigh(gram)[0][..., -1].amax()
@@ -30,8 +42,14 @@ class SpectralNorm(WeightParametrisation):
         """Any weight may be stored."""
         return weight
 
+    def extra_repr(self) -> str:
+        grid = f"of='operator' on {self.grid.size}" if self.grid is not None else ""
+        return ", ".join(filter(None, [grid, super().extra_repr()]))
 
-def spectral_norm(layer: nn.Module, *, name: str = "") -> nn.Module:
+
+def spectral_norm(
+    layer: nn.Module, *, of: str = "weight", input_size: int | Sequence[int] | None = None, name: str = ""
+) -> nn.Module:
     """Keep the largest singular value of the layer's weight at exactly 1, eq. (11).
 
     Unlike ``torch.nn.utils.parametrizations.spectral_norm`` the value is exact in every forward pass (from the smaller
@@ -40,15 +58,20 @@ def spectral_norm(layer: nn.Module, *, name: str = "") -> nn.Module:
 
     Args:
         layer: a layer with a matrix-like ``weight``; changed in place.
+        of: ``"weight"``, the flattened weight of eq. (11), or ``"operator"``: the convolution as a map on images with
+            circular padding, whose norm is then exactly 1 (see :func:`convolution_singular_values`).
+        input_size: with ``of="operator"``, the size of the layer's images.
         name: what to call the layer in messages.
 
     Returns:
         ``layer``.
 
     Raises:
-        ValueError: no matrix-like weight, or a parametrisation already on it (an orthogonal weight may be).
+        ValueError: no matrix-like weight, a parametrisation already on it (an orthogonal weight may be), an unknown
+            ``of``; for the operator, not a convolution, or an input_size that is missing or does not fit.
 
-    Complexity: O(m n min(m, n)) for the Gram matrix and its eigenvalues. Take it off with
+    Complexity: O(m n min(m, n)) for the Gram matrix and its eigenvalues; for the operator that of one Gram matrix of
+    min(out, in) channels for half of the pixels, in every forward pass. Take it off with
     ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")``.
 
     Example:
@@ -57,6 +80,12 @@ def spectral_norm(layer: nn.Module, *, name: str = "") -> nn.Module:
         >>> abs(torch.linalg.matrix_norm(conv.weight.flatten(1), 2) - 1) < 1e-5
         tensor(True)
     """
+    require_known(of, ("weight", "operator"), "norm of the spectral norm")
     target = require_free(layer, name, SpectralNorm)
-    attach(layer, SpectralNorm(target.view))
+    if of == "operator" and input_size is None:
+        raise ValueError(f"spectral norm of {target.where}: of='operator' needs input_size, the size of its images")
+    if of == "weight" and input_size is not None:
+        raise ValueError(f"spectral norm of {target.where}: input_size is for of='operator'; leave it out")
+    grid = None if input_size is None else layer_grid(layer, input_size, target.where)
+    attach(layer, SpectralNorm(target.view, grid))
     return layer

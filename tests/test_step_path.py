@@ -1,0 +1,159 @@
+"""The step path of the treatments: one batch for matrices of one shape, and nothing that waits for the device."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from treatment_models import batches, polar_reference, small_net
+from wellcond.orthogonality import NearestOrthogonalGradient, OptimalLearningRate, treat
+from wellcond.orthogonality import nearest_orthogonal_gradient as module
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def gradient(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Batches ---------------------------------------------------------------------------------------------------------
+
+
+def many_layers() -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "a": nn.Conv2d(3, 8, 3),
+            "b": nn.Conv2d(27, 8, 1),  # the matrix of `a` in another shape of tensor
+            "c": nn.ConvTranspose2d(27, 8, 1),
+            "d": nn.Conv2d(54, 16, 1, groups=2),
+            "e": nn.Linear(27, 9),
+            "f": nn.Linear(27, 8).to(torch.bfloat16),
+        }
+    )
+
+
+@pytest.mark.parametrize("on", ["gradient", "update"])
+def test_layers_with_matrices_of_one_shape_are_one_batch_and_equal_a_loop(on, monkeypatch):
+    calls = []
+    inner = module.nearest_orthogonal
+    monkeypatch.setattr(module, "nearest_orthogonal", lambda m, *rest: calls.append(tuple(m.shape)) or inner(m, *rest))
+    layers = many_layers()
+    if on == "update":
+        del layers["f"]
+    together, singly = layers, copy.deepcopy(layers)
+    for i, (layer, twin) in enumerate(zip(together.values(), singly.values(), strict=True)):
+        layer.weight.grad = gradient(*layer.weight.shape, seed=i).to(layer.weight.dtype)
+        twin.weight.grad = layer.weight.grad.clone()
+    together["a"].weight.grad[0] = float("nan")
+    singly["a"].weight.grad[0] = float("nan")
+    optimizer = torch.optim.SGD(together.parameters(), lr=0.1)
+    nog = NearestOrthogonalGradient(optimizer, dict(together), on=on)
+    optimizer.step()
+    assert calls == [(5, 8, 27), (1, 9, 27)] + ([(1, 8, 27)] if on == "gradient" else [])
+    for name, layer in singly.items():
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        one = NearestOrthogonalGradient(optimizer, {name: layer}, on=on)
+        optimizer.step()
+        assert torch.equal(together[name].weight.nan_to_num(7.0), layer.weight.nan_to_num(7.0)), name
+        assert nog.counts()[name] == one.counts()[name]
+    if on == "gradient":
+        for name in "bcd":
+            expected = polar_reference(layers[name], gradient(*layers[name].weight.shape, seed="abcdef".index(name)))
+            assert (layers[name].weight.grad - expected).abs().max() < 100 * EPS
+
+
+# The host never asks the device ----------------------------------------------------------------------------------
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a value goes to the host, or where the shape of a result depends on values."""
+
+    ASKS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "unique", "is_nonzero", "item")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        if name in self.ASKS or name.startswith(("_unique", "unique")):
+            raise AssertionError(f"{func} makes the host wait for the device")
+        if name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            raise AssertionError(f"{func} with a mask makes the host wait for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_waiting():
+    """The dispatcher does not see conversions of CPU tensors to Python and NumPy, so those are closed by name."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a value was read on the host")
+
+    with pytest.MonkeyPatch.context() as patch, NoWaiting():
+        for name in ("item", "tolist", "numpy", "__array__", "cpu", "__bool__", "__float__", "__int__", "__index__"):
+            patch.setattr(Tensor, name, refuse)
+        yield
+
+
+def test_the_guard_itself_catches_what_waits():
+    x = torch.ones(3)
+    for ask in (
+        lambda: x[0].item(),
+        lambda: float(x[0]),
+        lambda: bool(x[0]),
+        lambda: x[x > 0],
+        lambda: x.nonzero(),
+        lambda: x.tolist(),
+    ):
+        with no_waiting(), pytest.raises(AssertionError):
+            ask()
+
+
+VALUES = {"ordinary": 1.0, "zero": 0.0, "nan": float("nan")}
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (NearestOrthogonalGradient, {}),
+        (NearestOrthogonalGradient, {"on": "update", "scale": "rms"}),
+        (OptimalLearningRate, {"rule": "paper"}),
+        (OptimalLearningRate, {"rule": "exact"}),
+        (OptimalLearningRate, {"rule": "exact", "direction": "update"}),
+    ],
+)
+def test_a_step_never_waits(make, options, value):
+    layer = nn.Conv2d(6, 9, 3, groups=3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9)
+    hook = make(optimizer, {"conv": layer}, **options)
+    for i in range(2):
+        layer.weight.grad = gradient(*layer.weight.shape, seed=i) * VALUES[value]
+        with no_waiting():
+            optimizer.step()
+    with no_waiting(), pytest.raises(AssertionError):
+        hook.counts()  # reading a counter is what waits
+
+
+@pytest.mark.parametrize(("device", "solver"), [("cpu", "svd"), ("meta", "minimax")])
+def test_off_the_cpu_the_default_is_the_solver_without_a_decomposition(device, solver, monkeypatch):
+    """LAPACK-like routines of an accelerator report convergence to the host. A meta tensor stands for one on it."""
+    asked = []
+    monkeypatch.setattr(module, "polar", lambda matrix, solver: asked.append(solver) or matrix)
+    module.nearest_orthogonal(torch.ones(2, 4, 3, device=device))
+    assert asked == [solver]
+
+
+def test_a_whole_training_step_with_the_treatments_never_waits():
+    """Forward through the orthogonal weight, backward and step, of the layer before the spectral layer."""
+    conv = small_net()[0]
+    optimizer = torch.optim.SGD(conv.parameters(), lr=0.1, momentum=0.9)
+    treat(conv, optimizer, "nog+ow+olr+ol", layers=[conv])
+    (x, _), *_ = batches(1)
+    for _ in range(2):
+        with no_waiting():
+            optimizer.zero_grad()
+            conv(x).square().sum().backward()
+            optimizer.step()
