@@ -339,12 +339,6 @@ def sgd(layer: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(layer.parameters(), lr=0.1)
 
 
-def sharded() -> nn.Module:
-    layer = nn.Linear(3, 4)
-    layer.weight.placements = ()  # what a DTensor has
-    return layer
-
-
 BAD = {
     "no matrix": (lambda: nn.BatchNorm2d(3), {}, r"layer 'x' \(BatchNorm2d\) has a weight of shape \(3,\)"),
     "no weight": (lambda: nn.LSTM(2, 3), {}, r"layer 'x' \(LSTM\) has no parameter 'weight'"),
@@ -356,7 +350,6 @@ BAD = {
     "lazy": (lambda: nn.LazyLinear(3), {}, "not initialised yet; run one forward pass"),
     "sparse": (lambda: nn.Embedding(5, 3, sparse=True), {}, "sparse gradients"),
     "complex": (lambda: nn.Linear(2, 3, dtype=torch.complex64), {}, "complex64"),
-    "sharded": (sharded, {}, "sharded over processes"),
     "place": (lambda: nn.Linear(2, 3), {"on": "gradients"}, "did you mean 'gradient'"),
     "scale": (lambda: nn.Linear(2, 3), {"scale": "papre"}, "did you mean 'paper'"),
     "solver": (lambda: nn.Linear(2, 3), {"solver": "sdv"}, "sdv"),

@@ -8,8 +8,6 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from treatment_models import batches, orthogonality_gap, same, small_net, train
@@ -326,41 +324,6 @@ def test_autocast_trains_with_everything_on():
     assert orthogonality_gap(model[0]) < 1e-5
     W = model[0].parametrizations.weight.original.grad.flatten(1)
     assert torch.linalg.svdvals(W)[:-1] == pytest.approx([1] * 7, abs=1e-5)
-
-
-def _process(rank: int, size: int, folder: str, names: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    model = net(seed=rank).eval()  # running statistics, so that one process with the whole batch computes the same
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    optimizer = sgd(model)
-    treatment = treat(wrapped, optimizer, names)
-    for x, y in batches(4):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(wrapped(x.chunk(size)[rank]), y.chunk(size)[rank]).backward()
-        optimizer.step()
-    torch.save((list(treatment.layers), model.state_dict(), treatment.rates()), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("names", ["nog+olr", "nog+ow+olr"])
-def test_two_processes_equal_one_with_the_whole_batch(names, tmp_path):
-    """DDP: the hooks see the averaged gradient, and every rank takes the same step."""
-    mp.spawn(_process, (2, str(tmp_path), names), nprocs=2)
-    (layers, first, rates), (_, second, other_rates) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert layers == ["module.0"]
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert rates == other_rates
-    model = net(seed=0).eval()
-    optimizer = sgd(model)
-    treat(model, optimizer, names)
-    for x, y in batches(4):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    for key, value in model.state_dict().items():
-        # The mean of two halves is the whole up to rounding, magnified by the polar factor's condition number.
-        assert torch.allclose(value, first[key], rtol=0, atol=1e-4), key
 
 
 # Refusals --------------------------------------------------------------------------------------------------------

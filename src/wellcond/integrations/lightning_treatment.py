@@ -24,16 +24,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from wellcond.monitor._probe import watched_layers
-from wellcond.orthogonality import (
-    Treatment,
-    orthogonal_weight,
-    parse_treatments,
-    pre_spectral_layers,
-    spectral_norm,
-    treat,
-)
+from wellcond.orthogonality import Treatment, parse_treatments, pre_spectral_layers, treat
 
-_WEIGHT_TREATMENTS = {"ow": orthogonal_weight, "sn": spectral_norm}
+from ._treating import add_loss_gradient, split_treatments, treat_weights
 
 
 class TreatmentCallback(pl.Callback):
@@ -74,8 +67,7 @@ class TreatmentCallback(pl.Callback):
         self.treatments = parse_treatments(treatments)
         self.layers: dict[str, nn.Module] = {}
         self.handles: dict[Optimizer, Treatment] = {}
-        self._weight_names = [name for name in _WEIGHT_TREATMENTS if name in self.treatments]
-        self._step_names = [name for name in self.treatments if name not in _WEIGHT_TREATMENTS]
+        self._weight_names, self._step_names = split_treatments(self.treatments)
         self._given = layers
         self._example_input = example_input
         self._options = dict(options or {})
@@ -113,9 +105,7 @@ class TreatmentCallback(pl.Callback):
         if self._weight_treated:
             return
         self.layers = self._find(pl_module)
-        for treatment in self._weight_names:
-            for name, layer in self.layers.items():
-                _WEIGHT_TREATMENTS[treatment](layer, name=name, **self._options.get(treatment, {}))
+        treat_weights(self.layers, self._weight_names, self._options)
         self._weight_treated = True
 
     def _find(self, pl_module: pl.LightningModule) -> dict[str, nn.Module]:
@@ -172,21 +162,12 @@ class TreatmentCallback(pl.Callback):
     ) -> None:
         """Add the gradient of the `ol` term of the layers that this optimizer holds."""
         handle = self.handles.get(optimizer)
-        if handle is None or handle.ol is None:
+        if handle is None:
             return
-        with torch.enable_grad(), torch.autocast(pl_module.device.type, enabled=False):
-            loss = handle.loss()
-            # A fused optimizer unscales the gradients itself, so they are still scaled here.
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-                loss = scaler.scale(loss)
-            weights = [p for layer in handle.layers.values() for p in layer.parameters() if p.requires_grad]
-            if not loss.requires_grad:  # the weights are frozen, or toggled off in this step
-                return
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-        for weight, gradient in zip(weights, gradients, strict=True):
-            if gradient is not None:
-                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+        # A fused optimizer unscales the gradients itself, so they are still scaled here.
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+        add_loss_gradient(handle, scaler.get_scale() if scaler is not None and scaled else None)
 
     def summary(self) -> str:
         """What acts where, as text."""

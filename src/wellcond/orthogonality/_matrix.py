@@ -95,6 +95,11 @@ def layer_target(layer: nn.Module, name: str) -> Target:
 
 
 def _target(name: str, where: str, parameter: nn.Parameter, view: MatrixView) -> Target:
+    if hasattr(parameter, "_fsdp_flattened") or hasattr(parameter, "ds_id"):
+        raise ValueError(
+            f"{where} has its weight flattened over processes (FullyShardedDataParallel, DeepSpeed ZeRO-3), where no "
+            "matrix is left to treat; shard with torch.distributed.fsdp.fully_shard instead"
+        )
     if parameter.ndim < 2:
         raise ValueError(
             f"{where} has a weight of shape {tuple(parameter.shape)}, which is not a matrix; "
@@ -102,11 +107,6 @@ def _target(name: str, where: str, parameter: nn.Parameter, view: MatrixView) ->
         )
     if parameter.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{where} has a weight of dtype {parameter.dtype}; a real floating dtype is needed")
-    if hasattr(parameter, "placements"):  # a DTensor: its local shard is not the matrix
-        raise ValueError(
-            f"{where} is sharded over processes (DTensor), which the treatments do not support yet; "
-            "leave this layer out of fully_shard"
-        )
     return Target(name, where, parameter, view)
 
 

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._matrix import MatrixView, Target, described, layer_target
+from ._sharded import is_sharded, spread, whole
 
 
 class WeightParametrisation(nn.Module):
@@ -25,6 +26,10 @@ class WeightParametrisation(nn.Module):
     def __init__(self, view: MatrixView) -> None:
         super().__init__()
         self.view = view
+
+    def __call__(self, stored: Tensor) -> Tensor:
+        """The weight in use; outside of the layer's forward pass ``fully_shard`` leaves only a shard of ``stored``."""
+        return spread(super().__call__(whole(stored)), stored)
 
     def extra_repr(self) -> str:
         return f"groups={self.view.groups}" if self.view.groups > 1 else ""
@@ -48,7 +53,13 @@ def require_free(layer: nn.Module, name: str, kind: type[WeightParametrisation])
                 f"{kind.treatment} of {described(layer, name)}: its weight already has the parametrisation "
                 f"{type(there).__name__}; remove that first"
             )
-    return layer_target(layer, name)
+    target = layer_target(layer, name)
+    if is_sharded(target.parameter):
+        raise ValueError(
+            f"{kind.treatment} of {target.where}: its weight is sharded over processes already; call "
+            f"{kind.treatment.replace(' ', '_')}(layer) before fully_shard, and make the optimizer after both"
+        )
+    return target
 
 
 def attach(layer: nn.Module, parametrisation: WeightParametrisation) -> None:
@@ -105,6 +116,12 @@ def restorer(layer: nn.Module) -> Callable[[], None]:
     def restore() -> None:
         if not chain(layer):
             return
+        stored = layer_target(layer, "")
+        if is_sharded(stored.parameter):
+            raise RuntimeError(
+                f"{described(layer, '')} was sharded since its weight was treated, and fully_shard cannot be undone; "
+                "load the state into a model that is not sharded, and call remove() there"
+            )
         with torch.no_grad():
             if not torch.equal(weight, untouched):
                 weight.copy_(layer.weight)  # pyright: ignore[reportArgumentType]

@@ -2,12 +2,13 @@
 
 With ``step(closure)`` the gradients appear only when the closure runs, so there the closure is wrapped: that is how
 Lightning's automatic optimisation steps. With a fused optimizer under ``GradScaler`` the gradients are still scaled
-when the step begins; :func:`gradient_scale` tells by how much.
+when the step begins; :func:`gradient_scale` tells by how much. A sharded weight reaches ``before`` and ``after`` whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from ._matrix import Target, Treatable, targets
+from ._sharded import gathered
 
 LINEAR_IN_LR = tuple(
     getattr(torch.optim, name)
@@ -121,12 +123,12 @@ class StepHook:
     def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._each(self.before)
+            self._run(self.before)
             return None
 
         def treated() -> Any:
             loss = closure()
-            self._each(self.before)
+            self._run(self.before)
             return loss
 
         if len(args) > 1:
@@ -134,7 +136,12 @@ class StepHook:
         return args, {**kwargs, "closure": treated}
 
     def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._each(self.after)
+        self._run(self.after)
+
+    @torch.no_grad()
+    def _run(self, act: Any) -> None:
+        with ExitStack() as sharded:  # whose changes are put back when all targets are done
+            self._each(lambda target, group: act(sharded.enter_context(gathered(target)), group))
 
     @torch.no_grad()
     def _each(self, act: Any) -> None:

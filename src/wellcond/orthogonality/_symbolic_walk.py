@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from ._matrix import has_matrix_weight
+from ._sharded import is_fully_sharded
 
 _REMEDY = "give an example_input, or name the layers to treat with layers=..."
 _MOST_TRACES = 64
@@ -34,6 +35,10 @@ class _Tracer(fx.Tracer):
             or has_matrix_weight(m)
             or super().is_leaf_module(m, module_qualified_name)
         )
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Its forward hooks gather weights and would do so with the tracer's stand-ins.
+        return super().call_module(m, m.forward if is_fully_sharded(m) else forward, args, kwargs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         i = len(self.decisions)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ._matrix import MatrixView, targets
 from ._names import require_known
+from ._sharded import whole
 
 
 def _gap(W: Tensor) -> Tensor:
@@ -89,5 +90,6 @@ class OrthogonalLoss:
         return self.coefficient * torch.stack(terms).sum()
 
     def _term(self, weight: Tensor, view: MatrixView) -> Tensor:
+        weight = whole(weight)
         with torch.autocast(weight.device.type, enabled=False):
             return _FORMS[self.form](view.matrix(weight.to(torch.promote_types(weight.dtype, torch.float32)))).sum()

@@ -42,7 +42,9 @@ def treat(
     stored tensor that the optimizer moves, as in the authors' code, not on the weight computed from it.
 
     Args:
-        model: any module, also compiled or inside DDP (treat the bare model before wrapping it, or the wrapped one).
+        model: any module, also compiled or inside DDP (treat the bare model before wrapping it, or the wrapped one), or
+            sharded by ``fully_shard``: the weight is then gathered in every step, and :func:`orthogonal_weight` or
+            :func:`spectral_norm` have to be put on before sharding, as ``ow`` and ``sn`` come too late here.
         optimizer: holds the weights of those layers; changed in place, its state and its groups stay.
         treatments: names joined by ``+``: ``sn``, ``ol``, ``ow``, ``nog``, ``olr``.
         layers: names in ``model.named_modules()`` or modules; without them :func:`pre_spectral_layers` finds them.
@@ -193,7 +195,7 @@ class Treatment:
         acting = ", ".join(self._describe(name) for name in self.treatments) if self._undo else "removed"
         for name, target in self._targets.items():
             shape = tuple(target.parameter.shape)
-            groups, m, n = target.view.matrix(target.parameter.detach()).shape
+            groups, m, n = target.view.matrix(torch.empty(shape, device="meta")).shape  # sharded or not
             matrix = f"{m} × {n}" if groups == 1 else f"{groups} of {m} × {n}"
             rows.append((name, " × ".join(map(str, shape)), matrix, acting))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

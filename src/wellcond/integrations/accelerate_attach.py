@@ -1,0 +1,84 @@
+"""Treatments and monitor in a training loop of one's own on Hugging Face Accelerate, which has no callbacks.
+
+The optimizer inside Accelerate's wrapper is the one that steps, and only when gradients have been accumulated and are
+finite; its step is what the treatments act in and what the monitor counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+
+from wellcond.monitor import ConditionMonitor, ConditionRecord
+from wellcond.monitor._record import MEASURES
+from wellcond.monitor._writers import as_writers
+from wellcond.orthogonality import Treatment, treat
+from wellcond.orthogonality._step_hook import unwrap
+
+
+def attach_treatment(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, treatments: str, **options: Any
+) -> Treatment:
+    """:func:`wellcond.orthogonality.treat` what ``accelerator.prepare`` gave; ``save_state`` saves its state too.
+
+    Args:
+        accelerator: that prepared the model and the optimizer.
+        model, optimizer: as prepared. Call this before ``accelerator.load_state``.
+        treatments, options: as for :func:`~wellcond.orthogonality.treat`. Weights that are sharded (FSDP2) take no `ow`
+            or `sn` any more: put :func:`~wellcond.orthogonality.orthogonal_weight` on before ``prepare``.
+
+    Returns:
+        The :class:`~wellcond.orthogonality.Treatment`, with the layer names of the bare model. For `ol` add its
+        ``loss()`` to the loss of every batch.
+
+    Example:
+        >>> import torch
+        >>> from accelerate import Accelerator
+        >>> from wellcond.accelerate import attach_treatment
+        >>> from wellcond.nn import DecorrelatedBatchNorm1d
+        >>> accelerator = Accelerator(cpu=True)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), DecorrelatedBatchNorm1d(4))
+        >>> model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> list(attach_treatment(accelerator, model, optimizer, "nog+ow").layers)
+        ['0']
+    """
+    treatment = treat(accelerator.unwrap_model(model), optimizer, treatments, **options)
+    accelerator.register_for_checkpointing(treatment)
+    return treatment
+
+
+def attach_monitor(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    writers: Any = (),
+    log: bool = True,
+    **options: Any,
+) -> ConditionMonitor:
+    """A :class:`wellcond.monitor.ConditionMonitor` that counts optimizer steps and sends its records to the trackers.
+
+    Its records are saved and loaded by ``accelerator.save_state``. In several processes the first writes and logs what
+    it sees of its share of the batch.
+
+    Args:
+        accelerator: that prepared the model and the optimizer.
+        model, optimizer: as prepared.
+        writers: as for the monitor.
+        log: send every record to ``accelerator.log`` at its step, as ``condition/<layer>/<measure>``.
+        options: the other arguments of the monitor.
+    """
+
+    def report(record: ConditionRecord) -> None:
+        measures = {f"condition/{record.layer}/{name}": getattr(record, name) for name in MEASURES}
+        accelerator.log(measures, step=record.step)
+
+    outlets = [*as_writers(writers), report] if log else writers
+    monitor = ConditionMonitor(
+        model, writers=outlets if accelerator.is_main_process else (), optimizer=unwrap(optimizer), **options
+    )
+    accelerator.register_for_checkpointing(monitor)
+    return monitor

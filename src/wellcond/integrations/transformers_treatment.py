@@ -1,0 +1,177 @@
+"""The treatments of the paper as a callback for the Hugging Face ``Trainer``.
+
+- `ow` and `sn` rename the weight in the state dict, so they are put on as soon as the callback knows the model: before
+  the ``Trainer`` makes its optimizer and before it loads a checkpoint.
+- `nog` and `olr` hook into the optimizer inside Accelerate's wrapper when training begins. The ``Trainer`` has loaded
+  the optimizer's state by then, and hooks have no part in that.
+- The gradient of the `ol` term is added when the optimizer begins its step, before `nog` sees it: the gradients are
+  then accumulated, averaged over the processes, unscaled and clipped. The term itself is not clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from wellcond.monitor._probe import watched_layers
+from wellcond.orthogonality import Treatment, parse_treatments, pre_spectral_layers, treat
+from wellcond.orthogonality._step_hook import gradient_scale, unwrap
+
+from ._treating import add_loss_gradient, split_treatments, treat_weights, weights_treated
+from .transformers_log import add_to_log, put_first, saved_state
+
+
+class TreatmentCallback(TrainerCallback, ExportableState):
+    """Treat the layers before the spectral layers while the ``Trainer`` trains: ``TreatmentCallback("nog+ow+olr")``.
+
+    Works with gradient accumulation, clipping, mixed precision and several processes. Its state is in the checkpoint's
+    ``trainer_state.json``, and ``train(resume_from_checkpoint=...)`` goes on as if it had not stopped. The rates of
+    `olr` are logged with the loss, as ``rate/<layer>``. After training the treatments stay on; a model whose weights
+    `ow` or `sn` took is loaded into one that is treated alike.
+
+    Args:
+        treatments: names joined by ``+``, as for :func:`wellcond.orthogonality.treat`.
+        layers: names in the model, or modules, to treat; found by tracing when left out.
+        example_input: for that search, as for :func:`wellcond.orthogonality.pre_spectral_layers`; for a model that is
+            called with keywords a dict.
+        options: keyword arguments by treatment, such as ``{"olr": {"rule": "exact"}}``.
+
+    Attributes:
+        layers: the treated layers by name, once they are known.
+        treatment: what :func:`~wellcond.orthogonality.treat` gave for `nog`, `olr` and `ol`, once training has begun.
+
+    Raises:
+        ValueError: unknown treatments (here), layers that cannot be found or treated (when the ``Trainer`` is made), a
+            checkpoint of a run with other treatments, or one with treated weights that was loaded before this callback
+            knew the model (when training begins).
+
+    Give it to ``Trainer(callbacks=[...])``, or call :meth:`add_to`, which puts it ahead of the reporters, so that
+    TensorBoard, W&B and MLflow see what it logs. With ``model_init`` only untreated weights can be resumed.
+
+    Example:
+        >>> from wellcond.transformers import TreatmentCallback
+        >>> callback = TreatmentCallback("nog+olr")  # Trainer(callbacks=[callback])
+    """
+
+    def __init__(
+        self,
+        treatments: str,
+        *,
+        layers: Iterable[str | nn.Module] | str | nn.Module | None = None,
+        example_input: Any = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.treatments = parse_treatments(treatments)
+        self.layers: dict[str, nn.Module] = {}
+        self.treatment: Treatment | None = None
+        self._on_weights, self._in_step = split_treatments(self.treatments)
+        self._given, self._example_input, self._options = layers, example_input, dict(options or {})
+        self._model: nn.Module | None = None
+        self._loss_hook: RemovableHandle | None = None
+        if unused := self._options.keys() - set(self.treatments):
+            raise ValueError(f"options for '{min(unused)}', which is not among the treatments '{treatments}'")
+
+    def add_to(self, trainer: Any) -> TreatmentCallback:
+        """Join a ``Trainer`` that is there already, ahead of its reporters; the callback itself."""
+        put_first(self, trainer)
+        self._treat_weights(trainer.model)
+        return self
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Treat the weights: nothing has been loaded yet, and no optimizer made by the ``Trainer``."""
+        if kwargs.get("model") is not None:
+            self._treat_weights(kwargs["model"])
+
+    def _treat_weights(self, model: nn.Module) -> None:
+        if self._model is model:
+            return
+        if self._given is not None:
+            self.layers = watched_layers(model, self._given)
+        else:
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            self.layers = pre_spectral_layers(model, send_to_device(self._example_input, device))
+        self._model = model
+        if self._on_weights and not weights_treated(self.layers):
+            treat_weights(self.layers, self._on_weights, self._options)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Treat the optimizer, and go on from the checkpoint's state."""
+        model, optimizer = kwargs["model"], unwrap(kwargs["optimizer"])
+        saved = saved_state(self, state)
+        if saved is not None and sorted(saved["treatments"]) != sorted(self.treatments):
+            raise ValueError(
+                f"the checkpoint is of a run treated with '{'+'.join(saved['treatments'])}', this callback is "
+                f"TreatmentCallback('{'+'.join(self.treatments)}'); resume with the same treatments"
+            )
+        resumed, known = bool(state.global_step), self._model is model
+        self._treat_weights(model)
+        if self._on_weights and resumed and (saved is None or not known):
+            why = "of a run without this callback" if saved is None else "loaded before this callback knew the model"
+            raise ValueError(
+                f"the checkpoint's weights of {', '.join(self.layers)} are {why}, so '{'+'.join(self._on_weights)}' "
+                "was not on then; resume with the same treatments, give the callback to Trainer(callbacks=[...]) or "
+                "call add_to(trainer), and do not use model_init with it"
+            )
+        self._treat_step(model, optimizer)
+        if self.treatment is not None and saved is not None:
+            self.treatment.load_state_dict(_tensors(saved["treatment"]))
+
+    def _treat_step(self, model: nn.Module, optimizer: Optimizer) -> None:
+        if self.treatment is not None:  # of an earlier training
+            self.treatment.remove()
+        if self._loss_hook is not None:
+            self._loss_hook.remove()
+        if not self._in_step:
+            return
+        if "ol" in self._in_step:  # before the hooks of `nog`
+            self._loss_hook = optimizer.register_step_pre_hook(self._add_loss_gradient)
+        options = {name: given for name, given in self._options.items() if name in self._in_step}
+        layers = list(self.layers.values())
+        self.treatment = treat(model, optimizer, "+".join(self._in_step), layers=layers, options=options)
+
+    def _add_loss_gradient(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.treatment is not None:
+            add_loss_gradient(self.treatment, gradient_scale(optimizer))
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the rates of the last step to what is logged with the loss."""
+        if self.treatment is not None:
+            rates = {f"rate/{name}": float(rate) for name, rate in self.treatment.rates().items()}
+            add_to_log(rates, state, kwargs.get("logs"))
+
+    def summary(self) -> str:
+        """What acts where, as text."""
+        weight = [f"{name}: {'+'.join(self._on_weights)}" for name in self.layers if self._on_weights]
+        return "\n".join(weight + ([] if self.treatment is None else [self.treatment.summary()]))
+
+    def state(self) -> dict[str, Any]:
+        """What acts where and the counters, as JSON, for the ``Trainer`` to save."""
+        treatment = None if self.treatment is None else _plain(self.treatment.state_dict())
+        saved = {"treatments": list(self.treatments), "layers": list(self.layers), "treatment": treatment}
+        return {"args": {"treatments": "+".join(self.treatments)}, "attributes": {}, "wellcond": saved}
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as lists with their dtype."""
+    if isinstance(value, torch.Tensor):
+        return {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _tensors(value: Any) -> Any:
+    """The inverse of :func:`_plain`."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"dtype", "values"}:
+            return torch.tensor(value["values"], dtype=getattr(torch, value["dtype"]))
+        return {name: _tensors(item) for name, item in value.items()}
+    return [_tensors(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,86 @@
+"""A weight that is spread over processes (a DTensor of ``fully_shard`` or ``parallelize_module``), treated as a whole.
+
+Singular values and products of a shard are not those of the matrix. So the matrix is gathered, every process computes
+the same from it, and keeps its own part of the result: nothing but the gathering is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ._matrix import Target
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor. Asked without importing ``torch.distributed``, which may be absent."""
+    return hasattr(tensor, "full_tensor")
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on this very module, which then gathers its weights in forward hooks."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor, differentiably. A collective: every process of the mesh has to ask for it."""
+    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """The full ``tensor``, equal on every process, sharded as ``like`` is, differentiably; nothing is sent."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = cast(Any, like).device_mesh
+    everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(mesh, cast(Any, like).placements)
+
+
+class _Gathered:
+    """A :class:`Target` whose parameter and gradient are whole, gathered when ``parameter`` is first asked for."""
+
+    def __init__(self, target: Target) -> None:
+        self.name, self.where, self.view = target.name, target.where, target.view
+        self._sharded = target.parameter
+
+    @cached_property
+    def parameter(self) -> nn.Parameter:
+        parameter = nn.Parameter(whole(self._sharded.detach()), self._sharded.requires_grad)
+        assert self._sharded.grad is not None
+        parameter.grad = whole(self._sharded.grad)
+        self._versions = parameter._version, parameter.grad._version
+        return parameter
+
+    def put_back(self) -> None:
+        """Write what was changed into this process's part."""
+        if "parameter" not in self.__dict__:  # nobody asked for it
+            return
+        gradient, sharded = self.parameter.grad, cast(Any, self._sharded.grad)
+        assert gradient is not None
+        if self.parameter._version != self._versions[0]:
+            self._sharded.copy_(spread(self.parameter.detach(), self._sharded))
+        if gradient._version != self._versions[1]:
+            if any(placement.is_partial() for placement in sharded.placements):  # still to be summed: it is now
+                self._sharded.grad = spread(gradient, self._sharded)
+            else:
+                sharded.copy_(spread(gradient, sharded))
+
+
+@contextmanager
+def gathered(target: Target) -> Iterator[Target]:
+    """The target as one with a whole parameter and gradient; changes made to them inside reach the shards at the end.
+
+    Nothing is gathered before the parameter is asked for. A weight that is whole already is given as it is.
+    """
+    if not is_sharded(target.parameter):
+        yield target
+        return
+    stand_in = _Gathered(target)
+    yield cast(Target, stand_in)
+    stand_in.put_back()

@@ -1,0 +1,291 @@
+"""The Hugging Face Trainer and Accelerate with treatments and monitor do what a hand-written loop does, and resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker, on_main_process
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from treatment_models import orthogonality_gap, same
+from wellcond.accelerate import attach_monitor, attach_treatment
+from wellcond.nn import DecorrelatedBatchNorm2d
+from wellcond.orthogonality import treat
+from wellcond.transformers import ConditionMonitorCallback, TreatmentCallback
+
+LR, STEPS, BATCH = 0.05, 6, 4
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+class Model(PreTrainedModel):
+    """What the Trainer asks for: keywords in, the loss among the outputs."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(PreTrainedConfig())
+        torch.manual_seed(seed)
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 6, 3, bias=False), DecorrelatedBatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2)
+        )
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.net(x)
+        return {"logits": logits} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps the precision of a process; each test sets its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Images(IterableDataset):
+    """An order that no sampler changes."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(7)
+        for _ in range(100):
+            x = torch.randn(3, 6, 6, generator=generator)
+            yield {"x": x, "labels": torch.randint(0, 2, (), generator=generator)}
+
+
+def sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-3, **options)
+
+
+def by_hand(treatments: str, *, accumulate: int = 1, clip: float = 0.0, autocast: bool = False) -> Model:
+    """What the documentation tells the owner of a training loop to write."""
+    model = Model()
+    optimizer = sgd(model)
+    treatment = treat(model, optimizer, treatments)
+    for index, batch in zip(range(STEPS * accumulate), DataLoader(Images(), batch_size=BATCH), strict=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**batch)["loss"]
+        ((loss + treatment.loss()) / accumulate).backward()
+        if (index + 1) % accumulate == 0:
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module, bound: float = 1e-6) -> None:
+    """Equal up to the order in which sums are made: a few eps32 a step, over 6 steps."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    assert list(mine) == list(theirs)
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# -- the Trainer --------------------------------------------------------------------------------------------------
+
+
+def trainer(folder: Path, *callbacks: TrainerCallback, model: nn.Module | None = None, **options: Any) -> Trainer:
+    model = model or Model()
+    constant = {"max_steps": STEPS, "max_grad_norm": 0.0, "save_strategy": "no", "logging_steps": 2}
+    fixed = {"per_device_train_batch_size": BATCH, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    optimizer = sgd(model)
+    return Trainer(
+        model,
+        TrainingArguments(str(folder), **{**constant, **fixed, **options}),
+        train_dataset=Images(),
+        callbacks=list(callbacks),
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("treatments", "options", "hand"),
+    [
+        ("nog+ow+ol+olr", {}, {}),
+        ("sn+ol", {"gradient_accumulation_steps": 3}, {"accumulate": 3}),
+        ("nog+olr", {"max_grad_norm": 0.1, "gradient_accumulation_steps": 2}, {"clip": 0.1, "accumulate": 2}),
+    ],
+)
+def test_the_trainer_takes_the_steps_of_a_hand_written_loop(treatments, options, hand, tmp_path: Path) -> None:
+    callback = TreatmentCallback(treatments)
+    work = trainer(tmp_path, callback, **options)
+    work.train()
+    assert_same_weights(work.model, by_hand(treatments, **hand))
+    assert list(callback.layers) == ["net.0"]
+    assert "net.0" in callback.summary()
+
+
+def test_the_trainer_under_autocast_is_the_hand_written_loop(tmp_path: Path) -> None:
+    work = trainer(tmp_path, TreatmentCallback("ow+ol"), bf16=True)
+    work.train()
+    assert orthogonality_gap(work.model.net[0]) < 1e-5
+    # The Trainer autocasts the loss too: eps of bfloat16, 8e-3, of gradients of order 1 in each of 6 steps of LR.
+    assert_same_weights(work.model, by_hand("ow+ol", autocast=True), bound=6 * LR * 8e-3)
+
+
+@pytest.mark.parametrize("treatments", ["nog+ow+olr", "sn+ol+nog"])
+def test_a_resumed_training_is_an_uninterrupted_one_bit_for_bit(treatments: str, tmp_path: Path) -> None:
+    def callbacks(name: str) -> tuple[TreatmentCallback, ConditionMonitorCallback]:
+        return TreatmentCallback(treatments), ConditionMonitorCallback(every=2, writers=tmp_path / f"{name}.csv")
+
+    first = callbacks("straight")
+    straight = trainer(tmp_path, *first, save_strategy="steps", save_steps=3)
+    straight.train()
+    (tmp_path / "resumed.csv").write_text((tmp_path / "straight.csv").read_text())  # of the run that was killed
+    second = callbacks("resumed")
+    resumed = trainer(tmp_path, *second, model=Model(seed=1))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same(straight.model, resumed.model)
+    assert str(first[0].treatment.state_dict()) == str(second[0].treatment.state_dict())
+    assert second[1].records == first[1].records
+    assert [record.step for record in second[1].records] == [0, 2, 4]
+    assert (tmp_path / "resumed.csv").read_text() == (tmp_path / "straight.csv").read_text()
+
+
+def test_resuming_with_other_treatments_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path / "nog", TreatmentCallback("nog"), save_strategy="steps", save_steps=3).train()
+    trainer(tmp_path / "none", save_strategy="steps", save_steps=3).train()
+
+    def resume(run: str, callback: TreatmentCallback, late: bool = False) -> None:
+        work = trainer(tmp_path, *([] if late else [callback]))
+        if late:  # too late to load the checkpoint's weights into treated ones
+            work.add_callback(callback)
+        work.train(resume_from_checkpoint=str(tmp_path / run / "checkpoint-3"))
+
+    with pytest.raises(ValueError, match=r"a run treated with 'nog', this callback is TreatmentCallback\('nog\+olr"):
+        resume("nog", TreatmentCallback("nog+olr"))
+    with pytest.raises(ValueError, match=r"weights of net\.0 are of a run without this callback, so 'ow' was not on"):
+        resume("none", TreatmentCallback("ow"))
+    resume("none", TreatmentCallback("nog"))  # which needs no weight of another name
+    trainer(tmp_path / "ow", TreatmentCallback("ow"), save_strategy="steps", save_steps=3).train()
+    with pytest.raises(ValueError, match="loaded before this callback knew the model, so 'ow' was not on"):
+        resume("ow", TreatmentCallback("ow"), late=True)
+    with pytest.raises(ValueError, match="did you mean 'nog'"):
+        TreatmentCallback("nogg")
+    with pytest.raises(ValueError, match="options for 'ol'"):
+        TreatmentCallback("nog", options={"ol": {}})
+    with pytest.raises(ValueError, match=r"no layer 'net\.7'"):
+        trainer(tmp_path, TreatmentCallback("nog", layers="net.7"))
+
+
+def test_a_second_training_of_the_same_trainer_is_treated_once(tmp_path: Path) -> None:
+    callback, monitor = TreatmentCallback("nog+ow+ol"), ConditionMonitorCallback(every=3)
+    work = trainer(tmp_path, callback, monitor)
+    work.train()
+    work.train()
+    assert callback.treatment.nog.counts()["net.0"] == {"treated": STEPS, "zero": 0, "nonfinite": 0}
+    assert not work.model.net[1]._observers
+
+
+class Reporter(TrainerCallback):
+    """As those of TensorBoard, W&B and MLflow, which the Trainer puts before the callbacks that it is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.seen.append(dict(logs))
+
+
+def test_rates_and_condition_numbers_are_logged_with_the_loss(tmp_path: Path) -> None:
+    reporter, heard = Reporter(), []
+    work = trainer(tmp_path, reporter)
+    treatment = TreatmentCallback("nog+olr").add_to(work)
+    monitor = ConditionMonitorCallback(every=1, kappa_above=1.0, on_alarm=lambda record, reason: heard.append(reason))
+    monitor.add_to(work)
+    work.train()
+    lines = [line for line in work.state.log_history if "loss" in line]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line, seen in zip(lines, reporter.seen, strict=False):
+        record = monitor.records[line["step"] - 1]  # of the step that was finished last
+        assert line["condition/net.1/kappa"] == line["kappa"] == record.kappa == seen["kappa"]
+        assert line["condition/net.1/numerical_rank"] == seen["condition/net.1/numerical_rank"] == 6
+        assert 0 < line["rate/net.0"] == seen["rate/net.0"] <= LR
+    assert lines[-1]["rate/net.0"] == treatment.treatment.rates()["net.0"].item()
+    assert "kappa" not in work.state.log_history[-1]  # the line that sums up
+    assert len(heard) == len(monitor.records) == STEPS
+    assert all(math.isfinite(record.kappa) for record in monitor.records)
+
+
+# -- Accelerate ---------------------------------------------------------------------------------------------------
+
+
+class Tracker(GeneralTracker):
+    """In memory, as TensorBoard's and W&B's."""
+
+    name, requires_logging_directory = "memory", False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[int | None, dict[str, float]]] = []
+
+    @property
+    def tracker(self) -> list[Any]:
+        return self.lines
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        pass
+
+    @on_main_process
+    def log(self, values: dict[str, float], step: int | None = None, **kwargs: Any) -> None:
+        self.lines.append((step, dict(values)))
+
+
+def accelerated(treatments: str, steps: int = STEPS, *, load: Path | None = None, save: Path | None = None, **options):
+    tracker = Tracker()
+    accelerator = Accelerator(cpu=True, log_with=[tracker], **options)
+    accelerator.init_trackers("test")
+    model = Model(seed=0 if load is None else 1)
+    model, optimizer, loader = accelerator.prepare(model, sgd(model), DataLoader(Images(), batch_size=BATCH))
+    treatment = attach_treatment(accelerator, model, optimizer, treatments)
+    monitor = attach_monitor(accelerator, model, optimizer, every=2)
+    if load is not None:
+        accelerator.load_state(str(load))
+        loader = accelerator.skip_first_batches(loader, monitor.step)
+    for batch in loader:
+        if monitor.step == steps:
+            break
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch)["loss"] + treatment.loss())
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        if save is not None and monitor.step == steps // 2:
+            accelerator.save_state(str(save))
+            save = None
+    monitor.close()
+    return accelerator.unwrap_model(model), treatment, monitor, tracker.lines
+
+
+def test_accelerate_takes_the_steps_of_a_hand_written_loop() -> None:
+    model, treatment, monitor, lines = accelerated("nog+ow+ol+olr", gradient_accumulation_steps=3)
+    assert_same_weights(model, by_hand("nog+ow+ol+olr", accumulate=3, clip=0.1))
+    assert list(treatment.layers) == ["net.0"]
+    assert treatment.nog.counts()["net.0"]["treated"] == monitor.step == STEPS
+    assert [record.step for record in monitor.records] == [0, 2, 4]
+    assert [(step, line["condition/net.1/kappa"]) for step, line in lines] == [
+        (record.step, record.kappa) for record in monitor.records
+    ]
+
+
+def test_accelerate_in_mixed_precision_keeps_the_weight_orthogonal() -> None:
+    model, *_ = accelerated("ow+nog", mixed_precision="bf16")
+    assert orthogonality_gap(model.net[0]) < 1e-5
+
+
+def test_a_loaded_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    straight, treatment, monitor, _ = accelerated("nog+ow+olr", save=tmp_path / "half")
+    resumed, loaded, reloaded, _ = accelerated("nog+ow+olr", load=tmp_path / "half")
+    assert same(straight, resumed)
+    assert str(treatment.state_dict()) == str(loaded.state_dict())
+    assert monitor.records == reloaded.records

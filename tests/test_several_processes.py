@@ -1,0 +1,274 @@
+"""Two processes that share the work take the steps of one process with the joined batch: DDP, FSDP2, tensor parallel.
+
+Everything is in float64: the mean of two halves differs from the whole by eps64 = 2e-16, which the polar factor
+magnifies by its condition number, here below 1e5, and four steps add up. So 1e-9 is ample, and float32 anywhere on
+the way (1e-7) would be noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from treatment_models import batches, orthogonality_gap, polar_reference, small_net
+from wellcond.orthogonality import (
+    NearestOrthogonalGradient,
+    OptimalLearningRate,
+    Treatment,
+    orthogonal_weight,
+    pre_spectral_layers,
+    spectral_norm,
+    treat,
+)
+
+BOUND = 1e-9
+WEIGHT_TREATMENTS = {"ow": orthogonal_weight, "sn": spectral_norm}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.4, momentum=0.9, weight_decay=1e-3),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.02),
+    "steep": lambda parameters: torch.optim.SGD(steep_first(parameters), lr=0.02),
+}
+DDP = [(names, when) for names in ("nog+olr", "nog+ow+olr", "sn+ol+nog") for when in ("before", "after")]
+FSDP = [
+    ("nog", "sgd", {}),
+    ("olr", "steep", {"olr": {"rule": "exact"}}),
+    ("nog+olr+ol", "adamw", {}),
+    ("nog+olr", "sgd", {"nog": {"on": "update"}, "olr": {"direction": "update"}}),
+    ("ow+nog+olr", "sgd", {}),
+    ("sn+nog+ol", "sgd", {}),
+]
+PLACEMENTS = ["shard 0", "shard 1", "replicate", "partial"]
+GRADIENT = torch.randn(1, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))[0]
+
+
+def steep_first(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """The treated weight in a group whose rate is far above what its gradient asks for."""
+    first, *others = parameters
+    return [{"params": [first], "lr": 1e3}, {"params": others}]
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    """Five output channels, which two processes cannot share evenly; evaluation, so that the batch may be split."""
+    torch.manual_seed(seed)
+    return small_net(5).double().eval()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, treatment: Treatment, rank: int = 0, size: int = 1):
+    for x, y in batches(4):
+        optimizer.zero_grad()
+        x, y = x.double().chunk(size)[rank], y.chunk(size)[rank]
+        (nn.functional.cross_entropy(model(x), y) + treatment.loss()).backward()
+        optimizer.step()
+
+
+def split_names(names: str) -> tuple[list[str], str]:
+    """What is put on the weight, and what acts in the step."""
+    parts = names.split("+")
+    return [n for n in parts if n in WEIGHT_TREATMENTS], "+".join(n for n in parts if n not in WEIGHT_TREATMENTS)
+
+
+def one_process(names: str, optimizer: str = "sgd", options: Any = None) -> tuple[nn.Module, Treatment]:
+    model = net()
+    stepper = OPTIMIZERS[optimizer](model.parameters())
+    treatment = treat(model, stepper, names, options=options)
+    train(model, stepper, treatment)
+    return model, treatment
+
+
+# In each of the two processes ------------------------------------------------------------------------------------
+
+
+def ddp(rank: int, names: str, when: str) -> dict[str, Any]:
+    model = net(seed=rank)  # DDP sends the weights of rank 0
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    if when == "before":
+        treatment = treat(model, optimizer, names)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    else:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        treatment = treat(wrapped, optimizer, names)
+    train(wrapped, optimizer, treatment, rank, 2)
+    return {
+        "layers": list(treatment.layers),
+        "weights": model.state_dict(),
+        "rates": treatment.rates(),
+        "gap": orthogonality_gap(model[0]),
+    }
+
+
+def fsdp(rank: int, names: str, optimizer: str, options: Any, mesh: Any) -> dict[str, Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    on_weight, in_step = split_names(names)
+    for name in on_weight:
+        WEIGHT_TREATMENTS[name](model[0])
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    stepper = OPTIMIZERS[optimizer](model.parameters())
+    treatment = treat(model, stepper, in_step, options=options)  # the layer is found by tracing
+    parameter = next(iter(treatment._targets.values())).parameter
+    train(model, stepper, treatment, rank, 2)
+    return {
+        "layers": list(treatment.layers),
+        "rows": len(parameter.to_local()),
+        "weights": {name: value.full_tensor() for name, value in model.named_parameters()},
+        "rates": treatment.rates(),
+        "state": str(treatment.state_dict()),
+        "summary": treatment.summary(),
+        "weight": model[0].weight.full_tensor().detach(),  # from the shards, outside of a forward pass
+    }
+
+
+def tensor_parallel(rank: int, placement: str, mesh: Any) -> dict[str, Any]:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    kind = {"shard 0": Shard(0), "shard 1": Shard(1), "replicate": Replicate(), "partial": Replicate()}[placement]
+    parameter = nn.Parameter(distribute_tensor(torch.eye(4, 6, dtype=torch.float64), mesh, [kind]))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    nog = NearestOrthogonalGradient(optimizer, {"w": parameter})
+    olr = OptimalLearningRate(optimizer, {"w": parameter})
+    if placement == "partial":  # each process has a summand of the gradient
+        summand = GRADIENT * (0.25 if rank else 0.75)
+        parameter.grad = DTensor.from_local(summand, mesh, [Partial()])
+    else:
+        parameter.grad = distribute_tensor(GRADIENT, mesh, [kind])
+    optimizer.step()
+    found = {"weight": parameter.full_tensor().detach(), "rate": olr.rates()["w"]}
+    for bad in (torch.zeros(4, 6), torch.full((4, 6), float("-inf")), torch.full((4, 6), 1e-320)):
+        parameter.grad = distribute_tensor(bad.double(), mesh, [Shard(1)])
+        before = parameter.grad.full_tensor()
+        nog._pre(optimizer, (optimizer,), {})
+        assert torch.equal(parameter.grad.full_tensor(), before)
+    return found | {"counts": nog.counts()["w"]}
+
+
+def refusals(mesh: Any) -> dict[str, str]:
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    said = {}
+    for name in WEIGHT_TREATMENTS:
+        model = net()
+        fully_shard(model, mesh=mesh)
+        try:
+            treat(model, OPTIMIZERS["sgd"](model.parameters()), f"nog+{name}")
+        except ValueError as error:
+            said[name] = str(error)
+    model = net()
+    treatment = treat(model, OPTIMIZERS["sgd"](model.parameters()), "ow")
+    fully_shard(model, mesh=mesh)
+    try:
+        treatment.remove()
+    except RuntimeError as error:
+        said["remove"] = str(error)
+    flattened = FullyShardedDataParallel(net(), use_orig_params=True, device_id=torch.device("cpu"))
+    try:
+        treat(flattened, OPTIMIZERS["sgd"](flattened.parameters()), "nog", layers="_fsdp_wrapped_module.0")
+    except ValueError as error:
+        said["flattened"] = str(error)
+    return said
+
+
+def example_input(mesh: Any) -> list[str]:
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return list(pre_spectral_layers(model, batches(1)[0][0].double()))
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    found: dict[str, Any] = {"ddp": [ddp(rank, *case) for case in DDP]}
+    found["fsdp"] = [fsdp(rank, *case, mesh=mesh) for case in FSDP]
+    found["tensor parallel"] = [tensor_parallel(rank, placement, mesh) for placement in PLACEMENTS]
+    found["refusals"], found["example input"] = refusals(mesh), example_input(mesh)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+# What they found -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process found; all is done in one start of the processes, which is what takes the time."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def assert_close(mine: dict[str, Tensor], reference: dict[str, Tensor]) -> None:
+    assert {*mine} <= {*reference}
+    for name, value in mine.items():
+        assert (value - reference[name]).abs().max() < BOUND, name
+
+
+@pytest.mark.parametrize("case", range(len(DDP)), ids=["-".join(case) for case in DDP])
+def test_ddp_is_one_process_with_the_whole_batch(case: int, ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["ddp"][case] for rank in ranks)
+    names, when = DDP[case]
+    assert first["layers"] == (["0"] if when == "before" else ["module.0"])
+    assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+    assert first["rates"] == second["rates"]
+    model, treatment = one_process(names)
+    assert_close(first["weights"], model.state_dict())
+    for mine, reference in zip(first["rates"].values(), treatment.rates().values(), strict=True):
+        assert mine.item() == pytest.approx(reference.item(), rel=BOUND)
+    if "ow" in names:
+        assert first["gap"] < 1e-14  # 5 products of eps64
+
+
+@pytest.mark.parametrize("case", range(len(FSDP)), ids=[f"{names}-{optimizer}" for names, optimizer, _ in FSDP])
+def test_fully_sharded_weights_are_treated_as_whole_ones(case: int, ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["fsdp"][case] for rank in ranks)
+    assert first["layers"] == ["0"]
+    assert (first["rows"], second["rows"]) == (3, 2)  # they were sharded indeed
+    assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+    assert first["rates"] == second["rates"]
+    assert first["state"] == second["state"]
+    assert "5 × 27" in first["summary"]
+    model, treatment = one_process(*FSDP[case])
+    assert_close(first["weights"], dict(model.named_parameters()))
+    for mine, reference in zip(first["rates"].values(), treatment.rates().values(), strict=True):
+        assert mine.item() == pytest.approx(reference.item(), rel=BOUND)
+    assert (first["weight"] - model[0].weight).abs().max() < BOUND
+    if treatment.olr is not None and FSDP[case][1] != "adamw":  # whose rate is a small cap: here the rates are its own
+        assert treatment.olr.counts()["0"] > 0
+
+
+@pytest.mark.parametrize("case", range(len(PLACEMENTS)), ids=PLACEMENTS)
+def test_however_a_weight_is_spread_the_step_is_that_of_the_whole(case: int, ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["tensor parallel"][case] for rank in ranks)
+    assert torch.equal(first["weight"], second["weight"])
+    factor = polar_reference(nn.Linear(6, 4), GRADIENT)
+    W = torch.eye(4, 6, dtype=torch.float64)
+    product = (W * factor).sum()  # eq. (20) of orthogonal W and L, whose squared norms are 4
+    rate = (4 * product / (16 + 2 * product**2)).item()
+    rate = rate if 0 < rate < 1 else 1.0
+    assert first["rate"].item() == second["rate"].item() == pytest.approx(rate, rel=BOUND)
+    assert (first["weight"] - (W - rate * factor)).abs().max() < BOUND
+    assert first["counts"] == {"treated": 1, "zero": 2, "nonfinite": 1}
+
+
+def test_what_cannot_be_done_to_sharded_weights_is_refused_early(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert "orthogonal weight of layer '0'" in rank["refusals"]["ow"]
+        assert "call orthogonal_weight(layer) before fully_shard" in rank["refusals"]["ow"]
+        assert "call spectral_norm(layer) before fully_shard" in rank["refusals"]["sn"]
+        assert "was sharded since" in rank["refusals"]["remove"]
+        assert "layer '_fsdp_wrapped_module.0'" in rank["refusals"]["flattened"]
+        assert "shard with torch.distributed.fsdp.fully_shard instead" in rank["refusals"]["flattened"]
+
+
+def test_the_layers_of_a_sharded_model_are_found_by_running_it_too(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["example input"] == ranks[1]["example input"] == ["0"]
