@@ -103,7 +103,7 @@ def _from_features(
     with full_precision(X):
         A = centred_factor(X.to(torch.complex128 if X.is_complex() else torch.float64), correction=correction)
         singular_is_error = invertible and eps == 0.0 and rank == "ridge"
-        F, *_ = FactorFunction.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        F, *_ = FactorFunction.call(
             A, on_kept_eigenvalues(f, rank), float(eps), singular_is_error, torch.finfo(working_dtype(X.dtype)).eps
         )
         return F.to(X.dtype)

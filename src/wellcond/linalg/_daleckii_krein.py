@@ -25,11 +25,11 @@ def apply_function(P: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Ten
 
 def derivative_along(P: Tensor, E: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
     """The derivative of f at P along E, which is its own adjoint; differentiable in P and E once."""
-    return _Derivative.apply(P, (E + E.mH) / 2, f, eigvals, U)  # pyright: ignore[reportReturnType]
+    return _Derivative.call(P, (E + E.mH) / 2, f, eigvals, U)
 
 
 def _second_derivative(E: Tensor, F: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
-    return _SecondDerivative.apply((E + E.mH) / 2, (F + F.mH) / 2, f, eigvals, U)  # pyright: ignore[reportReturnType]
+    return _SecondDerivative.call((E + E.mH) / 2, (F + F.mH) / 2, f, eigvals, U)
 
 
 class _Function(BatchedFunction):

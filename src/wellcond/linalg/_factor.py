@@ -177,7 +177,7 @@ class _RangeInvSqrt(BatchedFunction):
 
 
 def _range_invsqrt(A: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
-    return _RangeInvSqrt.apply(A.mH @ A, sigma, V)  # pyright: ignore[reportReturnType]
+    return _RangeInvSqrt.call(A.mH @ A, sigma, V)
 
 
 def _bounded_gradient(G: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> Tensor:

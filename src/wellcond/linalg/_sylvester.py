@@ -80,7 +80,7 @@ def sylvester(Q: Tensor, G: Tensor, s: Tensor, U: Tensor) -> Tensor:
     """X with QX + XQ = G, given the eigenpairs (s, U) of Q; differentiable in Q and G to every order."""
     if not differentiated_again():
         return Sylvester.forward(Q, G, s, U)
-    return Sylvester.apply(Q, G, s, U)  # pyright: ignore[reportReturnType]
+    return Sylvester.call(Q, G, s, U)
 
 
 def lyapunov(Q: Tensor, G: Tensor) -> Tensor:

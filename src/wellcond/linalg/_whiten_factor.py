@@ -25,7 +25,7 @@ def zca_from_factor(A: Tensor, eps: float, rank: Rank) -> Tensor:
     T = A if n < d else A.mH
     # A ridge leaves no singular value of B below √ε: nothing is cut then.
     cut = torch.finfo(A.dtype).eps * max(d, n) if rank == "pinv" else 0.0
-    W, sigma, _ = Polar.apply(_with_ridge(T, eps), cut, "X")  # pyright: ignore[reportGeneralTypeIssues]
+    W, sigma, _ = Polar.call(_with_ridge(T, eps), cut, "X")
     if rank == "ridge" and eps == 0.0:
         _require_full_rank(sigma, A)
     W = W[..., : T.shape[-2], :]
