@@ -53,7 +53,7 @@ def covariance_sqrtm(X: Tensor, *, correction: int = 0, solver: str | Solver = "
     require_matrix(X, "X")
     with full_precision(X):
         A = centred_factor(X, correction=correction)
-        if solver != "auto":
+        if solver != "auto" or X.shape[-2] == 0:
             return sqrtm(A @ A.mH, solver=solver).to(X.dtype)
         Q, *_ = FactorSqrt.apply(A)  # pyright: ignore[reportGeneralTypeIssues]
         return Q.to(X.dtype)

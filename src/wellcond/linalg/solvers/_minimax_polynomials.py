@@ -1,7 +1,8 @@
 """The odd polynomials of degree 5 that take [ℓ, 1] to 1 fastest, one after the other.
 
 Each is the best approximation of 1 by x (a + b x² + c x⁴) on the interval that the one before leaves, which makes
-their composition optimal too (Amsel, Persson, Musco and Gower, The Polar Express, 2025, for the polar factor).
+their composition optimal too (Amsel, Persson, Musco and Gower, The Polar Express, 2025, for the polar factor), except
+that very long intervals are shortened at the lower end and all lengthened at the upper, as there, against rounding.
 """
 
 from __future__ import annotations
@@ -15,17 +16,28 @@ Coefficients = tuple[float, float, float]
 NEWTON_SCHULZ: Coefficients = (1.5, -0.5, 0.0)
 # Third order in 1 − x²; what the minimax polynomials tend to as the interval shrinks to 1.
 HALLEY: Coefficients = (15 / 8, -10 / 8, 3 / 8)
+# Part of the largest below which a singular value counts as small; it costs a tenth of the first slope.
+SMALLEST, HEADROOM = 0.02, 1.01
+
+
+@torch.compiler.assume_constant_result  # the compiler calls it, where it would trace through the cache
+def polynomials_from(lower: float) -> tuple[Coefficients, ...]:
+    """Polynomials whose composition takes [lower, 1] to within 1e-9 of 1 (an error that the last of them cubes)."""
+    return _polynomials_from(lower)
 
 
 @lru_cache(maxsize=32)
-def polynomials_from(lower: float) -> tuple[Coefficients, ...]:
-    """Polynomials whose composition takes [lower, 1] to within 1e-9 of 1 (an error that the last of them cubes)."""
+def _polynomials_from(lower: float) -> tuple[Coefficients, ...]:
     low, high = lower, 1.0
     chosen: list[Coefficients] = []
     while 1 - low > 0.05:
-        a, b, c = _best_on(low, high)
+        # Best on a shorter interval than [low, high] where that is very long: at the troughs of the best on all of it,
+        # singular values of any size become as small as the smallest, and lose as many digits.
+        bottom = max(low, SMALLEST * high)
+        # The polynomial leaves the interval steeply at its upper end: what rounding puts beyond must not run away.
+        a, b, c = _best_on(bottom, HEADROOM * high)
+        high = 2 - bottom * (a + b * bottom**2 + c * bottom**4)
         low = low * (a + b * low**2 + c * low**4)
-        high = 2 - low
         chosen.append((a, b, c))
     # 1 − x ≤ 0.05 becomes at most 5/2 (1 − x)³: 3e-4, then below 1e-10.
     return (*chosen, HALLEY, HALLEY, HALLEY)
