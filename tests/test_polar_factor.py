@@ -41,7 +41,7 @@ def test_no_other_orthonormal_matrix_is_nearer(m, n, seed, complex_):
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30])
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
 def test_the_scale_does_not_matter(shape, scale, dtype):
-    """needs.md 7; a power of two would be trivial, ten is not one."""
+    """A power of two would be trivial, ten is not one."""
     G = with_singular_values(*shape, [3.0, 2.0, 1.0, 0.5][: min(shape)], dtype)
     # κ = 6: scaling rounds each entry once more.
     assert relative_error(wl.polar(G * scale), wl.polar(G)) < 6 * 20 * eps_of(dtype)
