@@ -17,9 +17,12 @@ from helpers import features_with, relative_error, weighted_sum, with_spectrum
 SPECTRUM = [2.0, 2.0, 0.5]
 CASES = {
     "sqrtm": (wl.sqrtm, "matrix"),
+    "status": (lambda P: wl.sqrtm_ex(P).root, "matrix"),
     "powm": (partial(wl.powm, exponent=0.3), "matrix"),
     "lyapunov": (lambda P: wl.lyapunov(P, P @ P), "matrix"),
     "covariance_sqrtm of few samples": (lambda X: wl.covariance_sqrtm(X[..., :2]), "features"),
+    "covariance_logm of few samples": (lambda X: wl.covariance_logm(X[..., :2], eps=0.1), "features"),
+    "zca from the factor": (partial(wl.whiten, eps=0.1, via="factor"), "features"),
     "whiten": (partial(wl.whiten, eps=0.1), "features"),
     "cholesky": (partial(wl.whiten, method="cholesky", eps=0.1), "features"),
     "polar": (wl.polar, "features"),
@@ -27,7 +30,17 @@ CASES = {
 # Compiling takes seconds each, so that the second backend and the complex dtype see a sample of the functions only.
 GRID = [
     *((name, torch.float64, "aot_eager" if name in ("sqrtm", "polar") else "eager") for name in CASES),
-    *((name, torch.complex128, "eager") for name in ("sqrtm", "polar", "covariance_sqrtm of few samples", "cholesky")),
+    *(
+        (name, torch.complex128, "eager")
+        for name in (
+            "sqrtm",
+            "polar",
+            "covariance_sqrtm of few samples",
+            "cholesky",
+            "covariance_logm of few samples",
+            "zca from the factor",
+        )
+    ),
 ]
 
 
@@ -72,17 +85,23 @@ def test_a_compiled_training_step_with_other_shapes_recompiles_and_stays_right()
         assert relative_error(a.grad, b.grad) < 1e-10
 
 
-def test_matmul_only_solvers_compile_whole():
-    """needs.md 10: no graph break in forward or backward."""
+@pytest.mark.parametrize("solver", ["newton_schulz", "minimax", wl.Pade(order=3), "taylor"], ids=str)
+@pytest.mark.filterwarnings("ignore::wellcond.linalg.ApproximateRootWarning")
+@pytest.mark.filterwarnings("error:.*lru_cache.*")
+def test_matmul_only_solvers_compile_whole_forward_and_backward(solver):
+    """fullgraph=True refuses a graph break; aot_eager traces the backward pass into one graph as well.
+
+    A read of a value, such as ``.item()`` or a branch on one, would be a break: nothing waits for the device.
+    """
     P = with_spectrum(SPECTRUM, batch=(2,))
     a, b = P.clone().requires_grad_(), P.clone().requires_grad_()
-    compiled = torch.compile(partial(wl.sqrtm, solver=wl.NewtonSchulz(4)), backend="aot_eager", fullgraph=True)
-    out, want = compiled(a), wl.sqrtm(b, solver=wl.NewtonSchulz(4))
-    assert relative_error(out, want) < 1e-12
-    assert (
-        relative_error(torch.autograd.grad(weighted_sum(out), a)[0], torch.autograd.grad(weighted_sum(want), b)[0])
-        < 1e-11
-    )
+    dtype = torch.complex128 if solver == "minimax" else torch.float64
+    f = partial(wl.sqrtm_invsqrtm, solver=solver, eps=0.1)
+    out, want = torch.compile(f, backend="aot_eager", fullgraph=True)(a.to(dtype)), f(b.to(dtype))
+    for got, expected in zip(out, want, strict=True):
+        assert relative_error(got, expected) < 1e-12
+    (got,), (expected,) = (torch.autograd.grad(weighted_sum(o), x) for o, x in ((out, a), (want, b)))
+    assert relative_error(got, expected) < 1e-11
 
 
 def test_errors_survive_compilation():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import wellcond.linalg as wl
-from helpers import relative_error, with_spectrum
+from helpers import relative_error, weighted_sum, with_spectrum
 
 real_eigh = torch.linalg.eigh
 real_svd = torch.linalg.svd
@@ -133,7 +133,7 @@ def is_proportional(M: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("by", ["raise", "nan"])
 @pytest.mark.parametrize("bad", [0, 3, 7])
 def test_only_the_bad_matrix_of_a_batch_is_retried(monkeypatch, by, bad):
-    """needs.md 2: the other seven keep the very bits that they have without it."""
+    """The other seven keep the very bits that they have without it."""
     P = with_spectrum([1.0, 1.0, 0.5], torch.float32, (8,))
     P[bad] = marked()
     want = wl.sqrtm(P)
@@ -221,13 +221,50 @@ def test_the_factor_form_survives_a_decomposition_that_fails(monkeypatch, dtype,
     assert events.failures == 1
 
 
-def test_under_vmap_the_chain_works_too(monkeypatch):
-    P = torch.stack([with_spectrum([1.0, 1.0, 0.5], torch.float32), marked()])
-    want = wl.sqrtm(P)
-    Saboteur(monkeypatch)
+@pytest.mark.parametrize("by", ["raise", "nan"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_under_vmap_the_chain_works_too(monkeypatch, by, name):
+    """Values, the count of the one matrix that failed, and per-sample gradients."""
+    f, P = FUNCTIONS[name], torch.stack([with_spectrum([1.0, 1.0, 0.5]), marked(torch.float64)])
+    per_sample = torch.func.vmap(torch.func.grad(lambda P: weighted_sum(f(P))))
+    want, gradient = f(P), per_sample(P)
+    Saboteur(monkeypatch, by=by)
     with wl.recording(wl.SolverEvents(), lambda: "here") as events:
-        got = torch.func.vmap(wl.sqrtm)(P)
-    assert relative_error(got, want) < 1e-5 and events.failures == 1
+        got = torch.func.vmap(f)(P)
+    assert relative_error(got, want) < 1e-12
+    assert (events.calls, events.failures, events.rescues) == (1, 1, {"scaled": 1})
+    assert relative_error(per_sample(P), gradient) < 1e-11
+
+
+COMPILED = {
+    "sqrtm": lambda P: wl.sqrtm(P * 1.0),
+    "svd": lambda P: wl.sqrtm(P * 1.0, solver="svd"),
+    "logm": lambda P: wl.logm(P * 1.0, eps=0.1),
+    "covariance_sqrtm": lambda P: wl.covariance_sqrtm(P * 1.0),
+    "polar": lambda P: wl.polar(P * 1.0),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_inside_compiled_code_the_chain_and_the_counter_work_too(name):
+    """A graph that called LAPACK would raise past every ``except``.
+
+    Nothing can be injected into a graph: NaN with the value checks off is what LAPACK itself fails on, and the
+    chain after it, each step in turn. That it ran is seen from its error, its count, and the layer's name.
+    """
+    P = torch.stack([torch.eye(3), torch.full((3, 3), torch.nan)])
+    torch._dynamo.reset()
+    compiled = torch.compile(COMPILED[name], backend="eager")
+    with (
+        wl.value_checks(False),
+        wl.recording(wl.SolverEvents(), lambda: "layer 'stem'") as events,
+        pytest.raises(wl.DecompositionError, match=r"layer 'stem'"),
+    ):
+        compiled(P)
+    assert events.failures >= 1 and events.calls >= 1
+    # The same compiled code on good matrices.
+    assert torch.isfinite(compiled(torch.eye(3).expand(2, 3, 3))).all()
+    torch._dynamo.reset()
 
 
 def test_events_add_up_over_calls_nest_and_reset():

@@ -15,6 +15,9 @@ MATRIX = {
     "sqrtm": wl.sqrtm,
     "invsqrtm": wl.invsqrtm,
     "newton_schulz": partial(wl.invsqrtm, solver="newton_schulz"),
+    "minimax": partial(wl.sqrtm, solver="minimax"),
+    "status": lambda P: wl.invsqrtm_ex(P).root,
+    "pinv": partial(wl.invsqrtm, rank="pinv"),
     "pair": lambda P: wl.sqrtm_invsqrtm(P)[1],
     "powm": partial(wl.powm, exponent=0.3),
     "logm": wl.logm,
@@ -25,7 +28,11 @@ FEATURES = {
     "covariance": wl.covariance,
     "covariance_sqrtm": wl.covariance_sqrtm,
     "covariance_sqrtm of few samples": lambda X: wl.covariance_sqrtm(X[:, :4]),
+    "covariance_logm": wl.covariance_logm,
+    "covariance_powm of few samples": lambda X: wl.covariance_powm(X[:, :4], -0.7, eps=0.1),
     "zca": wl.whiten,
+    "zca from the factor": partial(wl.whiten, via="factor"),
+    "cholesky from the factor": partial(wl.whiten, method="cholesky", via="factor"),
     "relative": partial(wl.whiten, eps=1e-3, relative=True),
     "cholesky": partial(wl.whiten, method="cholesky"),
     "pca": partial(wl.whiten, method="pca"),
@@ -77,7 +84,7 @@ def test_gradients_of_half_precision_come_back_in_half_precision(f, make, dtype)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("f", "make"), CASES)
 def test_autocast_changes_nothing(f, make, dtype):
-    """needs.md 6: neither the covariance nor any product is formed in bfloat16, which would cost 4e-3.
+    """Neither the covariance nor any product is formed in bfloat16, which would cost 4e-3.
 
     The backward pass is outside the block, as PyTorch asks: inside it the derivatives of torch's own products are cast.
     """
@@ -94,9 +101,7 @@ def test_autocast_changes_nothing(f, make, dtype):
     assert relative_error(g, expected) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("f", "make"), [c for c in CASES if c.id not in ("pca", "covariance", "polar of a wide matrix")]
-)
+@pytest.mark.parametrize(("f", "make"), TWICE)
 def test_autocast_does_not_reach_second_derivatives(f, make):
     def curvature(x, autocast):
         x = x.clone().requires_grad_()

@@ -41,7 +41,7 @@ def test_no_other_orthonormal_matrix_is_nearer(m, n, seed, complex_):
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30])
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
 def test_the_scale_does_not_matter(shape, scale, dtype):
-    """needs.md 7; a power of two would be trivial, ten is not one."""
+    """A power of two would be trivial, ten is not one."""
     G = with_singular_values(*shape, [3.0, 2.0, 1.0, 0.5][: min(shape)], dtype)
     # κ = 6: scaling rounds each entry once more.
     assert relative_error(wl.polar(G * scale), wl.polar(G)) < 6 * 20 * eps_of(dtype)
@@ -160,17 +160,29 @@ def test_products_alone_do_not_see_the_scale(solver, scale):
     assert wl.polar(torch.zeros(3, 0), solver=solver).shape == (3, 0)
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (3, 4), (3, 3)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-def test_products_alone_have_the_derivatives_of_the_polar_factor(shape, dtype):
-    """Autograd goes through the polynomials; on σ ∈ [1, 3] they are 1 to rounding, and so their derivative is 0."""
-    G = with_singular_values(*shape, [3.0, 2.0, 1.0], dtype).requires_grad_()
-    H = torch.randn(shape, dtype=dtype)
-    (got,) = torch.autograd.grad(wl.polar(G, solver="minimax"), G, H)
-    (want,) = torch.autograd.grad(wl.polar(G), G, H)
-    # The first polynomials have slopes of 8 each, which is what rounding is multiplied by.
-    assert relative_error(got, want) < 1e-10
-    assert torch.autograd.gradcheck(lambda x: wl.polar(x, solver="minimax"), G, check_forward_ad=True, fast_mode=True)
+@pytest.mark.parametrize("solver", ["minimax", "muon", wl.Minimax(1e4)])
+def test_products_alone_refuse_to_be_differentiated(solver):
+    """Autograd through them would multiply rounding by every slope: three digits lost, and all in the second order."""
+    G = torch.randn(4, 3, requires_grad=True)
+    W = wl.polar(G, solver=solver)
+    assert torch.equal(W, wl.polar(G.detach(), solver=solver))
+    with pytest.raises(NotImplementedError, match=r"polar with solver=.* has no derivative.*'svd'"):
+        W.sum().backward()
+    with pytest.raises(NotImplementedError, match="no derivative"):
+        torch.func.jvp(lambda x: wl.polar(x, solver=solver), (G.detach(),), (G.detach(),))
+    with pytest.raises(NotImplementedError, match="no derivative"):
+        torch.func.grad(lambda x: wl.polar(x, solver=solver).sum())(G.detach())
+
+
+def test_products_alone_compile_whole_and_map():
+    G = torch.randn(2, 5, 3, dtype=torch.float64)
+    compiled = torch.compile(lambda x: wl.polar(x, solver="minimax"), backend="aot_eager", fullgraph=True)
+    assert relative_error(compiled(G), wl.polar(G)) < 1e-12
+    with pytest.raises(Exception, match="no derivative"):
+        compiled(G.clone().requires_grad_())
+    torch._dynamo.reset()
+    mapped = torch.func.vmap(lambda x: wl.polar(x, solver="minimax"))(G)
+    assert relative_error(mapped, wl.polar(G)) < 1e-12
 
 
 def test_singular_values_that_the_polynomials_do_not_reach_are_damped():

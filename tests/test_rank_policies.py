@@ -59,7 +59,7 @@ def test_positive_powers_of_a_singular_matrix_are_defined(exponent):
 @pytest.mark.parametrize("rank", ["pinv", "floor"])
 @pytest.mark.parametrize("f", ["invsqrtm", "logm", "powm"])
 def test_no_gradient_leaks_through_what_was_clamped(f, rank):
-    """needs.md 5: a clamped eigenvalue once leaked −6e7. Within the null space the gradient is zero."""
+    """A clamped eigenvalue once leaked −6e7. Within the null space the gradient is zero."""
     U = unitary(5, 5)
     values = torch.tensor(DEFICIENT, dtype=torch.float64)
     P = hermitian_part((U * values) @ U.mT).requires_grad_()

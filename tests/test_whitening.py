@@ -75,7 +75,7 @@ def test_pca_does_not_depend_on_the_phase_that_lapack_chose(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 @pytest.mark.parametrize("c", [1e-6, 1e-3, 7.0, 1e3, 1e6])
 def test_a_relative_ridge_does_not_see_the_scale(method, dtype, c):
-    """needs.md 4."""
+    """The relative ridge is in units of the mean eigenvalue."""
     X = features_with([2.0, 1.0, 0.1, 1e-3], 30, dtype)
     Y = wl.whiten(X, eps=1e-4, relative=True, method=method)
     # κ(P + εI) ≤ 2.1/1.08e-3: scaling rounds every sample once.

@@ -3,6 +3,9 @@
 The chain for a matrix whose first decomposition did not converge or was not finite:
 scaled by its largest entry → float64 → a diagonal shift relative to the trace → the singular value decomposition.
 NaN and infinity in the input are errors that name the layer; they never reach LAPACK.
+
+All of it works under ``torch.func.vmap``, where a failure is still that of one matrix, and inside ``torch.compile``, which
+breaks its graph here (see ``_compiler``).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from ._batches import in_threads
 from ._checks import checks_values
+from ._compiler import outside_the_compiler
 from ._errors import DecompositionError
 from ._events import count_call, count_failure, place
 
@@ -35,6 +39,7 @@ def nan_for_failures() -> Iterator[None]:
         _gives_nan.reset(token)
 
 
+@outside_the_compiler
 def eigh(P: Tensor) -> EigenPair:
     """Eigenvalues (ascending) and eigenvectors of ``P`` (..., d, d), finite and exactly Hermitian, with the
     fall-back chain.

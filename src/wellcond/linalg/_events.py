@@ -54,7 +54,7 @@ def recording(events: SolverEvents, describe: Callable[[], str]) -> Iterator[Sol
 
 
 def count_call() -> None:
-    """Note that a batch is about to be decomposed (not in a compiled graph, which runs without us)."""
+    """Note that a batch is about to be decomposed (not in a compiled graph of products, which runs without us)."""
     if torch.compiler.is_compiling():
         return
     if (current := _current.get()) is not None:

@@ -55,7 +55,7 @@ def covariance_sqrtm(X: Tensor, *, correction: int = 0, solver: str | Solver = "
     require_matrix(X, "X")
     require_samples(X, correction)
     with full_precision(X):
-        if solver != "auto":
+        if solver != "auto" or X.shape[-2] == 0:
             A = centred_factor(X, correction=correction)
             return sqrtm(A @ A.mH, solver=solver).to(X.dtype)
         Q, *_ = FactorSqrt.call(X.to(working_dtype(X.dtype)), correction)

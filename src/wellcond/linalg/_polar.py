@@ -15,7 +15,7 @@ from ._checks import checks_values, full_precision, readable, require_finite, re
 from ._polar_iteration import polar_iteration
 from ._svd import thin_svd
 from ._sylvester import differentiated_again, reciprocal_or_zero, sylvester
-from ._vmap import BatchedFunction
+from ._vmap import BatchedFunction, once
 from .solvers import Minimax
 
 POLAR_SOLVERS = ("auto", "svd", "minimax", "muon")
@@ -44,8 +44,7 @@ def polar(G: Tensor, *, solver: str | Minimax = "auto") -> Tensor:
 
     Complexity: one thin SVD, O(m n min(m, n)) per matrix; two products of m × n by n × n and one of n × n (n ≤ m) in
     each of the 12 steps of ``"minimax"`` (13 in double precision), which ``torch.compile(fullgraph=True)`` takes
-    whole. Derivatives of every order exist at full rank; those of ``"minimax"`` and ``"muon"`` go through the
-    products, keep every step, and lose three to four digits.
+    whole. Derivatives of every order exist at full rank, for ``"svd"``; the others refuse to be differentiated.
     Source: Higham, Functions of Matrices, 2008, ch. 8; eq. (14)–(17) of Song, Sebe and Wang, ECCV 2022.
 
     Example:
@@ -69,10 +68,20 @@ def polar(G: Tensor, *, solver: str | Minimax = "auto") -> Tensor:
             cut = torch.finfo(A.dtype).eps * A.shape[-2]
             W, *_ = Polar.call(A, cut, "G")
         else:
-            if not torch.compiler.is_compiling() and readable(A):
-                require_finite(A, "G")
-            W = polar_iteration(A, solver)
+            W = _by_products(A, solver)
         return (W if tall else W.mH.resolve_conj()).to(G.dtype)
+
+
+def _by_products(A: Tensor, solver: str | Minimax) -> Tensor:
+    """Values only: autograd through the products would multiply rounding by the slopes of all polynomials."""
+    message = f"polar with solver={solver!r} has no derivative; take solver='svd', or give it G.detach()"
+    if torch.compiler.is_compiling():
+        if A.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(message)
+        return polar_iteration(A, solver)
+    if readable(A):
+        require_finite(A, "G")
+    return once(polar_iteration(A.detach(), solver), message, A)
 
 
 class Polar(BatchedFunction):

@@ -4,9 +4,6 @@ X ← X (a I + b XᴴX + c (XᴴX)²) keeps the singular vectors of a tall X and
 σ (a + b σ² + c σ⁴). With the minimax polynomials of ``_minimax_polynomials`` the composition is the best that so many
 steps can do (Amsel, Persson, Musco and Gower, The Polar Express, 2025). With the one polynomial of Muon (Jordan et al.,
 2024), five times, singular values end anywhere between 0.68 and 1.14: cheap, and not the polar factor.
-
-There is no derivative rule here: autograd goes through the products, and the derivative of a polynomial that is 1 to
-rounding on the spectrum is that of the polar factor.
 """
 
 from __future__ import annotations
@@ -32,20 +29,17 @@ def polar_iteration(A: Tensor, solver: str | Minimax) -> Tensor:
     minimax = solver if isinstance(solver, Minimax) else Minimax(kappa=KAPPA)
     X, gram = _normalised(A)
     # σmax ≤ ‖XᴴX‖_F^{1/2} ≤ r^{1/4} σmax, four times sharper than ‖X‖_F at r = 256.
-    size = torch.linalg.matrix_norm(gram, keepdim=True).detach().sqrt()
+    size = torch.linalg.matrix_norm(gram, keepdim=True).sqrt()
     return _iterate(X / torch.where(size > 0, size, 1.0), minimax.polynomials_for(A.dtype))
 
 
 def _normalised(A: Tensor) -> tuple[Tensor, Tensor]:
-    """A by its Frobenius norm, by its largest entry first so that no square leaves the range, and its Gram matrix.
-
-    The scale is a constant to autograd: the factor does not depend on it.
-    """
+    """A by its Frobenius norm, by its largest entry first so that no square leaves the range, and its Gram matrix."""
     if A.numel() == 0:
         return A, A.mH @ A
-    largest = A.detach().abs().amax((-2, -1), keepdim=True)
+    largest = A.abs().amax((-2, -1), keepdim=True)
     X = A / torch.where(largest > 0, largest, 1.0)
-    norm = torch.linalg.matrix_norm(X.detach(), keepdim=True)
+    norm = torch.linalg.matrix_norm(X, keepdim=True)
     X = X / torch.where(norm > 0, norm, 1.0)
     return X, X.mH @ X
 

@@ -88,6 +88,8 @@ def _roots(P: Tensor, roots: tuple[Root, ...], eps: float, solver: str | Solver)
     require_matrix(P, "P", square=True)
     require_nonnegative(eps, "eps")
     chosen = choose_solver(solver, P)
+    if P.shape[-1] == 0:
+        return tuple(P.clone() for _ in roots)
     with full_precision(P):
         work = P.to(working_dtype(P.dtype))
         if chosen.traceable and torch.compiler.is_compiling():

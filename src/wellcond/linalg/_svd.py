@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ._batches import in_threads
+from ._compiler import outside_the_compiler
 from ._errors import DecompositionError
 from ._events import count_call, count_failure, place
 
 Svd = tuple[Tensor, Tensor, Tensor]
 
 
+@outside_the_compiler
 def thin_svd(A: Tensor) -> Svd:
     """U (..., m, n), σ (..., n) falling and Vᴴ (..., n, n) of a tall finite A (..., m, n); not differentiated."""
     count_call()

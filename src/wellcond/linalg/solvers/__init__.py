@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from ._auto import auto_solver
@@ -57,7 +58,8 @@ def choose_solver(solver: str | Solver, P: Tensor | None = None) -> Solver:
         near = difflib.get_close_matches(solver, ["auto", *SOLVERS], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise ValueError(f"unknown solver '{solver}'{hint} (known: auto, {', '.join(SOLVERS)})")
-    return _by_name(solver)
+    # The compiler does not see through the cache; nothing warns in what it compiles.
+    return SOLVERS[solver]() if torch.compiler.is_compiling() else _by_name(solver)
 
 
 @lru_cache

@@ -1,7 +1,8 @@
 """The odd polynomials of degree 5 that take [ℓ, 1] to 1 fastest, one after the other.
 
 Each is the best approximation of 1 by x (a + b x² + c x⁴) on the interval that the one before leaves, which makes
-their composition optimal too (Amsel, Persson, Musco and Gower, The Polar Express, 2025, for the polar factor).
+their composition optimal too (Amsel, Persson, Musco and Gower, The Polar Express, 2025, for the polar factor), except
+that very long intervals are shortened at the lower end and all lengthened at the upper, as there, against rounding.
 """
 
 from __future__ import annotations
@@ -15,38 +16,60 @@ Coefficients = tuple[float, float, float]
 NEWTON_SCHULZ: Coefficients = (1.5, -0.5, 0.0)
 # Third order in 1 − x²; what the minimax polynomials tend to as the interval shrinks to 1.
 HALLEY: Coefficients = (15 / 8, -10 / 8, 3 / 8)
+# Part of the largest below which a singular value counts as small; it costs a tenth of the first slope.
+SMALLEST, HEADROOM = 0.02, 1.01
 
 
-@lru_cache(maxsize=32)
 def polynomials_from(lower: float) -> tuple[Coefficients, ...]:
     """Polynomials whose composition takes [lower, 1] to within 1e-9 of 1 (an error that the last of them cubes)."""
+    # The compiler does not see through a cache; plain numbers it computes as it goes.
+    return _polynomials_from(lower) if torch.compiler.is_compiling() else _remembered(lower)
+
+
+def _polynomials_from(lower: float) -> tuple[Coefficients, ...]:
     low, high = lower, 1.0
     chosen: list[Coefficients] = []
     while 1 - low > 0.05:
-        a, b, c = _best_on(low, high)
+        # Best on a shorter interval than [low, high] where that is very long: at the troughs of the best on all of it,
+        # singular values of any size become as small as the smallest, and lose as many digits.
+        bottom = max(low, SMALLEST * high)
+        # The polynomial leaves the interval steeply at its upper end: what rounding puts beyond must not run away.
+        a, b, c = _best_on(bottom, HEADROOM * high)
+        high = 2 - bottom * (a + b * bottom**2 + c * bottom**4)
         low = low * (a + b * low**2 + c * low**4)
-        high = 2 - low
         chosen.append((a, b, c))
     # 1 − x ≤ 0.05 becomes at most 5/2 (1 − x)³: 3e-4, then below 1e-10.
     return (*chosen, HALLEY, HALLEY, HALLEY)
 
 
+_remembered = lru_cache(maxsize=32)(_polynomials_from)
+
+
 def _best_on(low: float, high: float) -> Coefficients:
     """By the exchange algorithm of Remez: the error is ±E in turn at low, two points between, and high."""
     first, second = low + (high - low) / 4, low + 3 * (high - low) / 4
-    signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     a = b = c = 0.0
     for _ in range(40):
-        x = torch.tensor([low, first, second, high], dtype=torch.float64)
-        a, b, c, _ = torch.linalg.solve(
-            torch.stack([x, x**3, x**5, signs], 1), torch.ones(4, dtype=torch.float64)
-        ).tolist()
+        a, b, c = _alternating((low, first, second, high))
         # Where the derivative a + 3b x² + 5c x⁴ vanishes.
         root = max(9 * b * b - 20 * a * c, 0.0) ** 0.5
-        squares = sorted((-3 * b + sign * root) / (10 * c) for sign in (1, -1))
+        squares = sorted([(-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c)])
         moved = [max(s, 0.0) ** 0.5 for s in squares]
         done = max(abs(moved[0] - first), abs(moved[1] - second)) < 1e-14
         first, second = moved
         if done:
             break
     return a, b, c
+
+
+def _alternating(points: tuple[float, float, float, float]) -> Coefficients:
+    """a, b and c with x (a + b x² + c x⁴) = 1 − E, 1 + E, 1 − E, 1 + E at the four points, by elimination."""
+    rows = [[x, x**3, x**5, (-1.0) ** i, 1.0] for i, x in enumerate(points)]
+    for k in range(4):
+        pivot = max(range(k, 4), key=lambda i: abs(rows[i][k]))
+        rows[k], rows[pivot] = rows[pivot], rows[k]
+        for i in range(4):
+            if i != k:
+                factor = rows[i][k] / rows[k][k]
+                rows[i] = [p - factor * q for p, q in zip(rows[i], rows[k], strict=True)]
+    return rows[0][4] / rows[0][0], rows[1][4] / rows[1][1], rows[2][4] / rows[2][2]

@@ -11,11 +11,27 @@ import torch
 from torch import Tensor
 
 from .._batches import in_threads
+from .._compiler import outside_the_compiler
 from .._eigh import eigh
 from .._events import count_call, count_failure
 from .._rank_policy import shifted_spectrum
 from .._vmap import once
 from ._solver import Done, Root, Solver, Tensors
+
+
+@outside_the_compiler
+def _eigenpairs_by_svd(P: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, falling, and eigenvectors of a covariance."""
+    count_call()
+    try:
+        U, sigma, Vh = in_threads(torch.linalg.svd, P)
+    except torch.linalg.LinAlgError:
+        # "Failure times" of Table 5; training goes on with the other driver.
+        count_failure(rescued_by="eigh")
+        eigvals, U = eigh(P)
+        return eigvals.flip(-1), U.flip(-1)
+    # The singular values of a covariance are its eigenvalues; the sign shows one that is none.
+    return sigma * (U.conj() * Vh.mH).sum(-2).real.sign(), U
 
 
 class Svd(Solver):
@@ -29,15 +45,7 @@ class Svd(Solver):
 
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
         """Eq. (3)–(4)."""
-        count_call()
-        try:
-            U, eigvals, Vh = in_threads(torch.linalg.svd, P)
-            # The singular values of a covariance are its eigenvalues; the sign shows one that is none.
-            eigvals = eigvals * (U.conj() * Vh.mH).sum(-2).real.sign()
-        except torch.linalg.LinAlgError:
-            # "Failure times" of Table 5; training goes on with the other driver.
-            count_failure(rescued_by="eigh")
-            eigvals, U = (x.flip(-1) for x in eigh(P))
+        eigvals, U = _eigenpairs_by_svd(P)
         eigvals = shifted_spectrum(eigvals, eps, invertible="invsqrt" in roots)
         values = {"sqrt": eigvals.sqrt(), "invsqrt": eigvals.rsqrt()}
         return tuple((U * values[root].unsqueeze(-2)) @ U.mH for root in roots), (eigvals, U)

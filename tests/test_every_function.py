@@ -1,0 +1,225 @@
+"""Every public function by every solver in every dtype: nothing that the package exports is left out of these grids.
+
+The derivatives of the functions in ``function_table.py`` are checked against finite differences in
+``test_derivatives.py``; here each function meets each dtype and each solver that it takes, and each edge of its domain.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+import mpmath
+import pytest
+import torch
+from torch import Tensor
+
+import wellcond.linalg as wl
+from function_table import CASES
+from helpers import eps_of, features_with, hermitian_part, mp_derivative, mp_function, relative_error, with_spectrum
+
+# What is not differentiable, or no function of a tensor, and where it is tested instead.
+ELSEWHERE = {
+    "condition_number": "test_condition_numbers",
+    "covariance_spectrum": "test_condition_numbers",
+    "effective_rank": "test_condition_numbers",
+    "matrix_spectrum": "test_condition_numbers",
+    "numerical_rank": "test_condition_numbers",
+    "spectrum": "test_condition_numbers",
+    "recording": "test_fallback_chain",
+    "value_checks": "test_bad_matrices",
+}
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (*REAL, torch.complex64, torch.complex128)
+FUNCTIONS = {
+    "sqrtm": wl.sqrtm,
+    "invsqrtm": wl.invsqrtm,
+    "sqrtm_invsqrtm": wl.sqrtm_invsqrtm,
+    "sqrtm_ex": lambda P, **options: wl.sqrtm_ex(P, **options).root,
+    "invsqrtm_ex": lambda P, **options: wl.invsqrtm_ex(P, **options).root,
+    "powm": partial(wl.powm, exponent=0.3),
+    "logm": wl.logm,
+    "expm": wl.expm,
+    "lyapunov": lambda P: wl.lyapunov(P, P @ P),
+    "covariance": wl.covariance,
+    "covariance_sqrtm": wl.covariance_sqrtm,
+    "covariance_logm": partial(wl.covariance_logm, eps=0.1),
+    "covariance_powm": partial(wl.covariance_powm, exponent=0.3, eps=0.1),
+    "whiten": wl.whiten,
+    "whiten-pca": partial(wl.whiten, method="pca"),
+    "whiten-cholesky": partial(wl.whiten, method="cholesky"),
+    "whiten-factor": partial(wl.whiten, via="factor"),
+    "whiten-cholesky-factor": partial(wl.whiten, via="factor", method="cholesky"),
+    "polar": wl.polar,
+}
+OF_FEATURES = [name for name in FUNCTIONS if name.startswith(("cov", "whi", "pol"))]
+BY_SOLVER = ("sqrtm", "invsqrtm", "sqrtm_invsqrtm", "sqrtm_ex", "invsqrtm_ex", "covariance_sqrtm", "whiten")
+CALLS = {
+    **{(name, "auto"): f for name, f in FUNCTIONS.items()},
+    **{(n, s): partial(FUNCTIONS[n], solver=s) for n in BY_SOLVER for s in wl.SOLVERS},
+    **{("polar", s): partial(wl.polar, solver=s) for s in ("svd", "minimax", "muon")},
+}
+EVERY_CALL = pytest.mark.parametrize("call", CALLS, ids="-".join)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+# Near the identity every approximate solver is a root, to so much; at κ = 1e2 they are off by 6 to 22 %.
+SPECTRUM = (1.3, 1.1, 0.9)
+APPROXIMATE = {"newton_schulz": 1e-3, "pade": 1e-3, "taylor": 2e-2, "muon": 0.4}
+
+
+def make(name: str, dtype: torch.dtype, batch: tuple[int, ...] = ()) -> Tensor:
+    """Input of the function, exactly representable in ``dtype`` (and Hermitian, if it is to be)."""
+    single = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    if name not in OF_FEATURES:
+        return with_spectrum(SPECTRUM, single, batch).to(dtype)
+    flat = [features_with(SPECTRUM, 12, single) for _ in range(torch.Size(batch).numel())]
+    return torch.stack(flat).reshape(*batch, 3, 12).to(dtype)
+
+
+def as_tuple(out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def test_no_public_function_is_left_out():
+    """A function that the package exports has a line in each table, or a reason why not."""
+    exported = {name for name in wl.__all__ if inspect.isfunction(getattr(wl, name))}
+    assert exported == {name.split("-")[0] for name in FUNCTIONS} | set(ELSEWHERE)
+    assert exported == {name.split("-")[0] for name in CASES} | set(ELSEWHERE)
+    takes_solver = {n for n in exported if "solver" in inspect.signature(getattr(wl, n)).parameters}
+    assert takes_solver == {*BY_SOLVER, "polar"}
+
+
+@pytest.mark.filterwarnings("ignore::wellcond.linalg.ApproximateRootWarning")
+@EVERY_CALL
+@EVERY_DTYPE
+def test_every_dtype_comes_back_with_the_accuracy_of_its_work(call, dtype):
+    """Against the exact function of the same numbers in double precision: κ = 1.44, so eps and a small factor.
+
+    Half precision works in single and rounds once at the end.
+    """
+    name, solver = call
+    x = make(name, dtype, (2,)).requires_grad_()
+    outs = as_tuple(CALLS[call](x))
+    wide = x.detach().to(torch.complex128 if dtype.is_complex else torch.float64).requires_grad_()
+    exact = as_tuple(CALLS[name, "auto"](wide))
+    # The working precision times d and a few operations, one rounding to the dtype.
+    bound = 60 * eps_of(torch.float32 if dtype in REAL[:2] else dtype) + eps_of(dtype) + APPROXIMATE.get(solver, 0.0)
+    for out, want in zip(outs, exact, strict=True):
+        assert out.dtype == dtype and out.shape == want.shape and out.requires_grad
+        assert relative_error(out, want) <= bound
+    if solver in ("minimax", "muon") and name == "polar":
+        return
+    weights = [torch.randn(out.shape, dtype=wide.dtype).to(dtype) for out in outs]
+    (got,) = torch.autograd.grad(outs, x, weights)
+    (want,) = torch.autograd.grad(exact, wide, [w.to(wide.dtype) for w in weights])
+    assert got.dtype == dtype and got.shape == x.shape
+    # Derivatives of the approximate are further off, and eq. (7) and PCA divide by gaps of 0.2.
+    worse = 10 * bound if solver in ("svd", *APPROXIMATE) or name == "whiten-pca" else 3 * bound
+    assert relative_error(got, want) <= worse
+
+
+@EVERY_CALL
+def test_an_input_that_needs_no_gradient_gives_an_output_that_has_none(call):
+    for out in as_tuple(CALLS[call](make(call[0], torch.float64))):
+        assert not out.requires_grad and out.grad_fn is None
+
+
+@pytest.mark.filterwarnings("ignore::wellcond.linalg.ApproximateRootWarning")
+@EVERY_CALL
+def test_vmap_equals_a_loop_and_forward_mode_the_adjoint_of_reverse(call):
+    name, solver = call
+    f, x = CALLS[call], make(call[0], torch.float64, (3,))
+    mapped = as_tuple(torch.func.vmap(f)(x))
+    for out, *each in zip(mapped, *(as_tuple(f(one)) for one in x), strict=True):
+        assert relative_error(out, torch.stack(each)) < 1e-12
+    if (solver == "svd" and name != "polar") or (name == "polar" and solver in ("minimax", "muon")):
+        with pytest.raises(NotImplementedError, match=f"'{solver}'"):
+            torch.func.jvp(f, (x,), (x,))
+        return
+    direction = torch.randn_like(x)
+    if name not in OF_FEATURES:
+        direction = hermitian_part(direction)
+    outs, tangents = torch.func.jvp(f, (x,), (direction,))
+    weights = [torch.randn_like(out) for out in as_tuple(outs)]
+    tracked = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(as_tuple(f(tracked)), tracked, weights)
+    forward = sum((w * t).sum() for w, t in zip(weights, as_tuple(tangents), strict=True))
+    assert abs(forward - (g * direction).sum()) < 1e-10 * (g.norm() * direction.norm())
+
+
+SHAPES = {"no matrix": (0, 3, 3), "no matrices": (2, 0, 3, 3), "no rows": (0, 0), "none of no rows": (2, 0, 0)}
+
+
+@EVERY_CALL
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128, torch.bfloat16])
+def test_empty_batches_and_matrices_without_rows(call, shape, dtype):
+    name, solver = call
+    if name in OF_FEATURES:
+        shape = (*shape[:-1], 5)
+    x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    for out in as_tuple(CALLS[call](x)):
+        square = name not in OF_FEATURES or name.startswith("cov")
+        assert out.shape == ((*shape[:-1], shape[-2]) if square else shape) and out.dtype == dtype
+        if not (name == "polar" and solver in ("minimax", "muon")):
+            (g,) = torch.autograd.grad(out.real.sum(), x, retain_graph=True)
+            assert g.shape == x.shape
+
+
+@pytest.mark.filterwarnings("ignore::wellcond.linalg.ApproximateRootWarning")
+@EVERY_CALL
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_one_by_one_matrices_are_numbers(call, dtype):
+    """d = 1: the function of the number itself, by every solver but those that are only near it."""
+    name, solver = call
+    x = torch.tensor([[0.7]], dtype=dtype) if name not in OF_FEATURES else torch.tensor([[1.5, -0.5, 0.2]], dtype=dtype)
+    centred = x - x.mean(-1, keepdim=True)
+    variance = (centred.abs().square().mean() if name in OF_FEATURES else x.real.squeeze()).double()
+    truth = {
+        "sqrtm": [variance.sqrt()],
+        "invsqrtm": [variance.rsqrt()],
+        "sqrtm_invsqrtm": [variance.sqrt(), variance.rsqrt()],
+        "sqrtm_ex": [variance.sqrt()],
+        "invsqrtm_ex": [variance.rsqrt()],
+        "powm": [variance**0.3],
+        "logm": [variance.log()],
+        "expm": [variance.exp()],
+        "lyapunov": [variance / 2],
+        "covariance": [variance],
+        "covariance_sqrtm": [variance.sqrt()],
+        "covariance_logm": [(variance + 0.1).log()],
+        "covariance_powm": [(variance + 0.1) ** 0.3],
+        "polar": [x / x.norm()],
+    }.get(name, [centred * variance.rsqrt()])
+    for out, want in zip(as_tuple(CALLS[call](x)), truth, strict=True):
+        assert relative_error(out, want.reshape(out.shape)) < 20 * eps_of(dtype) + APPROXIMATE.get(solver, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore::wellcond.linalg.ApproximateRootWarning")
+@EVERY_CALL
+def test_memory_layout_and_expansion_do_not_matter(call):
+    f, x = CALLS[call], make(call[0], torch.complex128, (2,))
+    want = as_tuple(f(x))
+    big = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
+    big[..., ::2] = x
+    layouts = (x.mT.contiguous().mT, big[..., ::2], x.conj().resolve_conj().conj(), x.flip(0).flip(0))
+    for layout in layouts:
+        for out, w in zip(as_tuple(f(layout)), want, strict=True):
+            assert relative_error(out, w) < 1e-12
+    for out, w in zip(as_tuple(f(x[:1].expand(4, 2, *x.shape[1:]))), want, strict=True):
+        assert relative_error(out, w[:1].expand(4, 2, *w.shape[1:])) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore::wellcond.linalg.ApproximateRootWarning")
+@pytest.mark.parametrize("solver", wl.SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_gradients_of_every_solver_match_mpmath_near_the_identity(solver, dtype):
+    P = with_spectrum(SPECTRUM, dtype)
+    G = hermitian_part(torch.randn(3, 3, dtype=dtype))
+    for f, scalar in ((wl.sqrtm, mpmath.sqrt), (wl.invsqrtm, lambda x: 1 / mpmath.sqrt(x))):
+        tracked = P.clone().requires_grad_()
+        out = f(tracked, solver=solver)
+        (g,) = torch.autograd.grad(out, tracked, G)
+        bound = 200 * eps_of(dtype) + APPROXIMATE.get(solver, 0.0)
+        assert relative_error(out, mp_function(P, scalar)) < bound
+        assert relative_error(g, mp_derivative(P, G, scalar)) < 10 * bound
