@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -51,10 +51,12 @@ class Contestant:
     comparable: bool = True
 
 
-def contestants(case: Case, dtype: torch.dtype, device: torch.device) -> list[Contestant]:
-    """Everybody for a case, the reference first, then ours."""
-    found = [*_references(case), *_ours(case)]
-    found += [Contestant(name, f) for name, f in peer_functions(case)]
+def contestants(
+    case: Case, dtype: torch.dtype, device: torch.device, names: Collection[str] | None = None
+) -> list[Contestant]:
+    """Everybody for a case (or those of these names), the reference first, then ours."""
+    found = [c for c in (*_references(case), *_ours(case)) if names is None or c.name in names]
+    found += [Contestant(name, f) for name, f in peer_functions(case, names)]
     for contestant in found:
         if isinstance(contestant.f, nn.Module):
             contestant.f.to(device, dtype).train()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -105,8 +105,18 @@ class CaseResult:
         }
 
 
-def measure_case(case: Case, dtype: torch.dtype, device: torch.device, *, seconds: float) -> CaseResult:
-    """Measure everybody on a case in about this many seconds of timing; a contestant that fails says why."""
+def measure_case(
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    seconds: float,
+    names: Collection[str] | None = None,
+) -> CaseResult:
+    """Measure everybody (or those of these names) on a case in about this many seconds of timing.
+
+    A contestant that fails says why in its row; the others go on.
+    """
     X = make_input(case, dtype, device)
     exact, X64 = exact_function(case), X.cpu().double()
     direction = torch.randn(exact(X64).shape, generator=torch.Generator().manual_seed(21), dtype=torch.float64)
@@ -116,7 +126,9 @@ def measure_case(case: Case, dtype: torch.dtype, device: torch.device, *, second
     calls: dict[str, Call] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a peer warns of is not our reader's affair
-        rows = [_try(case, contestant, X, direction, truth, calls) for contestant in contestants(case, dtype, device)]
+        rows = [
+            _try(case, contestant, X, direction, truth, calls) for contestant in contestants(case, dtype, device, names)
+        ]
         limits = limit_calls(case, X)
         for call in limits.values():
             call()

@@ -7,7 +7,6 @@ allocation, workspaces of LAPACK among them. The profiler sees one thread, so th
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,7 +41,6 @@ def saved_bytes(f: Function, X: Tensor) -> int:
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """The most bytes that one call has allocated at once, above what there was before it."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

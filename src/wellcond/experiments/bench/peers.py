@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -25,12 +25,12 @@ MODULES = {
 }
 
 
-def peer_functions(case: Case) -> list[tuple[str, Function]]:
-    """The peers at hand that do this task."""
+def peer_functions(case: Case, names: Collection[str] | None = None) -> list[tuple[str, Function]]:
+    """The peers at hand (of these names) that do this task."""
     return [
         (name, f)
-        for name, module in MODULES.items()
-        if not isinstance(found := _import(name), str)
+        for name in MODULES
+        if (names is None or name in names) and not isinstance(found := _import(name), str)
         for f in _offered(name, found, case.task)
     ]
 
