@@ -1,4 +1,4 @@
-"""The command `wellcond`: `train` one configuration, `compare` a grid of them.
+"""The command `wellcond`: `train` one configuration, `compare` a grid of them, `bench` the solvers on this machine.
 
 Every error that a user can act on is one line on the standard error and exit status 2; Ctrl-C says how to go on
 and is exit status 130. What needs torch is imported inside the commands, so that `--help` is quick.
@@ -39,6 +39,7 @@ console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of the processes 
 stderr = Console(stderr=True)
 
 DEFAULT_COMPARISON = Path("comparison")
+DEFAULT_BENCHMARK = Path("benchmark")
 DEFAULT_TREATS = (NO_TREATMENT, "nog", "olr", "ow", "nog+ow+olr")
 
 # -- options that both commands share ----------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def reporting(debug: bool, level: int, how_to_go_on: list[str]) -> Iterator[None
         yield
     except KeyboardInterrupt:
         again = "".join(f"; go on with: {command}" for command in how_to_go_on)
-        stderr.print(f"interrupted; finished epochs are kept{again}", soft_wrap=True, markup=False, highlight=False)
+        stderr.print(f"interrupted{again}", soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(130) from None
     except (RunError, ValueError, OSError, ImportError) as error:
         if debug:
@@ -229,6 +230,47 @@ def _configs(asked: dict[str, Any], out: Path, resume: bool) -> list[RunConfig]:
         for name, default in (("norm", ("batch", "zca")), ("head", ("avg",)), ("treat", DEFAULT_TREATS))
     ]
     return grid(*axes, seeds=range(seeds), **options)
+
+
+@app.command()
+def bench(
+    full: Annotated[bool, typer.Option("--full/--quick", help="all shapes, in minutes; quick: a few, in one")] = False,
+    task: Annotated[list[str] | None, typer.Option(help="repeat, or separate by commas; default all")] = None,
+    shapes: Annotated[str | None, typer.Option(help="128x64x64 (matrices), 32x256x7x7 (maps), with commas")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda where there is one")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float32",
+    seconds: Annotated[float | None, typer.Option(help="of timing each case; default 1.5, with --full 12")] = None,
+    threads: Threads = None,
+    out: Annotated[Path, typer.Option(help="the benchmark's folder")] = DEFAULT_BENCHMARK,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Measure speed, memory and error of every solver and layer here, beside autograd and what else is installed."""
+    with reporting(debug, logging.WARNING, []):
+        from wellcond.experiments.bench import report
+        from wellcond.experiments.bench.cases import parse_shapes
+        from wellcond.experiments.bench.run import bench as run_bench
+
+        def finished(index: int, count: int, result: Any) -> None:
+            console.print(f"[{index + 1}/{count}] {report.line(result)}", markup=False, highlight=False)
+
+        found = run_bench(
+            out,
+            full=full,
+            tasks=[one.strip() for many in task for one in many.split(",")] if task else None,
+            shapes=parse_shapes(shapes) if shapes else None,
+            device=device,
+            dtype=dtype,
+            seconds=seconds,
+            threads=threads,
+            overwrite=overwrite,
+            finished=finished,
+        )
+        for table in report.tables(found.results):
+            console.print(table)
+        for line in report.remarks(found.results, found.missing, found.truths):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(f"in {out}: bench.json, tables.md, speed.png, speed.svg", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def refuse_conflicts(held: Mapping[str, Any], asked: Mapping[str, Any], folder: 
         )
 
 
-def check(folder: Path, kind: str, *, resume: bool, overwrite: bool) -> None:
+def check(folder: Path, kind: str, *, resume: bool = False, overwrite: bool = False, resumable: bool = True) -> None:
     """Raise `FolderError` unless the folder is free, or holds a `kind` and the user said what to do with it."""
     if resume and overwrite:
         raise FolderError("--resume and --overwrite exclude each other")
@@ -66,9 +66,9 @@ def check(folder: Path, kind: str, *, resume: bool, overwrite: bool) -> None:
             raise FolderError(f"'{folder}' holds files that no {kind} made; choose another --out")
         read_config(folder, kind)
         if not overwrite:
+            go_on = "go on with it by --resume, " if resumable else ""
             raise FolderError(
-                f"'{folder}' holds another {kind}; go on with it by --resume, delete it by --overwrite, or "
-                "choose another --out"
+                f"'{folder}' holds another {kind}; {go_on}delete it by --overwrite, or choose another --out"
             )
 
 
