@@ -26,6 +26,7 @@ from ._spectrum import Spectrum
 from ._status import RootStatus, invsqrtm_ex, sqrtm_ex
 from ._sylvester import lyapunov
 from ._whiten import whiten
+from ._whitening_matrix import whitening_matrix
 from .solvers import SOLVERS, Eigh, Minimax, NewtonSchulz, Pade, Solver, Svd, Taylor
 
 __all__ = [
@@ -66,4 +67,5 @@ __all__ = [
     "sqrtm_invsqrtm",
     "value_checks",
     "whiten",
+    "whitening_matrix",
 ]
