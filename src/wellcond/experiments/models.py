@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from wellcond.linalg import NewtonSchulz
-from wellcond.nn import DecorrelatedBatchNorm2d, GlobalCovariancePool2d
+from wellcond.nn import DecorrelatedBatchNorm2d, GlobalCovariancePool2d, IterNorm2d
 
 
 class BasicBlock(nn.Module):
@@ -75,10 +74,8 @@ MODELS = {
     "resnet18": Design(BasicBlock, (2, 2, 2, 2), 64),
     "resnet50": Design(Bottleneck, (3, 4, 6, 3), 64),
 }
-# IterNorm wants the damped root of five steps, so it is no cause for a warning.
-SOLVERS = {"zca": "auto", "iter": NewtonSchulz(5, tolerance=None)}
-"""The solvers of the decorrelating norms by name."""
-NORMS = ("batch", *SOLVERS)
+DECORRELATING = {"zca": DecorrelatedBatchNorm2d, "iter": IterNorm2d}
+NORMS = ("batch", *DECORRELATING)
 HEADS = ("avg", "gcp")
 GCP_CHANNELS = 256
 """Channels of which covariance heads take the covariance, after Li et al. (iSQRT-COV, CVPR 2018)."""
@@ -142,11 +139,7 @@ def build_model(
         raise ValueError(f"stem_kernel must be odd and positive, got {stem_kernel}")
     model = ResNet()
     model.add_module("conv1", _conv(in_channels, width, stem_kernel, 1))
-    norm1 = (
-        nn.BatchNorm2d(width)
-        if norm == "batch"
-        else DecorrelatedBatchNorm2d(width, groups=groups, eps=eps, solver=SOLVERS[norm])
-    )
+    norm1 = nn.BatchNorm2d(width) if norm == "batch" else DECORRELATING[norm](width, groups=groups, eps=eps)
     model.add_module("norm1", norm1)
     model.add_module("relu", nn.ReLU())
     channels = width

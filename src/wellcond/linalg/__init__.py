@@ -27,6 +27,7 @@ from ._spectrum import Spectrum
 from ._status import RootStatus, invsqrtm_ex, sqrtm_ex
 from ._sylvester import lyapunov
 from ._whiten import whiten
+from ._whitening_matrix import whitening_matrix
 from .solvers import SOLVERS, Eigh, Minimax, MinimaxOrEigh, NewtonSchulz, Pade, Solver, Svd, Taylor, auto_solver
 
 __all__ = [
@@ -71,4 +72,5 @@ __all__ = [
     "sqrtm_invsqrtm",
     "value_checks",
     "whiten",
+    "whitening_matrix",
 ]

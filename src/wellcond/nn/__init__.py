@@ -3,8 +3,14 @@
 from . import functional
 from ._base import Observation, SpectralModule
 from .covariance_pool import GlobalCovariancePool2d, TokenCovariancePool
-from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
+from .decorrelated_batchnorm import (
+    DecorrelatedBatchNorm1d,
+    DecorrelatedBatchNorm2d,
+    DecorrelatedBatchNorm3d,
+    convert_sync,
+)
 from .fold import fold
+from .iter_norm import IterNorm1d, IterNorm2d, IterNorm3d
 from .replace_batchnorm import replace_batchnorm
 from .skew_orthogonal_conv import SkewOrthogonalConv2d
 from .spectral_layer import SpectralLayer
@@ -15,12 +21,16 @@ __all__ = [
     "DecorrelatedBatchNorm2d",
     "DecorrelatedBatchNorm3d",
     "GlobalCovariancePool2d",
+    "IterNorm1d",
+    "IterNorm2d",
+    "IterNorm3d",
     "Observation",
     "SkewOrthogonalConv2d",
     "SpectralLayer",
     "SpectralModule",
     "TokenCovariancePool",
     "WhiteningColoring",
+    "convert_sync",
     "fold",
     "functional",
     "replace_batchnorm",

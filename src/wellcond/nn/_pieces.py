@@ -76,21 +76,24 @@ class Repeated:
         return self._wide[: part.shape[0]]
 
 
-def write(out: Tensor, start: Tensor, *terms: tuple[Tensor, Reader]) -> None:
+def write(out: Tensor, start: Tensor | None, *terms: tuple[Tensor, Reader]) -> None:
     """``out`` = start + Σ A B: A (G, d, d) and start (G, d, 1) by groups, B and ``out`` (K, G, d, n)."""
-    first = Repeated(start)
+    last = None if start is None else Repeated(start)
     factors = [(Repeated(A), read) for A, read in terms]
     for piece in pieces(out):
         target = piece.of(out)
-        whole = target.dtype == start.dtype
+        direct = target.dtype == terms[0][1].dtype
         total = None
         for A, read in factors:
             B = read(piece)
             if total is None:
-                total = torch.baddbmm(first(B), A(B), B, out=target if whole else None)
+                total = torch.bmm(A(B), B, out=target if direct else None)
             else:
                 total.baddbmm_(A(B), B)
-        if not whole and total is not None:
+        assert total is not None
+        if last is not None:
+            total += last(total)
+        if not direct:
             target.copy_(total)
 
 

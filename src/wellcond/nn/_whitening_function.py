@@ -20,7 +20,8 @@ from torch import Tensor
 from wellcond.linalg._checks import full_precision, working_dtype
 
 from ._blocks import as_blocks, channels_last, from_blocks, new_like
-from ._pieces import Reader, sum_of_products, sum_of_samples, write
+from ._pieces import Reader, pieces, sum_of_products, sum_of_samples, write
+from ._plain_operations import needs_plain_operations, plain_affine_map, plain_moments
 
 # Σ x xᵀ − M μ μᵀ loses the digits of 1 + (μ/σ)²: up to here that is left to rounding, beyond it x is centred first.
 HARMLESS_RATIO = 4.0
@@ -60,6 +61,10 @@ def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Passes]:
     The covariance is accurate to rounding whatever the mean. Of an empty x both are zero.
     """
     passes = Passes.over(x, groups)
+    if needs_plain_operations():
+        mean, cov = plain_moments(passes.blocks(x).to(passes.dtype))
+        passes.origin = mean
+        return mean, cov, passes
     mean, cov, passes.ticket = _Moments.apply(x, passes)  # pyright: ignore[reportGeneralTypeIssues]
     return mean, cov, passes
 
@@ -69,6 +74,8 @@ def affine_map(x: Tensor, W: Tensor, b: Tensor, passes: Passes | None = None) ->
 
     With the ``passes`` of the :func:`moments` of x the two share one backward pass; without, the origin is 0.
     """
+    if needs_plain_operations():
+        return plain_affine_map(x, W, b, None if passes is None else passes.origin)
     passes = passes or Passes.over(x, W.shape[0])
     ticket, passes.ticket = passes.ticket, None  # kept here it would close a circle of references
     return _AffineMap.apply(x, ticket, W, b, passes)  # pyright: ignore[reportReturnType]
@@ -80,10 +87,11 @@ class _Moments(torch.autograd.Function):
         blocks = passes.blocks(x)
         mean = _mean(blocks, passes.dtype)
         # Off the CPU the host would have to wait for the variance: there x is always centred.
-        cov = _covariance(blocks, mean, None) if x.device.type == "cpu" else None
-        if cov is None or _cancels(mean, cov):
-            passes.origin = mean.detach()
-            cov = _covariance(blocks, mean, passes.origin)
+        centre = x.device.type != "cpu" or _cancels(mean, _sampled_variance(blocks, mean))
+        cov = _covariance(blocks, mean, mean if centre else None)
+        if not centre and _cancels(mean, cov.diagonal(dim1=-2, dim2=-1)):  # the sample did not show it
+            centre, cov = True, _covariance(blocks, mean, mean)
+        passes.origin = mean.detach() if centre else None
         ctx.save_for_backward(x, mean)
         ctx.passes = passes
         ctx.set_materialize_grads(False)
@@ -139,7 +147,7 @@ class _AffineMap(torch.autograd.Function):
                 passes.pending, ticket = W.detach(), grad
             elif ctx.needs_input_grad[0]:
                 grad_x = new_like(x, passes.last)
-                write(passes.blocks(grad_x), W.new_zeros(*W.shape[:2], 1), (W.mT, Reader(gradient, passes.dtype)))
+                write(passes.blocks(grad_x), None, (W.mT, Reader(gradient, passes.dtype)))
             return grad_x, ticket, grad_W, grad_b, None
 
 
@@ -162,6 +170,14 @@ def _covariance(blocks: Tensor, mean: Tensor, origin: Tensor | None) -> Tensor:
     return P - mean @ mean.mT if origin is None else P
 
 
-def _cancels(mean: Tensor, cov: Tensor) -> bool:
-    """Whether Σ x xᵀ − M μ μᵀ lost digits in some channel."""
-    return bool((mean.squeeze(-1).square() > HARMLESS_RATIO * cov.diagonal(dim1=-2, dim2=-1)).any())
+def _sampled_variance(blocks: Tensor, mean: Tensor) -> Tensor:
+    """The variance (G, d) of the first piece, to guess from."""
+    for piece in pieces(blocks):
+        first = Reader(blocks, mean.dtype, mean)(piece)
+        return first.square().mean(-1).view(-1, *mean.shape[:2]).mean(0)
+    return torch.zeros_like(mean).squeeze(-1)
+
+
+def _cancels(mean: Tensor, variance: Tensor) -> bool:
+    """Whether Σ x xᵀ − M μ μᵀ loses digits in some channel."""
+    return bool((mean.squeeze(-1).square() > HARMLESS_RATIO * variance).any())

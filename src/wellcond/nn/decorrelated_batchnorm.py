@@ -2,34 +2,34 @@
 channels.
 
 Huang et al., CVPR 2018. The running statistics are the mean and the covariance, from which evaluation derives its
-whitening
-matrix; a running average of whitening *matrices*, as published, is offered for comparison and is unsafe where
+whitening matrix; a running average of whitening *matrices*, as published, is offered for comparison and is unsafe where
 directions are nearly null.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from wellcond.linalg import Solver, invsqrtm, recording
+from wellcond.linalg import Solver
+from wellcond.linalg._checks import checks_values, full_precision, working_dtype
 
-from ._base import Observation, SpectralModule
+from ._base import Observation
+from ._running_statistics import Method, Running, RunningWhitening
+from ._sync import joined_moments, processes
+from ._whitening_function import affine_map, moments
 
-Running = Literal["covariance", "whitening"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class _DecorrelatedBatchNorm(SpectralModule):
+class _DecorrelatedBatchNorm(RunningWhitening):
     """The layer for any number of spatial dimensions; see :class:`DecorrelatedBatchNorm2d`."""
 
     _dims: tuple[int, ...] = ()
-    running_mean: Tensor | None
-    running_cov: Tensor | None
-    running_whitening: Tensor | None
-    num_batches_tracked: Tensor | None
 
     def __init__(
         self,
@@ -41,45 +41,41 @@ class _DecorrelatedBatchNorm(SpectralModule):
         track_running_stats: bool = True,
         solver: str | Solver = "auto",
         running: Running = "covariance",
+        sync: bool = False,
+        method: Method = "zca",
+        relative: bool = False,
+        process_group: Any = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if num_features < 1 or groups < 1 or num_features % groups:
-            raise ValueError(
-                f"num_features must be divisible by groups, got num_features={num_features} and groups={groups}"
-            )
-        if running not in ("covariance", "whitening"):
-            raise ValueError(f"running must be 'covariance' or 'whitening', got {running!r}")
-        if not eps > 0:
-            raise ValueError(f"eps must be positive, got {eps}")
-        self.num_features, self.groups, self.eps, self.momentum = num_features, groups, eps, momentum
-        self.affine, self.track_running_stats = affine, track_running_stats
-        self.solver, self.running = solver, running
-        where = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(num_features, **where)) if affine else None
-        self.bias = nn.Parameter(torch.empty(num_features, **where)) if affine else None
-        d = num_features // groups
-        matrix = torch.empty(groups, d, d, **where) if track_running_stats else None
-        self.register_buffer("running_mean", torch.empty(num_features, **where) if track_running_stats else None)
-        self.register_buffer("running_cov", matrix if running == "covariance" else None)
-        self.register_buffer("running_whitening", matrix if running == "whitening" else None)
-        count = torch.tensor(0, dtype=torch.long, device=device) if track_running_stats else None
-        self.register_buffer("num_batches_tracked", count)
-        self._evaluation: tuple[Tensor, int, Tensor] | None = None
+        super().__init__(
+            num_features, groups, eps, momentum, track_running_stats, solver, running, method, relative, device, dtype
+        )
+        self.affine, self.sync, self.process_group = affine, sync, process_group
+        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
+        self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
         self._warned = False
         self.reset_parameters()
 
-    def reset_running_stats(self) -> None:
-        """Set the running mean to 0, the running covariance (or whitening) to I and the count to 0."""
-        with torch.no_grad():
-            if self.running_mean is not None and self.num_batches_tracked is not None:
-                self.running_mean.zero_()
-                self.num_batches_tracked.zero_()
-            for matrix in (self.running_cov, self.running_whitening):
-                if matrix is not None:
-                    matrix.copy_(torch.eye(matrix.shape[-1]).expand_as(matrix))
+    @classmethod
+    def from_batchnorm(cls, batchnorm: nn.modules.batchnorm._BatchNorm, **options: Any) -> Self:
+        """The layer that takes over from a batch norm: its affine parameters, its running variance on the diagonal.
+
+        Args:
+            batchnorm: a ``torch.nn.BatchNorm*d`` or ``SyncBatchNorm``; left as it is.
+            options: arguments of this class, in place of those of the batch norm.
+        """
+        state = batchnorm.state_dict()
+        own = {name: getattr(batchnorm, name) for name in ("eps", "momentum", "affine", "track_running_stats")}
+        if isinstance(batchnorm, nn.SyncBatchNorm):
+            own |= {"sync": True, "process_group": batchnorm.process_group}
+        for tensor in state.values():
+            if tensor.is_floating_point():
+                own |= {"device": tensor.device, "dtype": tensor.dtype}
+        layer = cls(batchnorm.num_features, **{**own, **options})
+        layer.load_state_dict(state)
+        return layer.train(batchnorm.training)
 
     def reset_parameters(self) -> None:
         """Reset the running statistics, and the affine parameters to 1 and 0."""
@@ -90,63 +86,55 @@ class _DecorrelatedBatchNorm(SpectralModule):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        with torch.autocast(x.device.type, enabled=False):
-            work = x.to(torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype)
-            grouped = work.reshape(x.shape[0], self.groups, self.num_features // self.groups, -1)
+        with full_precision(x):
             if self.training or self.running_mean is None:
-                mean, whitening = self._batch_statistics(grouped)
-            else:
-                mean, whitening = self.running_mean.view(self.groups, -1, 1), self._evaluation_whitening()
-            y = self._affine_map(grouped, mean.to(work.dtype), whitening.to(work.dtype))
-        return y.reshape(x.shape).to(x.dtype)
+                return self._by_batch_statistics(x)
+            mean = self.running_mean.view(self.groups, -1, 1)
+            return affine_map(x, *self._affine(self._running_whitening(), mean, working_dtype(x.dtype)))
 
-    def _affine_map(self, x: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
-        shift = -(whitening @ mean)
-        if self.weight is not None and self.bias is not None:
-            gamma = self.weight.to(x.dtype).view(self.groups, -1, 1)
-            whitening, shift = (
-                gamma * whitening,
-                gamma * shift + self.bias.to(x.dtype).view(self.groups, -1, 1),
-            )
-        return whitening @ x + shift
-
-    def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (G, d, 1) and whitening matrix (G, d, d) of this batch (N, G, d, L); updates the running ones."""
-        count = x.shape[0] * x.shape[-1]
+    def _by_batch_statistics(self, x: Tensor) -> Tensor:
+        count = x.shape[0] * x.shape[2:].numel()
+        together = self.sync and self.training and processes(self.process_group) > 1
+        if not together:
+            self._check_count(count, x)
+        mean, cov, passes = moments(x, self.groups)
+        if together:
+            mean, cov, count = joined_moments(mean, cov, count, self.process_group)
+            if checks_values(count):
+                self._check_count(int(count), x)
         if self._observers:
-            self._observe(Observation(lambda: x.detach().permute(1, 2, 0, 3).flatten(2), self.eps))
-        mean = x.mean((0, 3)).unsqueeze(-1)
-        centred = x - mean
-        cov = torch.einsum("ngcl,ngdl->gcd", centred, centred) / count
-        with recording(self.solver_events, self.describe):
-            whitening = invsqrtm(cov, eps=self.eps, solver=self.solver)
+            unit = cov.diagonal(dim1=-2, dim2=-1).mean().item() if self.relative else 1.0
+            self._observe(Observation(lambda: self._features(x.detach()), self.eps * unit))
+        whitening = self._whitening(cov)
         if self.training and self.track_running_stats:
             self._track(mean.detach(), cov.detach(), whitening.detach(), count)
-        return mean, whitening
+        away = mean if passes.origin is None else mean - passes.origin
+        return affine_map(x, *self._affine(whitening, away, cov.dtype), passes)
 
-    @torch.no_grad()
-    def _track(self, mean: Tensor, cov: Tensor, whitening: Tensor, count: int) -> None:
-        assert self.running_mean is not None and self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        factor = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.flatten().to(self.running_mean.dtype), factor)
-        if self.running_cov is not None:
-            # The unbiased estimate, as torch.nn.BatchNorm2d tracks it.
-            self.running_cov.lerp_((cov * (count / (count - 1))).to(self.running_cov.dtype), factor)
-        if self.running_whitening is not None:
-            self.running_whitening.lerp_(whitening.to(self.running_whitening.dtype), factor)
+    def _affine(self, whitening: Tensor, mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W (G, d, d) and b (G, d, 1) with y = W x + b."""
+        W, mean = whitening.to(dtype), mean.to(dtype)
+        if self.weight is None or self.bias is None:
+            return W, -(W @ mean)
+        W = self.weight.to(dtype).view(self.groups, -1, 1) * W
+        return W, self.bias.to(dtype).view(self.groups, -1, 1) - W @ mean
 
-    def _evaluation_whitening(self) -> Tensor:
-        """The whitening matrix of the running statistics, kept until they change."""
-        if self.running_whitening is not None:
-            return self.running_whitening
-        cov = self.running_cov
-        assert cov is not None
-        version = -1 if cov.is_inference() else cov._version
-        if self._evaluation is None or self._evaluation[0] is not cov or self._evaluation[1] != version:
-            with recording(self.solver_events, self.describe), torch.no_grad():
-                self._evaluation = (cov, version, invsqrtm(cov, eps=self.eps, solver=self.solver))
-        return self._evaluation[2]
+    def evaluation_map(self) -> tuple[Tensor, Tensor]:
+        """The affine map that the layer is in evaluation: (C, C/groups, 1, …) weight of a convolution and its bias (C).
+
+        Raises:
+            RuntimeError: the layer keeps no running statistics.
+        """
+        if self.running_mean is None:
+            raise RuntimeError(f"{self.describe()} keeps no running statistics: its output depends on the batch")
+        mean = self.running_mean
+        W, b = self._affine(self._running_whitening(), mean.view(self.groups, -1, 1), mean.dtype)
+        return W.flatten(0, 1).view(self.num_features, -1, *(1,) * (self._dims[-1] - 2)), b.flatten()
+
+    def _features(self, x: Tensor) -> Tensor:
+        """(G, d, M) of (N, C, *spatial), in the working dtype: a copy."""
+        grouped = x.to(working_dtype(x.dtype)).unflatten(1, (self.groups, -1))
+        return grouped.flatten(3).permute(1, 2, 0, 3).flatten(2) if x.dim() > 2 else grouped.permute(1, 2, 0)
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() not in self._dims:
@@ -156,9 +144,9 @@ class _DecorrelatedBatchNorm(SpectralModule):
             raise ValueError(
                 f"expected input with {self.num_features} channels (got {x.shape[1]} channels, shape {tuple(x.shape)})"
             )
-        if not (self.training or self.running_mean is None):
-            return
-        count, d = x.numel() // max(x.shape[1], 1), self.num_features // self.groups
+
+    def _check_count(self, count: int, x: Tensor) -> None:
+        d = self.num_features // self.groups
         if count <= 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)} "
@@ -170,14 +158,14 @@ class _DecorrelatedBatchNorm(SpectralModule):
                 f"{self.describe()}: {count} values per channel give a covariance of rank at most {count - 1} for "
                 f"{d} channels; eps={self.eps} keeps it finite, but take more samples or "
                 f"groups={self.groups * -(-d // max(count - 1, 1))} or more",
-                stacklevel=3,
+                stacklevel=5,
             )
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, groups={self.groups}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, solver={self.solver!r}, "
-            f"running={self.running!r}"
+            f"running={self.running!r}, sync={self.sync}, method={self.method!r}, relative={self.relative}"
         )
 
 
@@ -230,3 +218,25 @@ class DecorrelatedBatchNorm3d(_DecorrelatedBatchNorm):
     """:class:`DecorrelatedBatchNorm2d` for (N, C, D, H, W)."""
 
     _dims = (5,)
+
+
+def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """Let every decorrelated batch norm in a model take its statistics over all processes, as
+    :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does for batch norms.
+
+    Args:
+        module: the model, or one layer; changed in place.
+        process_group: of ``torch.distributed``; None for the default one, looked up in every forward pass.
+
+    Returns:
+        The module.
+
+    Example:
+        >>> from torch import nn
+        >>> convert_sync(nn.Sequential(DecorrelatedBatchNorm2d(3)))[0].sync
+        True
+    """
+    for layer in module.modules():
+        if isinstance(layer, _DecorrelatedBatchNorm):
+            layer.sync, layer.process_group = True, process_group
+    return module

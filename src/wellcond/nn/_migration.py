@@ -1,0 +1,48 @@
+"""Checkpoints that were not written by this version of a layer: older ones, and those of ``torch.nn.BatchNorm*d``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ._running_statistics import RunningWhitening
+
+KEYS = {"covariance": "running_cov", "whitening": "running_whitening"}
+
+
+def upgrade(layer: RunningWhitening, state: dict[str, Any], prefix: str, version: int | None) -> str | None:
+    """Make the entries of ``state`` those that ``layer`` expects, in place; what cannot be done is returned as text.
+
+    A running variance becomes the diagonal of the running covariance (or of the whitening matrix). Before version 2 a
+    missing batch count is 0, as ``torch.nn.BatchNorm2d`` has it.
+    """
+    if layer.running_mean is None:
+        return None
+    variance = state.pop(prefix + "running_var", None)
+    if variance is not None:
+        if variance.shape != (layer.num_features,):
+            return f"running_var of shape {tuple(variance.shape)} is not that of {layer.num_features} channels"
+        variance = variance.view(layer.groups, -1)
+        if layer.running_cov is not None:
+            state[prefix + "running_cov"] = torch.diag_embed(variance)
+        else:
+            state[prefix + "running_whitening"] = torch.diag_embed(_scale(layer, variance))
+    count = prefix + "num_batches_tracked"
+    if count not in state and (version is None or version < 2):
+        state[count] = torch.tensor(0, dtype=torch.long)
+    for mine, other in (("covariance", "whitening"), ("whitening", "covariance")):
+        if layer.running == mine and prefix + KEYS[other] in state and prefix + KEYS[mine] not in state:
+            return (
+                f"the checkpoint holds the running {other} of a layer made with running={other!r}, this one has "
+                f"running={mine!r}; make it with running={other!r}, or train it further from new statistics"
+            )
+    return None
+
+
+def _scale(layer: RunningWhitening, variance: Tensor) -> Tensor:
+    """1/√(variance + ε), with ε relative to the group's mean variance if the layer has it so."""
+    unit = variance.mean(-1, keepdim=True) if layer.relative else 1.0
+    return (variance + layer.eps * unit).rsqrt()

@@ -1,0 +1,263 @@
+"""What decorrelated batch norm gives out, whatever the method, the layout in memory, the dtype and the mean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import eps_of, features_with, relative_error, unitary
+from wellcond.linalg import Minimax, covariance, invsqrtm
+from wellcond.nn import (
+    DecorrelatedBatchNorm1d,
+    DecorrelatedBatchNorm2d,
+    DecorrelatedBatchNorm3d,
+    IterNorm1d,
+    IterNorm2d,
+    IterNorm3d,
+)
+
+SPECTRUM = [9.0, 4.0, 2.0, 1.0, 0.5, 0.25]
+METHODS = ["zca", "pca", "cholesky"]
+LAYERS = {
+    2: DecorrelatedBatchNorm1d,
+    3: DecorrelatedBatchNorm1d,
+    4: DecorrelatedBatchNorm2d,
+    5: DecorrelatedBatchNorm3d,
+}
+
+
+def channels_first(y):
+    return y.transpose(0, 1).flatten(1)
+
+
+def batch(shape, dtype=torch.float64, eigvals=SPECTRUM):
+    """(N, C, *spatial) of exactly this covariance and a mean of about its deviation."""
+    n = torch.Size(shape).numel() // shape[1]
+    x = features_with(eigvals, n) + torch.arange(1.0, shape[1] + 1).unsqueeze(1)
+    return x.view(shape[1], shape[0], *shape[2:]).transpose(0, 1).contiguous().to(dtype)
+
+
+def by_hand(x, layer):
+    """The layer in training, from the definition, in float64 by eigendecomposition; one group."""
+    X = channels_first(x).double()
+    centred = X - X.mean(1, keepdim=True)
+    P = centred @ centred.T / X.shape[1]
+    eps = layer.eps * (P.trace() / len(P) if layer.relative else 1.0)
+    eigvals, U = torch.linalg.eigh(P + eps * torch.eye(len(P), dtype=P.dtype))
+    if layer.method == "zca":
+        W = U @ torch.diag(eigvals.rsqrt()) @ U.T
+    elif layer.method == "cholesky":
+        W = torch.linalg.inv(torch.linalg.cholesky(P + eps * torch.eye(len(P), dtype=P.dtype)))
+    else:
+        U = U.flip(-1)
+        U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
+        W = torch.diag(eigvals.flip(-1).rsqrt()) @ U.T
+    y = layer.weight.double().unsqueeze(1) * (W @ centred) + layer.bias.double().unsqueeze(1)
+    return y.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_method_makes_the_output_covariance_the_identity_in_each_group(method, groups):
+    eps = 1e-9
+    y = DecorrelatedBatchNorm2d(6, groups=groups, eps=eps, method=method, dtype=torch.float64)(batch((8, 6, 4, 5)))
+    for block in channels_first(y).split(6 // groups):
+        # W P Wᵀ = I − ε W Wᵀ, and no eigenvalue of P or of its diagonal blocks is below 0.25.
+        assert (covariance(block) - torch.eye(6 // groups, dtype=y.dtype)).abs().max() < eps / 0.25 + 1e-12
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("relative", [False, True])
+def test_every_method_is_its_definition(method, relative):
+    x = batch((8, 6, 4, 5))
+    layer = DecorrelatedBatchNorm2d(6, eps=1e-2, method=method, relative=relative, dtype=torch.float64)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    assert relative_error(layer(x), by_hand(x, layer)) < 1e-12
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_of_every_method_match_finite_differences(method, groups):
+    layer = DecorrelatedBatchNorm1d(4, groups=groups, eps=1e-2, method=method, relative=True, dtype=torch.float64)
+    x = batch((9, 4), eigvals=[4.0, 2.0, 1.0, 0.3]).requires_grad_()
+    weight, bias = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def run(x, weight, bias):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
+
+    assert torch.autograd.gradcheck(run, (x, weight, bias))
+    if method != "pca":  # eigenvectors are differentiated once
+        assert torch.autograd.gradgradcheck(run, (x, weight, bias))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("running", ["covariance", "whitening"])
+def test_evaluation_of_every_method_agrees_with_training_on_a_stationary_batch(method, running):
+    if (method, running) == ("pca", "whitening"):
+        with pytest.raises(ValueError, match="running='covariance', or method"):
+            DecorrelatedBatchNorm2d(6, method=method, running=running)
+        return
+    x = batch((64, 6, 4, 4))
+    layer = DecorrelatedBatchNorm2d(6, momentum=1.0, running=running, method=method, dtype=torch.float64)
+    trained = layer(x)
+    # The statistics are the batch's, but for n/(n − 1) with n = 1024: half of that in the root.
+    torch.testing.assert_close(layer.eval()(x), trained, rtol=1e-3, atol=1e-3)
+
+
+def test_pca_evaluation_keeps_its_axes_in_order_while_training_batches_swap_them():
+    """Two axes of nearly equal variance: each batch orders them by its own, the running covariance by the average."""
+    torch.manual_seed(0)
+    layer = DecorrelatedBatchNorm1d(2, momentum=None, method="pca", dtype=torch.float64)
+    swapped = 0
+    for _ in range(40):
+        x = torch.randn(200, 2, dtype=torch.float64) * torch.tensor([1.02, 1.0], dtype=torch.float64)
+        layer.train()
+        y = layer(x)
+        swapped += int((y[:, 0] * x[:, 0]).mean().abs() < (y[:, 0] * x[:, 1]).mean().abs())
+        layer.eval()
+    assert 0 < swapped < 40
+    again = layer(x)
+    torch.testing.assert_close(layer(x), again, rtol=0, atol=0)
+    P = layer.running_cov[0]
+    values = torch.linalg.eigvalsh(layer.evaluation_whitening[0] @ P @ layer.evaluation_whitening[0].T)
+    assert (values - 1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("c", [1e-6, 1e4])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_relative_ridge_makes_the_layer_scale_free(c, method):
+    x = batch((8, 6, 4, 5), torch.float32)
+    y, scaled = (DecorrelatedBatchNorm2d(6, eps=1e-3, relative=True, method=method)(z) for z in (x, c * x))
+    # κ = 36: rounding of the scaled copy, amplified by κ; eigenvectors by the gap of 1/9 in units of the largest too.
+    assert relative_error(scaled, y) < 36 * 9 * eps_of(torch.float32)
+
+
+LAYOUTS = [(16, 6), (8, 6, 7), (8, 6, 4, 5), (4, 6, 3, 2, 4)]
+
+
+@pytest.mark.parametrize("shape", LAYOUTS)
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("layout", ["last", "sliced", "expanded gradient"])
+def test_memory_layout_changes_neither_values_nor_gradients_and_channels_last_is_kept(shape, groups, layout):
+    x = torch.randn(shape, dtype=torch.float64)
+    g = torch.randn(shape, dtype=torch.float64)
+    if layout == "expanded gradient":
+        g = torch.ones((), dtype=torch.float64).expand(shape)
+    layer = LAYERS[len(shape)](6, groups=groups, dtype=torch.float64)
+    plain = x.clone().requires_grad_()
+    other = x.clone()
+    if layout == "last":
+        other = other.movedim(1, -1).contiguous().movedim(-1, 1)
+    elif layout == "sliced":
+        other = torch.stack([other, other], -1)[..., 0]
+    strides = other.stride()
+    other.requires_grad_()
+    results = []
+    for z in (plain, other):
+        y = layer(z)
+        results.append((y, *torch.autograd.grad(y, (z, layer.weight, layer.bias), g)))
+    for got, want in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    if layout == "last":
+        assert results[1][0].stride() == results[1][1].stride() == strides
+        assert layer.eval()(other).stride() == strides
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("ratio", [0.0, 3.0, 1e3])
+def test_float32_is_accurate_however_large_the_mean(ratio, last):
+    """A batch that is cut into several pieces, against float64 of the same numbers."""
+    C, shape = 6, (600, 6, 10, 10)
+    mean = ratio * torch.linspace(-1.0, 1.0, C).view(-1, 1, 1)
+    x = (torch.einsum("cd,ndhw->nchw", unitary(C, C).float(), torch.randn(shape)) + mean).requires_grad_()
+    z = x.contiguous(memory_format=torch.channels_last) if last else x
+    exact = x.detach().double().requires_grad_()
+    g = torch.randn(shape)
+    ours, wide = DecorrelatedBatchNorm2d(C), DecorrelatedBatchNorm2d(C, dtype=torch.float64)
+    y, want = ours(z), by_hand(exact, wide)
+    (grad,), (expected,) = torch.autograd.grad(y, x, g), torch.autograd.grad(want, exact, g.double())
+    P = torch.cov(channels_first(exact.detach()))
+    # κ = 1: rounding alone. The covariance does not feel the mean; output and gradient feel the rounding of the mean
+    # itself, eps times the ratio.
+    bound = 20 * eps_of(torch.float32)
+    assert relative_error(ours.running_cov[0], 0.9 * torch.eye(C) + 0.1 * P) < bound
+    assert relative_error(y, want) < bound * max(1.0, ratio)
+    assert relative_error(grad, expected) < bound * max(1.0, ratio)
+
+
+def test_second_derivatives_that_mix_output_and_gradient_are_right():
+    """The loss depends on y directly and through its gradient, so that both backward passes run through one graph."""
+    layer = DecorrelatedBatchNorm1d(3, eps=1e-2, dtype=torch.float64)
+
+    def loss(x):
+        y = layer(x)
+        (grad,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        return (grad.square() + y.sin()).sum()
+
+    x = batch((7, 3), eigvals=[2.0, 1.0, 0.5]).requires_grad_()
+    assert torch.autograd.gradcheck(loss, (x,))
+
+
+def test_gradients_asked_for_one_by_one_and_twice_are_those_asked_for_together():
+    layer = DecorrelatedBatchNorm2d(4, dtype=torch.float64)
+    x = torch.randn(8, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    y = layer(x).pow(2).sin().sum()
+    wanted = (x, layer.weight, layer.bias)
+    together = torch.autograd.grad(y, wanted, retain_graph=True)
+    for _ in range(2):
+        for tensor, want in zip(wanted, together, strict=True):
+            assert torch.equal(torch.autograd.grad(y, tensor, retain_graph=True)[0], want)
+
+
+def test_forward_mode_and_vmap_agree_with_reverse_mode():
+    layer = DecorrelatedBatchNorm2d(4, groups=2, track_running_stats=False, eps=1e-2, dtype=torch.float64)
+    x, v, w = torch.randn(3, 8, 4, 3, 3, dtype=torch.float64)
+    y, tangent = torch.func.jvp(layer, (x,), (v,))
+    _, pullback = torch.func.vjp(layer, x)
+    torch.testing.assert_close(y, layer(x))
+    assert abs((tangent * w).sum() - (pullback(w)[0] * v).sum()) < 1e-9
+    torch.testing.assert_close(torch.vmap(layer)(torch.stack([x, v])), torch.stack([layer(x), layer(v)]))
+
+
+def test_checkpointed_recomputation_gives_the_same_gradient():
+    layer = DecorrelatedBatchNorm2d(4, dtype=torch.float64)
+    x = torch.randn(8, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(lambda z: layer(z).sin(), x, use_reentrant=False)
+    (got,) = torch.autograd.grad(y.pow(2).sum(), x)
+    (want,) = torch.autograd.grad(layer(x).sin().pow(2).sum(), x)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ours", "shape"), [(IterNorm1d, (40, 4)), (IterNorm2d, (8, 4, 3, 3)), (IterNorm3d, (4, 4, 2, 3, 2))]
+)
+def test_the_iterated_norm_is_the_published_iteration(ours, shape):
+    x = batch(shape, eigvals=[4.0, 2.0, 1.0, 0.5])
+    X = channels_first(x)
+    centred = X - X.mean(1, keepdim=True)
+    eye = torch.eye(4, dtype=x.dtype)
+    P = centred @ centred.T / X.shape[1] + 1e-5 * eye
+    A, Z = P / P.trace(), eye
+    for _ in range(5):  # Huang et al. 2019, Algorithm 1
+        Z = (3 * Z - Z @ Z @ Z @ A) / 2
+    expected = Z / P.trace().sqrt() @ centred
+    assert relative_error(channels_first(ours(4, dtype=torch.float64)(x)), expected) < 1e-10
+    exact = invsqrtm(P) @ centred
+    assert relative_error(channels_first(ours(4, steps=30, dtype=torch.float64)(x)), exact) < 1e-10
+
+
+def test_any_solver_of_exact_roots_gives_the_same_layer():
+    x = batch((8, 6, 4, 5))
+    want = DecorrelatedBatchNorm2d(6, dtype=torch.float64)(x)
+    for solver in ("svd", Minimax(1e3)):
+        assert relative_error(DecorrelatedBatchNorm2d(6, solver=solver, dtype=torch.float64)(x), want) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "pcaa"}, {"method": "cholesky", "solver": "pade"}, {"eps": float("nan")}]
+)
+def test_arguments_that_cannot_be_are_refused(options):
+    with pytest.raises(ValueError, match=r"method|eps"):
+        DecorrelatedBatchNorm2d(4, **options)
