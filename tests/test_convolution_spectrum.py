@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from wellcond.orthogonality import convolution_singular_values, orthogonal_weight, spectral_norm
+from treatment_models import batches, small_net, train
+from wellcond.orthogonality import convolution_singular_values, orthogonal_weight, spectral_norm, treat
 
 EPS = torch.finfo(torch.float32).eps
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -209,3 +210,12 @@ def test_bad_options_of_the_spectral_norm_are_refused(layer, options, message):
     with pytest.raises(ValueError, match=message):
         spectral_norm(layer, name="x", **options)
     assert not torch.nn.utils.parametrize.is_parametrized(layer)
+
+
+def test_treat_takes_it_as_an_option():
+    model = small_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    treatment = treat(model, optimizer, "sn+nog", options={"sn": {"of": "operator", "input_size": 8}})
+    assert "sn (of=operator input_size=8)" in treatment.summary()
+    train(model, optimizer, batches(2))
+    assert np.linalg.norm(dense(model[0], (8, 8)).astype(np.float64), 2) == pytest.approx(1, rel=50 * EPS)

@@ -244,9 +244,10 @@ def test_a_failed_registration_leaves_the_layer(monkeypatch):
     assert type(layer) is nn.Linear
 
 
+@pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_layers_compute_in_float32_and_round_once(dtype):
-    layer = orthogonal_weight(nn.Conv2d(3, 32, 3))
+def test_half_precision_layers_compute_in_float32_and_round_once(dtype, name):
+    layer = orthogonal_weight(nn.Conv2d(3, 32, 3), name)
     with torch.no_grad():
         stored(layer).copy_(stored(layer).to(dtype))  # so that the float32 layer has the values of the half one
     full = layer.weight.detach().clone()
@@ -258,7 +259,7 @@ def test_half_precision_layers_compute_in_float32_and_round_once(dtype):
     assert orthogonality_gap(layer) < 2 * torch.finfo(dtype).eps * 27**0.5
     layer.float()
     assert torch.equal(layer.weight, full)
-    born_half = orthogonal_weight(nn.Conv2d(3, 32, 3).to(dtype))
+    born_half = orthogonal_weight(nn.Conv2d(3, 32, 3).to(dtype), name)
     assert orthogonality_gap(born_half) < 2 * torch.finfo(dtype).eps * 27**0.5
 
 

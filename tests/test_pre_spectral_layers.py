@@ -12,7 +12,7 @@ from torch import nn
 
 from treatment_models import same
 from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, GlobalCovariancePool2d, SpectralModule
-from wellcond.orthogonality import orthogonal_weight, pre_spectral_layers, spectral_norm
+from wellcond.orthogonality import orthogonal_weight, pre_spectral_layers, spectral_norm, treat
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -175,6 +175,48 @@ def test_a_transformer_is_found_by_running():
     """Its residual sums join the patches, the attention's output and the last linear layer."""
     found = pre_spectral_layers(VisionTransformer(), IMAGES)
     assert list(found) == ["patch", "encoder.self_attn.out_proj", "encoder.linear2"]
+
+
+class TokenPooling(nn.Module):
+    """A small vision transformer: two encoder layers and a normalisation, then covariance pooling over the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 2, stride=2)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16))
+        self.reduce = nn.Linear(16, 6)
+        self.pool = GlobalCovariancePool2d(6)
+        self.classifier = nn.Linear(self.pool.out_features, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.reduce(self.encoder(self.patch(x).flatten(2).transpose(1, 2)))
+        return self.classifier(self.pool(tokens.transpose(1, 2).unsqueeze(-1)).flatten(1))
+
+
+def test_a_vision_transformer_is_treated_and_trains():
+    """Also the layers inside its encoder, whose evaluation takes PyTorch's fused path that reads weights by itself."""
+    torch.manual_seed(0)
+    for layers in (None, ["encoder.layers.1.linear2", "encoder.layers.1.self_attn.out_proj"]):
+        model = TokenPooling()
+        before = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        treatment = treat(model, optimizer, "nog+ow+olr", layers=layers, example_input=IMAGES)
+        assert list(treatment.layers) == (layers or ["reduce"])
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(IMAGES), torch.arange(4)).backward()
+            optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+        for layer in treatment.layers.values():
+            W = layer.weight.detach().double()
+            gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
+            assert torch.dist(gram, torch.eye(len(gram), dtype=torch.float64)) < 1e-5
+        trained = model(IMAGES)
+        with torch.no_grad():
+            assert (model.eval()(IMAGES) - trained).abs().max() < 1e-4
+        treatment.remove()
+        assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
 
 
 def test_examples_may_be_tuples_and_dicts():

@@ -190,3 +190,11 @@ class TreatmentCallback(pl.Callback):
                 f"TreatmentCallback('{'+'.join(self.treatments)}'); resume with the same treatments"
             )
         self._restored = state_dict
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the rates that `olr` chose, as ``olr/LAYER``, at the trainer's own interval."""
+        for handle in self.handles.values():
+            rates = handle.rates()  # on their device: Lightning reads them when it writes
+            pl_module.log_dict({f"olr/{name}": rate.float() for name, rate in rates.items()})

@@ -119,6 +119,8 @@ class StepHook:
             handle.remove()
         if self in (others := active_hooks(self.optimizer)):
             others.remove(self)
+        if not others:
+            del self.optimizer.__dict__["_wellcond_hooks"]
 
     def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
