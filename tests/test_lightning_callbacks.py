@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from treatment_models import orthogonality_gap
 from wellcond.lightning import ConditionMonitorCallback, TreatmentCallback
 from wellcond.monitor import ConditionMonitor
 from wellcond.nn import DecorrelatedBatchNorm2d
@@ -190,13 +191,81 @@ def test_scaled_gradients_get_the_loss_term_in_their_own_scale(fused: bool) -> N
     assert gap > 10 * 12 * LR * 1e-3  # the bound above would notice a term that is missing
 
 
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-true", "64-true"])
+def test_every_precision_trains_with_everything_on(precision: str) -> None:
+    """Half precision rounds an orthogonal weight once, to eps of its dtype; on the CPU 16-mixed is bfloat16."""
+    task, callback, monitor = Task(), TreatmentCallback("nog+ow+ol+olr"), ConditionMonitorCallback(every=4)
+    fit(task, callback, monitor, precision=precision)
+    weight = task.net[0].weight
+    assert weight.dtype == {"16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+    assert orthogonality_gap(task.net[0]) < 4 * torch.finfo(weight.dtype).eps
+    (handle,) = callback.handles.values()
+    assert handle.nog is not None and handle.nog.counts()["net.0"]["treated"] == 12
+    assert all(1 <= record.kappa < 100 for record in monitor.records)
+
+
+def test_clipping_by_value_and_by_hand_is_that_of_the_hand_written_loop() -> None:
+    def reference(clip) -> Task:
+        task = Task()
+        optimizer = sgd(task)
+        treat(task.net, optimizer, "nog+olr")
+        for x, y in [batch for _ in range(2) for batch in loader()]:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(task.net(x), y).backward()
+            clip(task.parameters())
+            optimizer.step()
+        return task
+
+    by_value = Task()
+    fit(by_value, TreatmentCallback("nog+olr"), gradient_clip_val=1e-2, gradient_clip_algorithm="value")
+    assert_same_weights(by_value, reference(lambda parameters: nn.utils.clip_grad_value_(parameters, 1e-2)))
+
+    class Clipping(ManualTask):
+        def training_step(self, batch, index):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+            self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+            optimizer.step()
+
+    by_norm = Clipping()
+    fit(by_norm, TreatmentCallback("nog+olr"))
+    assert_same_weights(by_norm, reference(lambda parameters: nn.utils.clip_grad_norm_(parameters, 0.1)))
+
+
+@pytest.mark.parametrize("treatments", ["nog+olr+ol", "ow+nog"])
+def test_a_fully_sharded_task_is_treated_as_a_whole_one(treatments: str) -> None:
+    """One process, whose weights are sharded all the same; tests/test_several_processes.py has two."""
+    from torch.distributed.fsdp import fully_shard
+
+    class Sharded(Task):
+        def configure_model(self):
+            fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    task = Sharded()
+    strategy = pl.strategies.ModelParallelStrategy()
+    try:
+        fit(task, TreatmentCallback(treatments), strategy=strategy, devices=1, use_distributed_sampler=False)
+        mine = {name: value.full_tensor().detach() for name, value in task.named_parameters()}
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_same_weights(mine, dict(by_hand(treatments).named_parameters()))
+
+
 @pytest.mark.parametrize("treatments", ["nog+olr", "nog+ow+olr", "sn+ol"])
 def test_a_resumed_fit_ends_with_the_weights_of_an_uninterrupted_one(treatments: str, tmp_path: Path) -> None:
-    straight = Task()
+    class Scheduled(Task):
+        def configure_optimizers(self):
+            optimizer = sgd(self)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 18)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    straight = Scheduled()
     fit(straight, TreatmentCallback(treatments), max_epochs=3)
-    trainer = fit(Task(), TreatmentCallback(treatments), max_epochs=1)
+    trainer = fit(Scheduled(), TreatmentCallback(treatments), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    resumed = Task()
+    resumed = Scheduled()
     nn.init.normal_(resumed.net[0].weight)  # nothing may depend on the weights that the resumed task began with
     callback = TreatmentCallback(treatments)
     fit(resumed, callback, max_epochs=3, ckpt=tmp_path / "one.ckpt")

@@ -35,7 +35,9 @@ class TreatmentCallback(pl.Callback):
     Works under automatic and manual optimisation, with gradient accumulation, clipping, mixed precision, and several
     optimizers, of which each treats the layers that it holds. List it before callbacks that copy the model. A
     weight that `ow` or `sn` took stays so after ``fit``; to validate or test its checkpoint in another process, give
-    this callback to that trainer too. Strategies that shard the weights (FSDP, DeepSpeed) are not supported.
+    this callback to that trainer too. Of the strategies that shard weights ``ModelParallelStrategy`` with
+    ``fully_shard`` works, where `ow` and `sn` ask for a model that is built by ``setup``; FSDPStrategy and DeepSpeed
+    flatten the weights, and are refused.
 
     Args:
         treatments: names joined by ``+``, as for :func:`wellcond.orthogonality.treat`.

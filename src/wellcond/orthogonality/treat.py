@@ -60,6 +60,7 @@ def treat(
             Nothing is changed then.
 
     To resume, treat model and optimizer in the same way, then load the three state dicts (model, optimizer, treatment).
+    Make averaged copies (EMA) of the model after treating it.
 
     Example:
         >>> import torch
