@@ -77,14 +77,9 @@ def fold(model: Model) -> Model:
 @torch.no_grad()
 def _affine_map(norm: _DecorrelatedBatchNorm) -> ChannelAffine:
     """M (groups, d, d) and the shift (C,), in float64."""
-    assert norm.running_mean is not None
-    matrix = norm._evaluation_whitening().double()
-    groups, d = matrix.shape[:2]
-    if norm.weight is not None:
-        matrix = norm.weight.double().view(groups, d, 1) * matrix
-    shift = -(matrix @ norm.running_mean.double().view(groups, d, 1)).flatten()
-    dtype = norm.running_mean.dtype
-    return ChannelAffine(matrix, shift if norm.bias is None else shift + norm.bias.double(), dtype)
+    weight, bias = norm.evaluation_map(torch.float64)
+    dtype = bias.dtype if norm.weight is None else norm.weight.dtype
+    return ChannelAffine(weight.reshape(norm.groups, -1, weight.shape[1]), bias, dtype)
 
 
 class _Tracer(fx.Tracer):

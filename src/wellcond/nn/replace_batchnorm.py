@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
@@ -67,29 +66,10 @@ def replace_batchnorm(model: nn.Module, which: Which = "first", **options: Any) 
     return [name for name, _ in chosen]
 
 
-@torch.no_grad()
 def _decorrelated(bn: nn.Module, **options: Any) -> nn.Module:
     """The decorrelated batch norm that is ``bn`` as long as the channels are uncorrelated."""
     old: Any = bn
-    tensor = next((t for t in (old.weight, old.running_mean) if t is not None), torch.empty(0))
-    kept = {
-        "eps": old.eps,
-        "momentum": old.momentum,
-        "affine": old.affine,
-        "track_running_stats": old.track_running_stats,
-        "device": tensor.device,
-        "dtype": tensor.dtype,
-    }
-    new = DECORRELATED[type(bn)](old.num_features, **{**kept, **options}).train(old.training)
+    new = DECORRELATED[type(bn)].from_batchnorm(old, **options)
     if new.weight is not None and old.weight is not None:
         new.weight, new.bias = old.weight, old.bias
-    if new.running_mean is not None and old.running_mean is not None:
-        new.running_mean.copy_(old.running_mean)
-        variances = old.running_var.view(new.groups, -1)
-        if new.running_cov is not None:
-            new.running_cov.copy_(torch.diag_embed(variances))
-        if new.running_whitening is not None:
-            new.running_whitening.copy_(torch.diag_embed((variances + new.eps).rsqrt()))
-        if new.num_batches_tracked is not None and old.num_batches_tracked is not None:
-            new.num_batches_tracked.copy_(old.num_batches_tracked)
     return new

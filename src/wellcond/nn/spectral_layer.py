@@ -11,10 +11,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wellcond.linalg import Solver, covariance, covariance_sqrtm, expm, invsqrtm, logm, powm, recording, sqrtm
+from wellcond.linalg import (
+    Solver,
+    covariance,
+    covariance_logm,
+    covariance_powm,
+    covariance_sqrtm,
+    expm,
+    invsqrtm,
+    logm,
+    powm,
+    recording,
+    sqrtm,
+)
 
 from ._base import Observation, SpectralModule
-from ._factor_power import covariance_powm
 from ._normalise import Normalisation, normalised_features, normalised_matrix, require_normalisation
 
 FUNCTIONS = ("sqrt", "invsqrt", "log", "power", "exp")
@@ -28,9 +39,9 @@ class SpectralLayer(SpectralModule):
         function: ``"sqrt"``, ``"invsqrt"``, ``"log"``, ``"power"`` (with ``exponent``), ``"exp"``, or a callable that
             takes a covariance (..., d, d) to a tensor of your own.
         takes: ``"features"`` (..., d, n) or ``"covariance"`` (..., d, d).
-        eps: ε ≥ 0, added to the eigenvalues; the inverse root, the logarithm and negative powers want it positive. The
-            square root and positive powers of features with ε = 0 take the factor form: it works on the smaller side of
-            the features, and the root's gradient is bounded at any condition number.
+        eps: ε ≥ 0, added to the eigenvalues; the inverse root, the logarithm and negative powers want it positive. Of
+            features, logarithm and powers, and with ε = 0 the square root, take the factor form: it works on the
+            smaller side, and the root's gradient is bounded at any condition number.
         solver: of the two roots, as in :func:`wellcond.linalg.sqrtm`.
         exponent: of ``"power"``, any finite number; 1/2 if not given.
         normalisation: divide P by its ``"trace"`` or ``"frobenius"`` norm c first: f(P/c + εI), the same for features
@@ -96,11 +107,13 @@ class SpectralLayer(SpectralModule):
         return (normalised_features if self.takes == "features" else normalised_matrix)(x, self.normalisation)
 
     def _apply_function(self, x: Tensor) -> Tensor:
-        if self.takes == "features" and self.eps == 0.0:
-            if self.function == "sqrt":
+        if self.takes == "features":
+            if self.function == "sqrt" and self.eps == 0.0:
                 return covariance_sqrtm(x, solver=self.solver)
-            if self.exponent is not None and self.exponent > 0.0:
-                return covariance_powm(x, self.exponent)
+            if self.function == "log":
+                return covariance_logm(x, eps=self.eps)
+            if self.exponent is not None:
+                return covariance_powm(x, self.exponent, eps=self.eps)
         return self._of_matrix()(covariance(x) if self.takes == "features" else x)
 
     def _of_matrix(self) -> Callable[[Tensor], Tensor]:
