@@ -4,8 +4,8 @@ The chain for a matrix whose first decomposition did not converge or was not fin
 scaled by its largest entry → float64 → a diagonal shift relative to the trace → the singular value decomposition.
 NaN and infinity in the input are errors that name the layer; they never reach LAPACK.
 
-All of it works under ``torch.func.vmap``, where a failure is still that of one matrix, and inside ``torch.compile``, which
-breaks its graph here (see ``_compiler``).
+All of it works under ``torch.func.vmap``, where a failure is still that of one matrix, and inside ``torch.compile``,
+which breaks its graph here (see ``_compiler``).
 """
 
 from __future__ import annotations
