@@ -142,6 +142,27 @@ def test_a_positive_semidefinite_matrix_with_a_ridge_never_gives_nan(dtype, eps)
             assert torch.isfinite(g).all(), (name, f)
 
 
+@pytest.mark.parametrize("solver", [s for s in wl.SOLVERS if s != "svd"])
+@pytest.mark.parametrize("scale", [1e-36, 1e-24, 1e24, 1e37])
+@pytest.mark.filterwarnings("ignore::wellcond.linalg.ApproximateRootWarning")
+def test_every_solver_scales_over_the_whole_range_of_single_precision(solver, scale):
+    """The square of an entry beyond 1e19 is infinite, below 1e-23 it is zero: no norm may be formed of those.
+
+    Each solver against itself in double precision at scale 1, where neither happens.
+    """
+    P = with_spectrum([4.0, 2.0, 2.0, 1.0])
+    scaled = hermitian_part((P * scale).float())
+    for f, power in ((wl.sqrtm, 0.5), (wl.invsqrtm, -0.5)):
+        exact, single = (scaled.double() / scale).requires_grad_(), scaled.clone().requires_grad_()
+        want, got = f(exact, solver=solver), f(single, solver=solver)
+        assert relative_error(got.double() / scale**power, want) < 20 * eps_of(torch.float32)
+        if 1e-36 < scale ** (power - 1) < 1e36:
+            (expected,) = torch.autograd.grad(want.sum(), exact)
+            (g,) = torch.autograd.grad(got.sum(), single)
+            assert relative_error(g.double() / scale ** (power - 1), expected) < 100 * eps_of(torch.float32)
+    assert wl.sqrtm_ex(scaled, solver=solver).residual < 0.1
+
+
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-19, 1e19, 1e30, 3e37])
 def test_roots_in_single_precision_scale_over_its_whole_range(scale):
     """√(cP) = √c √P with no overflow or underflow on the way: λi² − λj² would overflow from 1e19 on."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._events import count_call
 from ._lyapunov_iteration import lyapunov_iteration
 from ._minimax_polynomials import Coefficients, polynomials_from
-from ._solver import Done, Root, Solver, Tensors, require_scale
+from ._solver import Done, Root, Solver, Tensors, frobenius_norm, require_scale
 
 
 class Minimax(Solver):
@@ -48,7 +48,7 @@ class Minimax(Solver):
         eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
         P = P + eps * eye
         # λmax ≤ ‖P²‖_F^{1/2} ≤ d^{1/4} λmax; dividing first by the plain norm keeps the square in range.
-        coarse = torch.linalg.matrix_norm(P, keepdim=True)
+        coarse = frobenius_norm(P)
         require_scale(coarse, roots)
         lift = torch.where(coarse > 0, 2.0, 0.0)
         coarse = torch.where(coarse > 0, coarse, 1.0)
