@@ -73,6 +73,32 @@ def test_gradients_of_the_roots_are_within_the_documented_error(dtype, kappa):
         assert relative_error(got, mp_derivative(P, G, scalar)) <= 10 * eps_of(dtype) * actual**power
 
 
+@pytest.mark.parametrize("solver", ["eigh", "minimax"])
+@pytest.mark.parametrize("kappa", [1e2, 1e4, 1e6, 1e7])
+@pytest.mark.parametrize("d", [64, 256])
+def test_single_precision_keeps_its_promise_at_the_sizes_of_layers(d, kappa, solver):
+    """The same bounds at d = 64 and 256, by double precision on the matrix as rounded (κ eps64 ≤ 2e-9).
+
+    The matmul-only solver keeps them too, as far as it was told to go. The divided differences are those of s = √λ. A
+    bound above 1 would let zero pass.
+    """
+    solver = wl.Minimax(kappa=2 * kappa, tolerance=None) if solver == "minimax" else solver
+    P = with_spectrum(geometric(d, kappa), torch.float32)
+    eigvals, U = torch.linalg.eigh(P.double())
+    assert eigvals[0] > 0
+    actual = (eigvals[-1] / eigvals[0]).item()
+    s, G = eigvals.sqrt(), hermitian_part(torch.randn(d, d))
+    K = 1 / (s[:, None] + s[None])
+    for f, power, differences in ((wl.sqrtm, 0.5, K), (wl.invsqrtm, -0.5, -K / (s[:, None] * s[None]))):
+        tracked = P.clone().requires_grad_()
+        out = f(tracked, solver=solver)
+        (g,) = torch.autograd.grad(out, tracked, G)
+        bound = 10 * eps_of(torch.float32) * actual ** (0.5 if power > 0 else 1.0)
+        assert relative_error(out, (U * s.pow(2 * power)) @ U.mT) <= min(bound, 0.9)
+        truth = U @ (differences * (U.mT @ G.double() @ U)) @ U.mT
+        assert relative_error(g, truth) <= min(bound * actual**0.5, 0.9)
+
+
 @pytest.mark.parametrize(("dtype", "kappa"), [r for r in RANGE if r[1] <= 1e8])
 @pytest.mark.parametrize("exponent", [-1.5, -0.5, 0.25, 0.5, 2.0])
 def test_powers_match_mpmath(dtype, kappa, exponent):
