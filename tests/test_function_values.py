@@ -73,6 +73,32 @@ def test_gradients_of_the_roots_are_within_the_documented_error(dtype, kappa):
         assert relative_error(got, mp_derivative(P, G, scalar)) <= 10 * eps_of(dtype) * actual**power
 
 
+@pytest.mark.parametrize("solver", ["eigh", "minimax"])
+@pytest.mark.parametrize("kappa", [1e2, 1e4, 1e6, 1e7])
+@pytest.mark.parametrize("d", [64, 256])
+def test_single_precision_keeps_its_promise_at_the_sizes_of_layers(d, kappa, solver):
+    """The same bounds at d = 64 and 256, by double precision on the matrix as rounded (κ eps64 ≤ 2e-9).
+
+    The matmul-only solver keeps them too, as far as it was told to go. The divided differences are those of s = √λ. A
+    bound above 1 would let zero pass.
+    """
+    solver = wl.Minimax(kappa=2 * kappa, tolerance=None) if solver == "minimax" else solver
+    P = with_spectrum(geometric(d, kappa), torch.float32)
+    eigvals, U = torch.linalg.eigh(P.double())
+    assert eigvals[0] > 0
+    actual = (eigvals[-1] / eigvals[0]).item()
+    s, G = eigvals.sqrt(), hermitian_part(torch.randn(d, d))
+    K = 1 / (s[:, None] + s[None])
+    for f, power, differences in ((wl.sqrtm, 0.5, K), (wl.invsqrtm, -0.5, -K / (s[:, None] * s[None]))):
+        tracked = P.clone().requires_grad_()
+        out = f(tracked, solver=solver)
+        (g,) = torch.autograd.grad(out, tracked, G)
+        bound = 10 * eps_of(torch.float32) * actual ** (0.5 if power > 0 else 1.0)
+        assert relative_error(out, (U * s.pow(2 * power)) @ U.mT) <= min(bound, 0.9)
+        truth = U @ (differences * (U.mT @ G.double() @ U)) @ U.mT
+        assert relative_error(g, truth) <= min(bound * actual**0.5, 0.9)
+
+
 @pytest.mark.parametrize(("dtype", "kappa"), [r for r in RANGE if r[1] <= 1e8])
 @pytest.mark.parametrize("exponent", [-1.5, -0.5, 0.25, 0.5, 2.0])
 def test_powers_match_mpmath(dtype, kappa, exponent):
@@ -140,6 +166,27 @@ def test_a_positive_semidefinite_matrix_with_a_ridge_never_gives_nan(dtype, eps)
             assert torch.isfinite(out).all(), (name, f)
             (g,) = torch.autograd.grad(out.real.sum(), tracked)
             assert torch.isfinite(g).all(), (name, f)
+
+
+@pytest.mark.parametrize("solver", [s for s in wl.SOLVERS if s != "svd"])
+@pytest.mark.parametrize("scale", [1e-36, 1e-24, 1e24, 1e37])
+@pytest.mark.filterwarnings("ignore::wellcond.linalg.ApproximateRootWarning")
+def test_every_solver_scales_over_the_whole_range_of_single_precision(solver, scale):
+    """The square of an entry beyond 1e19 is infinite, below 1e-23 it is zero: no norm may be formed of those.
+
+    Each solver against itself in double precision at scale 1, where neither happens.
+    """
+    P = with_spectrum([4.0, 2.0, 2.0, 1.0])
+    scaled = hermitian_part((P * scale).float())
+    for f, power in ((wl.sqrtm, 0.5), (wl.invsqrtm, -0.5)):
+        exact, single = (scaled.double() / scale).requires_grad_(), scaled.clone().requires_grad_()
+        want, got = f(exact, solver=solver), f(single, solver=solver)
+        assert relative_error(got.double() / scale**power, want) < 20 * eps_of(torch.float32)
+        if 1e-36 < scale ** (power - 1) < 1e36:
+            (expected,) = torch.autograd.grad(want.sum(), exact)
+            (g,) = torch.autograd.grad(got.sum(), single)
+            assert relative_error(g.double() / scale ** (power - 1), expected) < 100 * eps_of(torch.float32)
+    assert wl.sqrtm_ex(scaled, solver=solver).residual < 0.1
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-19, 1e19, 1e30, 3e37])

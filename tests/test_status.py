@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import wellcond.linalg as wl
 from helpers import eps_of, geometric, relative_error, with_spectrum
@@ -29,6 +30,33 @@ def test_one_bad_matrix_of_eight_is_reported_and_leaves_the_other_seven_alone(fu
     status.root[others].sum().backward()
     assert P.grad.isfinite().all()
     assert P.grad[5].abs().max() == 0
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses every operation by which the host would read, and so wait for, a value of a tensor."""
+
+    READS = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten.is_nonzero.default,
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in self.READS, f"{func} makes the host wait"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("function", [sqrtm_ex, invsqrtm_ex])
+@pytest.mark.parametrize("solver", ["minimax", "newton_schulz", "taylor"])
+def test_with_products_alone_nothing_is_read_forward_or_backward(function, solver):
+    P = torch.stack([torch.eye(3), torch.full((3, 3), torch.nan)]).requires_grad_()
+    with NoReading():
+        status = function(P, solver=solver)
+        status.root[0].sum().backward()
+    assert status.info[1] == 1 and torch.isfinite(P.grad).all()
+    with pytest.raises(AssertionError, match="wait"), NoReading():
+        wl.sqrtm(P.detach()[0], solver=solver)
 
 
 def test_status_forms_work_under_vmap():

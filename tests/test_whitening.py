@@ -71,15 +71,18 @@ def test_pca_does_not_depend_on_the_phase_that_lapack_chose(dtype):
     assert relative_error(wl.whiten(X[:, order], method="pca"), Y[:, order]) < 1e-11
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "via"), [*((m, "covariance") for m in METHODS), ("zca", "factor"), ("cholesky", "factor")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 @pytest.mark.parametrize("c", [1e-6, 1e-3, 7.0, 1e3, 1e6])
-def test_a_relative_ridge_does_not_see_the_scale(method, dtype, c):
+def test_a_relative_ridge_does_not_see_the_scale(method, via, dtype, c):
     """The relative ridge is in units of the mean eigenvalue."""
     X = features_with([2.0, 1.0, 0.1, 1e-3], 30, dtype)
-    Y = wl.whiten(X, eps=1e-4, relative=True, method=method)
+    options = {"eps": 1e-4, "relative": True, "method": method, "via": via}
+    Y = wl.whiten(X, **options)
     # κ(P + εI) ≤ 2.1/1.08e-3: scaling rounds every sample once.
-    assert relative_error(wl.whiten(c * X, eps=1e-4, relative=True, method=method), Y) < 50 * 2e3 * eps_of(dtype)
+    assert relative_error(wl.whiten(c * X, **options), Y) < 50 * 2e3 * eps_of(dtype)
 
 
 @pytest.mark.parametrize("c", [1e-30, 1e-20, 1e18, 1e20, 1e30])

@@ -61,6 +61,8 @@ def condition_number(X_or_P: Tensor, *, eps: float = 0.0, features: bool | None 
     Raises:
         TypeError, ValueError: as for :func:`covariance` and :func:`sqrtm`; a negative eps.
 
+    Values are read: give it the batch itself, not one matrix at a time under ``torch.func.vmap``.
+
     Complexity: O(d n min(d, n)); see :func:`covariance_spectrum`. Source: eq. (1) of Song, Sebe and Wang, ECCV 2022.
 
     Example:

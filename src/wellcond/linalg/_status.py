@@ -1,4 +1,8 @@
-"""Roots with a status for every matrix instead of an exception, without waiting for the device: the ``_ex`` forms."""
+"""Roots with a status for every matrix instead of an exception, without reading a value: the ``_ex`` forms.
+
+With a solver of matrix products alone nothing waits for the device. LAPACK and its like report failures to the host
+by themselves: ``torch.linalg.eigh`` waits on an accelerator, whoever calls it.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ class RootStatus(NamedTuple):
 def sqrtm_ex(
     P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", tolerance: float | None = None
 ) -> RootStatus:
-    """:func:`sqrtm` with a status for every matrix: no value raises, and nothing waits for the device.
+    """:func:`sqrtm` with a status for every matrix: no value raises, and none is read.
 
     Args:
         P, eps, solver: as for :func:`sqrtm`.

@@ -115,7 +115,12 @@ def lyapunov(Q: Tensor, G: Tensor) -> Tensor:
     if Q.shape[-1] != G.shape[-1]:
         raise ValueError(f"Q and G must have the same size, got {tuple(Q.shape)} and {tuple(G.shape)}")
     dtype = torch.promote_types(Q.dtype, G.dtype)
-    batch = torch.broadcast_shapes(Q.shape[:-2], G.shape[:-2])
+    try:
+        batch = torch.broadcast_shapes(Q.shape[:-2], G.shape[:-2])
+    except RuntimeError:
+        raise ValueError(
+            f"the batch dimensions of Q and G must broadcast, got {tuple(Q.shape)} and {tuple(G.shape)}"
+        ) from None
     with full_precision(Q):
         Q, G = (x.to(working_dtype(dtype)).expand(*batch, *x.shape[-2:]) for x in (Q, G))
         s, U = eigenpairs(Q)

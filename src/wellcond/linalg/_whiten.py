@@ -60,7 +60,7 @@ def whiten(
         via: ``"covariance"`` forms P = A Aᴴ, of which the dtype resolves κ(P) up to 1/eps; ``"factor"`` decomposes
             the features themselves, which resolves κ(P) up to 1/eps² (ZCA and Cholesky, with ``rank="ridge"`` or
             ``"pinv"``). ``"auto"`` takes the factor for a regularised ZCA of at least twice as many channels as
-            samples, where it is faster too, and P elsewhere, where the factor takes 2 to 5 times as long.
+            samples, where it is faster too, and P elsewhere, where the factor takes 1.3 to 4 times as long.
 
     Returns:
         (..., d, n) in the dtype of X.
@@ -130,7 +130,7 @@ def _goes_by_factor(X: Tensor, via: str, method: Method, eps: float, rank: Rank,
             if not fits:
                 raise ValueError(f"{name}={value!r} needs the covariance: take via='covariance' or 'auto'")
         return True
-    # Where the factor was measured to be faster: benchmarks/how_accurate_are_the_solvers.py --whiten.
+    # Where the factor was measured to be faster: benchmarks/when_does_the_factor_pay.py.
     few = 2 * X.shape[-1] <= X.shape[-2] and (eps > 0.0 or rank == "pinv")
     return via == "auto" and few and method == "zca" and all(fits for _, fits in taken.values())
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._minimax_polynomials import Coefficients
+from ._solver import frobenius_norm
 
 
 def lyapunov_iteration(Q: Tensor, G: Tensor, polynomials: Iterable[Coefficients]) -> Tensor:
@@ -19,7 +20,7 @@ def lyapunov_iteration(Q: Tensor, G: Tensor, polynomials: Iterable[Coefficients]
     One step is five products with a polynomial of degree 3 and seven with one of degree 5. The parts of G between
     eigenvalues that the polynomials do not take to 1 are damped.
     """
-    norm = torch.linalg.matrix_norm(Q, keepdim=True)
+    norm = frobenius_norm(Q)
     norm = torch.where(norm > 0, norm, 1.0)
     Q, C = Q / norm, G / norm
     eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)

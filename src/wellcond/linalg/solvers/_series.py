@@ -11,7 +11,7 @@ from torch import Tensor
 from .._events import count_call
 from ._lyapunov_iteration import lyapunov_iteration
 from ._minimax_polynomials import NEWTON_SCHULZ
-from ._solver import Done, Root, Solver, Tensors, require_scale
+from ._solver import Done, Root, Solver, Tensors, frobenius_norm, require_scale
 
 
 class SeriesSolver(Solver):
@@ -43,7 +43,7 @@ class SeriesSolver(Solver):
         count_call()
         eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
         P = P + eps * eye
-        norm = torch.linalg.matrix_norm(P, keepdim=True)
+        norm = frobenius_norm(P)
         require_scale(norm, roots)
         Z = eye - P / torch.where(norm > 0, norm, 1.0)
         scale = {"sqrt": norm.sqrt(), "invsqrt": norm.rsqrt()}

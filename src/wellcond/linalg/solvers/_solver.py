@@ -128,13 +128,22 @@ def require_scale(scale: Tensor, roots: tuple[Root, ...]) -> None:
         )
 
 
+def frobenius_norm(P: Tensor) -> Tensor:
+    """‖P‖_F as (..., 1, 1), of whatever size: squares of entries beyond 1e19 or below 1e-19 leave float32."""
+    if P.shape[-1] == 0:
+        return P.real.new_zeros(*P.shape[:-2], 1, 1)
+    largest = P.detach().abs().amax((-2, -1), keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    return torch.linalg.matrix_norm(P / largest, keepdim=True) * largest
+
+
 def relative_residual(P: Tensor, root: Tensor, which: Root, eps: float) -> Tensor:
     """(...,) ‖Q² − P‖/‖P‖ of a square root Q, ‖S P S − I‖/‖I‖ of an inverse one; P + εI for P, Frobenius norms."""
     eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
     P = P + eps * eye
     if which == "sqrt":
-        size = torch.linalg.matrix_norm(P)
-        return torch.linalg.matrix_norm(root @ root - P) / torch.where(size > 0, size, 1.0)
+        size = frobenius_norm(P)
+        return (frobenius_norm(root @ root - P) / torch.where(size > 0, size, 1.0))[..., 0, 0]
     return torch.linalg.matrix_norm(root @ P @ root - eye) / max(P.shape[-1], 1) ** 0.5
 
 
