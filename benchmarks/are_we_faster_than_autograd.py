@@ -42,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     shapes = QUICK_SHAPES if options.quick else (*MATRIX_SHAPES, *FEATURE_SHAPES)
     names = (REFERENCE, AUTO, ISQRT)
-    seconds = 1.0 if options.quick else 8.0
+    seconds = 1.0 if options.quick else 5.0
     device = torch.device(options.device)
     results = [measure_case(case, torch.float32, device, seconds=seconds, names=names) for case in cases(TASKS, shapes)]
     print(f"{device}, float32, {torch.get_num_threads()} threads\n")

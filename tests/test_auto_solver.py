@@ -74,6 +74,9 @@ def test_a_measured_table_decides(monkeypatch):
         0.9,
     ]
     assert chosen(64, 256, 256) is wl.MinimaxOrEigh
+    monkeypatch.setattr(_auto, "_exact_float32_products", lambda: False)
+    assert chosen(64, 256, 256) is wl.Eigh
+    monkeypatch.setattr(_auto, "_exact_float32_products", lambda: True)
     assert chosen(1, 256, 256) is wl.Eigh
     assert chosen(500, 32, 32) is wl.Eigh
 

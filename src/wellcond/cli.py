@@ -239,7 +239,7 @@ def bench(
     shapes: Annotated[str | None, typer.Option(help="128x64x64 (matrices), 32x256x7x7 (maps), with commas")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda where there is one")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float32",
-    seconds: Annotated[float | None, typer.Option(help="of timing each case; default 1.5, with --full 12")] = None,
+    seconds: Annotated[float | None, typer.Option(help="of timing each case; default 1.5, with --full 8")] = None,
     threads: Threads = None,
     out: Annotated[Path, typer.Option(help="the benchmark's folder")] = DEFAULT_BENCHMARK,
     overwrite: Overwrite = False,

@@ -36,12 +36,18 @@ def speed_figure(results: Sequence[CaseResult], environment: dict[str, str]) -> 
     rows = -(-len(tasks) // columns)
     row_heights = [max(heights[i * columns : (i + 1) * columns]) + 2 for i in range(rows)]
     figure = Figure(figsize=(6.6 * columns, 0.26 * sum(row_heights) + 1.1), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, gridspec_kw={"height_ratios": row_heights})
+    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"height_ratios": row_heights})
     for axis, (task, group) in zip(axes.flat, tasks, strict=False):
         _panel(axis, task, group, looks)
     ratios = [ratio for result in results for row in result.rows if (ratio := result.faster(row)) is not None]
-    if ratios:
-        axes[0, 0].set_xlim(min(ratios) / 1.3, max(ratios) * 1.3)
+    low, high = min(ratios, default=1.0) / 1.3, max(ratios, default=1.0) * 1.3
+    ticks = [tick for tick in TICKS if low <= tick <= high]
+    for axis in axes.flat:
+        axis.set_xscale("log")
+        axis.set_xlim(low, high)
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks([], minor=True)
+        axis.tick_params(axis="x", labelsize=8)
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
     handles = {}
@@ -73,10 +79,6 @@ def _panel(axis: Any, task: str, group: Sequence[CaseResult], looks: dict[str, t
         axis.plot([], [], mark, color=colour, markersize=5.5, label=result.case.size)  # the legend's, filled
     axis.axvline(1.0, color="#000000", linewidth=0.8)
     axis.axhspan(names.index(AUTO) - 0.5, names.index(AUTO) + 0.5, color="#E69F00", alpha=0.18, linewidth=0)
-    axis.set_xscale("log")
-    axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
-    axis.set_xticks([], minor=True)
-    axis.tick_params(axis="x", labelbottom=True, labelsize=8)
     axis.set_yticks(range(len(names)), names)
     for label in axis.get_yticklabels():
         label.set_fontweight("bold" if label.get_text() == AUTO else "normal")

@@ -27,7 +27,7 @@ def limit_calls(case: Case, X: Tensor) -> dict[str, Call]:
     decomposition, and five d × d products (one forward, four backward). On features the decomposition of the smaller
     Gram matrix, in double precision as it is done, and five products of d × d by d × n.
     """
-    found: dict[str, Call] = {LARGE_PRODUCT: large_product(X.dtype, X.device)[0]}
+    found: dict[str, Call] = {LARGE_PRODUCT: large_product(X.dtype, X.device)}
     if case.task == "polar":
         return found
     if X.ndim == 3:
@@ -50,11 +50,19 @@ def limit_calls(case: Case, X: Tensor) -> dict[str, Call]:
     return found
 
 
-def large_product(dtype: torch.dtype, device: torch.device) -> tuple[Call, int]:
-    """A product large enough to run at the peak, and its floating-point operations."""
-    d = 8192 if device.type == "cuda" else 1024
-    A = torch.randn(d, d, dtype=dtype, device=device)
-    return lambda: A @ A, 2 * d**3
+def large_product(dtype: torch.dtype, device: torch.device) -> Call:
+    """A product large enough to run at the peak."""
+    A = torch.randn(_large(device), _large(device), dtype=dtype, device=device)
+    return lambda: A @ A
+
+
+def large_product_operations(device: torch.device) -> int:
+    """Its floating-point operations."""
+    return 2 * _large(device) ** 3
+
+
+def _large(device: torch.device) -> int:
+    return 8192 if device.type == "cuda" else 1024
 
 
 def count_operations(call: Call) -> int:

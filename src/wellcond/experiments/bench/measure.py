@@ -18,7 +18,7 @@ from wellcond.experiments.bench.limits import (
     LARGE_PRODUCT,
     PRODUCTS,
     count_operations,
-    large_product,
+    large_product_operations,
     limit_calls,
 )
 from wellcond.experiments.bench.memory import peak_bytes, saved_bytes
@@ -135,7 +135,7 @@ def measure_case(
         times = take_turns({**calls, **limits}, device, seconds=seconds)
     for row in rows:
         row.forward, row.both = times.get(_key(row, "forward")), times.get(_key(row, "both"))
-    peak = large_product(dtype, device)[1] / times[LARGE_PRODUCT].least
+    peak = large_product_operations(device) / times[LARGE_PRODUCT].least
     return CaseResult(case, X.numel() * X.element_size(), rows, {name: times[name] for name in limits}, peak)
 
 

@@ -33,7 +33,7 @@ def by_task(results: Iterable[CaseResult]) -> list[tuple[str, list[CaseResult]]]
 def ratio_cells(results: Sequence[CaseResult]) -> Cells:
     """The contestants of one task down, its shapes across; the heading first."""
     names = list(dict.fromkeys(row.name for result in results for row in result.rows))
-    cells = [["", *(result.case.size for result in results)]]
+    cells = [[results[0].case.task, *(result.case.size for result in results)]]
     for name in names:
         found = [next((row for row in result.rows if row.name == name), None) for result in results]
         ratios = [result.faster(row) if row else None for result, row in zip(results, found, strict=True)]
@@ -47,9 +47,9 @@ def summary_cells(results: Sequence[CaseResult]) -> Cells:
         "task",
         "shape",
         "ms",
-        "÷ eigh",
-        "÷ svd",
-        "÷ iSQRT",
+        "vs eigh",
+        "vs svd",
+        "vs iSQRT",
         "limit",
         "saved",
         "peak",
@@ -151,15 +151,15 @@ def inputs(size: int | None, result: CaseResult) -> str:
 
 def tables(results: Sequence[CaseResult]) -> list[Table]:
     """For the terminal: the ratios of every task, and what `wellcond` is on every case."""
-    groups = [rich_table(ratio_cells(group), task) for task, group in by_task(results)]
+    groups = [rich_table(ratio_cells(group)) for _, group in by_task(results)]
     # Milliseconds and the error of the value are in tables.md; the rest fits 80 columns.
     summary = [[*row[:2], *row[3:9], row[10]] for row in summary_cells(results)]
-    return [*groups, rich_table(summary, AUTO, SUMMARY_EXPLAINED)]
+    return [*groups, rich_table(summary, SUMMARY_EXPLAINED)]
 
 
-def rich_table(cells: Cells, title: str, caption: str = "") -> Table:
+def rich_table(cells: Cells, caption: str = "") -> Table:
     """For the terminal; a shape's batch goes above its size, so that many fit beside each other."""
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAVY, pad_edge=False, collapse_padding=True)
+    table = Table(caption=caption, box=box.SIMPLE_HEAVY, pad_edge=False, collapse_padding=True)
     heading, *body = cells
     for index, name in enumerate(heading):
         lines = name.replace("×", "×\n", 1) if name[:1].isdigit() else name.replace(" ", "\n")

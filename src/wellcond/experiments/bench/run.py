@@ -65,7 +65,7 @@ def bench(
         shapes: instead of the built-in ones, (batch, d, d) or (N, C, H, W).
         device: "cuda" where there is one, else "cpu".
         dtype: "float32" or "float64".
-        seconds: of timing a case; 1.5 by default, 12 with `full`.
+        seconds: of timing a case; 1.5 by default, 8 with `full`.
         threads: of the CPU; as PyTorch has them by default.
         overwrite: delete the benchmark that `out` holds (what it made, nothing else).
         finished: called with index, number of cases and result of every case that is done.
@@ -83,7 +83,7 @@ def bench(
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     wanted = cases(tasks or TASKS, shapes or ((*MATRIX_SHAPES, *FEATURE_SHAPES) if full else QUICK_SHAPES))
-    each = seconds if seconds is not None else 12.0 if full else 1.5
+    each = seconds if seconds is not None else 8.0 if full else 1.5
     folders.check(out, KIND, overwrite=overwrite, resumable=False)
     config = {"dtype": dtype, "device": str(where), "cases": [asdict(case) for case in wanted], "seconds": each}
     folders.prepare(out, KIND, config, MADE)
@@ -150,7 +150,7 @@ def markdown(found: Bench) -> str:
     parts = [", ".join(f"{key} {value}" for key, value in found.environment.items()) + ".", report.EXPLAINED]
     parts += [report.markdown_table(report.ratio_cells(group)) for _, group in report.by_task(found.results)]
     parts += [report.SUMMARY_EXPLAINED, report.markdown_table(report.summary_cells(found.results))]
+    parts += [f"- {line}" for line in report.remarks(found.results, found.missing, found.truths)]
     for result in found.results:
         parts += [f"### {result.case.task} {result.case.size}", report.markdown_table(report.detail_cells(result))]
-    remarks = report.remarks(found.results, found.missing, found.truths)
-    return "\n\n".join([*parts, *remarks]) + "\n"
+    return "\n\n".join(parts) + "\n"

@@ -31,8 +31,17 @@ from ._solver import Solver
 from .eigh import Eigh
 from .minimax_or_eigh import MinimaxOrEigh
 
-# Intel Xeon, two cores, PyTorch 2.13: eigh is the faster one everywhere.
-MEASURED: dict[tuple[str, torch.dtype], dict[int, dict[int, float]]] = {}
+# The CPU's: an Intel Xeon, two cores, PyTorch 2.13, other work on the machine. eigh is the faster one everywhere.
+MEASURED: dict[tuple[str, torch.dtype], dict[int, dict[int, float]]] = {
+    ("cpu", torch.float32): {
+        16: {1: 4.3, 8: 3.3, 64: 2.6, 256: 2.9},
+        32: {1: 3.0, 8: 6.8, 64: 1.7, 256: 2.7},
+        64: {1: 3.9, 8: 1.7, 64: 2.4, 256: 5.0},
+        128: {1: 3.3, 8: 2.6, 64: 4.1},
+        256: {1: 4.1, 8: 4.5},
+        512: {1: 6.5},
+    },
+}
 
 # A solver that is faster by less than this is not worth leaving the reference for.
 WORTH = 1.2
@@ -48,8 +57,7 @@ def auto_solver(P: Tensor) -> Solver:
     """The solver that ``solver="auto"`` means for this matrix or batch of matrices.
 
     Args:
-        P: (..., d, d); only its device, dtype and shape matter, so a tensor on the ``meta`` device tells as well
-            what its dtype and shape would get there.
+        P: (..., d, d); only its device, dtype and shape matter.
 
     Returns:
         :class:`Eigh`, or :class:`MinimaxOrEigh` where that was measured to be at least 1.2 times as fast (or, on
@@ -68,12 +76,17 @@ def auto_solver(P: Tensor) -> Solver:
 
 
 def _minimax_pays(P: Tensor) -> bool:
-    dtype, size, batch = working_dtype(P.dtype), P.shape[-1], P.shape[:-2].numel()
-    if (measured := MEASURED.get((P.device.type, dtype))) is not None:
-        return WORTH * nearest(measured, size, batch) < 1.0
-    if P.device.type != "cuda" or dtype != torch.float32:
+    kind, dtype = P.device.type, working_dtype(P.dtype)
+    measured = MEASURED.get((kind, dtype))
+    # Where nothing in the table is worth it the shape does not matter, and a compiled graph need not depend on it.
+    if measured and not any(WORTH * ratio < 1.0 for by_batch in measured.values() for ratio in by_batch.values()):
         return False
-    return size in CUDA_SIZES and batch >= CUDA_BATCH and _exact_float32_products()
+    if dtype != torch.float32 or (kind == "cuda" and not _exact_float32_products()):
+        return False
+    size, batch = P.shape[-1], P.shape[:-2].numel()
+    if measured:
+        return WORTH * nearest(measured, size, batch) < 1.0
+    return kind == "cuda" and size in CUDA_SIZES and batch >= CUDA_BATCH
 
 
 def nearest(ratios: dict[int, dict[int, float]], size: int, batch: int) -> float:

@@ -1,0 +1,82 @@
+"""The scripts in ``benchmarks/`` still run, on tiny shapes: what they print is a table and a verdict."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from wellcond.experiments.bench.cases import Case
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = [
+    FOLDER / f"{name}.py"
+    for name in (
+        "are_we_faster_than_autograd",
+        "how_do_peers_compare",
+        "remake_the_page",
+        "when_do_threads_pay",
+        "where_does_auto_cross_over",
+    )
+]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a script by its name with ``--quick`` and attributes of the module replaced; what it printed."""
+
+    def running(name, *arguments, **replaced):
+        (path,) = [path for path in SCRIPTS if path.stem == name]
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for attribute, value in replaced.items():
+            monkeypatch.setattr(module, attribute, value)
+        monkeypatch.setattr(sys, "argv", [path.name, "--quick", *arguments])
+        module.main()
+        return capsys.readouterr().out
+
+    return running
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_each_asks_a_question_and_says_how_it_is_run(path):
+    text = path.read_text()
+    first, *_ = text.splitlines()
+    assert first.startswith('"""') and first.endswith("?")
+    assert re.search(rf"^    python benchmarks/{path.stem}\.py", text, re.MULTILINE)
+
+
+def test_faster_than_autograd(run):
+    printed = run("are_we_faster_than_autograd", "--device", "cpu", QUICK_SHAPES=((2, 4, 4), (2, 4, 3, 3)))
+    assert "| sqrt | 2×4×4 |" in printed and "| whitening_layer | 2×4×3×3 |" in printed
+    verdicts = re.findall(r"^- .*: (-?[\d.]+) at worst \(.*\), wanted ([\d.]+): (met|missed)$", printed, re.MULTILINE)
+    assert [float(wanted) for _, wanted, _ in verdicts] == [1.0, 1.7, 0.15]
+    for found, wanted, verdict in verdicts:
+        better = float(found) <= float(wanted) if wanted == "0.15" else float(found) >= float(wanted)
+        assert verdict == ("met" if better else "missed")
+    assert "iSQRT-COV, 5 steps: not measured on these shapes" in printed
+
+
+def test_where_auto_crosses_over(run):
+    printed = run("where_does_auto_cross_over", "--device", "cpu", MATRIX_SHAPES=((1, 3, 3), (4, 5, 5)))
+    table = printed.partition("for MEASURED:")[2].partition("|")[0]
+    found = eval("{" + table.strip() + "}", {"torch": __import__("torch")})
+    (by_size,) = found.values()
+    assert set(by_size) == {16, 64, 256} and all(ratio > 0 for row in by_size.values() for ratio in row.values())
+    assert "| 4×5×5 | eigh |" in printed
+    assert re.search(r"auto is within [\d.]+ of the best", printed)
+
+
+def test_when_threads_pay(run):
+    printed = run("when_do_threads_pay")
+    assert "| 256 |" in printed and "times as fast in threads" in printed
+
+
+def test_how_peers_compare(run):
+    printed = run("how_do_peers_compare", "--device", "cpu", QUICK_CASES=(Case("polar", (2, 3, 3)),))
+    assert "polar 2×3×3" in printed
+    assert re.search(r"\| torch parametrizations \| [\d.]+ \| \d\.\de-\d\d \|", printed)
