@@ -43,8 +43,8 @@ class DecorrelatedBatchNorm2d(BatchWhitening):
             :class:`torch.nn.SyncBatchNorm` does; local where no process group is initialised. Shares may be empty.
         method: ``"zca"``; ``"cholesky"``, the inverse of the triangular factor; or ``"pca"``, the principal axes in
             the order of falling variance, the largest entry of each positive. In training PCA axes change places from
-            batch to batch where variances meet (stochastic axis swapping, Huang et al. 2018); evaluation has the axes of the running
-            covariance, in the same convention.
+            batch to batch where variances meet (stochastic axis swapping, Huang et al. 2018); evaluation has the axes
+            of the running covariance, in the same convention.
         relative: take ε in units of each group's mean variance tr P · groups / C.
         process_group: of ``torch.distributed``; None for the default one.
         device, dtype: of parameters and statistics; statistics are never below float32, also after ``.half()``, since
