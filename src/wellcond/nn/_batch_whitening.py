@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from wellcond.linalg import Solver
 from wellcond.linalg._checks import checks_values, full_precision, working_dtype
+from wellcond.linalg._whiten import Method
 
 from ._base import Observation
-from ._running_statistics import Method, Running, RunningWhitening
+from ._running_statistics import Running, RunningWhitening
 from ._sync import joined_moments, processes
 from ._whitening_function import affine_map, moments
 
