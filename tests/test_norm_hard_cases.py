@@ -151,3 +151,15 @@ def test_double_and_device_conversions_reach_the_statistics():
     layer = DecorrelatedBatchNorm2d(4).double()
     assert layer.running_cov.dtype == torch.float64
     assert layer.to("meta").running_cov.is_meta
+
+
+@pytest.mark.parametrize(("relative", "unit"), [(False, 1.0), (True, 5.0)])
+def test_observers_are_told_the_absolute_ridge_and_get_the_features_on_demand(relative, unit):
+    layer = DecorrelatedBatchNorm2d(2, groups=2, eps=1e-3, relative=relative, dtype=torch.float64)
+    x = features_with([9.0, 1.0], 8 * 6, torch.float64).view(2, 8, 2, 3).transpose(0, 1)
+    seen = []
+    layer.add_observer(lambda module, observation: seen.append(observation))
+    layer(x)
+    assert seen[0].eps == pytest.approx(1e-3 * unit)
+    # Evaluated now, not when it was seen: what nobody asks for is not copied.
+    assert torch.equal(seen[0].features, x.transpose(0, 1).flatten(1).unsqueeze(1))
