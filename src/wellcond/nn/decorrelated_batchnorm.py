@@ -12,16 +12,16 @@ from typing import Any
 
 from torch import nn
 
-from ._batch_whitening import BatchWhitening
+from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 
 
-class DecorrelatedBatchNorm1d(BatchWhitening):
+class DecorrelatedBatchNorm1d(_DecorrelatedBatchNorm):
     """:class:`DecorrelatedBatchNorm2d` for (N, C) or (N, C, L)."""
 
     _dims = (2, 3)
 
 
-class DecorrelatedBatchNorm2d(BatchWhitening):
+class DecorrelatedBatchNorm2d(_DecorrelatedBatchNorm):
     """Whiten the channels of a batch: y = γ ∘ (P + εI)^{-1/2} (x − μ) + β, with P over batch and space.
 
     A :class:`torch.nn.BatchNorm2d` that also removes correlations: in training the output covariance is I (up to ε) in
@@ -77,7 +77,7 @@ class DecorrelatedBatchNorm2d(BatchWhitening):
     _dims = (4,)
 
 
-class DecorrelatedBatchNorm3d(BatchWhitening):
+class DecorrelatedBatchNorm3d(_DecorrelatedBatchNorm):
     """:class:`DecorrelatedBatchNorm2d` for (N, C, D, H, W)."""
 
     _dims = (5,)
@@ -100,6 +100,6 @@ def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
         True
     """
     for layer in module.modules():
-        if isinstance(layer, BatchWhitening):
+        if isinstance(layer, _DecorrelatedBatchNorm):
             layer.sync, layer.process_group = True, process_group
     return module

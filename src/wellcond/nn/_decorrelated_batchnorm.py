@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class BatchWhitening(RunningWhitening):
+class _DecorrelatedBatchNorm(RunningWhitening):
     """The layer; a subclass says for which dimensions. See :class:`DecorrelatedBatchNorm2d`."""
 
     _dims: tuple[int, ...] = ()
@@ -114,8 +114,11 @@ class BatchWhitening(RunningWhitening):
         W = self.weight.to(dtype).view(self.groups, -1, 1) * W
         return W, self.bias.to(dtype).view(self.groups, -1, 1) - W @ mean
 
-    def evaluation_map(self) -> tuple[Tensor, Tensor]:
+    def evaluation_map(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The affine map that the layer is in evaluation: (C, C/groups, 1, …) weight of a convolution and its bias (C).
+
+        Args:
+            dtype: of both, and of the work; that of the running statistics if None.
 
         Raises:
             RuntimeError: the layer keeps no running statistics.
@@ -123,7 +126,7 @@ class BatchWhitening(RunningWhitening):
         if self.running_mean is None:
             raise RuntimeError(f"{self.describe()} keeps no running statistics: its output depends on the batch")
         mean = self.running_mean
-        W, b = self._affine(self._running_whitening(), mean.view(self.groups, -1, 1), mean.dtype)
+        W, b = self._affine(self._running_whitening(), mean.view(self.groups, -1, 1), dtype or mean.dtype)
         return W.flatten(0, 1).view(self.num_features, -1, *(1,) * (self._dims[-1] - 2)), b.flatten()
 
     def _features(self, x: Tensor) -> Tensor:
