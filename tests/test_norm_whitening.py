@@ -187,6 +187,32 @@ def test_float32_is_accurate_however_large_the_mean(ratio, last):
     assert relative_error(grad, expected) < bound * max(1.0, ratio)
 
 
+@pytest.mark.parametrize("shape", [(5, 4), (3, 4, 2, 2)])
+def test_evaluation_differentiates_twice_in_the_input_and_the_affine_parameters(shape):
+    layer = LAYERS[len(shape)](4, groups=2, eps=1e-2, dtype=torch.float64)
+    layer(batch((20, *shape[1:]), eigvals=[4.0, 2.0, 1.0, 0.3]))
+    layer.eval()
+
+    def run(x, weight, bias):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
+
+    arguments = (torch.randn(shape), torch.randn(4), torch.randn(4))
+    arguments = tuple(a.double().requires_grad_() for a in arguments)
+    assert torch.autograd.gradcheck(run, arguments)
+    assert torch.autograd.gradgradcheck(run, arguments)
+
+
+def test_many_small_images_take_no_more_memory_than_the_rest():
+    """More channels than positions: no d × d matrix is kept for every image."""
+    x = torch.randn(64, 128, 2, 2, requires_grad=True)
+    layer = DecorrelatedBatchNorm2d(128)
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        torch.autograd.grad(layer(x), x, torch.ones(x.shape))
+    largest = max(event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    # A piece is 1 MB at most; 64 matrices of 128 × 128 would be 4 MB.
+    assert largest <= 1 << 20
+
+
 def test_second_derivatives_that_mix_output_and_gradient_are_right():
     """The loss depends on y directly and through its gradient, so that both backward passes run through one graph."""
     layer = DecorrelatedBatchNorm1d(3, eps=1e-2, dtype=torch.float64)

@@ -33,12 +33,15 @@ class Piece(NamedTuple):
 
 def pieces(blocks: Tensor) -> Iterator[Piece]:
     """Cut (K, G, d, n) into pieces of about :data:`CACHED_ENTRIES` entries, along K or, for a single block, n."""
-    axis = 0 if blocks.shape[0] > 1 else 3
-    total = blocks.shape[axis]
     if not blocks.numel():
         return
+    K, _, d, n = blocks.shape
+    axis = 0 if K > 1 else 3
+    total = blocks.shape[axis]
     limit = CACHED_ENTRIES if blocks.device.type == "cpu" else max(CACHED_ENTRIES, blocks.numel() // PIECES_ELSEWHERE)
-    step = max(1, limit * total // blocks.numel())
+    # A piece along K comes with as many d × d matrices as it has images and groups.
+    entries = blocks.numel() * (max(n, d) / n if K > 1 else 1)
+    step = max(1, int(limit * total / entries))
     for start in range(0, total, step):
         yield Piece(axis, start, min(step, total - start))
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from wellcond.linalg._checks import working_dtype
+
+# Since torch 2.7.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 def needs_plain_operations() -> bool:
@@ -33,7 +38,7 @@ def plain_affine_map(x: Tensor, W: Tensor, b: Tensor, origin: Tensor | None) -> 
     work = x.to(working_dtype(x.dtype))
     if origin is not None:
         work = work - origin.reshape(-1, *(1,) * (x.dim() - 2))
-    if x.device.type != "cpu" and not torch.compiler.is_exporting():  # cuDNN would convolve in TF32
+    if x.device.type != "cpu" and not is_exporting():  # cuDNN would convolve in TF32
         return (W @ work.reshape(x.shape[0], groups, d, -1) + b).reshape(x.shape).to(x.dtype)
     spatial = max(x.dim() - 2, 1)
     convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[spatial - 1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.linalg import Solver, recording, whitening_matrix
+from wellcond.linalg._whiten import Method
 from wellcond.linalg._whitening_matrix import require_method
 from wellcond.linalg.solvers import choose_solver
 
@@ -17,7 +18,6 @@ from ._base import SpectralModule
 from ._migration import upgrade
 
 Running = Literal["covariance", "whitening"]
-Method = Literal["zca", "pca", "cholesky"]
 STATISTICS = ("running_mean", "running_cov", "running_whitening", "evaluation_whitening")
 HALF = (torch.float16, torch.bfloat16)
 

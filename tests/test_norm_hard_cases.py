@@ -1,0 +1,165 @@
+"""Decorrelated batch norm where it hurts: rank deficiency, drifting scale, bad values, half precision."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import eps_of, features_with, relative_error
+from wellcond.linalg import NonFiniteMatrixError
+from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, IterNorm1d
+
+HALF = [torch.float16, torch.bfloat16]
+METHODS = ["zca", "pca", "cholesky"]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("kind", ["dead", "constant", "duplicate", "all dead"])
+@pytest.mark.parametrize("method", METHODS)
+def test_degenerate_channels_stay_finite_by_every_method(scale, kind, method):
+    x = torch.randn(16, 4, 4, 4) * scale
+    x[:, 1] = {"dead": 0.0, "constant": 7.0 * scale, "duplicate": x[:, 0]}.get(kind, 0.0)
+    if kind == "all dead":
+        x.zero_()
+    x.requires_grad_()
+    layer = DecorrelatedBatchNorm2d(4, eps=1e-3, relative=True, method=method)
+    y = layer(x)
+    (y * torch.randn_like(y)).sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+    assert layer.eval()(x).isfinite().all()
+    if kind in ("dead", "constant"):
+        # Channel 1 (another row for PCA) has no variance: what is left is rounding of its mean, over √ε.
+        least = y.detach().transpose(0, 1).flatten(1).std(1).min()
+        assert least < 7 * eps_of(torch.float32) / 1e-3**0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_nan_in_one_sample_names_the_layer_and_spoils_no_statistics_by_any_method(method):
+    layer = DecorrelatedBatchNorm2d(4, method=method, relative=True)
+    layer.layer_name = "stage1.norm"
+    layer(torch.randn(8, 4, 3, 3))
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.randn(8, 4, 3, 3)
+    x[5, 2, 1, 1] = torch.nan
+    with pytest.raises(NonFiniteMatrixError, match=r"stage1\.norm"):
+        layer(x)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_an_empty_batch_is_refused_in_training_and_passes_in_evaluation():
+    layer = DecorrelatedBatchNorm2d(4)
+    x = torch.empty(0, 4, 3, 3)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(x)
+    assert layer.eval()(x).shape == x.shape
+
+
+@pytest.mark.parametrize("layer", [DecorrelatedBatchNorm1d(16, eps=1e-2, relative=True), IterNorm1d(16)])
+def test_training_on_rank_deficient_data_of_drifting_scale_stays_finite_and_agrees_with_evaluation(layer):
+    """16 channels of rank 10 whose scale goes from 0.01 to 100 and back; the label is a product of two factors.
+
+    The gap is that of the accuracies on 8192 samples, by their own statistics and by the running ones. The learning
+    rate falls as in the paper: statistics that lag behind the weights are no statistics of theirs.
+    """
+    torch.manual_seed(0)
+    mixing = torch.randn(10, 12)
+    net = nn.Sequential(nn.Linear(12, 16), copy.deepcopy(layer), nn.ReLU(), nn.Linear(16, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [857, 1429])
+
+    def data(samples, step):
+        factors = torch.randn(samples, 10)
+        scale = 10 ** (2 * torch.tensor(step / 300).sin())
+        return scale * factors @ mixing, (factors[:, 0] * factors[:, 1] > 0).long()
+
+    for step in range(2000):
+        x, label = data(256, step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), label).backward()
+        optimizer.step()
+        schedule.step()
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert all(b.isfinite().all() for b in net.buffers())
+    x, label = data(8192, 2000)
+    with torch.no_grad():
+        evaluated, trained = ((mode(x).argmax(1) == label).float().mean() for mode in (copy.deepcopy(net).eval(), net))
+    assert trained > 0.9  # it has learned something, so that a gap could show
+    assert abs(trained - evaluated) < 0.02
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_statistics_and_gradients_of_half_precision_input_are_those_of_float32(dtype):
+    """κ = 100; enough samples for several pieces. Only the result is rounded to half precision."""
+    x = features_with([1.0, 0.5, 0.1, 0.01], 150 * 2048, torch.float32).view(4, 150, 2048).transpose(0, 1)
+    x = (x + 2.0).to(dtype)
+    g = torch.randn(x.shape).to(dtype)
+    results = []
+    for z in (x, x.float()):
+        layer = DecorrelatedBatchNorm1d(4)
+        z = z.clone().requires_grad_()
+        y = layer(z)
+        y.backward(g.to(z.dtype))
+        results.append((layer, y, z.grad))
+    (half, y, grad), (full, y32, grad32) = results
+    assert y.dtype == grad.dtype == dtype
+    for name in ("running_mean", "running_cov"):
+        assert getattr(half, name).dtype == torch.float32
+        assert relative_error(getattr(half, name), getattr(full, name)) < 1e-5
+    # One rounding, to half an ulp.
+    assert relative_error(y, y32) < eps_of(dtype) and relative_error(grad, grad32) < eps_of(dtype)
+    assert relative_error(half.weight.grad, full.weight.grad) < 1e-5
+    assert relative_error(half.eval()(x), full.eval()(x.float())) < eps_of(dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast_leaves_statistics_and_output_as_they_are(dtype):
+    x = features_with([1.0, 0.5, 0.1, 0.01], 400, torch.float32).view(4, 4, 10, 10).transpose(0, 1).contiguous()
+    inside, outside = DecorrelatedBatchNorm2d(4), DecorrelatedBatchNorm2d(4)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y = inside(a)
+        y.square().mean().backward()  # autocast around the backward pass as well
+    outside(b).square().mean().backward()
+    assert y.dtype == torch.float32
+    assert relative_error(inside.running_cov, outside.running_cov) < 1e-5
+    assert relative_error(inside.eval()(x), outside.eval()(x)) < 1e-5
+    # The gradient of mean(y²) is ε-small, cancelled from terms of size 1/√λ: compared to those.
+    assert (a.grad - b.grad).abs().max() < 1e-5 / 0.01**0.5
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.bfloat16)])
+def test_a_module_in_half_precision_keeps_its_statistics_in_float32(convert):
+    """A covariance of κ = 1e4 rounded to half precision is indefinite; the layer converted must still evaluate."""
+    x = features_with([1.0, 1e-2, 1e-4, 1e-4], 400, torch.float32).view(4, 4, 10, 10).transpose(0, 1)
+    layer = DecorrelatedBatchNorm2d(4, momentum=1.0, eps=1e-6)
+    layer(x)
+    want = copy.deepcopy(layer).eval()(x)
+    convert(layer)
+    rounded = layer.running_cov[0].to(layer.weight.dtype).double()
+    assert torch.linalg.eigvalsh(rounded).min() < 0 or relative_error(rounded, layer.running_cov[0]) > 1e-5
+    assert layer.weight.dtype in HALF and layer.running_cov.dtype == layer.running_mean.dtype == torch.float32
+    assert relative_error(layer.eval()(x), want) < 1e-5
+    made = DecorrelatedBatchNorm2d(4, dtype=layer.weight.dtype)
+    made.load_state_dict(layer.state_dict())
+    assert made.weight.dtype == layer.weight.dtype and torch.equal(made.running_cov, layer.running_cov)
+
+
+def test_double_and_device_conversions_reach_the_statistics():
+    layer = DecorrelatedBatchNorm2d(4).double()
+    assert layer.running_cov.dtype == torch.float64
+    assert layer.to("meta").running_cov.is_meta
+
+
+@pytest.mark.parametrize(("relative", "unit"), [(False, 1.0), (True, 5.0)])
+def test_observers_are_told_the_absolute_ridge_and_get_the_features_on_demand(relative, unit):
+    layer = DecorrelatedBatchNorm2d(2, groups=2, eps=1e-3, relative=relative, dtype=torch.float64)
+    x = features_with([9.0, 1.0], 8 * 6, torch.float64).view(2, 8, 2, 3).transpose(0, 1)
+    seen = []
+    layer.add_observer(lambda module, observation: seen.append(observation))
+    layer(x)
+    assert seen[0].eps == pytest.approx(1e-3 * unit)
+    # Evaluated now, not when it was seen: what nobody asks for is not copied.
+    assert torch.equal(seen[0].features, x.transpose(0, 1).flatten(1).unsqueeze(1))
