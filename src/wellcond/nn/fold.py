@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ._affine import ChannelAffine, absorbed, channel_convolution
-from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
+from .decorrelated_batchnorm import _DecorrelatedBatchNorm
 
-Norm = DecorrelatedBatchNorm1d | DecorrelatedBatchNorm2d | DecorrelatedBatchNorm3d
 Model = TypeVar("Model", bound=nn.Module)
 _PASSES_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 """What does nothing in evaluation."""
@@ -51,7 +50,7 @@ def fold(model: Model) -> Model:
         )
     """
     model = copy.deepcopy(model).eval()
-    norms = [m for m in model.modules() if isinstance(m, Norm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, _DecorrelatedBatchNorm) and m.track_running_stats]
     if not norms:
         return model
     before = {} if model in norms else _layers_before(model)
@@ -76,7 +75,7 @@ def fold(model: Model) -> Model:
 
 
 @torch.no_grad()
-def _affine_map(norm: Norm) -> ChannelAffine:
+def _affine_map(norm: _DecorrelatedBatchNorm) -> ChannelAffine:
     """M (groups, d, d) and the shift (C,), in float64."""
     assert norm.running_mean is not None
     matrix = norm._evaluation_whitening().double()
@@ -92,9 +91,9 @@ class _Tracer(fx.Tracer):
     """Looks into a module only if a decorrelated batch norm is inside."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, Norm):
+        if isinstance(m, _DecorrelatedBatchNorm):
             return True
-        return type(m) is not nn.Sequential and not any(isinstance(x, Norm) for x in m.modules())
+        return type(m) is not nn.Sequential and not any(isinstance(x, _DecorrelatedBatchNorm) for x in m.modules())
 
 
 def _layers_before(model: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -113,7 +112,7 @@ def _layers_before(model: nn.Module) -> dict[nn.Module, nn.Module]:
     read = {id(_tensor_at(model, str(node.target))) for node in graph.nodes if node.op == "get_attr"}
     found: dict[nn.Module, nn.Module] = {}
     for node, norm in calls.items():
-        if not isinstance(norm, Norm) or used.count(norm) != 1:
+        if not isinstance(norm, _DecorrelatedBatchNorm) or used.count(norm) != 1:
             continue
         source = node.all_input_nodes[0]
         while len(source.users) == 1 and type(calls.get(source)) in _PASSES_ON:
