@@ -5,15 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from wellcond.linalg import Solver, covariance, covariance_sqrtm, expm, invsqrtm, logm, powm, recording, sqrtm
-from wellcond.linalg.solvers import choose_solver
+from wellcond.linalg import Solver, covariance, covariance_sqrtm, expm, invsqrtm, logm, powm, sqrtm
 
 from ._base import Observation, SpectralModule
 from ._factor_power import covariance_powm
@@ -88,14 +86,10 @@ class SpectralLayer(SpectralModule):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self._observers and self.takes == "features":
             self._observe(Observation(lambda: self._normalised(x.detach()), self.eps))
-        with self._recording(), torch.autocast(x.device.type, enabled=False):
+        solver = self.solver if self.function in _ROOTS else None
+        with self._recording(solver), torch.autocast(x.device.type, enabled=False):
             work = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
             return self._apply_function(self._normalised(work)).to(x.dtype)
-
-    def _recording(self) -> AbstractContextManager[Any]:
-        """Counts and names the solver's events, but where the compiler shall take the layer whole, which it can."""
-        whole = torch.compiler.is_compiling() and self.function in _ROOTS and choose_solver(self.solver).traceable
-        return nullcontext() if whole else recording(self.solver_events, self.describe)
 
     def _normalised(self, x: Tensor) -> Tensor:
         if self.normalisation is None:
