@@ -280,3 +280,14 @@ def test_spectral_layer_names_itself_in_errors():
     layer.layer_name = "head.spectral"
     with pytest.raises(ValueError, match=r"head\.spectral"):
         layer(torch.full((2, 3, 3), float("nan")))
+
+
+def test_a_head_of_matrix_products_compiles_whole():
+    torch._dynamo.reset()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    pool = GlobalCovariancePool2d(4, solver=NewtonSchulz(5, tolerance=None), isometric=True)
+    compiled = torch.compile(pool, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), pool(x))
+    gradients = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, pool)]
+    torch.testing.assert_close(*gradients)
+    torch._dynamo.reset()

@@ -1,5 +1,7 @@
 """The skew-orthogonal convolution: an orthogonal Jacobian, and bounds that hold."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -149,6 +151,26 @@ def test_training_moves_the_weight_and_keeps_the_jacobian_orthogonal():
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert distance_from_orthogonal(jacobian(conv.eval(), (3, 5, 5), torch.float32)) < 1e-4
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_follows_a_weight_that_changes_under_it(mode):
+    conv, other = SkewOrthogonalConv2d(3, 3).eval(), SkewOrthogonalConv2d(3, 3).eval()
+    x = torch.randn(1, 3, 4, 4)
+    for change in (
+        lambda: conv.load_state_dict(other.state_dict()),
+        lambda: torch.optim.SGD(conv.parameters(), lr=0.1).step(),
+        lambda: setattr(conv, "weight", nn.Parameter(torch.randn_like(conv.weight))),
+    ):
+        with mode():
+            conv(x)
+            copy.deepcopy(conv)(x)
+        conv(x).sum().backward()
+        change()
+        expected = conv(x)  # with gradients, nothing is kept
+        with mode():
+            torch.testing.assert_close(conv(x), expected.detach(), rtol=0, atol=0)
+            torch.testing.assert_close(conv(x), expected.detach(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

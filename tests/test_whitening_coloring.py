@@ -159,6 +159,13 @@ def test_half_precision_and_autocast_are_computed_in_float32(dtype):
     assert (y.float() - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
 
 
+def test_the_style_is_taken_to_the_dtype_of_the_content():
+    content, style = torch.randn(3, 20), torch.randn(3, 30, dtype=torch.float64)
+    y = whitening_coloring(content, style, eps=1e-3)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, whitening_coloring(content, style.float(), eps=1e-3), rtol=0, atol=0)
+
+
 def test_float32_of_fewer_pixels_than_channels_has_no_rounding_noise():
     content, style = torch.randn(64, 20), torch.randn(64, 100)
     y, truth = (whitening_coloring(c, s, eps=0.0) for c, s in ((content, style), (content.double(), style.double())))

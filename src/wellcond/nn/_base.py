@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from wellcond.linalg import SolverEvents
+from wellcond.linalg import Solver, SolverEvents, recording
+from wellcond.linalg.solvers import choose_solver
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,11 @@ class SpectralModule(nn.Module):
         """The layer's name and form, for messages."""
         form = f"{type(self).__name__}({self.extra_repr()})"
         return f"layer '{self.layer_name}' ({form})" if self.layer_name else f"layer {form}"
+
+    def _recording(self, solver: str | Solver | None = None) -> AbstractContextManager[Any]:
+        """Counts and names the events of this block; not of a traceable ``solver`` in a graph, which stays whole so."""
+        whole = torch.compiler.is_compiling() and solver is not None and choose_solver(solver).traceable
+        return nullcontext() if whole else recording(self.solver_events, self.describe)
 
     def _observe(self, observation: Observation) -> None:
         for observer in tuple(self._observers.values()):

@@ -7,7 +7,7 @@ norm is the largest of these over the frequencies; zero padding only restricts i
 2021).
 
 The spectral norms themselves are bounded by Schatten norms of high order, ‖A‖ ≤ (tr (AAᵀ)^{2^m})^{1/2^{m+1}}, which is
-m squarings of a Gram matrix and above ‖A‖ by a factor of at most rank^{1/2^{m+1}} (Delattre et al., Gram iteration,
+m − 1 squarings of a Gram matrix and above ‖A‖ by a factor of at most rank^{1/2^{m+1}} (Delattre et al., Gram iteration,
 ICML 2023). Unlike a power iteration it never gives too little, keeps no state, and has a derivative where norms are
 tied.
 """
@@ -30,13 +30,15 @@ def spectral_norm_bound(A: Tensor, squarings: int = SQUARINGS) -> Tensor:
     log, weight = torch.zeros((), dtype=A.dtype, device=A.device), 0.5
     size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     nonzero = size > 0
-    for _ in range(squarings):
+    for step in range(squarings):
         # Divided by its trace before each squaring, so that no power leaves the range of the dtype.
         size = torch.where(nonzero, size, 1.0)
         gram = gram / size
         log, weight = log + weight * size.log(), weight / 2
-        gram = gram @ gram
-        size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        # The trace of a square is the sum of squares: the last one is not formed.
+        size = gram.square().sum((-2, -1))
+        if step < squarings - 1:
+            gram = gram @ gram
     log = log + weight * torch.where(nonzero, size, 1.0).log()
     return torch.where(nonzero, scale * log.exp(), 0.0)
 

@@ -49,7 +49,8 @@ class SkewOrthogonalConv2d(nn.Module):
     Raises:
         ValueError: an even kernel, another padding, wrong dimensions or channels, a size that stride does not divide.
 
-    Complexity: K convolutions of c to c channels, and O(c³ kh³) for the bound of the norm.
+    Complexity: K convolutions of c to c channels, and five products of c·kh × c·kw matrices for the bound of the norm
+    (once, in evaluation).
     Source: Singla and Feizi, Skew Orthogonal Convolutions, ICML 2021.
 
     Example:
@@ -94,6 +95,7 @@ class SkewOrthogonalConv2d(nn.Module):
         c = max(in_channels * stride**2, out_channels)
         self.weight = nn.Parameter(torch.empty(c, c, *kernel, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        self._kept: tuple[Tensor, int, Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -108,7 +110,22 @@ class SkewOrthogonalConv2d(nn.Module):
                 self.bias.zero_()
 
     def kernel(self) -> Tensor:
-        """The skew-symmetric kernel L (c, c, kh, kw), scaled to ‖J‖ ≤ ``max_norm``; float32 or better."""
+        """The skew-symmetric kernel L (c, c, kh, kw), scaled to ‖J‖ ≤ ``max_norm``; float32 or better.
+
+        In evaluation without gradients it is kept until the weight changes.
+        """
+        weight = self.weight
+        if self.training or (torch.is_grad_enabled() and weight.requires_grad) or weight.is_inference():
+            return self._computed_kernel()
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self._computed_kernel()
+        if self._kept is None or self._kept[0] is not weight or self._kept[1] != weight._version:
+            # A kernel made in inference mode could not be used outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = (weight, weight._version, self._computed_kernel())
+        return self._kept[2]
+
+    def _computed_kernel(self) -> Tensor:
         with torch.autocast(self.weight.device.type, enabled=False):
             L = _skew(self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)))
             bound = skew_convolution_norm_bound(L)

@@ -21,7 +21,6 @@ from wellcond.linalg import (
     invsqrtm,
     logm,
     powm,
-    recording,
     sqrtm,
 )
 
@@ -97,7 +96,8 @@ class SpectralLayer(SpectralModule):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self._observers and self.takes == "features":
             self._observe(Observation(lambda: self._normalised(x.detach()), self.eps))
-        with recording(self.solver_events, self.describe), torch.autocast(x.device.type, enabled=False):
+        solver = self.solver if self.function in _ROOTS else None
+        with self._recording(solver), torch.autocast(x.device.type, enabled=False):
             work = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
             return self._apply_function(self._normalised(work)).to(x.dtype)
 

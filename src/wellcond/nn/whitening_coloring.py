@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from wellcond.linalg import recording
-
 from ._base import Observation, SpectralModule
 from .functional._whitening_coloring import Method, factor, grouped, whitening_coloring
 
@@ -50,7 +48,7 @@ class WhiteningColoring(SpectralModule):
     ) -> Tensor:
         if self.training and self._observers and content_mask is None:
             self._observe(Observation(lambda: self._seen(content.detach()), self.eps))
-        with recording(self.solver_events, self.describe):
+        with self._recording():
             return whitening_coloring(
                 content,
                 style,

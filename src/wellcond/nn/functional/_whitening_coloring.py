@@ -48,7 +48,8 @@ def whitening_coloring(
 
     Args:
         content, style: (N, C, *spatial) or (C, n); the channels agree, the spatial sizes need not, and a batch of 1
-            serves every image of the other. Half precision is computed in float32.
+            serves every image of the other. Half precision is computed in float32; the style is taken to the dtype of
+            the content.
         eps: ε ≥ 0, added to the eigenvalues of the content's covariance before the inverse root ("cholesky": of both
             covariances). With 0, "zca" whitens on the range alone, in float64.
         alpha: α in [0, 1]: 0 gives the content, 1 the full transform.
@@ -84,7 +85,7 @@ def whitening_coloring(
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     with torch.autocast(content.device.type, enabled=False):
         c, c_mask = grouped(content, groups), _flat_mask(content_mask, content, "content_mask")
-        s, s_mask = grouped(style, groups), _flat_mask(style_mask, style, "style_mask")
+        s, s_mask = grouped(style.to(c.dtype), groups), _flat_mask(style_mask, style, "style_mask")
         of_content, of_style = factor(c, c_mask, relative), factor(s, s_mask, False)
         if method == "zca":
             white, colour = _range_whitened(of_content.A, eps), _root(of_style.A)
