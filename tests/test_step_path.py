@@ -146,11 +146,12 @@ def test_off_the_cpu_the_default_is_the_solver_without_a_decomposition(device, s
     assert asked == [solver]
 
 
-def test_a_whole_training_step_with_the_treatments_never_waits():
+@pytest.mark.parametrize("map", ["exp", "cayley", "householder"])
+def test_a_whole_training_step_with_the_treatments_never_waits(map):
     """Forward through the orthogonal weight, backward and step, of the layer before the spectral layer."""
     conv = small_net()[0]
     optimizer = torch.optim.SGD(conv.parameters(), lr=0.1, momentum=0.9)
-    treat(conv, optimizer, "nog+ow+olr+ol", layers=[conv])
+    treat(conv, optimizer, "nog+ow+olr+ol", layers=[conv], options={"ow": {"map": map}})
     (x, _), *_ = batches(1)
     for _ in range(2):
         with no_waiting():

@@ -73,13 +73,13 @@ def householder_map(V: Tensor, F: Tensor) -> Tensor:
 
     Complexity: products and triangular solves of O(n k²), no exponential; LAPACK only for F, which is constant.
     """
+    E = torch.eye(*F.shape[-2:], dtype=F.dtype, device=F.device)
     with torch.no_grad():
-        Y = torch.geqrf(F)[0].tril(-1) + torch.eye(*F.shape[-2:], dtype=F.dtype, device=F.device)
-        signs = torch.sign((F * _reflect(Y, torch.eye(*F.shape[-2:], dtype=F.dtype, device=F.device))).sum(-2))
+        Y = torch.geqrf(F)[0].tril(-1) + E
+        signs = torch.sign((F * _reflect(Y, E)).sum(-2, keepdim=True))
     inner = F.mT @ V
     X = _reflect(Y, V - F @ ((inner + inner.mT) / 2), backwards=True)
-    E = torch.eye(*F.shape[-2:], dtype=F.dtype, device=F.device)
-    return -_reflect(Y, _reflect(X.tril(-1) + E, E.expand_as(X))) * signs.unsqueeze(-2)
+    return -signs * _reflect(Y, _reflect(X.tril(-1) + E, E))
 
 
 def _reflect(Y: Tensor, B: Tensor, *, backwards: bool = False) -> Tensor:
