@@ -474,6 +474,8 @@ def test_plot_draws_kappa_over_the_steps(tmp_path) -> None:
     assert (tmp_path / "deep" / "kappa.png").read_bytes()[:4] == b"\x89PNG"
     (line,) = axes.get_lines()
     assert axes.get_yscale() == "log"
+    assert axes.get_ylabel() == "condition number κ(P)"
+    assert line.get_label() == "norm (not finite at 1 of 3)"  # a gap alone might go unseen
     np.testing.assert_array_equal(line.get_xdata(), [0, 1, 2])
     np.testing.assert_array_equal(line.get_ydata(), [10.0, math.nan, 1000.0])
     assert monitor.plot(axes, "kappa_eps") is axes

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker, on_main_process
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -45,9 +45,10 @@ class Model(PreTrainedModel):
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps the precision of a process; each test sets its own."""
+    """Accelerate keeps precision and accumulation for a whole process; each test sets its own."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 class Images(IterableDataset):

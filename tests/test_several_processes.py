@@ -43,6 +43,7 @@ FSDP = [
     ("ow+nog+olr", "sgd", {}),
     ("sn+nog+ol", "sgd", {}),
 ]
+MESHES = ["tensor parallel", "fully sharded and tensor parallel", "replicated and sharded"]
 PLACEMENTS = ["shard 0", "shard 1", "replicate", "partial"]
 GRADIENT = torch.randn(1, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))[0]
 
@@ -149,6 +150,45 @@ def tensor_parallel(rank: int, placement: str, mesh: Any) -> dict[str, Any]:
     return found | {"counts": nog.counts()["w"]}
 
 
+INPUTS = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5)).double()
+
+
+def three_steps(model: nn.Sequential, x: Tensor) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    NearestOrthogonalGradient(optimizer, list(model))
+    olr = OptimalLearningRate(optimizer, list(model))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return [rate.item() for rate in olr.rates().values()]
+
+
+def on_mesh(rank: int, kind: str) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model, x = two_layers(), INPUTS
+    plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    if kind == "tensor parallel":
+        parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    elif kind == "replicated and sharded":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
+    else:
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "tensor"))
+        parallelize_module(model, mesh["tensor"], plan)
+        fully_shard(model, mesh=mesh["data"])
+    rates = three_steps(model, x if kind == "tensor parallel" else x.chunk(2)[rank])
+    placements = [str(layer.weight.placements) for layer in model]
+    return {"rates": rates, "placements": placements, "weights": [p.full_tensor().detach() for p in model.parameters()]}
+
+
 def refusals(mesh: Any) -> dict[str, str]:
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -191,6 +231,7 @@ def work(rank: int, folder: str) -> None:
     found: dict[str, Any] = {"ddp": [ddp(rank, *case) for case in DDP]}
     found["fsdp"] = [fsdp(rank, *case, mesh=mesh) for case in FSDP]
     found["tensor parallel"] = [tensor_parallel(rank, placement, mesh) for placement in PLACEMENTS]
+    found["meshes"] = [on_mesh(rank, kind) for kind in MESHES]
     found["refusals"], found["example input"] = refusals(mesh), example_input(mesh)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -258,6 +299,19 @@ def test_however_a_weight_is_spread_the_step_is_that_of_the_whole(case: int, ran
     assert first["rate"].item() == second["rate"].item() == pytest.approx(rate, rel=BOUND)
     assert (first["weight"] - (W - rate * factor)).abs().max() < BOUND
     assert first["counts"] == {"treated": 1, "zero": 2, "nonfinite": 1}
+
+
+@pytest.mark.parametrize("case", range(len(MESHES)), ids=MESHES)
+def test_on_every_mesh_the_steps_are_those_of_one_process(case: int, ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["meshes"][case] for rank in ranks)
+    assert len({*first["placements"]}) == (1 if MESHES[case] == "replicated and sharded" else 2)
+    model = two_layers()
+    rates = three_steps(model, INPUTS)
+    assert first["rates"] == second["rates"] == pytest.approx(rates, rel=BOUND)
+    assert all(0 < rate < 0.3 for rate in rates)
+    for mine, theirs, reference in zip(first["weights"], second["weights"], model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert (mine - reference).abs().max() < BOUND
 
 
 def test_what_cannot_be_done_to_sharded_weights_is_refused_early(ranks: list[dict[str, Any]]) -> None:

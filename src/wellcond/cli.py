@@ -1,4 +1,4 @@
-"""The command `wellcond`: `train` one configuration, `compare` a grid of them, `bench` the solvers on this machine.
+"""The command `wellcond`: `train` a configuration, `compare` a grid, `report` on both, `inspect` a network, `bench` solvers.
 
 Every error that a user can act on is one line on the standard error and exit status 2; Ctrl-C says how to go on
 and is exit status 130. What needs torch is imported inside the commands, so that `--help` is quick.
@@ -40,6 +40,7 @@ stderr = Console(stderr=True)
 
 DEFAULT_COMPARISON = Path("comparison")
 DEFAULT_BENCHMARK = Path("benchmark")
+DEFAULT_REPORT = Path("report")
 DEFAULT_TREATS = (NO_TREATMENT, "nog", "olr", "ow", "nog+ow+olr")
 
 # -- options that both commands share ----------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def train(
     again: list[str] = []
     with reporting(debug, logging.WARNING if console.is_terminal else logging.INFO, again):
         config = recipe(**asked)
-        folder = out or Path("runs") / f"{Path(config.data).name}-{config.model}-{config.folder_name}"
+        folder = out or _run_folder(config)
         if resume:
             from wellcond.experiments import folders
 
@@ -213,6 +214,80 @@ def compare(
         title = f"{config.model} on {config.data}, {config.epochs} epochs"
         console.print(comparison_table(rows, title))
         console.print(f"in {out}: results.csv, results.json, condition.png, condition.svg", highlight=False)
+
+
+@app.command()
+def inspect(
+    run: Annotated[Path | None, typer.Argument(help="the folder of a run, or one of its checkpoints")] = None,
+    data: Annotated[str | None, typer.Option(help="images to look at; by default those of the run")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "train",
+    batches: Annotated[int, typer.Option(help="how many batches at most")] = 10,
+    batch_size: Annotated[int | None, typer.Option(help="images in each; by default as in the run")] = None,
+    out: Annotated[Path | None, typer.Option(help="write every batch's numbers here too: .csv or .jsonl")] = None,
+    debug: Debug = False,
+) -> None:
+    """Condition numbers of a checkpoint's layers on a data set.
+
+    Without RUN it takes the newest run below runs/ and comparison/, and if there is none trains the default first.
+    """
+    again: list[str] = []
+    with reporting(debug, logging.INFO, again):
+        if out is not None and out.exists():
+            raise ValueError(f"'{out}' is there already; choose another --out")
+        from wellcond.experiments.inspect import inspect as inspect_run
+        from wellcond.experiments.inspect import newest_run
+        from wellcond.experiments.tables import inspection_table, weight_lines
+
+        run = run or newest_run((Path("runs"), DEFAULT_COMPARISON / "runs"))
+        if run is None:
+            run = _train_default(again)
+        found = inspect_run(
+            run, data=data, split=split, batches=batches, batch_size=batch_size, writers=() if out is None else out
+        )
+        console.print(inspection_table(found))
+        for line in weight_lines(found):
+            console.print(line, highlight=False, soft_wrap=True)
+        console.print(f"of {found.checkpoint}", highlight=False, soft_wrap=True)
+
+
+def _train_default(again: list[str]) -> Path:
+    from wellcond.experiments.runs import run as run_training
+
+    config = recipe()
+    folder = _run_folder(config)
+    again.append(f"wellcond train --out {folder} --resume")
+    console.print(f"there is no run yet: training the default into {folder}", highlight=False)
+    run_training(config, folder, progress=console.is_terminal)
+    return folder
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path] | None, typer.Argument(help="folders of runs or comparisons, or that hold such")] = None,
+    out: Annotated[Path, typer.Option(help="the report's folder; one that is there is replaced")] = DEFAULT_REPORT,
+    debug: Debug = False,
+) -> None:
+    """One page of HTML that needs nothing else, and its figures as PNG and SVG.
+
+    Without RUNS it is on the comparison in the folder comparison/; if there is none, that is made first.
+    """
+    with reporting(debug, logging.WARNING, ["wellcond compare --resume"]):
+        if not runs:
+            runs = [DEFAULT_COMPARISON]
+            if not DEFAULT_COMPARISON.exists():
+                compare(out=DEFAULT_COMPARISON)
+        from wellcond.experiments.report import report as write_report
+
+        page, notes = write_report(runs, out)
+        for note in notes:
+            stderr.print(note, soft_wrap=True, markup=False, highlight=False)
+        console.print(
+            f"in {out}: {page.name}, condition.png, condition.svg, learning.png, learning.svg", highlight=False
+        )
+
+
+def _run_folder(config: RunConfig) -> Path:
+    return Path("runs") / f"{Path(config.data).name}-{config.model}-{config.folder_name}"
 
 
 def _configs(asked: dict[str, Any], out: Path, resume: bool) -> list[RunConfig]:

@@ -22,6 +22,14 @@ def is_occupied(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
+def kind_of(folder: Path) -> str | None:
+    """What `config.json` says that the folder holds; None if there is none of ours."""
+    try:
+        return str(json.loads((folder / CONFIG).read_text())["kind"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def read_config(folder: Path, kind: str) -> dict[str, Any]:
     """The configuration of the `kind` (`run`, `comparison`) that the folder holds.
 

@@ -10,7 +10,7 @@ import json
 import math
 import platform
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from wellcond.experiments.errors import RunError
 from wellcond.experiments.files import read_csv, write_json
 from wellcond.experiments.recipes import RunConfig
 
-RESULT, CONDITION = "result.json", "condition.csv"
+RESULT, CONDITION, METRICS = "result.json", "condition.csv", "metrics.csv"
 
 
 @dataclass(frozen=True)
@@ -175,11 +175,13 @@ class Row:
     seconds_per_step: float
 
 
-def summarise(results: Iterable[RunResult]) -> list[Row]:
-    """The table: one row for each configuration and layer, in the order in which they come."""
+def summarise(
+    results: Iterable[RunResult], label: Callable[[RunConfig], str] = lambda config: config.label
+) -> list[Row]:
+    """The table: one row for each configuration (what has one ``label``) and layer, in the order in which they come."""
     groups: dict[str, list[RunResult]] = {}
     for result in results:
-        groups.setdefault(result.config.label, []).append(result)
+        groups.setdefault(label(result.config), []).append(result)
     return [row for label, runs in groups.items() for row in _rows(label, runs)]
 
 

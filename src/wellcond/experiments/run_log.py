@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from wellcond.experiments._extras import needs_train_extra
+from wellcond.experiments.results import METRICS
 
 with needs_train_extra():
     import lightning.pytorch as pl
 
-METRICS = "metrics.csv"
 METRIC_COLUMNS: tuple[str, ...] = (
     "epoch",
     "step",

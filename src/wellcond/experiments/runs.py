@@ -24,13 +24,14 @@ from wellcond.experiments.processes import interruptible, quiet, spawn, threads
 from wellcond.experiments.recipes import ConfigError, RunConfig
 from wellcond.experiments.results import (
     CONDITION,
+    METRICS,
     RESULT,
     RunResult,
     environment,
     layer_conditions,
     load_result,
 )
-from wellcond.experiments.run_log import METRICS, RunLog
+from wellcond.experiments.run_log import RunLog
 from wellcond.experiments.training import Classifier, evaluate, spectral_layers
 from wellcond.lightning import ConditionMonitorCallback
 

@@ -1,15 +1,20 @@
-"""The printed tables: one run, and a comparison laid out as the paper's Tables 1–5 with the conditioning beside."""
+"""The printed tables: one run; a comparison laid out as the paper's Tables 1–5 with the conditioning beside; a look
+at a checkpoint."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 
 from wellcond.experiments.results import LayerCondition, Row, RunResult
+
+if TYPE_CHECKING:
+    from wellcond.experiments.inspect import Inspection
 
 
 def number(value: float) -> str:
@@ -90,6 +95,37 @@ def comparison_table(rows: Sequence[Row], title: str) -> Table:
         for row in (first, *others):
             table.add_row(f"  {_layer(row.layer)}", "", "", *_measures(row), "")
     return table
+
+
+def inspection_table(found: Inspection) -> Table:
+    """What `wellcond inspect` found: a line for each observed layer, and below it the weight before it."""
+    table = Table(
+        title=f"{found.config.model}, {found.config.label}, after {found.epoch} epochs; {found.images} {found.split} "
+        f"images of {found.data}",
+        box=box.SIMPLE_HEAVY,
+        pad_edge=False,
+        collapse_padding=True,
+        caption=f"Medians over {len({record.step for record in found.records})} batches in training mode, of the "
+        "covariance P of the layer's input.",
+    )
+    table.add_column("\nlayer", no_wrap=True)
+    for heading in ("\nκ(P)", "\nlargest", "\nκ(P+εI)", "\nrank", "eff.\nrank", "\nλ max", "\nλ min", "\nfails"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, layer in found.layers.items():
+        values = [layer[key] for key in ("kappa", "kappa_max", "kappa_eps")]
+        ranks = [rank(layer["numerical_rank"], int(layer["dim"])), number(layer["effective_rank"])]
+        ends = [number(layer["eig_max"]), number(layer["eig_min"]), f"{layer['failures']:g}"]
+        table.add_row(_layer(name), *map(number, values), *ranks, *ends)
+    return table
+
+
+def weight_lines(found: Inspection) -> list[str]:
+    """The singular values of the weights before the spectral layers, a line each."""
+    return [
+        f"weight of {w.layer}, {w.rows} × {w.columns}: singular values from {w.smallest:.6g} to {w.largest:.6g}, "
+        f"κ {number(w.largest / w.smallest if w.smallest else math.inf)}"
+        for w in found.weights
+    ]
 
 
 def _measures(row: Row) -> tuple[str, ...]:

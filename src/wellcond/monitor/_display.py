@@ -11,6 +11,13 @@ from typing import Any
 from ._record import ConditionRecord
 
 _BARS = "▁▂▃▄▅▆▇█"
+_NAMES = {
+    "kappa": "condition number κ(P)",
+    "kappa_eps": "condition number κ(P + εI)",
+    "kappa_range": "condition number over the numerical range",
+    "eig_max": "largest eigenvalue of P",
+    "eig_min": "smallest eigenvalue of P",
+}
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -43,8 +50,10 @@ def plot(series: dict[str, list[ConditionRecord]], target: Any, measure: str) ->
     for layer, records in series.items():
         # a gap where κ is infinite or unknown: a log axis has no place for it
         heights = [v if math.isfinite(v) else math.nan for v in (float(getattr(r, measure)) for r in records)]
-        axes.plot([r.step for r in records], heights, label=layer or "model", marker=".", markersize=3)
-    axes.set(yscale="log", xlabel="step", ylabel=measure)
+        gaps = sum(map(math.isnan, heights))
+        label = f"{layer or 'model'} (not finite at {gaps} of {len(heights)})" if gaps else layer or "model"
+        axes.plot([r.step for r in records], heights, label=label, marker=".", markersize=3)
+    axes.set(yscale="log", xlabel="step", ylabel=_NAMES.get(measure, measure.replace("_", " ")))
     axes.legend()
     if figure is not None:
         Path(target).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,177 @@
+"""The conditioning of a trained network, layer by layer, on images of any data set: what `wellcond inspect` prints.
+
+The covariances are those of batches in training mode, which the solver of a spectral layer sees in training; no step
+is taken. With each comes the weight of the layer before it, whose singular values the treatments act on.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wellcond.experiments import folders
+from wellcond.experiments.checkpoints import CheckpointError, newest_readable
+from wellcond.experiments.data import ImageDataModule, load_images
+from wellcond.experiments.errors import FolderError, RunError
+from wellcond.experiments.recipes import ConfigError, RunConfig, choose
+from wellcond.experiments.runs import CHECKPOINTS, KIND, observed_layers
+from wellcond.experiments.training import Classifier, spectral_layers
+from wellcond.monitor import ConditionMonitor, ConditionRecord
+from wellcond.orthogonality import pre_spectral_layers
+from wellcond.orthogonality._matrix import layer_target
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class WeightSpectrum:
+    """The singular values of a weight as a matrix (the groups of a convolution together).
+
+    Attributes:
+        layer: its name in the network.
+        rows, columns: of the matrix, (out, in·kh·kw).
+        largest, smallest: singular values; there are min(rows, columns), or that for each group.
+    """
+
+    layer: str
+    rows: int
+    columns: int
+    largest: float
+    smallest: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        config: of the run.
+        checkpoint: the file.
+        epoch: how many epochs it had finished.
+        data, split, images: on what.
+        records: one for each layer and batch; the batch is the step.
+        layers: medians over the batches, as :meth:`wellcond.monitor.ConditionMonitor.summary`.
+        weights: of the layers before the spectral layers.
+    """
+
+    config: RunConfig
+    checkpoint: Path
+    epoch: int
+    data: str
+    split: str
+    images: int
+    records: tuple[ConditionRecord, ...]
+    layers: dict[str, dict[str, float]]
+    weights: tuple[WeightSpectrum, ...]
+
+
+def newest_run(places: tuple[Path, ...]) -> Path | None:
+    """The run with the newest checkpoint among the folders directly inside ``places``; None if there is none."""
+    found = [path for place in places for path in place.glob(f"*/{CHECKPOINTS}/*.ckpt")]
+    found = [path for path in found if folders.kind_of(path.parents[1]) == KIND]
+    return max(found, key=lambda path: path.stat().st_mtime).parents[1] if found else None
+
+
+def inspect(
+    place: str | os.PathLike[str],
+    *,
+    data: str | None = None,
+    split: str = "train",
+    batches: int = 10,
+    batch_size: int | None = None,
+    writers: Any = (),
+) -> Inspection:
+    """Measure the condition numbers of a run's network.
+
+    Args:
+        place: the folder of a run, whose newest checkpoint is taken, or one of its checkpoints.
+        data: images to look at, as for `load_images`; those of the run when left out.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        batches: how many batches at most.
+        batch_size: images in each; that of the run when left out.
+        writers: as for the monitor.
+
+    Raises:
+        RunError: there is no run, no checkpoint that can be read, or its weights are not those of the run.
+        ValueError: an unknown split, a number below 1, or images that the network does not take.
+    """
+    choose("split", split, SPLITS)
+    if batches < 1:
+        raise ConfigError(f"batches must be at least 1, got {batches}")
+    run, path, checkpoint = _open(Path(place))
+    config = RunConfig.from_dict(folders.read_config(run, KIND))
+    size = config.batch_size if batch_size is None else batch_size
+    found = load_images(data or config.data, limit=None if data else config.limit)
+    images = ImageDataModule(found, size, augment=False, seed=config.seed)
+    module = _restored(config, checkpoint["state_dict"], path)
+    if (wanted := module.model.get_submodule("conv1").in_channels) != found.in_channels:
+        raise ConfigError(
+            f"the network of '{run}' takes images of {wanted} channels, those of '{found.name}' have "
+            f"{found.in_channels}; choose another --data"
+        )
+    module.train()
+    loader = {"train": images.train_dataloader, "validation": images.val_dataloader, "test": images.test_dataloader}
+    seen = 0
+    with ConditionMonitor(module, every=1, layers=observed_layers(module), writers=writers) as monitor, torch.no_grad():
+        for _, batch in zip(range(batches), loader[split](), strict=False):
+            inputs: Tensor = images.on_after_batch_transfer(batch, 0)[0]
+            module.model(inputs)
+            monitor.step += 1  # the model is a part of the module that is watched
+            seen += len(inputs)
+    return Inspection(
+        config=config,
+        checkpoint=path,
+        epoch=int(checkpoint["epoch"]) + 1,
+        data=found.name,
+        split=split,
+        images=seen,
+        records=tuple(monitor.records),
+        layers=monitor.summary(),
+        weights=_weights(module.model),
+    )
+
+
+def _open(place: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """The run's folder, the checkpoint and what is in it."""
+    run = place if place.is_dir() else place.parent.parent
+    if not place.exists() or folders.kind_of(run) != KIND:
+        raise FolderError(f"'{place}' is not a run; give the folder of one, or one of its checkpoints")
+    if place.is_dir():
+        path, checkpoint, _ = newest_readable(run / CHECKPOINTS)
+        return run, path, checkpoint
+    try:
+        checkpoint = torch.load(place, map_location="cpu", weights_only=True)
+        if not {"state_dict", "epoch"} <= checkpoint.keys():
+            raise ValueError("it has no weights and epoch")
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise CheckpointError(f"'{place}' is not a checkpoint of a run ({str(error).splitlines()[0][:100]})") from error
+    return run, place, checkpoint
+
+
+def _restored(config: RunConfig, state: dict[str, Tensor], path: Path) -> Classifier:
+    try:
+        classes = len(state["model.classifier.bias"])
+        stem = next(v for k, v in state.items() if k.startswith("model.conv1.") and v.ndim == 4)
+        module = Classifier(config, num_classes=classes, in_channels=stem.shape[1])
+        module.load_state_dict(state)
+    except (KeyError, StopIteration, RuntimeError) as error:
+        raise RunError(f"the weights in '{path}' are not those of the run beside it: {error}") from error
+    return module
+
+
+def _weights(model: nn.Module) -> tuple[WeightSpectrum, ...]:
+    if not spectral_layers(model):
+        return ()
+    found = []
+    for name, layer in pre_spectral_layers(model).items():
+        weight: Any = layer.weight  # the one in use
+        matrix = layer_target(layer, name).view.matrix(weight.detach().double())
+        values = torch.linalg.svdvals(matrix)
+        rows, columns = matrix.shape[-2:]
+        found.append(WeightSpectrum(name, rows, columns, values.max().item(), values.min().item()))
+    return tuple(found)

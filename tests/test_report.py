@@ -1,0 +1,280 @@
+"""The report says what the runs found, needs nothing but itself, and loses nothing; inspect measures what is there."""
+
+from __future__ import annotations
+
+import base64
+import html.parser
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import wellcond.cli
+from small_runs import checkpoint, small
+from test_cli import SMALL, call, one_line
+from wellcond.experiments import folders
+from wellcond.experiments._page import command
+from wellcond.experiments.compare import compare
+from wellcond.experiments.data import ImageDataModule, load_images
+from wellcond.experiments.errors import FolderError, RunError
+from wellcond.experiments.files import read_csv
+from wellcond.experiments.inspect import inspect, newest_run
+from wellcond.experiments.recipes import RunConfig, recipe
+from wellcond.experiments.report import labels, report
+from wellcond.experiments.training import Classifier
+
+VOID = {"meta", "img"}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of two configurations with two seeds."""
+    out = tmp_path_factory.mktemp("done") / "comparison"
+    compare([small(epochs=2, treat=treat, seed=seed) for treat in ("none", "ow+nog") for seed in (0, 1)], out)
+    return out
+
+
+class Page(html.parser.HTMLParser):
+    """Tables as lists of rows, images, and whether every tag is closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.images: list[dict[str, Any]] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+        elif tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & {*self.open}:
+            self.tables[-1][-1][-1] += data
+
+
+def test_the_page_says_what_the_runs_found_and_needs_nothing_else(done: Path, tmp_path: Path) -> None:
+    path, notes = report([done], tmp_path / "report")
+    text = path.read_text()
+    page = Page(text)
+    assert page.open == []
+    assert notes == []
+    assert not page.tags & {"script", "link", "iframe", "object"}
+    assert not re.search(r"(src|href|url)\s*[=(]\s*['\"]?(?!data:)[\w/.]", text.split("</style>")[1])
+    results, runs, options = page.tables
+    rows = read_csv(done / "results.csv")
+    assert [row[0] for row in results[1:]] == ["zca", "zca+ow+nog"] == [row["label"] for row in rows]
+    for shown, row in zip(results[1:], rows, strict=True):
+        mean, std = (100 * float(row[f"test_error_{name}"]) for name in ("mean", "std"))
+        assert shown[1] == f"{mean:.2f} ± {std:.2f}"
+        assert shown[3:] == [
+            "norm1",
+            f"{float(row['kappa']):.3g}",
+            f"{float(row['kappa_eps']):.3g}",
+            "8/8",
+            f"{float(row['effective_rank']):.3g}",
+            row["failures"],
+            f"{float(row['seconds_per_step']):.4f}",
+        ]
+    assert "<b>" in text  # the best of a column
+    assert len(runs) == 1 + 4
+    for shown in runs[1:]:
+        found = json.loads((Path(shown[-1]) / "result.json").read_text())
+        assert shown[2] == f"{100 * found['test_error']:.2f}"
+        assert shown[1] == str(found["config"]["seed"])
+    assert ["treat", "none, ow+nog"] in options
+    for name, image in zip(("condition", "learning"), page.images, strict=True):
+        kind, data = image["src"].split(",")
+        assert kind == "data:image/svg+xml;base64"
+        assert base64.b64decode(data) == (path.parent / f"{name}.svg").read_bytes()
+        assert len(image["alt"]) > 20
+        assert (path.parent / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_is_not_finished_is_left_out_and_said(done: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    shutil.copytree(done, part)
+    (part / "runs" / "zca-seed1" / "result.json").unlink()
+    path, (note,) = report([part, part / "runs" / "zca-seed0", part / "runs"], tmp_path / "report")
+    assert "zca-seed1' is not finished and left out; go on with: wellcond train --out" in note
+    page = Page(path.read_text())
+    assert len(page.tables[1]) == 1 + 3  # each run once, however often it is named
+    assert page.tables[0][1][1] == page.tables[0][1][2]  # one seed has no spread
+    assert "is not finished" in path.read_text()
+    for run in (part / "runs").iterdir():
+        (run / "result.json").unlink(missing_ok=True)
+    with pytest.raises(RunError, match="there is no finished run to report"):
+        report([part], tmp_path / "report")
+    assert Page(path.read_text()).tables == page.tables  # the earlier report is still there
+
+
+def test_only_an_earlier_report_is_replaced(done: Path, tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match="holds a comparison, not a report"):
+        report([done], done)
+    (tmp_path / "mine.txt").write_text("of the user")
+    with pytest.raises(FolderError, match="holds files that no report made"):
+        report([done], tmp_path)
+    with pytest.raises(FolderError, match="holds no run; give the folder"):
+        report([tmp_path], tmp_path / "report")
+    report([done], tmp_path / "report")
+    (tmp_path / "report" / "mine.txt").write_text("of the user")
+    report([done / "runs" / "zca-seed0"], tmp_path / "report")
+    assert (tmp_path / "report" / "mine.txt").exists()
+    assert len(Page((tmp_path / "report" / "report.html").read_text()).tables[1]) == 1 + 1
+
+
+def test_configurations_that_share_a_short_name_are_told_apart() -> None:
+    configs = [small(width=8), small(width=16), small(width=16, seed=3)]
+    assert [labels(configs)(c) for c in configs] == ["zca, width 8", "zca, width 16", "zca, width 16"]
+    assert labels(configs[1:])(configs[1]) == "zca"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        recipe(),
+        small(treat="nog+ow", seed=4, augment=True),
+        recipe(data="cifar100", model="resnet50", head="gcp", augment=False, eps=1e-3, threads=2),
+        recipe(data="a folder/of <images>", norm="iter", monitor_every=3),
+    ],
+)
+def test_the_command_on_the_page_is_that_of_the_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shlex
+
+    asked: list[RunConfig] = []
+
+    def run(config: RunConfig, *args: Any, **kwargs: Any) -> None:
+        asked.append(config)
+        raise FolderError("enough")
+
+    monkeypatch.setattr("wellcond.experiments.runs.run", run)
+    words = shlex.split(command(config))
+    assert words[0] == "wellcond"
+    assert call(*words[1:]).exit_code == 2
+    assert asked == [config]
+
+
+def test_without_arguments_report_takes_the_comparison_or_makes_it(done: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def make(out: Path) -> None:
+        shutil.copytree(done, out)
+
+    monkeypatch.setattr(wellcond.cli, "compare", make)
+    for _ in range(2):
+        result = call("report")
+        assert result.exit_code == 0, result.output
+        assert "in report: report.html, condition.png" in result.stdout
+    assert len(Page((tmp_path / "report" / "report.html").read_text()).tables[1]) == 1 + 4
+    assert "comparison/runs/zca-seed0" in (tmp_path / "report" / "report.html").read_text()
+
+
+# -- inspect ------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_measures_the_covariances_and_weights_of_the_checkpoint(done: Path, tmp_path: Path) -> None:
+    """Against numpy, on the input of the layer in the same network."""
+    run = done / "runs" / "zca+ow+nog-seed1"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    found = inspect(run, batches=3, writers=[tmp_path / "found.csv"])
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    config = RunConfig.from_dict(folders.read_config(run, "run"))
+    module = Classifier(config, num_classes=10, in_channels=1)
+    module.load_state_dict(checkpoint(run)["state_dict"])
+    inputs: list[np.ndarray] = []
+    module.model.norm1.register_forward_pre_hook(lambda layer, args: inputs.append(args[0].double().numpy()))
+    images = ImageDataModule(load_images("digits", limit=130), 32, augment=False, seed=1)
+    with torch.no_grad():
+        for _, batch in zip(range(3), images.train_dataloader(), strict=False):
+            module.train().model(images.on_after_batch_transfer(batch, 0)[0])
+    for record, x in zip(found.records, inputs, strict=True):
+        values = np.linalg.eigvalsh(np.cov(np.moveaxis(x, 1, 0).reshape(8, -1), bias=True))
+        # eps64·κ of the covariance, with κ below 1e3
+        assert record.kappa == pytest.approx(values[-1] / values[0], rel=1e-9)
+        assert (record.eig_max, record.eig_min) == pytest.approx((values[-1], values[0]), rel=1e-9)
+    summary = found.layers["model.norm1"]
+    assert summary["kappa"] == np.median([record.kappa for record in found.records])
+    assert (found.images, found.epoch, found.split) == (96, 2, "train")
+    assert [row["layer"] for row in read_csv(tmp_path / "found.csv")] == ["model.norm1"] * 3
+    (weight,) = found.weights
+    singular = np.linalg.svd(module.model.conv1.weight.detach().double().numpy().reshape(8, -1), compute_uv=False)
+    assert (weight.layer, weight.rows, weight.columns) == ("conv1", 8, 25)
+    assert (weight.largest, weight.smallest) == pytest.approx((singular[0], singular[-1]), rel=1e-12)
+    assert weight.largest == pytest.approx(1, abs=1e-6)  # the treatment kept it orthogonal
+
+
+def test_inspect_takes_any_checkpoint_and_split_and_the_newest_run(done: Path, tmp_path: Path, monkeypatch) -> None:
+    best = done / "runs" / "zca-seed0" / "checkpoints" / "best.ckpt"
+    result = call(
+        "inspect", best, "--split", "test", "--batches", "2", "--batch-size", "50", "--out", tmp_path / "a.csv"
+    )
+    assert result.exit_code == 0, result.output
+    assert re.search(r"norm1 .* 8/8 ", result.stdout)
+    assert "100 test images" in " ".join(result.stdout.split())
+    assert len(read_csv(tmp_path / "a.csv")) == 2
+    again = call("inspect", best, "--out", tmp_path / "a.csv")
+    assert "is there already; choose another --out" in one_line(again)
+    chosen = done / "runs" / "zca-seed1" / "checkpoints" / "last.ckpt"
+    later = max(path.stat().st_mtime for path in done.rglob("*.ckpt")) + 10
+    os.utime(chosen, (later, later))
+    assert newest_run((done / "runs", tmp_path / "nothing")) == done / "runs" / "zca-seed1"
+    assert newest_run((tmp_path,)) is None
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(wellcond.cli, "recipe", lambda: small(epochs=1))
+    for said in (True, False):  # trained the first time, found the second
+        result = call("inspect", "--batches", "1")
+        assert result.exit_code == 0, result.output
+        assert ("there is no run yet: training the default" in result.stdout) == said
+        assert "runs/digits-resnet8-zca-seed0/checkpoints/last.ckpt" in result.stdout
+
+
+def test_inspect_watches_a_batch_norm_where_there_is_no_spectral_layer(tmp_path: Path) -> None:
+    assert call("train", *SMALL, "--norm", "batch", "--out", tmp_path / "run").exit_code == 0
+    found = inspect(tmp_path / "run", batches=1)
+    assert list(found.layers) == ["model.norm1"]
+    assert found.weights == ()
+
+
+def test_inspect_says_what_is_wrong(done: Path, tmp_path: Path) -> None:
+    run = done / "runs" / "zca-seed0"
+    colour = (torch.zeros(90, 3, 8, 8, dtype=torch.uint8), torch.arange(90) % 2)
+    for options, message in [
+        ({"split": "tset"}, "unknown split 'tset'; did you mean 'test'"),
+        ({"batches": 0}, "batches must be at least 1, got 0"),
+        ({"data": colour}, "takes images of 1 channels"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            inspect(run, **options)
+    for place in (done, tmp_path / "nowhere", tmp_path):
+        with pytest.raises(FolderError, match="is not a run; give the folder of one"):
+            inspect(place)
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "checkpoints" / "last.ckpt").write_bytes(b"torn")
+    with pytest.raises(RunError, match=r"last.ckpt' is not a checkpoint of a run"):
+        inspect(copy / "checkpoints" / "last.ckpt")
+    state = checkpoint(run)
+    state["state_dict"] = {name.replace("norm1", "norm2"): value for name, value in state["state_dict"].items()}
+    torch.save(state, copy / "checkpoints" / "last.ckpt")
+    with pytest.raises(RunError, match="are not those of the run beside it"):
+        inspect(copy)
