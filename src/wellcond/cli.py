@@ -1,4 +1,4 @@
-"""The command `wellcond`: `train` one network, `compare` a grid, `report` on both, `inspect` a network, `bench` solvers.
+"""The command `wellcond`: `train` a network, `compare` a grid, `report` on both, `inspect` a network, `bench` solvers.
 
 Every error that a user can act on is one line on the standard error and exit status 2; Ctrl-C says how to go on
 and is exit status 130. What needs torch is imported inside the commands, so that `--help` is quick.
