@@ -175,6 +175,10 @@ def test_resuming_with_other_treatments_is_refused(tmp_path: Path) -> None:
         TreatmentCallback("nog", options={"ol": {}})
     with pytest.raises(ValueError, match=r"no layer 'net\.7'"):
         trainer(tmp_path, TreatmentCallback("nog", layers="net.7"))
+    normed = Model()
+    nn.utils.parametrizations.weight_norm(normed.net[0])
+    with pytest.raises(ValueError, match="already has the parametrisation _WeightNorm"):
+        trainer(tmp_path, TreatmentCallback("ow", layers="net.0"), model=normed)
 
 
 def test_a_second_training_of_the_same_trainer_is_treated_once(tmp_path: Path) -> None:
@@ -184,6 +188,10 @@ def test_a_second_training_of_the_same_trainer_is_treated_once(tmp_path: Path) -
     work.train()
     assert callback.treatment.nog.counts()["net.0"] == {"treated": STEPS, "zero": 0, "nonfinite": 0}
     assert not work.model.net[1]._observers
+    another = TreatmentCallback("nog+ow")  # finds the weight treated, and leaves it so
+    trainer(tmp_path, another, model=work.model).train()
+    assert len(work.model.net[0].parametrizations.weight) == 1
+    assert another.treatment.nog.counts()["net.0"]["treated"] == STEPS
 
 
 class Reporter(TrainerCallback):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import csv
 import math
+import os
 from pathlib import Path
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -245,11 +247,12 @@ def test_a_fully_sharded_task_is_treated_as_a_whole_one(treatments: str) -> None
 
     task = Sharded()
     strategy = pl.strategies.ModelParallelStrategy()
-    try:
-        fit(task, TreatmentCallback(treatments), strategy=strategy, devices=1, use_distributed_sampler=False)
-        mine = {name: value.full_tensor().detach() for name, value in task.named_parameters()}
-    finally:
-        torch.distributed.destroy_process_group()
+    with mock.patch.dict(os.environ):  # where Lightning leaves rank and port, also for tests that come later
+        try:
+            fit(task, TreatmentCallback(treatments), strategy=strategy, devices=1, use_distributed_sampler=False)
+            mine = {name: value.full_tensor().detach() for name, value in task.named_parameters()}
+        finally:
+            torch.distributed.destroy_process_group()
     assert_same_weights(mine, dict(by_hand(treatments).named_parameters()))
 
 

@@ -149,7 +149,7 @@ def _runs(results: Sequence[RunResult], label: Callable[[RunConfig], str]) -> st
         ]
         for result in results
     ]
-    heads = ["configuration", "seed", "test error, %", "best validation error", "after epoch", "κ(P)", "steps", "s"]
+    heads = ["configuration", "seed", "test error, %", "best val. error, %", "epoch", "κ(P)", "steps", "s"]
     caption = "The test images are seen once, with the weights of the last epoch."
     return _table([*heads, "folder"], body, caption, text=(8,))
 

@@ -7,11 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from wellcond.orthogonality import Treatment, orthogonal_weight, spectral_norm
+from wellcond.orthogonality._parametrised import chain
+from wellcond.orthogonality.orthogonal_weight import OrthogonalWeight
+from wellcond.orthogonality.spectral_norm import SpectralNorm
 
-_ON_WEIGHTS: dict[str, Any] = {"ow": orthogonal_weight, "sn": spectral_norm}
+_ON_WEIGHTS: dict[str, Any] = {
+    "ow": (orthogonal_weight, OrthogonalWeight),
+    "sn": (spectral_norm, SpectralNorm),
+}
 
 
 def split_treatments(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -26,12 +31,13 @@ def treat_weights(
     """Put ``ow`` and ``sn`` on the weights of ``layers``."""
     for treatment in names:
         for name, layer in layers.items():
-            _ON_WEIGHTS[treatment](layer, name=name, **options.get(treatment, {}))
+            _ON_WEIGHTS[treatment][0](layer, name=name, **options.get(treatment, {}))
 
 
-def weights_treated(layers: Mapping[str, nn.Module]) -> bool:
-    """Whether every layer has a parametrised weight."""
-    return all(parametrize.is_parametrized(layer, "weight") for layer in layers.values())
+def weights_treated(layers: Mapping[str, nn.Module], names: Iterable[str]) -> bool:
+    """Whether all of these treatments are on every layer's weight already."""
+    kinds = [_ON_WEIGHTS[name][1] for name in names]
+    return all(any(isinstance(p, kind) for p in chain(layer)) for layer in layers.values() for kind in kinds)
 
 
 def add_loss_gradient(handle: Treatment, scale: Tensor | float | None = None) -> None:

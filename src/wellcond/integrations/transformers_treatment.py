@@ -99,7 +99,7 @@ class TreatmentCallback(TrainerCallback, ExportableState):
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
             self.layers = pre_spectral_layers(model, send_to_device(self._example_input, device))
         self._model = model
-        if self._on_weights and not weights_treated(self.layers):
+        if not weights_treated(self.layers, self._on_weights):
             treat_weights(self.layers, self._on_weights, self._options)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
