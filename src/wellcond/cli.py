@@ -83,7 +83,8 @@ def reporting(debug: bool, level: int, how_to_go_on: list[str]) -> Iterator[None
         yield
     except KeyboardInterrupt:
         again = "".join(f"; go on with: {command}" for command in how_to_go_on)
-        stderr.print(f"interrupted{again}", soft_wrap=True, markup=False, highlight=False)
+        kept = "; finished epochs are kept" if how_to_go_on else ""
+        stderr.print(f"interrupted{kept}{again}", soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(130) from None
     except (RunError, ValueError, OSError, ImportError) as error:
         if debug:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +16,7 @@ from typing import Any
 
 from wellcond.experiments.errors import RunError
 from wellcond.experiments.files import read_csv, write_json
+from wellcond.experiments.machine import versions
 from wellcond.experiments.recipes import RunConfig
 
 RESULT, CONDITION, METRICS = "result.json", "condition.csv", "metrics.csv"
@@ -137,19 +137,8 @@ def layer_conditions(path: Path, failures: Mapping[str, int]) -> tuple[LayerCond
 def environment(device: str) -> dict[str, str]:
     """Versions and machine, for `result.json`."""
     import lightning
-    import torch
 
-    import wellcond
-
-    return {
-        "wellcond": wellcond.__version__,
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": device,
-        "threads": str(torch.get_num_threads()),
-    }
+    return {**versions(), "lightning": lightning.__version__, "device": device}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 
-import wellcond
 from wellcond.experiments import folders
 from wellcond.experiments.bench import report
 from wellcond.experiments.bench.cases import FEATURE_SHAPES, MATRIX_SHAPES, QUICK_SHAPES, TASKS, Shape, cases
@@ -26,6 +24,7 @@ from wellcond.experiments.bench.peers import missing_peers
 from wellcond.experiments.bench.truth import truth_of_the_truth
 from wellcond.experiments.figures import save_figure
 from wellcond.experiments.files import write_atomically, write_json
+from wellcond.experiments.machine import processor, versions
 
 KIND = "benchmark"
 EVERYTHING, TABLES, FIGURE = "bench.json", "tables.md", "speed"
@@ -113,21 +112,8 @@ def _device(name: str | None) -> torch.device:
 
 def environment(device: torch.device) -> dict[str, str]:
     """Versions and machine."""
-    return {
-        "wellcond": wellcond.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or 'CPU'}, {os.cpu_count()} cores"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {**versions(), "device": name}
 
 
 def _write(out: Path, found: Bench, config: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ Only solvers that are exact at any condition number are candidates, since nothin
 (pytorch#175585): 914 ms for 500 of 100 × 100, where the batched driver of the same vendor library takes 8.4 ms
 (pytorch#174674). That is 1.8 ms a matrix, against some 300 kernels for the whole batch in ``minimax_or_eigh``.
 So batches of eight and more with 32 < d ≤ 1024 in float32 go there, verified, with ``eigh`` where κ is beyond reach;
-everything else stays with ``eigh``, and so does all where float32 products are rounded to TF32, which no iteration
-survives at κ = 1e6.
+everything else stays with ``eigh``, and so does all where float32 products are rounded to TF32, whose 1e-3 would be
+all that is left of the roots.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Minimax polynomials where they are the root, the eigendecomposition where they are not: found out, not assumed.
 
-The coupled iteration gives Q ≈ P^{1/2} and S ≈ P^{-1/2} together, and ‖S Q − I‖_F says whether every eigenvalue was
+The coupled iteration gives P^{1/2} and S ≈ P^{-1/2} together, and ‖S P S − I‖_F says whether every eigenvalue was
 resolved: an unresolved one (κ beyond reach, rank deficiency, an indefinite or non-finite P) leaves a difference near 1,
 which the identity does not average away as a residual relative to ‖P‖ does.
 """
@@ -21,8 +21,9 @@ class MinimaxOrEigh(Solver):
 
     Args:
         kappa: as for :class:`Minimax`.
-        tolerated: ‖S Q − I‖_F of every matrix up to which its roots count as resolved. In float32 rounding alone
-            gives 0.01 at κ = 1e6 and 0.03 at 4e6, so that 0.02 lets pass what float32 resolves.
+        tolerated: ‖S P S − I‖_F of every matrix (P + εI for P) up to which its roots count as resolved: about the
+            relative change of P's eigenvalues that the roots amount to, which for the smallest is some eps κ. In
+            float32, 0.1 is met up to κ ≈ 1e5.
 
     The verification reads one number, so the host waits for the device once, as it does for the status of
     ``torch.linalg.eigh``. Errors are those of :class:`Eigh`: whatever is wrong with a matrix ends there.
@@ -32,9 +33,9 @@ class MinimaxOrEigh(Solver):
     """
 
     name = "minimax_or_eigh"
-    cost = "that of minimax and one product; where the condition number is beyond reach, that of eigh on top"
+    cost = "that of minimax and two products; where the condition number is beyond reach, that of eigh on top"
 
-    def __init__(self, kappa: float = 1e6, tolerated: float = 0.02) -> None:
+    def __init__(self, kappa: float = 1e6, tolerated: float = 0.1) -> None:
         self.tolerated = tolerated
         self.minimax, self.eigh = Minimax(kappa, tolerance=None), Eigh()
 
@@ -45,7 +46,7 @@ class MinimaxOrEigh(Solver):
         # Without the checks: what they would refuse, the verification hands to eigh, which says what is wrong.
         with value_checks(False):
             (Q, S), _ = self.minimax.forward(P, ("sqrt", "invsqrt"), eps)
-        if not self._resolved(Q, S):
+        if not self._resolved(P, S, eps):
             return self.eigh.forward(P, roots, eps)
         values = {"sqrt": Q, "invsqrt": S}
         return tuple(values[root] for root in roots), ()
@@ -56,12 +57,12 @@ class MinimaxOrEigh(Solver):
     def jvp(self, done: Done, dP: Tensor) -> Tensors:
         return self._chosen(done).jvp(done, dP)
 
-    def _resolved(self, Q: Tensor, S: Tensor) -> bool:
-        if Q.numel() == 0:
+    def _resolved(self, P: Tensor, S: Tensor, eps: float) -> bool:
+        if P.numel() == 0:
             return True
-        eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
         # NaN compares false.
-        return torch.linalg.matrix_norm(S @ Q - eye).amax().item() <= self.tolerated
+        return torch.linalg.matrix_norm(S @ (P + eps * eye) @ S - eye).amax().item() <= self.tolerated
 
     def _chosen(self, done: Done) -> Solver:
         # Only the eigendecomposition leaves residuals.
