@@ -26,7 +26,7 @@ def covariance(X: Tensor, *, correction: int = 0) -> Tensor:
 
     Example:
         >>> import torch
-        >>> covariance(torch.tensor([[1.0, -1.0], [2.0, -2.0]]))
+        >>> covariance(torch.tensor([[1.0, -1.0, 1.0, -1.0], [2.0, -2.0, 2.0, -2.0]]))
         tensor([[1., 2.],
                 [2., 4.]])
     """

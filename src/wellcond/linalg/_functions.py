@@ -52,9 +52,9 @@ def logm(P: Tensor, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:
 
     Example:
         >>> import torch
-        >>> logm(torch.diag(torch.tensor([1.0, torch.e])))
+        >>> logm(torch.eye(2))
         tensor([[0., 0.],
-                [0., 1.]])
+                [0., 0.]])
     """
     return _function(P, Log(), eps, rank, invertible=True)
 

@@ -76,7 +76,7 @@ def whiten(
     Example:
         >>> import torch
         >>> Y = whiten(torch.randn(3, 100), method="cholesky")
-        >>> torch.allclose(covariance(Y), torch.eye(3), atol=1e-5)
+        >>> torch.allclose(torch.cov(Y, correction=0), torch.eye(3), atol=1e-5)
         True
     """
     if method not in get_args(Method):
