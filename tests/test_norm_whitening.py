@@ -39,21 +39,23 @@ def batch(shape, dtype=torch.float64, eigvals=SPECTRUM):
 
 
 def by_hand(x, layer):
-    """The layer in training, from the definition, in float64 by eigendecomposition; one group."""
+    """The layer in training, from the definition, in float64 by eigendecomposition, a loop over groups."""
     X = channels_first(x).double()
-    centred = X - X.mean(1, keepdim=True)
-    P = centred @ centred.T / X.shape[1]
-    eps = layer.eps * (P.trace() / len(P) if layer.relative else 1.0)
-    eigvals, U = torch.linalg.eigh(P + eps * torch.eye(len(P), dtype=P.dtype))
-    if layer.method == "zca":
-        W = U @ torch.diag(eigvals.rsqrt()) @ U.T
-    elif layer.method == "cholesky":
-        W = torch.linalg.inv(torch.linalg.cholesky(P + eps * torch.eye(len(P), dtype=P.dtype)))
-    else:
-        U = U.flip(-1)
-        U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
-        W = torch.diag(eigvals.flip(-1).rsqrt()) @ U.T
-    y = layer.weight.double().unsqueeze(1) * (W @ centred) + layer.bias.double().unsqueeze(1)
+    parts = []
+    for rows in (X - X.mean(1, keepdim=True)).chunk(layer.groups):
+        P = rows @ rows.T / rows.shape[1]
+        P = P + layer.eps * (P.trace() / len(P) if layer.relative else 1.0) * torch.eye(len(P), dtype=P.dtype)
+        eigvals, U = torch.linalg.eigh(P)
+        if layer.method == "zca":
+            W = U @ torch.diag(eigvals.rsqrt()) @ U.T
+        elif layer.method == "cholesky":
+            W = torch.linalg.inv(torch.linalg.cholesky(P))
+        else:
+            U = U.flip(-1)
+            U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
+            W = torch.diag(eigvals.flip(-1).rsqrt()) @ U.T
+        parts.append(W @ rows)
+    y = layer.weight.double().unsqueeze(1) * torch.cat(parts) + layer.bias.double().unsqueeze(1)
     return y.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
 
 
@@ -69,9 +71,10 @@ def test_every_method_makes_the_output_covariance_the_identity_in_each_group(met
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("relative", [False, True])
-def test_every_method_is_its_definition(method, relative):
-    x = batch((8, 6, 4, 5))
-    layer = DecorrelatedBatchNorm2d(6, eps=1e-2, method=method, relative=relative, dtype=torch.float64)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_method_is_its_definition(method, relative, groups):
+    x = batch((8, 6, 4, 5)) * torch.tensor([1.0, 1, 1, 10, 10, 10], dtype=torch.float64).view(-1, 1, 1)
+    layer = DecorrelatedBatchNorm2d(6, groups, eps=1e-2, method=method, relative=relative, dtype=torch.float64)
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
     assert relative_error(layer(x), by_hand(x, layer)) < 1e-12

@@ -81,22 +81,26 @@ class Repeated:
 
 def write(out: Tensor, start: Tensor | None, *terms: tuple[Tensor, Reader]) -> None:
     """``out`` = start + Σ A B: A (G, d, d) and start (G, d, 1) by groups, B and ``out`` (K, G, d, n)."""
-    last = None if start is None else Repeated(start)
+    begin = None if start is None else Repeated(start)
     factors = [(Repeated(A), read) for A, read in terms]
+    # Along the samples the product takes the start up at no cost; across short rows of channels it is added later.
+    along = out.stride(-1) == 1
     for piece in pieces(out):
         target = piece.of(out)
-        direct = target.dtype == terms[0][1].dtype
+        into = target if target.dtype == terms[0][1].dtype else None
         total = None
         for A, read in factors:
             B = read(piece)
-            if total is None:
-                total = torch.bmm(A(B), B, out=target if direct else None)
-            else:
+            if total is not None:
                 total.baddbmm_(A(B), B)
+            elif begin is not None and along:
+                total = torch.baddbmm(begin(B), A(B), B, out=into)
+            else:
+                total = torch.bmm(A(B), B, out=into)
         assert total is not None
-        if last is not None:
-            total += last(total)
-        if not direct:
+        if begin is not None and not along:
+            total += begin(total)
+        if into is None:
             target.copy_(total)
 
 
