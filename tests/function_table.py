@@ -97,6 +97,8 @@ MATRIX_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "invsqrtm-pinv": of_hermitian(wl.invsqrtm, rank="pinv"),
     "sqrtm_ex": lambda A: wl.sqrtm_ex(hermitian_part(A)).root,
     "invsqrtm_ex": lambda A: wl.invsqrtm_ex(hermitian_part(A), eps=0.3).root,
+    "whitening_matrix": of_hermitian(wl.whitening_matrix, eps=0.3, relative=True),
+    "whitening_matrix-cholesky": of_hermitian(wl.whitening_matrix, eps=0.3, method="cholesky"),
     "powm-0.3": of_hermitian(wl.powm, exponent=0.3),
     "powm-minus1.7": of_hermitian(wl.powm, exponent=-1.7),
     "powm-2": of_hermitian(wl.powm, exponent=2.0),

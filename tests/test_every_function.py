@@ -21,6 +21,7 @@ from helpers import eps_of, features_with, hermitian_part, mp_derivative, mp_fun
 
 # What is not differentiable, or no function of a tensor, and where it is tested instead.
 ELSEWHERE = {
+    "auto_solver": "test_auto_solver",
     "condition_number": "test_condition_numbers",
     "covariance_spectrum": "test_condition_numbers",
     "effective_rank": "test_condition_numbers",
@@ -51,10 +52,22 @@ FUNCTIONS = {
     "whiten-cholesky": partial(wl.whiten, method="cholesky"),
     "whiten-factor": partial(wl.whiten, via="factor"),
     "whiten-cholesky-factor": partial(wl.whiten, via="factor", method="cholesky"),
+    "whitening_matrix": wl.whitening_matrix,
+    "whitening_matrix-pca": partial(wl.whitening_matrix, method="pca"),
+    "whitening_matrix-cholesky": partial(wl.whitening_matrix, method="cholesky"),
     "polar": wl.polar,
 }
-OF_FEATURES = [name for name in FUNCTIONS if name.startswith(("cov", "whi", "pol"))]
-BY_SOLVER = ("sqrtm", "invsqrtm", "sqrtm_invsqrtm", "sqrtm_ex", "invsqrtm_ex", "covariance_sqrtm", "whiten")
+OF_FEATURES = [n for n in FUNCTIONS if n.startswith(("covariance", "polar")) or n.split("-")[0] == "whiten"]
+BY_SOLVER = (
+    "sqrtm",
+    "invsqrtm",
+    "sqrtm_invsqrtm",
+    "sqrtm_ex",
+    "invsqrtm_ex",
+    "covariance_sqrtm",
+    "whiten",
+    "whitening_matrix",
+)
 CALLS = {
     **{(name, "auto"): f for name, f in FUNCTIONS.items()},
     **{(n, s): partial(FUNCTIONS[n], solver=s) for n in BY_SOLVER for s in wl.SOLVERS},
@@ -114,7 +127,7 @@ def test_every_dtype_comes_back_with_the_accuracy_of_its_work(call, dtype):
     (want,) = torch.autograd.grad(exact, wide, [w.to(wide.dtype) for w in weights])
     assert got.dtype == dtype and got.shape == x.shape
     # Derivatives of the approximate are further off, and eq. (7) and PCA divide by gaps of 0.2.
-    worse = 10 * bound if solver in ("svd", *APPROXIMATE) or name == "whiten-pca" else 3 * bound
+    worse = 10 * bound if solver in ("svd", *APPROXIMATE) or name.endswith("-pca") else 3 * bound
     assert relative_error(got, want) <= worse
 
 
@@ -190,6 +203,9 @@ def test_one_by_one_matrices_are_numbers(call, dtype):
         "covariance_logm": [(variance + 0.1).log()],
         "covariance_powm": [(variance + 0.1) ** 0.3],
         "polar": [x / x.norm()],
+        "whitening_matrix": [variance.rsqrt()],
+        "whitening_matrix-pca": [variance.rsqrt()],
+        "whitening_matrix-cholesky": [variance.rsqrt()],
     }.get(name, [centred * variance.rsqrt()])
     for out, want in zip(as_tuple(CALLS[call](x)), truth, strict=True):
         assert relative_error(out, want.reshape(out.shape)) < 20 * eps_of(dtype) + APPROXIMATE.get(solver, 0.0)

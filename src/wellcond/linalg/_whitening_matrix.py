@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ._checks import full_precision, hermitian, require_matrix, require_nonnegative, working_dtype
+from ._checks import full_precision, require_matrix, require_nonnegative, working_dtype
 from ._roots import invsqrtm
 from ._whiten import Method, _principal_axes, _require_definite
 from .solvers import Eigh, Solver, choose_solver
@@ -42,6 +42,8 @@ def whitening_matrix(
     require_method(method, solver)
     require_nonnegative(eps, "eps")
     require_matrix(P, "P", square=True)
+    if P.shape[-1] == 0:
+        return P.clone()
     with full_precision(P):
         work = P.to(working_dtype(P.dtype))
         scale = None
@@ -57,7 +59,7 @@ def whitening_matrix(
         else:
             W = invsqrtm(work, eps=eps, solver=solver)
             if method == "pca":
-                W = _principal_axes(hermitian(work)).mH @ W
+                W = _principal_axes((work + work.mH) / 2).mH @ W
         return (W if scale is None else W / scale.sqrt()).to(P.dtype)
 
 
