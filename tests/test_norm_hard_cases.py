@@ -163,3 +163,24 @@ def test_observers_are_told_the_absolute_ridge_and_get_the_features_on_demand(re
     assert seen[0].eps == pytest.approx(1e-3 * unit)
     # Evaluated now, not when it was seen: what nobody asks for is not copied.
     assert torch.equal(seen[0].features, x.transpose(0, 1).flatten(1).unsqueeze(1))
+
+
+def test_statistics_of_rank_27_gathered_in_single_precision_evaluate_in_double():
+    """Their null eigenvalues are ±6e-8 of the largest, far beyond the rounding of double, and far below ε."""
+    convolution = nn.Conv2d(3, 64, 3, bias=False)
+    layer = DecorrelatedBatchNorm2d(64, eps=1e-5, momentum=None)  # from the first batch on, not from I
+    x = torch.randn(16, 3, 8, 8)
+    for _ in range(20):
+        layer(convolution(x + torch.randn(())))
+    features = convolution(x)
+    assert torch.linalg.eigvalsh(layer.running_cov[0].double())[0] < 0.0
+    single = layer.eval()(features)
+    # Sums of 64 products of S, at most 1/√ε = 316, with features: their rounding, which grows with √64.
+    bound = 64**0.5 * 316 * eps_of(torch.float32) * features.abs().max().item()
+    torch.testing.assert_close(layer.double().eval()(features.double()).float(), single, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_what_is_no_real_floating_input_is_refused(dtype):
+    with pytest.raises(TypeError, match=f"real floating dtype .got {dtype}"):
+        DecorrelatedBatchNorm1d(3)(torch.ones(4, 3, dtype=dtype))

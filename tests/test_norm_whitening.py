@@ -290,3 +290,24 @@ def test_any_solver_of_exact_roots_gives_the_same_layer():
 def test_arguments_that_cannot_be_are_refused(options):
     with pytest.raises(ValueError, match=r"method|eps"):
         DecorrelatedBatchNorm2d(4, **options)
+
+
+def test_derivatives_along_many_directions_at_once_are_those_one_by_one():
+    layer = DecorrelatedBatchNorm2d(4, groups=2, dtype=torch.float64)
+    x = torch.randn(3, 4, 2, 3, dtype=torch.float64, requires_grad=True)
+    inputs = (x, layer.weight, layer.bias)
+    y = layer(x)
+    directions = torch.randn(5, *y.shape, dtype=torch.float64)
+    together = torch.autograd.grad(y, inputs, directions, retain_graph=True, is_grads_batched=True)
+    one_by_one = [torch.autograd.grad(y, inputs, direction, retain_graph=True) for direction in directions]
+    for got, want in zip(together, zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(want), rtol=1e-11, atol=1e-11)
+
+
+def test_the_cumulative_average_is_batch_norms_in_double_precision():
+    layer, reference = (c(3, momentum=None).double() for c in (DecorrelatedBatchNorm2d, nn.BatchNorm2d))
+    for _ in range(7):
+        x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+        layer(x), reference(x)
+    torch.testing.assert_close(layer.running_mean, reference.running_mean, rtol=0, atol=1e-15)
+    torch.testing.assert_close(layer.running_cov[0].diagonal(), reference.running_var, rtol=0, atol=1e-14)

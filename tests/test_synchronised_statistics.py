@@ -126,7 +126,7 @@ def test_shares_see_what_one_process_with_the_joined_batch_sees(results, world, 
     for key, value in got.items():
         assert relative_error(value, want[key]) < tolerance, key
     for part in parts:
-        assert relative_error(part["mean"], want["mean"]) < 1e-6 if tolerance > 1e-6 else 1e-13
+        assert relative_error(part["mean"], want["mean"]) < (1e-6 if tolerance > 1e-6 else 1e-13)
         assert relative_error(part["second"], want["second"]) < (1e-4 if tolerance > 1e-6 else 1e-11)
         assert part["count"] == want["count"] == 2
         assert torch.equal(part["second"], parts[0]["second"])

@@ -159,3 +159,9 @@ def test_the_solver_is_used_or_refused(method):
     if method == "zca":
         damped = wl.whiten(X, solver=wl.NewtonSchulz(2, tolerance=None))
         assert relative_error(damped, wl.whiten(X)) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["zca", "pca", "cholesky"])
+def test_the_whitening_matrix_of_what_is_not_symmetric_is_refused(method):
+    with pytest.raises(wl.NotSymmetricError, match=r"5\.0e-01 of its largest entry"):
+        wl.whitening_matrix(torch.tensor([[2.0, 1.0], [0.0, 2.0]]), method=method)

@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ._checks import full_precision, require_matrix, require_nonnegative, working_dtype
+from ._checks import full_precision, hermitian, readable, require_matrix, require_nonnegative, working_dtype
 from ._roots import invsqrtm
 from ._whiten import Method, _principal_axes, _require_definite
 from .solvers import Eigh, Solver, choose_solver
@@ -53,7 +53,8 @@ def whitening_matrix(
             work = work / scale
         if method == "cholesky":
             eye = torch.eye(work.shape[-1], dtype=work.dtype, device=work.device)
-            L, info = torch.linalg.cholesky_ex((work + work.mH) / 2 + eps * eye)
+            symmetric = hermitian(work) if readable(work) else (work + work.mH) / 2
+            L, info = torch.linalg.cholesky_ex(symmetric + eps * eye)
             _require_definite(work, info)
             W = torch.linalg.solve_triangular(L, eye, upper=False)
         else:

@@ -118,7 +118,7 @@ class _DecorrelatedBatchNorm(RunningWhitening):
         """The affine map that the layer is in evaluation: (C, C/groups, 1, …) weight of a convolution and its bias (C).
 
         Args:
-            dtype: of both, and of the work; that of the running statistics if None.
+            dtype: of both; that of the running statistics, in which the whitening matrix is computed, if None.
 
         Raises:
             RuntimeError: the layer keeps no running statistics.
@@ -135,6 +135,8 @@ class _DecorrelatedBatchNorm(RunningWhitening):
         return grouped.flatten(3).permute(1, 2, 0, 3).flatten(2) if x.dim() > 2 else grouped.permute(1, 2, 0)
 
     def _check_input(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"expected input of a real floating dtype (got {x.dtype})")
         if x.dim() not in self._dims:
             expected = " or ".join(f"{dim}D" for dim in self._dims)
             raise ValueError(f"expected {expected} input (got {x.dim()}D input)")

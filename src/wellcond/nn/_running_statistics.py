@@ -101,7 +101,8 @@ class RunningWhitening(SpectralModule):
         """Move the running statistics towards those of a batch of ``count`` samples."""
         assert self.running_mean is not None and self.num_batches_tracked is not None
         self.num_batches_tracked += 1
-        factor = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
+        count_so_far = self.num_batches_tracked.to(self.running_mean.dtype)  # 1/int64 would be float32
+        factor = count_so_far.reciprocal() if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.flatten().to(self.running_mean.dtype), factor)
         if self.running_cov is not None:
             # The unbiased estimate, as torch.nn.BatchNorm2d tracks it.

@@ -107,7 +107,7 @@ class _Moments(torch.autograd.Function):
             count = max(blocks.shape[0] * blocks.shape[-1], 1)
             shift = torch.zeros_like(mean) if grad_mean is None else grad_mean / count
             D = mean.new_zeros(*mean.shape[:2], mean.shape[1]) if grad_cov is None else (grad_cov + grad_cov.mT) / count
-            if torch.is_grad_enabled():
+            if _in_plain_operations(grad_mean, grad_cov):
                 work = blocks.to(passes.dtype)
                 out = D @ (work - work.mean((0, 3), keepdim=True)) + shift
                 return from_blocks(out, x, passes.last).to(x.dtype), None
@@ -135,7 +135,7 @@ class _AffineMap(torch.autograd.Function):
         x, W = ctx.saved_tensors
         passes: Passes = ctx.passes
         with full_precision(x):
-            if torch.is_grad_enabled():
+            if _in_plain_operations(grad):
                 return _differentiable_backward(x, W, grad, passes)
             gradient = passes.blocks(grad)
             grad_W = grad_b = grad_x = ticket = None
@@ -151,13 +151,19 @@ class _AffineMap(torch.autograd.Function):
             return grad_x, ticket, grad_W, grad_b, None
 
 
+def _in_plain_operations(*grads: Tensor | None) -> bool:
+    """Whether the derivative will be differentiated again, or is taken along many directions at once."""
+    batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+    return torch.is_grad_enabled() or any(grad is not None and batched(grad) for grad in grads)
+
+
 def _differentiable_backward(x: Tensor, W: Tensor, grad: Tensor, passes: Passes) -> tuple[Tensor | None, ...]:
     """The same derivative in operations that autograd differentiates again; nothing is left to the moments."""
     work, g = (passes.blocks(t).to(passes.dtype) for t in (x, grad))
     if passes.origin is not None:
         work = work - passes.origin
     grad_x = from_blocks(W.mT @ g, x, passes.last).to(x.dtype)
-    return grad_x, None, torch.einsum("kgin,kgjn->gij", g, work), g.sum((0, 3)).unsqueeze(-1), None
+    return grad_x, None, (g @ work.mT).sum(0), g.sum((0, 3)).unsqueeze(-1), None
 
 
 def _mean(blocks: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wellcond.linalg import (
+    Eigh,
     Solver,
     covariance,
     covariance_logm,
@@ -23,6 +24,7 @@ from wellcond.linalg import (
     powm,
     sqrtm,
 )
+from wellcond.linalg.solvers import choose_solver
 
 from ._base import Observation, SpectralModule
 from ._normalise import Normalisation, normalised_features, normalised_matrix, require_normalisation
@@ -39,8 +41,8 @@ class SpectralLayer(SpectralModule):
             takes a covariance (..., d, d) to a tensor of your own.
         takes: ``"features"`` (..., d, n) or ``"covariance"`` (..., d, d).
         eps: ε ≥ 0, added to the eigenvalues; the inverse root, the logarithm and negative powers want it positive. Of
-            features, logarithm and powers, and with ε = 0 the square root, take the factor form: it works on the
-            smaller side, and the root's gradient is bounded at any condition number.
+            features, roots (by eigendecomposition), logarithm and powers take the factor form: it works on the smaller
+            side, and the gradient of the square root is bounded at any condition number.
         solver: of the two roots, as in :func:`wellcond.linalg.sqrtm`.
         exponent: of ``"power"``, any finite number; 1/2 if not given.
         normalisation: divide P by its ``"trace"`` or ``"frobenius"`` norm c first: f(P/c + εI), the same for features
@@ -110,6 +112,8 @@ class SpectralLayer(SpectralModule):
         if self.takes == "features":
             if self.function == "sqrt" and self.eps == 0.0:
                 return covariance_sqrtm(x, solver=self.solver)
+            if self.function in _ROOTS and isinstance(choose_solver(self.solver), Eigh):
+                return covariance_powm(x, 0.5 if self.function == "sqrt" else -0.5, eps=self.eps)
             if self.function == "log":
                 return covariance_logm(x, eps=self.eps)
             if self.exponent is not None:
