@@ -393,3 +393,12 @@ def test_an_attached_treatment_and_treat_see_each_other():
     NearestOrthogonalGradient(optimizer, model[0])
     with pytest.raises(ValueError, match="already on"):
         treat(model, optimizer, "nog")
+
+
+def test_a_state_saved_inside_a_wrapper_loads_without_it():
+    model, bare = (nn.Sequential(nn.Conv2d(3, 4, 3), DecorrelatedBatchNorm2d(4)) for _ in range(2))
+    wrapped = nn.DataParallel(torch.compile(model, backend="eager"))
+    inside = treat(wrapped, torch.optim.SGD(wrapped.parameters(), 0.1), "nog+olr", layers=[model[0]])
+    outside = treat(bare, torch.optim.SGD(bare.parameters(), 0.1), "nog+olr")
+    assert list(inside.layers) == list(outside.layers) == ["0"]
+    outside.load_state_dict(inside.state_dict())

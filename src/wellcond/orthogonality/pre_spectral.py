@@ -47,7 +47,7 @@ def pre_spectral_layers(model: nn.Module, example_input: Any = None) -> dict[str
             "GlobalCovariancePool2d), or name the layers to treat with layers=..."
         )
     if example_input is None:
-        found = layers_by_tracing(_unwrapped(model))
+        found = layers_by_tracing(unwrapped(model))
     else:
         found = layers_by_running(model, list(spectral.values()), example_input)
     if not found:
@@ -59,7 +59,7 @@ def pre_spectral_layers(model: nn.Module, example_input: Any = None) -> dict[str
     return {name: m for name, m in model.named_modules() if m in found}
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP, DataParallel or ``torch.compile``, whose own forward functions cannot be traced."""
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):

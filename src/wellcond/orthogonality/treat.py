@@ -18,7 +18,7 @@ from .nearest_orthogonal_gradient import NearestOrthogonalGradient
 from .optimal_learning_rate import OptimalLearningRate
 from .orthogonal_loss import OrthogonalLoss
 from .orthogonal_weight import orthogonal_weight
-from .pre_spectral import pre_spectral_layers
+from .pre_spectral import pre_spectral_layers, unwrapped
 from .spectral_norm import spectral_norm
 
 _WEIGHT_TREATMENTS = {"ow": orthogonal_weight, "sn": spectral_norm}
@@ -81,6 +81,9 @@ def treat(
         require_known(name, names, "treatment", " in options, which are for the treatments asked for")
     optimizer = unwrap(optimizer)
     found = pre_spectral_layers(model, example_input) if layers is None else _named_layers(model, layers)
+    # The names of the bare model: a state saved under DDP or torch.compile loads without them, and the other way.
+    bare = {layer: name.replace("_orig_mod.", "") for name, layer in unwrapped(model).named_modules()}
+    found = {bare[layer]: layer for layer in found.values()}
     goals = {name: layer_target(layer, name) for name, layer in found.items()}
     for name, layer in found.items():
         _require_free(layer, goals[name], names)
