@@ -224,3 +224,17 @@ def test_non_finite_content_is_an_error_that_names_the_layer():
 def test_what_does_not_fit_is_refused(content, style, options, message):
     with pytest.raises(ValueError, match=message):
         whitening_coloring(torch.randn(content), torch.randn(style), **{"eps": 1e-3, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 3.0}, r"alpha must lie in \[0, 1\], got 3.0"),
+        ({"method": "foo"}, "method must be one of zca, cholesky, got 'foo'"),
+        ({"groups": 0}, "groups must be at least 1, got 0"),
+        ({"eps": -1.0}, "eps must be a finite number >= 0, got -1.0"),
+    ],
+)
+def test_the_layer_refuses_when_it_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        WhiteningColoring(**{"eps": 1e-5, **options})

@@ -62,7 +62,7 @@ class DecorrelatedBatchNorm2d(_DecorrelatedBatchNorm):
     Complexity: two products of C × C/groups by C × N·L forward and three backward, O(C³/groups²) for the decomposition;
     no copy of the activations is made. Evaluation is one affine map, :meth:`evaluation_map`; in a graph
     (``torch.compile``, ``torch.export``, ONNX) its matrix is a buffer that ``eval()``, loading, and a call outside of
-    graphs renew.
+    graphs renew: after an edit of ``running_cov`` in place (an averaged copy of a model), call ``eval()`` again.
     Source: Huang et al., Decorrelated Batch Normalization, CVPR 2018.
 
     Example:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._base import Observation, SpectralModule
-from .functional._whitening_coloring import Method, factor, grouped, whitening_coloring
+from .functional._whitening_coloring import Method, factor, grouped, require_options, whitening_coloring
 
 
 class WhiteningColoring(SpectralModule):
@@ -34,8 +34,7 @@ class WhiteningColoring(SpectralModule):
         self, eps: float, alpha: float = 1.0, method: Method = "zca", groups: int = 1, *, relative: bool = False
     ) -> None:
         super().__init__()
-        if not 0.0 <= eps < float("inf"):
-            raise ValueError(f"eps must be a finite number >= 0, got {eps}")
+        require_options(eps, alpha, method, groups)
         self.eps, self.alpha, self.groups, self.relative = eps, alpha, groups, relative
         self.method: Method = method
 

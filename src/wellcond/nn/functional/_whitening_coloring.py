@@ -76,13 +76,8 @@ def whitening_coloring(
         >>> torch.allclose(covariance(y.flatten(2)), covariance(style.flatten(2)), atol=1e-4)
         True
     """
+    require_options(eps, alpha, method, groups)
     _require_fitting(content, style, groups)
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
-    if not 0.0 <= eps < float("inf"):
-        raise ValueError(f"eps must be a finite number >= 0, got {eps}")
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     with torch.autocast(content.device.type, enabled=False):
         c, c_mask = grouped(content, groups), _flat_mask(content_mask, content, "content_mask")
         s, s_mask = grouped(style.to(c.dtype), groups), _flat_mask(style_mask, style, "style_mask")
@@ -96,6 +91,18 @@ def whitening_coloring(
         if c_mask is not None:
             y = torch.where(c_mask, y, c)
         return y.reshape(*y.shape[:-3], *content.shape[y.ndim - 3 :]).to(content.dtype)
+
+
+def require_options(eps: float, alpha: float, method: str, groups: int) -> None:
+    """Refuse values that no content and style could go with."""
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if not 0.0 <= eps < float("inf"):
+        raise ValueError(f"eps must be a finite number >= 0, got {eps}")
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:
@@ -188,7 +195,7 @@ def _require_fitting(content: Tensor, style: Tensor, groups: int) -> None:
     channels = [x.shape[1 if x.ndim > 2 else 0] for x in (content, style)]
     if channels[0] != channels[1]:
         raise ValueError(f"content and style must have the same channels, got {channels[0]} and {channels[1]}")
-    if groups < 1 or channels[0] % groups:
+    if channels[0] % groups:
         raise ValueError(f"channels must be divisible by groups, got {channels[0]} channels and groups={groups}")
     if content.ndim > 2 and content.shape[0] != style.shape[0] and 1 not in (content.shape[0], style.shape[0]):
         raise ValueError(f"batches of {content.shape[0]} and {style.shape[0]} do not broadcast")
