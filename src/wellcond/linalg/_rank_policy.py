@@ -47,13 +47,10 @@ def require_rank_policy(rank: str, eps: float) -> None:
 
 
 def shifted_spectrum(eigvals: Tensor, eps: float, *, invertible: bool, rank: Rank = "ridge") -> Tensor:
-    """max(λ, 0) + ε, refusing an indefinite matrix and, where its inverse is needed, a singular one.
-
-    What ε outweighs is not refused: a running covariance may carry the rounding of a shorter dtype than it has now.
-    """
+    """max(λ, 0) + ε, refusing an indefinite matrix and, where its inverse is needed, a singular one."""
     if checks_values(eigvals) and eigvals.numel() and (rank == "raise" or eigvals.min().item() <= 0.0):
         lowest, largest = eigvals.amin(-1), eigvals.abs().amax(-1)
-        indefinite = lowest < -(rounding_floor(eigvals.shape[-1], eigvals.dtype) * largest).clamp_min(eps)
+        indefinite = lowest < -rounding_floor(eigvals.shape[-1], eigvals.dtype) * largest
         if indefinite.any():
             raise NotPositiveSemidefiniteError(
                 f"P is indefinite{bad_indices(indefinite)}{place()}: its eigenvalues reach from "

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wellcond.linalg import Solver, recording, whitening_matrix
+from wellcond.linalg import Solver, recording, value_checks, whitening_matrix
+from wellcond.linalg._checks import checks_values, require_finite
 from wellcond.linalg._whiten import Method
 from wellcond.linalg._whitening_matrix import require_method
 from wellcond.linalg.solvers import choose_solver
@@ -138,9 +139,22 @@ class RunningWhitening(SpectralModule):
         if self._derived_from is not None and self._derived_from[0] is cov and self._derived_from[1] == version != -1:
             return
         # A new tensor each time: graphs that are still to be differentiated keep the old one.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._accepting_rounding(cov):
             self.evaluation_whitening = self._whitening(cov)
         self._derived_from = (cov, version)
+
+    def _accepting_rounding(self, cov: Tensor) -> Any:
+        """A context in which negative eigenvalues of a running covariance count as 0.
+
+        An average of covariances has them by rounding alone, but maybe by that of a shorter dtype than it is in now (a
+        model trained in single precision and evaluated in double): ε outweighs what the checks would refuse.
+        """
+        if self.method == "cholesky":  # which sees P + εI only, and has nothing but the check against a failure
+            return nullcontext()
+        if checks_values(cov):
+            with recording(self.solver_events, self.describe):
+                require_finite(cov, "running_cov")
+        return value_checks(False)
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
