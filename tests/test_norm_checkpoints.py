@@ -108,3 +108,13 @@ def test_made_from_a_batch_norm_it_takes_over_arguments_statistics_and_mode():
     assert all(torch.equal(value, before[name]) for name, value in old.state_dict().items())
     synced = DecorrelatedBatchNorm1d.from_batchnorm(nn.SyncBatchNorm(C, affine=False))
     assert synced.sync and synced.weight is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_that_were_saved_in_half_precision_load_with_a_warning(dtype):
+    layer = trained(DecorrelatedBatchNorm2d(C))
+    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in layer.state_dict().items()}
+    fresh = DecorrelatedBatchNorm2d(C)
+    with pytest.warns(UserWarning, match=f"running_cov was saved in {dtype}"):
+        fresh.load_state_dict(state)
+    assert fresh.eval()(batch().float()).isfinite().all()

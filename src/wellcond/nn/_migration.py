@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,14 @@ def upgrade(layer: RunningWhitening, state: dict[str, Any], prefix: str, version
             state[prefix + "running_cov"] = torch.diag_embed(variance)
         else:
             state[prefix + "running_whitening"] = torch.diag_embed(_scale(layer, variance))
+    for key in KEYS.values():
+        saved = state.get(prefix + key)
+        if saved is not None and saved.dtype in (torch.float16, torch.bfloat16):
+            warnings.warn(
+                f"{prefix}{key} was saved in {saved.dtype}: eigenvalues below {torch.finfo(saved.dtype).eps:.0e} of "
+                "the largest are rounding, and so is the whitening along them; save the statistics in float32",
+                stacklevel=2,
+            )
     count = prefix + "num_batches_tracked"
     if count not in state and (version is None or version < 2):
         state[count] = torch.tensor(0, dtype=torch.long)
