@@ -13,6 +13,7 @@ seeds' own ratios to the untreated run. The stem is such that P can have full ra
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 from pathlib import Path
@@ -23,7 +24,11 @@ from wellcond.experiments.recipes import NO_TREATMENT, RunConfig, grid
 from wellcond.experiments.results import CONDITION, RunResult
 from wellcond.experiments.runs import run
 
-TABLES_2_TO_4 = ("sn", "ol", "ow", "nog", "olr", "nog+ow", "nog+olr", "ow+olr", "nog+ow+olr")
+TABLES_2_TO_4 = (
+    *("sn", "ol", "ow", "nog", "olr"),
+    *("nog+sn", "nog+ol", "nog+ow", "nog+olr", "ow+olr", "nog+ow+olr"),
+)
+HEADINGS = f"{'treatment':<12} {'median κ(P)':>12} {'least':>9} {'greatest':>9} {'lower by':>9} {'test error':>11}"
 
 
 def kappas(result: RunResult) -> list[float]:
@@ -32,20 +37,16 @@ def kappas(result: RunResult) -> list[float]:
     return [float(row["kappa"]) for row in read_csv(Path(result.folder) / CONDITION) if row["layer"] == layer]
 
 
-def table(runs: dict[str, list[RunResult]]) -> str:
-    """A line for each treatment; the first is the untreated network."""
-    untreated = [statistics.median(kappas(result)) for result in next(iter(runs.values()))]
-    lines = [f"{'treatment':<12} {'median κ(P)':>12} {'least':>9} {'greatest':>9} {'lower by':>9} {'test error':>11}"]
-    for name, results in runs.items():
-        values = [kappas(result) for result in results]
-        medians = [statistics.median(one) for one in values]
-        ratio = statistics.median(a / b for a, b in zip(untreated, medians, strict=True))
-        error = statistics.fmean(result.test_error for result in results)
-        lines.append(
-            f"{name:<12} {statistics.median(medians):12.2e} {min(map(min, values)):9.1e} {max(map(max, values)):9.1e} "
-            f"{ratio:8.2f}× {100 * error:9.1f} %"
-        )
-    return "\n".join(lines)
+def line(name: str, results: list[RunResult], untreated: list[RunResult]) -> str:
+    """What one treatment did, against the untreated runs of the same seeds."""
+    values = [kappas(result) for result in results]
+    medians = [statistics.median(one) for one in values]
+    ratio = statistics.median(statistics.median(kappas(a)) / b for a, b in zip(untreated, medians, strict=True))
+    error = statistics.fmean(result.test_error for result in results)
+    return (
+        f"{name:<12} {statistics.median(medians):12.2e} {min(map(min, values)):9.1e} {max(map(max, values)):9.1e} "
+        f"{ratio:8.2f}× {100 * error:9.1f} %"
+    )
 
 
 def main() -> None:
@@ -76,11 +77,13 @@ def main() -> None:
         f"batch {first.batch_size}, lr {first.lr:g}, {first.width} channels, {len(seeds)} seeds",
         flush=True,
     )
-    runs: dict[str, list[RunResult]] = {}
+    print(HEADINGS, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for config in configs:
-            runs.setdefault(config.treat, []).append(run(config, Path(folder) / config.folder_name, data=data))
-        print(table(runs))
+        untreated: list[RunResult] = []
+        for treat, same in itertools.groupby(configs, key=lambda config: config.treat):
+            results = [run(config, Path(folder) / config.folder_name, data=data) for config in same]
+            untreated = untreated or results
+            print(line(treat, results, untreated), flush=True)
 
 
 if __name__ == "__main__":
