@@ -73,6 +73,7 @@ CALLS = {
     **{(n, s): partial(FUNCTIONS[n], solver=s) for n in BY_SOLVER for s in wl.SOLVERS},
     **{("polar", s): partial(wl.polar, solver=s) for s in ("svd", "minimax", "muon")},
 }
+VALUES_ONLY = {("polar", "minimax"), ("polar", "muon")}
 EVERY_CALL = pytest.mark.parametrize("call", CALLS, ids="-".join)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 # Near the identity every approximate solver is a root, to so much; at κ = 1e2 they are off by 6 to 22 %.
@@ -145,7 +146,7 @@ def test_vmap_equals_a_loop_and_forward_mode_the_adjoint_of_reverse(call):
     mapped = as_tuple(torch.func.vmap(f)(x))
     for out, *each in zip(mapped, *(as_tuple(f(one)) for one in x), strict=True):
         assert relative_error(out, torch.stack(each)) < 1e-12
-    if (solver == "svd" and name != "polar") or (name == "polar" and solver in ("minimax", "muon")):
+    if (solver == "svd" and name != "polar") or call in VALUES_ONLY:
         with pytest.raises(NotImplementedError, match=f"'{solver}'"):
             torch.func.jvp(f, (x,), (x,))
         return
@@ -158,6 +159,18 @@ def test_vmap_equals_a_loop_and_forward_mode_the_adjoint_of_reverse(call):
     (g,) = torch.autograd.grad(as_tuple(f(tracked)), tracked, weights)
     forward = sum((w * t).sum() for w, t in zip(weights, as_tuple(tangents), strict=True))
     assert abs(forward - (g * direction).sum()) < 1e-10 * (g.norm() * direction.norm())
+
+
+@pytest.mark.filterwarnings("ignore::wellcond.linalg.ApproximateRootWarning")
+@pytest.mark.parametrize("call", [c for c in CALLS if c not in VALUES_ONLY], ids="-".join)
+def test_many_directions_at_once_equal_one_after_another(call):
+    """``is_grads_batched``, by which ``torch.autograd.functional.jacobian(vectorize=True)`` asks."""
+    x = make(call[0], torch.float64, (2,)).requires_grad_()
+    outs = as_tuple(CALLS[call](x))
+    directions = [torch.randn(3, *out.shape, dtype=out.dtype) for out in outs]
+    (together,) = torch.autograd.grad(outs, x, directions, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(outs, x, one, retain_graph=True)[0] for one in zip(*directions, strict=True)]
+    assert relative_error(together, torch.stack(each)) < 1e-12
 
 
 SHAPES = {"no matrix": (0, 3, 3), "no matrices": (2, 0, 3, 3), "no rows": (0, 0), "none of no rows": (2, 0, 0)}

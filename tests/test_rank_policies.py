@@ -28,6 +28,28 @@ def test_floor_raises_small_eigenvalues_to_the_tolerance():
     assert relative_error(got, expected) < 1e-12
 
 
+def test_both_roots_take_every_policy():
+    """Against the roots of the clamped spectrum in the basis the matrix was made in."""
+    U, values = unitary(5, 5), torch.tensor(DEFICIENT, dtype=torch.float64)
+    P = hermitian_part((U * values) @ U.mT)
+    tolerance = 5 * eps_of(torch.float64) * 2.0
+    for rank, null in {"pinv": (0.0, 0.0), "floor": (tolerance**0.5, tolerance**-0.5)}.items():
+        roots = [torch.where(values > 0, values ** (sign / 2), null[sign < 0]) for sign in (1, -1)]
+        truth = [(U * root) @ U.mT for root in roots]
+        for got in ((wl.sqrtm(P, rank=rank), wl.invsqrtm(P, rank=rank)), wl.sqrtm_invsqrtm(P, rank=rank)):
+            # The floor is below what float64 resolves of P: its root is the size of √eps.
+            assert relative_error(got[0], truth[0]) < (1e-12 if rank == "pinv" else 1e-7)
+            assert relative_error(got[1], truth[1]) < 1e-12 if rank == "pinv" else torch.isfinite(got[1]).all()
+    assert relative_error(wl.sqrtm(P), (U * values.sqrt()) @ U.mT) < 1e-7
+    for f in (wl.sqrtm, wl.sqrtm_invsqrtm):
+        with pytest.raises(wl.NotPositiveSemidefiniteError, match="singular"):
+            f(P, rank="raise")
+        with pytest.raises(ValueError, match="needs the eigenvalues"):
+            f(P, rank="pinv", solver="pade")
+        with pytest.raises(ValueError, match="takes none"):
+            f(P, rank="pinv", eps=0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_raise_names_the_matrix_and_the_eigenvalue(dtype):
     good = with_spectrum((2.0, 1.0, 0.5), dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def powm(P: Tensor, exponent: float, *, eps: float = 0.0, rank: Rank = "ridge") 
     """
     if not math.isfinite(exponent):
         raise ValueError(f"exponent must be a finite number, got {exponent}")
-    return _function(P, Power(float(exponent)), eps, rank, invertible=exponent < 0)
+    return functions_of(P, (Power(float(exponent)),), eps, rank, invertible=exponent < 0)[0]
 
 
 def logm(P: Tensor, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:
@@ -56,7 +57,7 @@ def logm(P: Tensor, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:
         tensor([[0., 0.],
                 [0., 0.]])
     """
-    return _function(P, Log(), eps, rank, invertible=True)
+    return functions_of(P, (Log(),), eps, rank, invertible=True)[0]
 
 
 def expm(S: Tensor) -> Tensor:
@@ -79,11 +80,14 @@ def expm(S: Tensor) -> Tensor:
         return apply_function(work, Exp(), *eigenpairs(work)).to(S.dtype)
 
 
-def _function(P: Tensor, f: ScalarFunction, eps: float, rank: Rank, *, invertible: bool) -> Tensor:
+def functions_of(
+    P: Tensor, functions: Sequence[ScalarFunction], eps: float, rank: Rank, *, invertible: bool
+) -> tuple[Tensor, ...]:
+    """Functions of P + εI under a rank policy, from one decomposition."""
     require_matrix(P, "P", square=True)
     require_nonnegative(eps, "eps")
     require_rank_policy(rank, eps)
     with full_precision(P):
         work = P.to(working_dtype(P.dtype))
-        eigvals, U = eigenpairs(work, Shift(float(eps), rank, invertible))
-        return apply_function(work, on_kept_eigenvalues(f, rank), eigvals, U).to(P.dtype)
+        pairs = eigenpairs(work, Shift(float(eps), rank, invertible))
+        return tuple(apply_function(work, on_kept_eigenvalues(f, rank), *pairs).to(P.dtype) for f in functions)

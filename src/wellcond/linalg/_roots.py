@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from ._checks import full_precision, require_matrix, require_nonnegative, working_dtype
-from ._functions import powm
+from ._divided_differences import Power
+from ._functions import functions_of
 from ._rank_policy import Rank, require_rank_policy
 from .solvers import Eigh, Root, Solved, Solver, Traced, choose_solver
 
 
-def sqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto") -> Tensor:
+def sqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank: Rank = "ridge") -> Tensor:
     """The positive semidefinite square root (P + εI)^{1/2}.
 
     Args:
@@ -20,6 +21,8 @@ def sqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto") -> Tens
         eps: ε ≥ 0, added to every eigenvalue.
         solver: a name of :data:`wellcond.linalg.SOLVERS`, a configured solver, or ``"auto"``
             (:func:`auto_solver` says which one that is).
+        rank: what is done to eigenvalues that are zero up to rounding, as in :func:`invsqrtm`. Zero has a root, so
+            ``"ridge"`` with ε = 0 takes a singular P as it is.
 
     Returns:
         (..., d, d) in the dtype of P.
@@ -40,7 +43,7 @@ def sqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto") -> Tens
         tensor([[2., 0.],
                 [0., 3.]])
     """
-    return _roots(P, ("sqrt",), eps, solver)[0]
+    return _roots(P, ("sqrt",), eps, solver, rank)[0]
 
 
 def invsqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank: Rank = "ridge") -> Tensor:
@@ -67,24 +70,29 @@ def invsqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.2500]])
     """
-    require_rank_policy(rank, eps)
-    if rank == "ridge":
-        return _roots(P, ("invsqrt",), eps, solver)[0]
-    if solver != "auto" and not isinstance(choose_solver(solver), Eigh):
-        raise ValueError(f"rank={rank!r} needs the eigenvalues: take solver='eigh' or 'auto', not {solver!r}")
-    return powm(P, -0.5, rank=rank)
+    return _roots(P, ("invsqrt",), eps, solver, rank)[0]
 
 
-def sqrtm_invsqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto") -> tuple[Tensor, Tensor]:
+def sqrtm_invsqrtm(
+    P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank: Rank = "ridge"
+) -> tuple[Tensor, Tensor]:
     """Both (P + εI)^{1/2} and (P + εI)^{-1/2} from one decomposition.
 
-    Arguments, errors and sources as for :func:`sqrtm`; a singular P with ε = 0 is refused too.
+    Arguments, errors and sources as for :func:`invsqrtm`.
     """
-    Q, S = _roots(P, ("sqrt", "invsqrt"), eps, solver)
+    Q, S = _roots(P, ("sqrt", "invsqrt"), eps, solver, rank)
     return Q, S
 
 
-def _roots(P: Tensor, roots: tuple[Root, ...], eps: float, solver: str | Solver) -> tuple[Tensor, ...]:
+EXPONENTS: dict[Root, float] = {"sqrt": 0.5, "invsqrt": -0.5}
+
+
+def _roots(P: Tensor, roots: tuple[Root, ...], eps: float, solver: str | Solver, rank: Rank) -> tuple[Tensor, ...]:
+    require_rank_policy(rank, eps)
+    if rank != "ridge":
+        if solver != "auto" and not isinstance(choose_solver(solver), Eigh):
+            raise ValueError(f"rank={rank!r} needs the eigenvalues: take solver='eigh' or 'auto', not {solver!r}")
+        return functions_of(P, [Power(EXPONENTS[root]) for root in roots], eps, rank, invertible="invsqrt" in roots)
     require_matrix(P, "P", square=True)
     require_nonnegative(eps, "eps")
     chosen = choose_solver(solver, P)

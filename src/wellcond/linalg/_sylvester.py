@@ -19,12 +19,22 @@ from ._vmap import BatchedFunction
 
 def reciprocal_or_zero(x: Tensor) -> Tensor:
     """1/x, and 0 where x is 0: the pseudo-inverse of a diagonal. Not differentiated."""
-    return x.reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0, neginf=0.0)
+    return _zero_for_infinity(x.reciprocal())
 
 
-def product(A: Tensor, B: Tensor) -> Tensor:
+def reciprocal_or_zero_(x: Tensor) -> Tensor:
+    """The same in place."""
+    return _zero_for_infinity(x.reciprocal_())
+
+
+def _zero_for_infinity(x: Tensor) -> Tensor:
+    return x.nan_to_num_(nan=torch.nan, posinf=0.0, neginf=0.0)
+
+
+def product(A: Tensor, B: Tensor, *, out: Tensor | None = None) -> Tensor:
     """A @ B, without the reshaping that ``matmul`` does even where there is nothing to reshape."""
-    return torch.bmm(A, B) if A.ndim == B.ndim == 3 and A.shape[0] == B.shape[0] else A @ B
+    multiply = torch.bmm if A.ndim == B.ndim == 3 and A.shape[0] == B.shape[0] else torch.matmul
+    return multiply(A, B, out=out)
 
 
 def differentiated_again() -> bool:
@@ -46,7 +56,7 @@ class Sylvester(BatchedFunction):
 
     @staticmethod
     def forward(Q: Tensor, G: Tensor, s: Tensor, U: Tensor) -> Tensor:
-        return in_eigenbasis(U, reciprocal_or_zero(s.unsqueeze(-1) + s.unsqueeze(-2)), G)
+        return in_eigenbasis(U, reciprocal_or_zero_(s.unsqueeze(-1) + s.unsqueeze(-2)), G)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

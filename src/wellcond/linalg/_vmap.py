@@ -58,6 +58,12 @@ def once(value: Tensor, message: str, *sources: Tensor) -> Tensor:
     return _Once.apply(value.detach(), message, *sources)  # pyright: ignore[reportReturnType]
 
 
+def along_many_directions(*grads: Tensor | None) -> bool:
+    """Whether ``autograd.grad(is_grads_batched=True)`` asks: such tensors hide their batch and know no ``out=``."""
+    batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+    return any(grad is not None and batched(grad) for grad in grads)
+
+
 def _to_front(arg: Any, dim: int | None, batch_size: int) -> Any:
     if not isinstance(arg, Tensor):
         return arg

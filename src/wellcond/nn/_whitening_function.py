@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from wellcond.linalg._checks import full_precision, working_dtype
+from wellcond.linalg._vmap import along_many_directions
 
 from ._blocks import as_blocks, channels_last, from_blocks, new_like
 from ._pieces import Reader, pieces, sum_of_products, sum_of_samples, write
@@ -153,8 +154,7 @@ class _AffineMap(torch.autograd.Function):
 
 def _in_plain_operations(*grads: Tensor | None) -> bool:
     """Whether the derivative will be differentiated again, or is taken along many directions at once."""
-    batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
-    return torch.is_grad_enabled() or any(grad is not None and batched(grad) for grad in grads)
+    return torch.is_grad_enabled() or along_many_directions(*grads)
 
 
 def _differentiable_backward(x: Tensor, W: Tensor, grad: Tensor, passes: Passes) -> tuple[Tensor | None, ...]:

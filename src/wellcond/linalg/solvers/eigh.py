@@ -6,11 +6,13 @@ Forward: eq. (3)–(4) of the paper. Backward: never through 1/(λi − λj) as 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._eigh import eigh
 from .._rank_policy import shifted_spectrum
-from .._sylvester import differentiated_again, product, reciprocal_or_zero, sylvester
+from .._sylvester import differentiated_again, product, reciprocal_or_zero, reciprocal_or_zero_, sylvester
+from .._vmap import along_many_directions
 from ._solver import Done, Root, Solver, Tensors
 
 
@@ -27,7 +29,7 @@ class Eigh(Solver):
         return tuple(product(U * value.unsqueeze(-2), U.mH) for value in values), (s, U)
 
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
-        if not differentiated_again():
+        if not differentiated_again() and not along_many_directions(*grads):
             return _gradient(done, grads)
         terms = [
             FRECHET[root](output, grad, *done.residuals)
@@ -44,22 +46,26 @@ class Eigh(Solver):
 
 
 def _gradient(done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
-    """The derivatives of :data:`FRECHET` in one pass through the eigenbasis, where nobody differentiates again."""
+    """The derivatives of :data:`FRECHET` in one pass through the eigenbasis, where nobody differentiates again.
+
+    Three arrays of the size of the batch hold everything in turn: fresh memory costs more than a product writes.
+    """
     s, U = done.residuals
     half = s + s
-    pair = reciprocal_or_zero(half.unsqueeze(-1) + half.unsqueeze(-2))  # half of K: the rest is the Hermitian part
-    inner: Tensor | None = None
+    pair = reciprocal_or_zero_(half.unsqueeze(-1) + half.unsqueeze(-2))  # half of K: the rest is the Hermitian part
+    inner = left = None
     for root, grad in zip(done.roots, grads, strict=True):
         if grad is None:
             continue
-        term = product(product(U.mH, grad), U).mul_(pair)
+        left = product(U.mH, grad, out=left)
+        term = product(left, U).mul_(pair)
         if root == "invsqrt":
             t = reciprocal_or_zero(s)
             term.mul_(t.unsqueeze(-1)).mul_(t.neg().unsqueeze(-2))
         inner = term if inner is None else inner.add_(term)
     assert inner is not None
-    gradient = product(product(U, inner), U.mH)
-    return gradient + gradient.mH
+    gradient = product(product(U, inner, out=left), U.mH, out=inner)
+    return torch.add(gradient, gradient.mH, out=left)
 
 
 def frechet_sqrt(Q: Tensor, G: Tensor, s: Tensor, U: Tensor) -> Tensor:

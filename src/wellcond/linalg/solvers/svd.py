@@ -15,6 +15,7 @@ from .._compiler import outside_the_compiler
 from .._eigh import eigh
 from .._events import count_call, count_failure
 from .._rank_policy import shifted_spectrum
+from .._sylvester import differentiated_again
 from .._vmap import once
 from ._solver import Done, Root, Solver, Tensors
 
@@ -66,11 +67,12 @@ class Svd(Solver):
         K = torch.where(off_diagonal, 1 / difference, 0.0)
         inner = K.mT * (U.mH @ grad_U) + torch.diag_embed(grad_eigvals).to(U.dtype)
         gradient = U @ inner @ U.mH  # eq. (7)
+        gradient = (gradient + gradient.mH) / 2
+        if not differentiated_again():
+            return gradient
         sources = [grad for grad in grads if grad is not None]
         assert done.P is not None
-        return once(
-            (gradient + gradient.mH) / 2, "solver 'svd' has first derivatives only; take 'eigh'", done.P, *sources
-        )
+        return once(gradient, "solver 'svd' has first derivatives only; take 'eigh'", done.P, *sources)
 
     def jvp(self, done: Done, dP: Tensor) -> Tensors:
         raise NotImplementedError("solver 'svd' has reverse-mode derivatives only, as published; take 'eigh'")
