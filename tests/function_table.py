@@ -82,6 +82,8 @@ def of_hermitian(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return g
 
 
+# Until rounding stops it: the number of steps is no longer a function of the input, to the digits that are checked.
+ADAPTIVE = wl.NewtonSchulz(40, tolerance=None, adaptive=True)
 MATRIX_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sqrtm": of_hermitian(wl.sqrtm),
     "sqrtm-ridge": of_hermitian(wl.sqrtm, eps=0.3),
@@ -91,6 +93,8 @@ MATRIX_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sqrtm-newton_schulz": of_hermitian(wl.sqrtm, solver=wl.NewtonSchulz(3, tolerance=None)),
     "invsqrtm-newton_schulz": of_hermitian(wl.invsqrtm, solver=wl.NewtonSchulz(3, tolerance=None), eps=0.1),
     "sqrtm_invsqrtm-newton_schulz": of_hermitian(wl.sqrtm_invsqrtm, solver=wl.NewtonSchulz(2, tolerance=None)),
+    "sqrtm-adaptive": of_hermitian(wl.sqrtm, solver=ADAPTIVE),
+    "sqrtm_invsqrtm-adaptive": of_hermitian(wl.sqrtm_invsqrtm, solver=ADAPTIVE),
     "sqrtm-minimax": of_hermitian(wl.sqrtm, solver="minimax"),
     "invsqrtm-minimax": of_hermitian(wl.invsqrtm, solver="minimax", eps=0.1),
     "sqrtm_invsqrtm-minimax": of_hermitian(wl.sqrtm_invsqrtm, solver="minimax"),

@@ -283,6 +283,50 @@ def test_newton_schulz_with_many_steps_is_the_square_root():
         assert relative_error(S[i], mp_function(P[i], lambda x: 1 / mpmath.sqrt(x))) < 1e-11
 
 
+def test_adaptive_newton_schulz_takes_each_matrix_as_far_as_it_goes():
+    """Beside one another: κ = 1, 1e2, 1e6, and a singular one, along whose null directions 60 fixed steps overflow."""
+    spectra = ([1.0] * 6, geometric(6, 1e2), geometric(6, 1e6), (1.0, 0.5, 0.1, 0.0, 0.0, 0.0))
+    for dtype in (torch.float32, torch.float64):
+        P = torch.stack([with_spectrum(spectrum, dtype) for spectrum in spectra])
+        Q = wl.sqrtm(P, solver=wl.NewtonSchulz(60, tolerance=None, adaptive=True))
+        for matrix, root in zip(P[:3], Q[:3], strict=True):
+            # Backward stable to a low multiple of eps: the root of a matrix that differs by that much in norm.
+            truth, bound = mp_function(matrix.double(), mpmath.sqrt), 50 * eps_of(dtype)
+            assert relative_error(root.double() @ root.double(), matrix.double()) < bound
+            assert relative_error(root, truth) < bound * 1e6**0.5
+        assert relative_error(Q[3] @ Q[3], P[3]) < 50 * eps_of(dtype)
+        if dtype == torch.float32:
+            singular = with_spectrum(spectra[3], dtype, (32,))
+            assert not torch.isfinite(wl.sqrtm(singular, solver=wl.NewtonSchulz(60, tolerance=None))).all()
+            assert torch.isfinite(wl.sqrtm(singular, solver=wl.NewtonSchulz(60, tolerance=None, adaptive=True))).all()
+
+
+def test_adaptive_newton_schulz_stops_at_its_tolerance_and_differentiates_what_it_did():
+    """The same as so many fixed steps, and a batch the same as its matrices one by one."""
+    P = torch.stack([with_spectrum(geometric(5, kappa)) for kappa in (1.5, 1e2, 1e4)])
+    G = torch.randn_like(P)
+    eye = torch.eye(5, dtype=P.dtype)
+    residuals = {
+        wl.sqrtm: lambda A, Q: (Q @ Q - A).norm() / A.norm(),
+        wl.invsqrtm: lambda A, S: (S @ A @ S - eye).norm() / eye.norm(),
+    }
+    steps = []
+    for f, residual in residuals.items():
+        A = P.clone().requires_grad_()
+        out = f(A, solver=wl.NewtonSchulz(40, tolerance=1e-3, adaptive=True))
+        (gradient,) = torch.autograd.grad(out, A, G)
+        for i in range(3):
+            fixed = [f(P[i], solver=wl.NewtonSchulz(k, tolerance=None)) for k in range(1, 40)]
+            errors = [residual(P[i], one) for one in fixed]
+            first = next(k for k, error in enumerate(errors) if error <= 1e-3)
+            steps.append(first + 1)
+            B = P[i].clone().requires_grad_()
+            same = f(B, solver=wl.NewtonSchulz(first + 1, tolerance=None))
+            assert relative_error(out[i], same) < 1e-12
+            assert relative_error(gradient[i], torch.autograd.grad(same, B, G[i])[0]) < 1e-12
+    assert steps[3] < steps[4] < steps[5]
+
+
 def test_newton_schulz_is_the_published_iteration():
     """iSQRT-COV (Li et al. 2018, eq. 4–7), written out on the eigenvalues: every step acts on each of them alone."""
     P = with_spectrum([3.0, 1.0, 0.1])

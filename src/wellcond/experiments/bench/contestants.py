@@ -87,6 +87,8 @@ def _references(case: Case) -> Iterator[Contestant]:
 def _ours(case: Case) -> Iterator[Contestant]:
     yield Contestant(AUTO, _our_function(case, "auto"), ours=True)
     if case.task == "polar":
+        for name in ("minimax", "muon"):  # values only: their rows say that they have no gradient
+            yield Contestant(f"{AUTO}, {name}", partial(polar, solver=name), ours=True, products_only=True)
         return
     for name, make in SOLVERS.items():
         solver = make()

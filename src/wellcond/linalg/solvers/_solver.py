@@ -49,7 +49,7 @@ class Solver(ABC):
     name: ClassVar[str]
     cost: ClassVar[str]
     keeps_input: ClassVar[bool] = False
-    traceable: ClassVar[bool] = False
+    traceable: bool = False
     tolerance: float | None = None
     has_warned: bool = False
 

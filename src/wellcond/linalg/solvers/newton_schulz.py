@@ -3,9 +3,14 @@ IterNorm (Huang et al., CVPR 2019); the iteration is in Higham, Functions of Mat
 
 With few steps this is not a square root but a damped one: at κ = 1e4 five steps are off by some 17 %. It is a smooth
 function of P all the same, and its derivative here is the derivative of what was computed, at any number of steps.
+
+In exact arithmetic Y grows towards the root and Z towards the inverse root, so both residuals only fall. Along null
+directions Z grows by 3/2 a step for ever, which in the end spoils Y too: ``adaptive`` stops before that.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,37 +26,70 @@ class NewtonSchulz(Solver):
         steps: iterations; 5 in the published layers.
         tolerance: warn where the relative residual is larger (``None``: never); checked with the values, so by
             default on the CPU.
+        adaptive: stop each matrix on its own as soon as its residual is within the tolerance, or rounding keeps the
+            next step from making it smaller; ``steps`` is then the most there may be. One more product a step for a
+            square root, and the host waits for a device at every step.
 
     Raises:
         ValueError: steps is not a positive integer.
+
+    Example:
+        >>> import torch
+        >>> from wellcond.linalg import sqrtm
+        >>> P = torch.diag(torch.tensor([4.0, 9.0]))
+        >>> sqrtm(P, solver=NewtonSchulz(40, tolerance=1e-5, adaptive=True)).round(decimals=3)
+        tensor([[2., 0.],
+                [0., 3.]])
     """
 
     name = "newton_schulz"
     cost = "three products a step forward, eight backward, no factorisation; exact only as far as the steps reach"
     keeps_input = True
-    traceable = True
 
-    def __init__(self, steps: int = 5, tolerance: float | None = 0.1) -> None:
+    def __init__(self, steps: int = 5, tolerance: float | None = 0.1, *, adaptive: bool = False) -> None:
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be a positive integer, got {steps!r}")
-        self.steps, self.tolerance = steps, tolerance
+        self.steps, self.tolerance, self.adaptive = steps, tolerance, adaptive
+        self.traceable = not adaptive
 
     def __repr__(self) -> str:
-        return f"NewtonSchulz(steps={self.steps})"
+        return f"NewtonSchulz(steps={self.steps}{', adaptive=True' if self.adaptive else ''})"
 
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
         count_call()
         A, scale, eye = _normalised(P, eps)
         require_scale(trace(P).real + eps, roots)
+        if self.adaptive:
+            Y, Z, taken = self._until_good(A, eye, roots)
+            return _scaled(roots, Y, Z, scale), (taken,)
         Y, Z = A, eye
         for _ in range(self.steps):
             M = (3 * eye - Z @ Y) / 2
             Y, Z = Y @ M, M @ Z
         return _scaled(roots, Y, Z, scale), ()
 
+    def _until_good(self, A: Tensor, eye: Tensor, roots: tuple[Root, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Y, Z and the steps (..., 1, 1) that each matrix took."""
+        Y, Z = A, eye
+        taken = torch.zeros_like(A[..., :1, :1].real)
+        residual = _residual(A, Y, Z, eye, roots)
+        moving = torch.ones_like(residual, dtype=torch.bool)
+        for _ in range(self.steps):
+            if self.tolerance is not None:
+                moving = moving & (residual > self.tolerance)
+            if not moving.any():
+                break
+            M = (3 * eye - Z @ Y) / 2
+            nextY, nextZ = Y @ M, M @ Z
+            after = _residual(A, nextY, nextZ, eye, roots)
+            moving = moving & (after < residual)
+            Y, Z = torch.where(moving, nextY, Y), torch.where(moving, nextZ, Z)
+            residual, taken = torch.where(moving, after, residual), taken + moving
+        return Y, Z, taken
+
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
         A, scale, eye, path = self._replay(done)
-        Y, Z = path[-1][3:]
+        Y, Z = path[-1][-2:]
         grad = dict(zip(done.roots, grads, strict=True))
         gQ, gS = grad.get("sqrt"), grad.get("invsqrt")
         root = scale.sqrt()
@@ -59,8 +97,8 @@ class NewtonSchulz(Solver):
         gZ = torch.zeros_like(A) if gS is None else gS / root
         # The scale is a function of P too: Q = √c Y and S = Z/√c.
         gc = (inner(gY, Y) - inner(gZ, Z)) / (2 * scale)
-        for Yk, Zk, M, _, _ in reversed(path):
-            gM = Yk.mH @ gY + gZ @ Zk.mH
+        for Yk, Zk, M, moved, *_ in reversed(path):
+            gM = moved * (Yk.mH @ gY + gZ @ Zk.mH)
             gY, gZ = gY @ M.mH - Zk.mH @ gM / 2, M.mH @ gZ - gM @ Yk.mH / 2
         gP = gY / scale + (gc - inner(gY, A) / scale) * eye
         return (gP + gP.mH) / 2
@@ -69,8 +107,8 @@ class NewtonSchulz(Solver):
         A, scale, _, path = self._replay(done)
         dscale = trace(dP)
         dY, dZ = (dP - dscale * A) / scale, torch.zeros_like(A)
-        for Yk, Zk, M, _, _ in path:
-            dM = -(dZ @ Yk + Zk @ dY) / 2
+        for Yk, Zk, M, moved, *_ in path:
+            dM = moved * (dZ @ Yk + Zk @ dY) / -2
             dY, dZ = dY @ M + Yk @ dM, dM @ Zk + M @ dZ
         root = scale.sqrt()
         values = dict(zip(done.roots, done.outputs, strict=True))
@@ -81,17 +119,39 @@ class NewtonSchulz(Solver):
             tangents["invsqrt"] = dZ / root - values["invsqrt"] * dscale / (2 * scale)
         return tuple(tangents[r] for r in done.roots)
 
-    def _replay(self, done: Done) -> tuple[Tensor, Tensor, Tensor, list[Tensors]]:
-        """Every step again (Y, Z, M, next Y, next Z): cheaper to recompute than to keep three matrices a step."""
+    def _replay(self, done: Done) -> tuple[Tensor, Tensor, Tensor, list[tuple[Any, ...]]]:
+        """Every step again (Y, Z, M, whether it was taken, next Y, next Z): cheaper than to keep three matrices a step.
+
+        A matrix that had stopped goes on with M = I, of which nothing is a function.
+        """
         assert done.P is not None
         A, scale, eye = _normalised(done.P, done.eps)
+        taken = done.residuals[0] if self.adaptive else None
+        steps = self.steps
+        if taken is not None and taken.numel() and not torch._C._are_functorch_transforms_active():
+            steps = max(1, int(taken.max()))
         Y, Z = A, eye
-        path: list[Tensors] = []
-        for _ in range(self.steps):
+        path: list[tuple[Any, ...]] = []
+        for step in range(steps):
             M = (3 * eye - Z @ Y) / 2
-            path.append((Y, Z, M, Y @ M, M @ Z))
-            Y, Z = path[-1][3:]
+            moved: Tensor | float = 1.0
+            if taken is not None:
+                moved = (step < taken).to(A.dtype)
+                M = torch.where(step < taken, M, eye)
+            path.append((Y, Z, M, moved, Y @ M, M @ Z))
+            Y, Z = path[-1][-2:]
         return A, scale, eye, path
+
+
+def _residual(A: Tensor, Y: Tensor, Z: Tensor, eye: Tensor, roots: tuple[Root, ...]) -> Tensor:
+    """(..., 1, 1) the largest of ‖Y² − A‖/‖A‖ and ‖ZY − I‖/‖I‖, of the roots that are wanted."""
+    found = []
+    if "sqrt" in roots:
+        size = torch.linalg.matrix_norm(A, keepdim=True)
+        found.append(torch.linalg.matrix_norm(Y @ Y - A, keepdim=True) / torch.where(size > 0, size, 1.0))
+    if "invsqrt" in roots:
+        found.append(torch.linalg.matrix_norm(Z @ Y - eye, keepdim=True) / A.shape[-1] ** 0.5)
+    return found[0] if len(found) == 1 else torch.maximum(*found)
 
 
 def trace(P: Tensor) -> Tensor:
