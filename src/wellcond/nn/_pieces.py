@@ -107,14 +107,17 @@ def write(out: Tensor, start: Tensor | None, *terms: tuple[Tensor, Reader]) -> N
 def sum_of_products(left: Reader, right: Reader) -> Tensor:
     """Σ A Bᵀ over all samples, by groups: (G, d, d)."""
     G, d = left.blocks.shape[1:3]
-    total = left.blocks.new_zeros(G, d, d, dtype=left.dtype)
+    total: Tensor | None = None
     for piece in pieces(left.blocks):
         A = left(piece)
         B = A if right is left else right(piece)
-        if A.shape[0] > total.shape[0]:
-            total = total.new_zeros(A.shape[0], d, d)
-        total[: A.shape[0]].baddbmm_(A, B.mT)
-    return total.view(-1, G, d, d).sum(0)
+        if total is None:
+            total = torch.bmm(A, B.mT)  # the longest piece, with as many matrices as any
+        else:
+            total[: A.shape[0]].baddbmm_(A, B.mT)
+    if total is None:
+        return left.blocks.new_zeros(G, d, d, dtype=left.dtype)
+    return total if total.shape[0] == G else total.view(-1, G, d, d).sum(0)
 
 
 def sum_of_samples(blocks: Tensor, dtype: torch.dtype) -> Tensor:
