@@ -14,6 +14,7 @@ from .iter_norm import IterNorm1d, IterNorm2d, IterNorm3d
 from .replace_batchnorm import replace_batchnorm
 from .skew_orthogonal_conv import SkewOrthogonalConv2d
 from .spectral_layer import SpectralLayer
+from .update_statistics import update_statistics
 from .whitening_coloring import WhiteningColoring
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "fold",
     "functional",
     "replace_batchnorm",
+    "update_statistics",
 ]

@@ -26,11 +26,16 @@ class Observation:
 
     Attributes:
         arrange: gives the features on demand, so that a pass that nobody records copies nothing.
-        eps: the absolute ε that the solver added to every covariance.
+        ridge: :attr:`eps`, or gives it on demand, where it must be read from a tensor.
     """
 
     arrange: Callable[[], Tensor]
-    eps: float
+    ridge: float | Callable[[], float]
+
+    @property
+    def eps(self) -> float:
+        """The absolute ε that the solver added to the covariances (their mean, where they differ)."""
+        return self.ridge() if callable(self.ridge) else self.ridge
 
     @property
     def features(self) -> Tensor:

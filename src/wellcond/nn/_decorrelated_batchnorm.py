@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,8 +99,7 @@ class _DecorrelatedBatchNorm(RunningWhitening):
             if checks_values(count):
                 self._check_count(int(count), x)
         if self._observers:
-            unit = cov.diagonal(dim1=-2, dim2=-1).mean().item() if self.relative else 1.0
-            self._observe(Observation(lambda: self._features(x.detach()), self.eps * unit))
+            self._observe(Observation(lambda: self._features(x.detach()), partial(self._ridge, cov.detach())))
         whitening = self._whitening(cov)
         if self.training and self.track_running_stats:
             self._track(mean.detach(), cov.detach(), whitening.detach(), count)

@@ -16,6 +16,7 @@ from wellcond.linalg._whitening_matrix import require_method
 from wellcond.linalg.solvers import choose_solver
 
 from ._base import SpectralModule
+from ._least_ridge import mean_ridge, with_ridge
 from ._migration import upgrade
 
 Running = Literal["covariance", "whitening"]
@@ -115,8 +116,13 @@ class RunningWhitening(SpectralModule):
         """The whitening matrices of covariances (G, d, d); errors name the layer."""
         # A graph of matrix products stays whole; nothing would be counted in it.
         whole = torch.compiler.is_compiling() and choose_solver(self.solver).traceable
+        cov, eps = with_ridge(cov, self.eps, relative=self.relative)
         with nullcontext() if whole else recording(self.solver_events, self.describe):
-            return whitening_matrix(cov, eps=self.eps, method=self.method, relative=self.relative, solver=self.solver)
+            return whitening_matrix(cov, eps=eps, method=self.method, relative=self.relative, solver=self.solver)
+
+    def _ridge(self, cov: Tensor) -> float:
+        """The absolute ε that the solver sees of covariances (G, d, d)."""
+        return mean_ridge(cov, self.eps, relative=self.relative)
 
     def _running_whitening(self) -> Tensor:
         """(G, d, d) of evaluation. In a graph (compiled, exported, traced) it is the buffer as it is then."""

@@ -30,9 +30,11 @@ class DecorrelatedBatchNorm2d(_DecorrelatedBatchNorm):
     Args:
         num_features: C, channels of the input.
         groups: channels are whitened in this many groups of C / groups; more groups need fewer samples.
-        eps: ε > 0, added to the eigenvalues of P. Where P is short of rank the directions without variance turn with
-            the weights, and evaluation agrees with training only if ε is large against what they pick up within the
-            memory of the running covariance: ``relative=True, eps=1e-2`` is safe there, 1e-5 is not.
+        eps: ε > 0, added to the eigenvalues of P; not less than the rounding of P, eps · tr P in the dtype of the
+            statistics. Where P is short of rank the directions without variance turn with the weights, and evaluation
+            agrees with training only if ε is large against what they pick up within the memory of the running
+            covariance: ``relative=True, eps=1e-2`` is safe there; with 1e-5, take the statistics anew before
+            evaluation (:func:`update_statistics`).
         momentum: of the running statistics as in :class:`torch.nn.BatchNorm2d`; ``None`` for the cumulative average.
         affine: learn γ and β (C each).
         track_running_stats: keep running statistics for evaluation; without, evaluation uses the batch's.

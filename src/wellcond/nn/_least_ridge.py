@@ -1,0 +1,41 @@
+"""The least ridge that a covariance can do with in its own precision.
+
+Forming P = Σ x xᵀ/M and decomposing it each leave errors of about eps·λmax on every eigenvalue. A smaller ε is no
+ridge: along directions without variance P + εI is that rounding, and the derivative of its inverse root, of size
+ε^{-3/2}, amplifies it until the weights before the layer are not finite. So ε stands for at least eps·tr P. In float32
+with ε = 1e-5 that begins where the variances of a group add up to 84, and it changes what belongs to an eigenvalue λ by
+eps·tr P/(2λ) of itself: no more than that rounding does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wellcond.linalg._checks import readable
+
+
+def with_ridge(P: Tensor, eps: float, *, relative: bool) -> tuple[Tensor, float]:
+    """P (G, d, d) and the ε that make P + εI, where as much is on the diagonal of P already as the given ε lacks.
+
+    A relative ε is in units of the mean variance, of which eps·tr P is d·eps.
+    """
+    least = torch.finfo(P.dtype).eps
+    if relative:
+        return P, max(eps, least * P.shape[-1])
+    lacking = (least * trace(P) - eps).clamp_min(0.0)
+    if not torch.compiler.is_compiling() and readable(P) and not lacking.any():
+        return P, eps
+    return P + torch.diag_embed(lacking.unsqueeze(-1).expand(*P.shape[:-1])), eps
+
+
+def mean_ridge(P: Tensor, eps: float, *, relative: bool) -> float:
+    """The absolute ε that :func:`with_ridge` stands for, the mean over the groups."""
+    least = torch.finfo(P.dtype).eps
+    ridges = max(eps / P.shape[-1], least) * trace(P) if relative else (least * trace(P)).clamp_min(eps)
+    return ridges.mean().item()
+
+
+def trace(P: Tensor) -> Tensor:
+    """(...,) tr P."""
+    return P.diagonal(dim1=-2, dim2=-1).sum(-1)

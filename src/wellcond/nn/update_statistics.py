@@ -1,0 +1,93 @@
+"""Running statistics of a finished model: taken anew, of the weights as they are.
+
+While a model trains, its running statistics are those of the weights of the last steps. Evaluation of a whitening layer
+feels that more than that of batch norm: along directions without variance it divides by √ε what the weights have moved.
+So do averaged weights (SWA, EMA), of which there are no statistics at all. The same for batch norm is "precise batch
+norm" (Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021) and ``torch.optim.swa_utils.update_bn``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._running_statistics import RunningWhitening
+
+NORMS = (RunningWhitening, nn.modules.batchnorm._BatchNorm)
+
+
+@torch.no_grad()
+def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch.device | str | None = None) -> int:
+    """Take the running statistics of every batch norm and decorrelated batch norm anew, averaged over the batches.
+
+    Only the norms see the batches in training mode; everything else, such as dropout, is in evaluation. Modes and
+    momenta are afterwards what they were.
+
+    Args:
+        model: any module that is called with a batch.
+        batches: what a data loader gives: inputs, or tuples and lists that begin with them, or dictionaries, which are
+            passed by keyword. A few hundred batches of training data settle the statistics.
+        device: where the batches are put first; left where they are if None.
+
+    Returns:
+        How many norms were updated.
+
+    Raises:
+        ValueError: there are norms, but no batch; the statistics are then as before.
+
+    Complexity: one forward pass a batch.
+
+    Example:
+        >>> import torch
+        >>> from wellcond.nn import DecorrelatedBatchNorm2d
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), DecorrelatedBatchNorm2d(8))
+        >>> update_statistics(model, [torch.randn(16, 3, 8, 8) for _ in range(4)])
+        1
+    """
+    norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
+    if not norms:
+        return 0
+    modes = {module: module.training for module in model.modules()}
+    before = {
+        norm: ({name: b.clone() for name, b in norm.named_buffers(recurse=False)}, norm.momentum) for norm in norms
+    }
+    count = 0
+    try:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.training = True
+        for batch in batches:
+            _call(model, batch, device)
+            count += 1
+        if not count:
+            raise ValueError("no batch was given, so there is nothing to take statistics of")
+    except BaseException:
+        for norm, (buffers, _) in before.items():
+            for name, value in buffers.items():
+                getattr(norm, name).copy_(value)
+        raise
+    finally:
+        for norm, (_, momentum) in before.items():
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+    for norm in norms:
+        if isinstance(norm, RunningWhitening) and not norm.training:
+            norm.eval()  # compiled and exported graphs take the whitening matrix from a buffer
+    return len(norms)
+
+
+def _call(model: nn.Module, batch: Any, device: torch.device | str | None) -> None:
+    if isinstance(batch, dict):
+        model(**{name: _moved(value, device) for name, value in batch.items()})
+    else:
+        model(_moved(batch[0] if isinstance(batch, (tuple, list)) else batch, device))
+
+
+def _moved(value: Any, device: torch.device | str | None) -> Any:
+    return value.to(device) if device is not None and isinstance(value, torch.Tensor) else value
