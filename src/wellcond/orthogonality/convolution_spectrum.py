@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ._largest_eigenvalue import largest_eigenvalue
 from ._matrix import described
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -81,8 +82,7 @@ def operator_norm(weight: Tensor, grid: Grid) -> Tensor:
     """
     T = transfer_matrices(weight, grid)
     gram = T.mH @ T if T.shape[-2] >= T.shape[-1] else T @ T.mH
-    # Not eigvalsh, whose routine differs with and without a gradient: training and evaluation shall agree.
-    return torch.linalg.eigh(gram)[0].amax().clamp_min(torch.finfo(weight.dtype).tiny).sqrt()
+    return largest_eigenvalue(gram).amax().clamp_min(torch.finfo(weight.dtype).tiny).sqrt()
 
 
 def convolution_singular_values(layer: nn.Module | Tensor, input_size: int | Sequence[int]) -> Tensor:

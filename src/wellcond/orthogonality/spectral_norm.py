@@ -11,10 +11,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ._largest_eigenvalue import largest_eigenvalue
 from ._matrix import MatrixView
 from ._names import require_known
 from ._parametrised import WeightParametrisation, attach, require_free
 from .convolution_spectrum import Grid, layer_grid, operator_norm
+
+
+def weight_norm(W: Tensor) -> Tensor:
+    """σ_max of (groups, m, n), the largest over the groups; small and positive for a zero weight, which so stays zero.
+
+    By its largest entry first (of which the result is no function): squares beyond 1e19 leave single precision.
+    """
+    size = W.detach().abs().amax()
+    size = torch.where(size > 0, size, 1.0)
+    W = W / size
+    gram = W.mT @ W if W.shape[-2] >= W.shape[-1] else W @ W.mT
+    return largest_eigenvalue(gram).amax().clamp_min(torch.finfo(W.dtype).tiny).sqrt() * size
 
 
 class SpectralNorm(WeightParametrisation):
@@ -31,12 +44,7 @@ class SpectralNorm(WeightParametrisation):
             full = stored.to(torch.promote_types(stored.dtype, torch.float32))
             if self.grid is not None:
                 return (stored / operator_norm(full, self.grid)).to(stored.dtype)
-            W = self.view.matrix(full)
-            gram = W.mT @ W if W.shape[-2] >= W.shape[-1] else W @ W.mT
-            # Not eigvalsh, whose routine differs with and without a gradient: training and evaluation shall agree.
-            largest = torch.linalg.eigh(gram)[0][..., -1].amax()
-            tiny = torch.finfo(W.dtype).tiny  # a zero weight stays zero
-            return (stored / largest.clamp_min(tiny).sqrt()).to(stored.dtype)
+            return (stored / weight_norm(self.view.matrix(full))).to(stored.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Any weight may be stored."""
@@ -71,7 +79,8 @@ def spectral_norm(
             ``of``; for the operator, not a convolution, or an input_size that is missing or does not fit.
 
     Complexity: O(m n min(m, n)) for the Gram matrix and its eigenvalues; for the operator that of one Gram matrix of
-    min(out, in) channels for half of the pixels, in every forward pass. Take it off with
+    min(out, in) channels for half of the pixels, in every forward pass; off the CPU by some 30 products of those,
+    which do not make the host wait. Take it off with
     ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")``.
 
     Example:

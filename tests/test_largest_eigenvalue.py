@@ -1,0 +1,112 @@
+"""The largest eigenvalue from products alone: its value, its derivative, ties, zero, scale; and a step that waits for
+nobody."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import eps_of, unitary, with_spectrum
+from test_step_path import no_waiting
+from wellcond.orthogonality import spectral_norm
+from wellcond.orthogonality._largest_eigenvalue import by_products, largest_eigenvalue, squarings
+
+SPECTRA = {
+    "distinct": (3.0, 1.4, 0.8, 0.3),
+    "close": (1.0, 1.0 - 1e-4, 1.0 - 2e-4, 0.1),
+    "repeated": (2.0, 2.0, 2.0, 0.5),
+    "all equal": (1.0,) * 4,
+    "rank one": (1.0, 0.0, 0.0, 0.0),
+    "one by one": (0.7,),
+    "many": tuple(torch.linspace(0.0, 1.0, 120).tolist()),
+}
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+def test_it_is_the_largest_eigenvalue(spectrum, dtype, scale):
+    """Rounding of the entries moves the eigenvalue by eps·d at most (Weyl), the truncated power by eps."""
+    P = scale * with_spectrum(spectrum, dtype, (2,))
+    truth = torch.linalg.eigvalsh(P.to(torch.complex128))[..., -1]
+    for value in (by_products(P), largest_eigenvalue(P)):
+        assert value.dtype == P.real.dtype
+        assert ((value.double() - truth).abs() <= 4 * len(spectrum) * eps_of(dtype) * truth).all()
+
+
+def test_zero_has_the_eigenvalue_zero_and_no_direction():
+    P = torch.zeros(2, 3, 3, requires_grad=True)
+    by_products(P).sum().backward()
+    assert torch.equal(P.grad, torch.zeros(2, 3, 3)) and torch.equal(by_products(P), torch.zeros(2))
+
+
+def test_derivatives_are_exact_to_second_order():
+    A = with_spectrum(SPECTRA["distinct"], torch.float64).requires_grad_()
+
+    def f(A):
+        return by_products((A + A.mT) / 2)
+
+    assert torch.autograd.gradcheck(f, A)
+    assert torch.autograd.gradgradcheck(f, A)
+
+
+def test_a_repeated_eigenvalue_shares_its_derivative():
+    """The mean over the eigenvectors of the tie: the derivative of the mean of those eigenvalues."""
+    U = unitary(4, 4)
+    P = ((U * torch.tensor(SPECTRA["repeated"], dtype=torch.float64)) @ U.mT).requires_grad_()
+    by_products(P).backward()
+    # The tie is one to rounding only, which m = 2^k would resolve if it were more: hence the margin of one in trace.
+    assert torch.allclose(P.grad @ U[:, 3], torch.zeros(4, dtype=torch.float64), atol=1e-12)
+    assert P.grad.trace() == pytest.approx(1.0, abs=1e-12)
+    assert torch.linalg.eigvalsh(P.grad).min() > -1e-12
+
+
+def test_the_truncated_power_is_within_its_bound():
+    """Of d eigenvalues the worst case is one at 1 and all others at m/(m + 1): the bound is d/(e·m)."""
+    for d, k in ((4, 3), (50, 6), (200, 10)):
+        m = 2**k
+        t = m / (m + 1)
+        mean = (1 + (d - 1) * t ** (m + 1)) / (1 + (d - 1) * t**m)
+        assert 0 < 1 - mean < d / (2.718 * m)
+    for dtype in (torch.float32, torch.float64):
+        for d in (1, 27, 512):
+            assert d / (2.718 * 2 ** squarings(d, dtype)) <= 1.001 * eps_of(dtype)
+
+
+@pytest.mark.parametrize("options", [{}, {"of": "operator", "input_size": 6}], ids=["weight", "operator"])
+def test_a_spectrally_normalised_layer_never_waits_on_that_way(options, monkeypatch):
+    layer = nn.Conv2d(6, 9, 3, groups=3)
+    reference = spectral_norm(nn.Conv2d(6, 9, 3, groups=3), **options)
+    reference.load_state_dict(
+        {f"parametrizations.{n}.original" if n == "weight" else n: v for n, v in layer.state_dict().items()}
+    )
+    spectral_norm(layer, **options)
+    x = torch.randn(2, 6, 6, 6)
+    for name in ("spectral_norm", "convolution_spectrum"):  # the first is also the name of a function
+        monkeypatch.setattr(sys.modules[f"wellcond.orthogonality.{name}"], "largest_eigenvalue", by_products)
+    with no_waiting():
+        y = layer(x)
+        y.square().sum().backward()
+    monkeypatch.undo()
+    expected = reference(x)
+    expected.square().sum().backward()
+    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
+    got, want = (m.parametrizations.weight.original.grad for m in (layer, reference))
+    assert (got - want).norm() < 1e-4 * want.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_weights_of_any_scale_are_normalised(scale):
+    """Their Gram matrix is not representable in single precision."""
+    layer = nn.Linear(5, 7, bias=False)
+    with torch.no_grad():
+        layer.weight.mul_(scale)
+    expected = layer.weight.detach().double() / torch.linalg.matrix_norm(layer.weight.detach().double(), 2)
+    spectral_norm(layer)
+    assert torch.allclose(layer.weight.double(), expected, rtol=1e-5)
+    layer.weight.sum().backward()
+    assert layer.parametrizations.weight.original.grad.isfinite().all()
