@@ -15,7 +15,7 @@ from wellcond.linalg import _feature_spectrum as _spectrum
 from wellcond.linalg import covariance_spectrum
 from wellcond.monitor import ConditionMonitor, ConditionRecord
 from wellcond.monitor._record import MEASURES, measure
-from wellcond.nn import DecorrelatedBatchNorm2d, GlobalCovariancePool2d
+from wellcond.nn import DecorrelatedBatchNorm2d, GlobalCovariancePool2d, SpectralLayer, WhiteningColoring
 
 
 def features_with(eigvals: torch.Tensor, n: int, seed: int = 0) -> torch.Tensor:
@@ -319,6 +319,34 @@ def test_solver_failures_are_those_since_the_last_record() -> None:
     assert monitor.summary()["norm"]["failures"] == 3
     model.norm.solver_events.failures += 2  # after the last record
     assert monitor.summary()["norm"]["failures"] == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_that_takes_covariances_is_recorded_by_their_eigenvalues(dtype: torch.dtype) -> None:
+    """Of rank 6 of 8: what rounding left of the rest is not taken for eigenvalues."""
+    eigvals = torch.cat([spread(6, 100.0), torch.zeros(2, dtype=torch.float64)])
+    U = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
+    P = ((U * eigvals) @ U.mT).to(dtype)
+    layer = SpectralLayer("sqrt", takes="covariance")
+    with ConditionMonitor(layer, every=1) as monitor:
+        layer((P + P.mT) / 2)
+    (record,) = monitor.records
+    assert record.numerical_rank == 6
+    assert record.kappa_max == math.inf
+    assert record.eig_max == pytest.approx(1.0, rel=1e-6)
+    assert record.effective_rank == pytest.approx(float(eigvals.sum() ** 2 / eigvals.square().sum()), rel=1e-5)
+
+
+def test_masked_content_is_recorded_by_the_positions_chosen() -> None:
+    content, style = torch.randn(1, 3, 6, 6, dtype=torch.float64), torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    mask = torch.rand(1, 6, 6) < 0.5
+    layer = WhiteningColoring(1e-5)
+    with ConditionMonitor(layer, every=1) as monitor:
+        layer(content, style, content_mask=mask)
+    eigvals = brute_force(content[0, :, mask[0]])
+    (record,) = monitor.records
+    assert record.kappa == pytest.approx(eigvals[0] / eigvals[-1], rel=1e-9)
+    assert record.eig_min == pytest.approx(eigvals[-1], rel=1e-9)
 
 
 # -- no trace -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -149,6 +150,17 @@ def test_fewer_samples_than_channels_stays_finite_and_suggests_groups(shape):
     y.square().sum().backward()
     assert y.isfinite().all()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "values", "suggested"), [(10, 1, 4, 5), (12, 2, 6, 3), (7, 1, 5, 7), (9, 3, 2, 9)]
+)
+def test_the_groups_that_are_suggested_divide_the_channels_and_are_enough(channels, groups, values, suggested):
+    with pytest.warns(UserWarning, match=f"groups={suggested} or more"):
+        DecorrelatedBatchNorm1d(channels, groups=groups)(torch.randn(values, channels))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DecorrelatedBatchNorm1d(channels, groups=suggested)(torch.randn(values, channels))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e4])

@@ -50,6 +50,15 @@ def test_first_all_or_chosen():
     assert model(torch.randn(8, 3, 16, 16)).isfinite().all()
 
 
+def test_a_synchronised_norm_stays_synchronised():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4, momentum=0.3), nn.ReLU())
+    assert replace_batchnorm(model) == ["1"]
+    norm = model[1]
+    assert type(norm) is DecorrelatedBatchNorm2d
+    assert (norm.sync, norm.momentum, norm.process_group) == (True, 0.3, None)
+    assert model(torch.randn(8, 3, 6, 6)).isfinite().all()  # one process: the batch's own statistics
+
+
 def test_a_norm_with_two_names_stays_one():
     shared = nn.BatchNorm2d(4)
     model = nn.ModuleDict({"a": nn.Sequential(shared), "b": shared})
@@ -78,7 +87,11 @@ class ActivatedNorm(nn.BatchNorm2d):
 @pytest.mark.parametrize(
     ("model", "which", "message"),
     [
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1)), "first", "Sequential holds no nn.BatchNorm1d, 2d or 3d"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 1)),
+            "first",
+            "Sequential holds no nn.BatchNorm1d, 2d, 3d or SyncBatchNorm",
+        ),
         (lambda: nn.Sequential(ActivatedNorm(4)), "all", "ActivatedNorm are not replaced"),
         (lambda: nn.Sequential(nn.BatchNorm2d(4)), lambda *_: False, "chose none of the batch norms 0"),
         (lambda: nn.Sequential(nn.BatchNorm2d(4)), "last", "which must be 'first', 'all' or a function"),

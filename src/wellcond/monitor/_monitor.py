@@ -15,8 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wellcond.orthogonality.pre_spectral import unwrapped
+
 from . import _display
-from ._probe import Hook, attach, solver_counts, untraced, unwrapped, watched_layers
+from ._probe import Hook, attach, solver_counts, untraced, watched_layers
 from ._record import FIELDS, MEASURES, ConditionRecord, alarms, measure
 from ._writers import as_writers, deliver
 

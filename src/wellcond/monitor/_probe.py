@@ -40,17 +40,6 @@ def solver_counts(layer: nn.Module) -> tuple[int, int]:
     return (0, 0) if events is None else (events.failures, events.retries)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or torch.compile: names do not depend on these."""
-    while True:
-        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        else:
-            return model
-
-
 def is_spectral(module: nn.Module) -> bool:
     """Whether a module declares itself a spectral layer."""
     return bool(getattr(module, "is_spectral_layer", False))

@@ -43,6 +43,14 @@ class Observation:
         return self.arrange()
 
 
+def features_of(P: Tensor) -> Tensor:
+    """Features (..., d, 2d) of zero mean in float64 whose covariance is P less the eigenvalues that are rounding."""
+    eigvals, U = torch.linalg.eigh(P.to(torch.complex128 if P.is_complex() else torch.float64))
+    rounding = P.shape[-1] * torch.finfo(P.dtype).eps * eigvals.abs().amax(-1, keepdim=True)
+    A = U * torch.where(eigvals > rounding, eigvals, 0.0).sqrt().unsqueeze(-2)
+    return P.shape[-1] ** 0.5 * torch.cat([A, -A], -1)
+
+
 Observer = Callable[["SpectralModule", Observation], None]
 
 

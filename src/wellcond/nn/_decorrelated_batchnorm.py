@@ -154,10 +154,11 @@ class _DecorrelatedBatchNorm(RunningWhitening):
             )
         if count <= d and not self._warned:
             self._warned = True
+            C = self.num_features
+            enough = next(g for g in range(self.groups, C + 1) if C % g == 0 and C // g < count)
             warnings.warn(
                 f"{self.describe()}: {count} values per channel give a covariance of rank at most {count - 1} for "
-                f"{d} channels; eps={self.eps} keeps it finite, but take more samples or "
-                f"groups={self.groups * -(-d // max(count - 1, 1))} or more",
+                f"{d} channels; eps={self.eps} keeps it finite, but take more samples or groups={enough} or more",
                 stacklevel=5,
             )
 

@@ -32,7 +32,8 @@ def with_ridge(P: Tensor, eps: float, *, relative: bool) -> tuple[Tensor, float]
 def mean_ridge(P: Tensor, eps: float, *, relative: bool) -> float:
     """The absolute ε that :func:`with_ridge` stands for, the mean over the groups."""
     least = torch.finfo(P.dtype).eps
-    ridges = max(eps / P.shape[-1], least) * trace(P) if relative else (least * trace(P)).clamp_min(eps)
+    traces = trace(P).double()
+    ridges = max(eps / P.shape[-1], least) * traces if relative else (least * traces).clamp_min(eps)
     return ridges.mean().item()
 
 

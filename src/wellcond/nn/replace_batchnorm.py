@@ -13,16 +13,19 @@ DECORRELATED = {
     nn.BatchNorm1d: DecorrelatedBatchNorm1d,
     nn.BatchNorm2d: DecorrelatedBatchNorm2d,
     nn.BatchNorm3d: DecorrelatedBatchNorm3d,
+    # Which takes any number of dimensions; models that are trained in several processes are of images.
+    nn.SyncBatchNorm: DecorrelatedBatchNorm2d,
 }
 Which = Literal["first", "all"] | Callable[[str, nn.Module], bool]
 
 
 def replace_batchnorm(model: nn.Module, which: Which = "first", **options: Any) -> list[str]:
-    """Replace ``nn.BatchNorm1d/2d/3d`` in a model by the decorrelated one, in place.
+    """Replace ``nn.BatchNorm1d/2d/3d`` and ``nn.SyncBatchNorm`` in a model by the decorrelated one, in place.
 
     Weight, bias, ε, momentum, mode, device and dtype are kept; the running covariance starts as the diagonal of the
     running variances, so that evaluation is unchanged until the first training step. The weight and bias are the same
-    ``Parameter`` objects: an optimizer goes on with them.
+    ``Parameter`` objects: an optimizer goes on with them. A ``SyncBatchNorm`` becomes a
+    :class:`DecorrelatedBatchNorm2d` with ``sync=True`` over the same process group.
 
     Args:
         model: any module. The paper replaces the norm after the first convolution, ``which="first"``.
@@ -49,7 +52,7 @@ def replace_batchnorm(model: nn.Module, which: Which = "first", **options: Any) 
     if not norms:
         others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)})
         hint = f" ({', '.join(others)} are not replaced: they may do more)" if others else ""
-        raise ValueError(f"{type(model).__name__} holds no nn.BatchNorm1d, 2d or 3d to replace{hint}")
+        raise ValueError(f"{type(model).__name__} holds no nn.BatchNorm1d, 2d, 3d or SyncBatchNorm to replace{hint}")
     if callable(which):
         chosen = [(name, module) for name, module in norms if which(name, module)]
     elif which in ("first", "all"):

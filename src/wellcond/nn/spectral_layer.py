@@ -24,9 +24,10 @@ from wellcond.linalg import (
     powm,
     sqrtm,
 )
+from wellcond.linalg._checks import full_precision, working_dtype
 from wellcond.linalg.solvers import choose_solver
 
-from ._base import Observation, SpectralModule
+from ._base import Observation, SpectralModule, features_of
 from ._normalise import Normalisation, normalised_features, normalised_matrix, require_normalisation
 
 FUNCTIONS = ("sqrt", "invsqrt", "log", "power", "exp")
@@ -96,12 +97,16 @@ class SpectralLayer(SpectralModule):
         self.exponent = (0.5 if exponent is None else float(exponent)) if function == "power" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self._observers and self.takes == "features":
-            self._observe(Observation(lambda: self._normalised(x.detach()), self.eps))
+        if self.training and self._observers:
+            self._observe(Observation(lambda: self._seen(x.detach()), self.eps))
         solver = self.solver if self.function in _ROOTS else None
-        with self._recording(solver), torch.autocast(x.device.type, enabled=False):
-            work = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
-            return self._apply_function(self._normalised(work)).to(x.dtype)
+        with self._recording(solver), full_precision(x):
+            return self._apply_function(self._normalised(x.to(working_dtype(x.dtype)))).to(x.dtype)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """Features of the covariance that the function is taken of."""
+        x = self._normalised(x)
+        return x if self.takes == "features" else features_of(x)
 
     def _normalised(self, x: Tensor) -> Tensor:
         if self.normalisation is None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._base import Observation, SpectralModule
-from .functional._whitening_coloring import Method, factor, grouped, require_options, whitening_coloring
+from .functional._whitening_coloring import (
+    Method,
+    factor,
+    flat_mask,
+    grouped,
+    require_options,
+    whitening_coloring,
+)
 
 
 class WhiteningColoring(SpectralModule):
@@ -45,8 +52,8 @@ class WhiteningColoring(SpectralModule):
         content_mask: Tensor | None = None,
         style_mask: Tensor | None = None,
     ) -> Tensor:
-        if self.training and self._observers and content_mask is None:
-            self._observe(Observation(lambda: self._seen(content.detach()), self.eps))
+        if self.training and self._observers:
+            self._observe(Observation(lambda: self._seen(content.detach(), content_mask), self.eps))
         with self._recording():
             return whitening_coloring(
                 content,
@@ -60,10 +67,10 @@ class WhiteningColoring(SpectralModule):
                 style_mask=style_mask,
             )
 
-    def _seen(self, content: Tensor) -> Tensor:
-        """The features whose covariance is whitened, in the units of ε."""
-        _, A, root_n = factor(grouped(content, self.groups), None, self.relative)
-        return A * root_n
+    def _seen(self, content: Tensor, mask: Tensor | None) -> Tensor:
+        """Features whose covariance is the one that is whitened, in the units of ε."""
+        _, A, _ = factor(grouped(content, self.groups), flat_mask(mask, content, "content_mask"), self.relative)
+        return A * A.shape[-1] ** 0.5
 
     def extra_repr(self) -> str:
         relative = ", relative=True" if self.relative else ""

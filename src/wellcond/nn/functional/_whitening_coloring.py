@@ -79,8 +79,8 @@ def whitening_coloring(
     require_options(eps, alpha, method, groups)
     _require_fitting(content, style, groups)
     with torch.autocast(content.device.type, enabled=False):
-        c, c_mask = grouped(content, groups), _flat_mask(content_mask, content, "content_mask")
-        s, s_mask = grouped(style.to(c.dtype), groups), _flat_mask(style_mask, style, "style_mask")
+        c, c_mask = grouped(content, groups), flat_mask(content_mask, content, "content_mask")
+        s, s_mask = grouped(style.to(c.dtype), groups), flat_mask(style_mask, style, "style_mask")
         of_content, of_style = factor(c, c_mask, relative), factor(s, s_mask, False)
         if method == "zca":
             white, colour = _range_whitened(of_content.A, eps), _root(of_style.A)
@@ -166,7 +166,7 @@ def _cholesky(A: Tensor, eps: float, relative: bool) -> Tensor:
         ) from error
 
 
-def _flat_mask(mask: Tensor | None, x: Tensor, name: str) -> Tensor | None:
+def flat_mask(mask: Tensor | None, x: Tensor, name: str) -> Tensor | None:
     """(N, 1, 1, n) or (1, 1, n), to stand beside the grouped features."""
     if mask is None:
         return None
