@@ -35,6 +35,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "steep": lambda parameters: torch.optim.SGD(steep_first(parameters), lr=0.02),
 }
 DDP = [(names, when) for names in ("nog+olr", "nog+ow+olr", "sn+ol+nog") for when in ("before", "after")]
+DDP_OPTIONS: dict[str, dict[str, Any]] = {
+    "static graph": {"static_graph": True},
+    "gradients as views of the buckets": {"gradient_as_bucket_view": True},
+    "unused parameters looked for": {"find_unused_parameters": True},
+    "accumulated without synchronisation": {},
+}
 FSDP = [
     ("nog", "sgd", {}),
     ("olr", "steep", {"olr": {"rule": "exact"}}),
@@ -101,6 +107,41 @@ def ddp(rank: int, names: str, when: str) -> dict[str, Any]:
         "rates": treatment.rates(),
         "gap": orthogonality_gap(model[0]),
     }
+
+
+def ddp_with(rank: int, kind: str) -> dict[str, Any]:
+    model = net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    treatment = treat(model, optimizer, "nog+olr")
+    wrapped = nn.parallel.DistributedDataParallel(model, **DDP_OPTIONS[kind])
+    if not kind.startswith("accumulated"):
+        train(wrapped, optimizer, treatment, rank, 2)
+    else:
+        for x, y in batches(4):
+            optimizer.zero_grad()
+            parts = [(x.double().chunk(4)[i], y.chunk(4)[i]) for i in (rank, rank + 2)]
+            with wrapped.no_sync():
+                (nn.functional.cross_entropy(wrapped(parts[0][0]), parts[0][1]) / 2).backward()
+            (nn.functional.cross_entropy(wrapped(parts[1][0]), parts[1][1]) / 2).backward()
+            optimizer.step()
+    return {"weights": model.state_dict(), "rates": treatment.rates(), "counts": treatment.nog.counts()}
+
+
+def half_precision_shards(rank: int, mesh: Any) -> dict[str, Any]:
+    """Forward and backward in bfloat16 of a weight kept in float32: the step is orthogonal all the same."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = net().float()
+    half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    fully_shard(model[0], mesh=mesh, mp_policy=MixedPrecisionPolicy(**half))
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**half, output_dtype=torch.float32))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    treatment = treat(model, optimizer, "nog")
+    before = model[0].weight.full_tensor().detach().clone()
+    (x, y), *_ = batches(1)
+    nn.functional.cross_entropy(model(x.float().chunk(2)[rank]), y.chunk(2)[rank]).backward()
+    optimizer.step()
+    return {"step": (before - model[0].weight.full_tensor()).detach() / 0.5, "counts": treatment.nog.counts()}
 
 
 def fsdp(rank: int, names: str, optimizer: str, options: Any, mesh: Any) -> dict[str, Any]:
@@ -229,6 +270,8 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     found: dict[str, Any] = {"ddp": [ddp(rank, *case) for case in DDP]}
+    found["ddp options"] = {kind: ddp_with(rank, kind) for kind in DDP_OPTIONS}
+    found["half precision"] = half_precision_shards(rank, mesh)
     found["fsdp"] = [fsdp(rank, *case, mesh=mesh) for case in FSDP]
     found["tensor parallel"] = [tensor_parallel(rank, placement, mesh) for placement in PLACEMENTS]
     found["meshes"] = [on_mesh(rank, kind) for kind in MESHES]
@@ -267,6 +310,24 @@ def test_ddp_is_one_process_with_the_whole_batch(case: int, ranks: list[dict[str
         assert mine.item() == pytest.approx(reference.item(), rel=BOUND)
     if "ow" in names:
         assert first["gap"] < 1e-14  # 5 products of eps64
+
+
+@pytest.mark.parametrize("kind", DDP_OPTIONS)
+def test_every_way_of_ddp_is_one_process_with_the_whole_batch(kind: str, ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["ddp options"][kind] for rank in ranks)
+    assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+    assert first["rates"] == second["rates"] and first["counts"]["0"]["treated"] == 4  # steps, not backward passes
+    model, treatment = one_process("nog+olr")
+    assert_close(first["weights"], model.state_dict())
+    assert first["rates"]["0"].item() == pytest.approx(treatment.rates()["0"].item(), rel=BOUND)
+
+
+def test_a_weight_sharded_in_mixed_precision_takes_orthogonal_steps(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["half precision"] for rank in ranks)
+    assert torch.equal(first["step"], second["step"]) and first["counts"]["0"]["treated"] == 1
+    step = first["step"].flatten(1)
+    # Read from the move of weights of order 0.3 in float32.
+    assert (step @ step.mT - torch.eye(5)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("case", range(len(FSDP)), ids=[f"{names}-{optimizer}" for names, optimizer, _ in FSDP])
