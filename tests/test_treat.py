@@ -92,6 +92,19 @@ def test_every_combination_trains_and_is_undone(names):
     assert same(model, twin)
 
 
+@pytest.mark.parametrize("names", ["ow", "sn", "ow+sn"])
+def test_weights_loaded_by_assignment_are_those_that_stay_when_it_is_removed(names):
+    """Loading with assign=True makes every parameter a new tensor, as does a move to another kind of device."""
+    model, saved = net(), net(seed=1)
+    treatment = treat(model, sgd(model), names)
+    treat(saved, sgd(saved), names)
+    model.load_state_dict(saved.state_dict(), assign=True)
+    model.eval()
+    in_use = model[0].weight.detach().clone()
+    treatment.remove()
+    assert torch.equal(model[0].weight, in_use)
+
+
 @pytest.mark.parametrize("names", ALL)
 def test_removed_before_a_step_the_model_is_back_bit_for_bit(names):
     model = net()
