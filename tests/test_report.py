@@ -234,6 +234,9 @@ def test_inspect_takes_any_checkpoint_and_split_and_the_newest_run(done: Path, t
     assert len(read_csv(tmp_path / "a.csv")) == 2
     again = call("inspect", best, "--out", tmp_path / "a.csv")
     assert "is there already; choose another --out" in one_line(again)
+    nowhere = call("inspect", best, "--batches", "1", "--out", tmp_path / "a.csv" / "b.csv")
+    assert nowhere.exit_code == 2
+    assert "a.csv'" in one_line(nowhere)
     chosen = done / "runs" / "zca-seed1" / "checkpoints" / "last.ckpt"
     later = max(path.stat().st_mtime for path in done.rglob("*.ckpt")) + 10
     os.utime(chosen, (later, later))
