@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import _display
-from ._probe import Hook, attach, solver_counts, untraced, unwrapped, watched_layers
+from ._probe import Hook, attach, recomputing, solver_counts, untraced, unwrapped, watched_layers
 from ._record import FIELDS, MEASURES, ConditionRecord, alarms, measure
 from ._writers import as_writers, deliver
 
@@ -113,12 +113,13 @@ class ConditionMonitor:
         self.step += 1
 
     def _count_forward(self, model: nn.Module, *_: Any) -> None:
-        if model.training:
+        if model.training and not recomputing():
             self.step += 1
 
     def _is_due(self, name: str) -> bool:
         last = self._last.get(name)
-        return bool(self._handles) and (last is None or self.step // self.every > last // self.every)
+        due = last is None or self.step // self.every > last // self.every
+        return due and bool(self._handles) and not recomputing()
 
     def _observe(self, name: str, features: Tensor, eps: float) -> None:
         self._last[name] = self.step

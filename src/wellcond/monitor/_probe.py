@@ -1,7 +1,7 @@
 """Where the monitor looks: the spectral layers of a model, or the inputs of any layer named.
 
-A probe belongs to one model. A deep copy or a pickle of the model (an EMA, a worker, ``torch.save``) carries
-the hook along without effect, so that it neither copies the monitor nor reports to it.
+A probe belongs to one model. A deep copy or a pickle of the model (an EMA, a worker, ``torch.save``) carries the
+hook along without effect, so that it neither copies the monitor nor reports to it; called, it takes itself off.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Hook:
-    """A callable that the copies of a model do not inherit."""
+    """A callable that the copies of a model do not inherit: there it does nothing but take itself off."""
 
     def __init__(self, function: Callable[..., None] | None = None) -> None:
         self.function = function
@@ -24,6 +24,16 @@ class Hook:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         if self.function is not None:
             self.function(*args, **kwargs)
+        elif not torch.compiler.is_compiling():  # a graph must not change the module; without effect it costs nothing
+            self._leave(args[0])
+
+    def _leave(self, module: nn.Module) -> None:
+        # PyTorch and SpectralModule call hooks from a copy of these, so that a hook may remove itself.
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_observers"):
+            hooks = getattr(module, name, {})
+            for key in [key for key, hook in hooks.items() if hook is self]:
+                del hooks[key]
+                getattr(module, f"{name}_with_kwargs", {}).pop(key, None)
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         return (Hook, ())
@@ -32,6 +42,11 @@ class Hook:
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as torch.compile leaves it alone: it reads the step, which changes with every call."""
     return cast("Callable[..., Any]", torch.compiler.disable(function))
+
+
+def recomputing() -> bool:
+    """Whether this forward pass is part of a backward pass: activation checkpointing repeats one of the same step."""
+    return torch._C._current_graph_task_id() != -1  # as torch.autograd.graph asks; PyTorch has no public name for it
 
 
 def solver_counts(layer: nn.Module) -> tuple[int, int]:
