@@ -552,6 +552,7 @@ def test_alarms_are_raised_beyond_the_bound_and_for_non_finite_features() -> Non
         ({"layers": [nn.Identity()]}, "no layer Identity"),
         ({"layers": []}, "layers is empty"),
         ({"kappa_above": 1e3}, "needs on_alarm"),
+        ({"kappa_above": math.nan, "on_alarm": print}, "kappa_above is NaN"),
         ({"writers": ["x.txt"]}, "must end in .csv or .jsonl"),
     ],
 )

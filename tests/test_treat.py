@@ -415,3 +415,12 @@ def test_a_state_saved_inside_a_wrapper_loads_without_it():
     outside = treat(bare, torch.optim.SGD(bare.parameters(), 0.1), "nog+olr")
     assert list(inside.layers) == list(outside.layers) == ["0"]
     outside.load_state_dict(inside.state_dict())
+
+
+def test_a_state_saved_with_one_layer_compiled_loads_without_it():
+    model, bare = net(), net()
+    treatment = treat(bare, sgd(bare), "nog")
+    model[0] = torch.compile(model[0], backend="eager")
+    compiled = treat(model, sgd(model), "nog", layers=model[0]._orig_mod)
+    assert list(compiled.layers) == ["0"]
+    treatment.load_state_dict(compiled.state_dict())

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from wellcond.orthogonality._wrappers import bare_name
+
 
 class Hook:
     """A callable that the copies of a model do not inherit: there it does nothing but take itself off."""
@@ -55,17 +57,6 @@ def solver_counts(layer: nn.Module) -> tuple[int, int]:
     return (0, 0) if events is None else (events.failures, events.retries)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or torch.compile: names do not depend on these."""
-    while True:
-        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        else:
-            return model
-
-
 def is_spectral(module: nn.Module) -> bool:
     """Whether a module declares itself a spectral layer."""
     return bool(getattr(module, "is_spectral_layer", False))
@@ -80,7 +71,7 @@ def watched_layers(
         ValueError: for a name or module that is not in the model (with the nearest right name), or when
             nothing is named and the model has no spectral layer.
     """
-    named = {name.removeprefix("_orig_mod.").replace("._orig_mod", ""): m for name, m in model.named_modules()}
+    named = {bare_name(name): m for name, m in model.named_modules()}
     if layers is None:
         found = {name: module for name, module in named.items() if is_spectral(module)}
         if not found:
