@@ -97,13 +97,15 @@ class StepHook:
             )
         others = active_hooks(self.optimizer)
         taken = {id(t.parameter) for other in others if type(other) is type(self) for t in other.targets}
+        named: dict[int, str] = {}
         for target in self.targets:
             require_held(self.optimizer, target, self.treatment)
             if id(target.parameter) in taken:
                 raise ValueError(
                     f"{self.treatment} of {target.where} is already on in this optimizer; call .remove() on the first"
                 )
-            taken.add(id(target.parameter))
+            if (other := named.setdefault(id(target.parameter), target.where)) is not target.where:
+                raise ValueError(f"{self.treatment} of {target.where}: {other} has the same weight; name one of them")
         self.validate()
         self._handles = [
             self.optimizer.register_step_pre_hook(self._pre),
