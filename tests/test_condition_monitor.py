@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from wellcond.linalg import _feature_spectrum as _spectrum
 from wellcond.linalg import covariance_spectrum
@@ -290,6 +291,25 @@ def test_a_layer_used_twice_is_recorded_once_a_step() -> None:
     assert [record.step for record in monitor.records] == [0, 1]
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_activation_checkpointing_is_not_another_step(whole: bool) -> None:
+    """The forward pass that backward repeats is of the batch already counted: batch k is as large as 10^k."""
+
+    class Checkpointed(ConvNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    model = ConvNet() if whole else Checkpointed()
+    with ConditionMonitor(model, every=1) as monitor:
+        for step in range(3):
+            x = images(seed=step) * 10.0**step
+            y = checkpoint(model, x, use_reentrant=False) if whole else model(x)
+            y.square().sum().backward()
+    assert [record.step for record in monitor.records] == [0, 1, 2]
+    scales = [math.log10(record.eig_max / monitor.records[0].eig_max) / 2 for record in monitor.records]
+    assert scales == pytest.approx([0, 1, 2], abs=0.5)  # the batches differ by less than that
+
+
 def test_nothing_is_computed_between_records(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -395,7 +415,9 @@ def test_the_hook_of_the_optimizer_is_removed_too() -> None:
 
 def test_copies_and_pickles_of_the_model_are_not_watched(tmp_path) -> None:
     model = ConvNet()
-    with ConditionMonitor(model, every=1, writers=[tmp_path / "condition.csv"]) as monitor:
+    bare = hook_counts(model)
+    layers = ["norm", "conv"]
+    with ConditionMonitor(model, layers=layers, every=1, writers=[tmp_path / "condition.csv"]) as monitor:
         ema = copy.deepcopy(model)
         buffer = io.BytesIO()
         torch.save(model, buffer)
@@ -405,7 +427,21 @@ def test_copies_and_pickles_of_the_model_are_not_watched(tmp_path) -> None:
         loaded(images())
         assert monitor.records == []
         assert monitor.step == 0
+        assert hook_counts(ema) == hook_counts(loaded) == bare  # what came along took itself off
+        with ConditionMonitor(ema, every=1) as other:
+            ema(images())
+        assert len(other.records) == 1
+        assert monitor.records == []
         model(images())
+    assert len(monitor.records) == 2
+
+
+def test_a_copy_of_a_watched_model_compiles_to_one_graph() -> None:
+    model = ConvNet(norm=nn.BatchNorm2d(6))
+    with ConditionMonitor(model, layers=["norm"], every=1) as monitor:
+        twin = copy.deepcopy(model)
+        compiled = torch.compile(twin, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(images()), model(images()))
     assert len(monitor.records) == 1
 
 
@@ -544,6 +580,7 @@ def test_alarms_are_raised_beyond_the_bound_and_for_non_finite_features() -> Non
         ({"layers": [nn.Identity()]}, "no layer Identity"),
         ({"layers": []}, "layers is empty"),
         ({"kappa_above": 1e3}, "needs on_alarm"),
+        ({"kappa_above": math.nan, "on_alarm": print}, "kappa_above is NaN"),
         ({"writers": ["x.txt"]}, "must end in .csv or .jsonl"),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.data import DataLoader, TensorDataset
 
 from treatment_models import orthogonality_gap
@@ -377,6 +378,16 @@ def test_a_second_fit_of_the_same_task_is_treated_once(tmp_path: Path) -> None:
     (handle,) = callback.handles.values()
     assert handle.nog is not None
     assert sum(handle.nog.counts()["net.0"].values()) == 6
+
+
+def test_one_callback_treats_every_task_that_it_is_given() -> None:
+    """As in cross-validation, where one callback goes through the folds; and back to the first."""
+    callback = TreatmentCallback("ow+nog")
+    tasks = [Task(), Task()]
+    for task in (*tasks, tasks[0]):
+        fit(task, callback)
+        assert is_parametrized(task.net[0], "weight")
+    assert len(tasks[0].net[0].parametrizations.weight) == 1
 
 
 @pytest.mark.parametrize(("first", "second"), [("nog", "olr"), ("ow", "nog"), ("nog", "nog+ow")])

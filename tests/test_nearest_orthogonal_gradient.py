@@ -380,12 +380,21 @@ def test_bad_optimizers_and_repeats_are_refused():
         NearestOrthogonalGradient(sgd(layer), [torch.zeros(2, 2)])
     with pytest.raises(ValueError, match="no layer or parameter"):
         NearestOrthogonalGradient(sgd(layer), [])
-    with pytest.raises(ValueError, match="already on"):
+    with pytest.raises(ValueError, match="has the same weight; name one"):
         NearestOrthogonalGradient(sgd(layer), [layer, layer])
     optimizer = sgd(layer)
     NearestOrthogonalGradient(optimizer, layer)
     with pytest.raises(ValueError, match="already on"):
         NearestOrthogonalGradient(optimizer, layer)
+
+
+def test_layers_that_share_a_weight_are_told_so():
+    one, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    other.weight = one.weight
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"layer 'b' \(Linear\): layer 'a' \(Linear\) has the same weight; name one"):
+        NearestOrthogonalGradient(optimizer, {"a": one, "b": other})
+    NearestOrthogonalGradient(optimizer, {"a": one})
 
 
 def test_a_weight_that_left_the_optimizer_is_not_skipped_in_silence():

@@ -189,6 +189,14 @@ def test_without_arguments_report_takes_the_comparison_or_makes_it(done: Path, t
     assert "comparison/runs/zca-seed0" in (tmp_path / "report" / "report.html").read_text()
 
 
+def test_a_run_that_its_comparison_has_not_begun_goes_on_with_the_comparison(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "runs" / "zca-seed1")
+    _, (note,) = report([tmp_path / "cut"], tmp_path / "out")
+    command = note.split("go on with: wellcond ")[1]
+    assert command == f"compare --out {tmp_path / 'cut'} --resume"
+
+
 # -- inspect ------------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +242,9 @@ def test_inspect_takes_any_checkpoint_and_split_and_the_newest_run(done: Path, t
     assert len(read_csv(tmp_path / "a.csv")) == 2
     again = call("inspect", best, "--out", tmp_path / "a.csv")
     assert "is there already; choose another --out" in one_line(again)
+    nowhere = call("inspect", best, "--batches", "1", "--out", tmp_path / "a.csv" / "b.csv")
+    assert nowhere.exit_code == 2
+    assert "a.csv'" in one_line(nowhere)
     chosen = done / "runs" / "zca-seed1" / "checkpoints" / "last.ckpt"
     later = max(path.stat().st_mtime for path in done.rglob("*.ckpt")) + 10
     os.utime(chosen, (later, later))

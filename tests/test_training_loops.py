@@ -81,6 +81,23 @@ def test_an_overflow_leaves_weights_untouched(fused: bool) -> None:
     assert all(torch.equal(value, before[name]) for name, value in parts[0].named_parameters())
 
 
+@pytest.mark.parametrize("treatment", ["nog", "olr"])
+def test_an_overflow_that_a_fused_optimizer_skips_is_no_update_to_treat(treatment: str) -> None:
+    """AdamW then skips its weight decay too: what is left of it must not be taken for an update."""
+    torch.manual_seed(0)
+    model = small_net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=True)
+    place = {"nog": {"on": "update"}, "olr": {"direction": "update"}}[treatment]
+    treat(model, optimizer, treatment, options={treatment: place})
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    x, y = batches(1)[0]
+    scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+    model[3].weight.grad[0, 0] = float("inf")  # not in the treated layer
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    scaler.step(optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
 # -- accumulated and clipped gradients ----------------------------------------------------------------------------
 
 

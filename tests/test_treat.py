@@ -92,6 +92,19 @@ def test_every_combination_trains_and_is_undone(names):
     assert same(model, twin)
 
 
+@pytest.mark.parametrize("names", ["ow", "sn", "ow+sn"])
+def test_weights_loaded_by_assignment_are_those_that_stay_when_it_is_removed(names):
+    """Loading with assign=True makes every parameter a new tensor, as does a move to another kind of device."""
+    model, saved = net(), net(seed=1)
+    treatment = treat(model, sgd(model), names)
+    treat(saved, sgd(saved), names)
+    model.load_state_dict(saved.state_dict(), assign=True)
+    model.eval()
+    in_use = model[0].weight.detach().clone()
+    treatment.remove()
+    assert torch.equal(model[0].weight, in_use)
+
+
 @pytest.mark.parametrize("names", ALL)
 def test_removed_before_a_step_the_model_is_back_bit_for_bit(names):
     model = net()
@@ -402,3 +415,12 @@ def test_a_state_saved_inside_a_wrapper_loads_without_it():
     outside = treat(bare, torch.optim.SGD(bare.parameters(), 0.1), "nog+olr")
     assert list(inside.layers) == list(outside.layers) == ["0"]
     outside.load_state_dict(inside.state_dict())
+
+
+def test_a_state_saved_with_one_layer_compiled_loads_without_it():
+    model, bare = net(), net()
+    treatment = treat(bare, sgd(bare), "nog")
+    model[0] = torch.compile(model[0], backend="eager")
+    compiled = treat(model, sgd(model), "nog", layers=model[0]._orig_mod)
+    assert list(compiled.layers) == ["0"]
+    treatment.load_state_dict(compiled.state_dict())

@@ -22,6 +22,7 @@ from wellcond.experiments.recipes import ConfigError, RunConfig, choose
 from wellcond.experiments.runs import CHECKPOINTS, KIND, observed_layers
 from wellcond.experiments.training import Classifier, spectral_layers
 from wellcond.monitor import ConditionMonitor, ConditionRecord
+from wellcond.monitor._writers import as_writers
 from wellcond.orthogonality import pre_spectral_layers
 from wellcond.orthogonality._matrix import layer_target
 
@@ -99,8 +100,10 @@ def inspect(
     Raises:
         RunError: there is no run, no checkpoint that can be read, or its weights are not those of the run.
         ValueError: an unknown split, a number below 1, or images that the network does not take.
+        OSError: a file of ``writers`` cannot be written.
     """
     choose("split", split, SPLITS)
+    written = as_writers(writers)
     if batches < 1:
         raise ConfigError(f"batches must be at least 1, got {batches}")
     run, path, checkpoint = _open(Path(place))
@@ -117,12 +120,15 @@ def inspect(
     module.train()
     loader = {"train": images.train_dataloader, "validation": images.val_dataloader, "test": images.test_dataloader}
     seen = 0
-    with ConditionMonitor(module, every=1, layers=observed_layers(module), writers=writers) as monitor, torch.no_grad():
+    with ConditionMonitor(module, every=1, layers=observed_layers(module)) as monitor, torch.no_grad():
         for _, batch in zip(range(batches), loader[split](), strict=False):
             inputs: Tensor = images.on_after_batch_transfer(batch, 0)[0]
             module.model(inputs)
             monitor.step += 1  # the model is a part of the module that is watched
             seen += len(inputs)
+    for writer in written:  # not by the monitor, which only warns of a file that it cannot write
+        for record in monitor.records:
+            writer(record)
     return Inspection(
         config=config,
         checkpoint=path,

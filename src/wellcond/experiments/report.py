@@ -75,10 +75,16 @@ def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
         if (result := load_result(folder)) is not None:
             results.append(result)
         else:
-            notes.append(f"'{folder}' is not finished and left out; go on with: wellcond train --out {folder} --resume")
+            notes.append(f"'{folder}' is not finished and left out; go on with: {_how_to_go_on(folder)}")
     if not results:
         raise RunError("; ".join(["there is no finished run to report", *notes]))
     return results, notes
+
+
+def _how_to_go_on(run: Path) -> str:
+    if folders.kind_of(run) == RUN:
+        return f"wellcond train --out {run} --resume"
+    return f"wellcond compare --out {run.parents[1]} --resume"  # which has not begun it yet
 
 
 def _runs_in(place: Path) -> list[Path]:

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from wellcond.monitor._probe import watched_layers
 from wellcond.orthogonality import Treatment, parse_treatments, pre_spectral_layers, treat
 
-from ._treating import add_loss_gradient, split_treatments, treat_weights
+from ._treating import add_loss_gradient, split_treatments, treat_weights, weights_treated
 
 
 class TreatmentCallback(pl.Callback):
@@ -73,7 +73,7 @@ class TreatmentCallback(pl.Callback):
         self._given = layers
         self._example_input = example_input
         self._options = dict(options or {})
-        self._weight_treated = False
+        self._treated: pl.LightningModule | None = None
         self._load_hook: Any = None
         self._restored: dict[str, Any] | None = None
         if unused := self._options.keys() - set(self.treatments):
@@ -104,11 +104,12 @@ class TreatmentCallback(pl.Callback):
                     )
 
     def _treat_weights(self, pl_module: pl.LightningModule) -> None:
-        if self._weight_treated:
+        if self._treated is pl_module:
             return
         self.layers = self._find(pl_module)
-        treat_weights(self.layers, self._weight_names, self._options)
-        self._weight_treated = True
+        if not weights_treated(self.layers, self._weight_names):  # they are in a task that comes back after another
+            treat_weights(self.layers, self._weight_names, self._options)
+        self._treated = pl_module
 
     def _find(self, pl_module: pl.LightningModule) -> dict[str, nn.Module]:
         if self._given is not None:

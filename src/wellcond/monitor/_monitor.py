@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wellcond.orthogonality.pre_spectral import unwrapped
+from wellcond.orthogonality._wrappers import unwrapped
 
 from . import _display
-from ._probe import Hook, attach, solver_counts, untraced, watched_layers
+from ._probe import Hook, attach, recomputing, solver_counts, untraced, watched_layers
 from ._record import FIELDS, MEASURES, ConditionRecord, alarms, measure
 from ._writers import as_writers, deliver
 
@@ -85,6 +85,8 @@ class ConditionMonitor:
         for name, value in (("every", every), ("max_matrices", max_matrices)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if math.isnan(kappa_above):
+            raise ValueError("kappa_above is NaN, which no condition number passes")
         if kappa_above < math.inf and on_alarm is None:
             raise ValueError(f"kappa_above={kappa_above:g} needs on_alarm, the callable that is told")
         self.every = int(every)
@@ -115,12 +117,13 @@ class ConditionMonitor:
         self.step += 1
 
     def _count_forward(self, model: nn.Module, *_: Any) -> None:
-        if model.training:
+        if model.training and not recomputing():
             self.step += 1
 
     def _is_due(self, name: str) -> bool:
         last = self._last.get(name)
-        return bool(self._handles) and (last is None or self.step // self.every > last // self.every)
+        due = last is None or self.step // self.every > last // self.every
+        return due and bool(self._handles) and not recomputing()
 
     def _observe(self, name: str, features: Tensor, eps: float) -> None:
         self._last[name] = self.step

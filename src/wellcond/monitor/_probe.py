@@ -1,7 +1,7 @@
 """Where the monitor looks: the spectral layers of a model, or the inputs of any layer named.
 
-A probe belongs to one model. A deep copy or a pickle of the model (an EMA, a worker, ``torch.save``) carries
-the hook along without effect, so that it neither copies the monitor nor reports to it.
+A probe belongs to one model. A deep copy or a pickle of the model (an EMA, a worker, ``torch.save``) carries the
+hook along without effect, so that it neither copies the monitor nor reports to it; called, it takes itself off.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from wellcond.orthogonality._wrappers import bare_name
+
 
 class Hook:
-    """A callable that the copies of a model do not inherit."""
+    """A callable that the copies of a model do not inherit: there it does nothing but take itself off."""
 
     def __init__(self, function: Callable[..., None] | None = None) -> None:
         self.function = function
@@ -24,6 +26,16 @@ class Hook:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         if self.function is not None:
             self.function(*args, **kwargs)
+        elif not torch.compiler.is_compiling():  # a graph must not change the module; without effect it costs nothing
+            self._leave(args[0])
+
+    def _leave(self, module: nn.Module) -> None:
+        # PyTorch and SpectralModule call hooks from a copy of these, so that a hook may remove itself.
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_observers"):
+            hooks = getattr(module, name, {})
+            for key in [key for key, hook in hooks.items() if hook is self]:
+                del hooks[key]
+                getattr(module, f"{name}_with_kwargs", {}).pop(key, None)
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         return (Hook, ())
@@ -32,6 +44,11 @@ class Hook:
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as torch.compile leaves it alone: it reads the step, which changes with every call."""
     return cast("Callable[..., Any]", torch.compiler.disable(function))
+
+
+def recomputing() -> bool:
+    """Whether this forward pass is part of a backward pass: activation checkpointing repeats one of the same step."""
+    return torch._C._current_graph_task_id() != -1  # as torch.autograd.graph asks; PyTorch has no public name for it
 
 
 def solver_counts(layer: nn.Module) -> tuple[int, int]:
@@ -54,7 +71,7 @@ def watched_layers(
         ValueError: for a name or module that is not in the model (with the nearest right name), or when
             nothing is named and the model has no spectral layer.
     """
-    named = {name.removeprefix("_orig_mod.").replace("._orig_mod", ""): m for name, m in model.named_modules()}
+    named = {bare_name(name): m for name, m in model.named_modules()}
     if layers is None:
         found = {name: module for name, module in named.items() if is_spectral(module)}
         if not found:

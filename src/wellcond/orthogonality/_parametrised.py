@@ -109,21 +109,21 @@ def restorer(layer: nn.Module) -> Callable[[], None]:
     The layer keeps the weight in use; but if the stored tensor is what it is now (no step has been taken), it gets
     that one back bit for bit. The parameters keep their order.
     """
-    weight = layer_target(layer, "").parameter
-    untouched = weight.detach().clone()
+    untouched = layer_target(layer, "").parameter.detach().clone()
     order = list(layer._parameters)
 
     def restore() -> None:
         if not chain(layer):
             return
-        stored = layer_target(layer, "")
-        if is_sharded(stored.parameter):
+        # Read again: loading with assign=True or a move to another kind of device makes it a new tensor.
+        weight = layer_target(layer, "").parameter
+        if is_sharded(weight):
             raise RuntimeError(
                 f"{described(layer, '')} was sharded since its weight was treated, and fully_shard cannot be undone; "
                 "load the state into a model that is not sharded, and call remove() there"
             )
         with torch.no_grad():
-            if not torch.equal(weight, untouched):
+            if not torch.equal(weight, untouched.to(weight)):
                 weight.copy_(layer.weight)  # pyright: ignore[reportArgumentType]
         lists: Any = layer.parametrizations
         if len(lists) == 1:

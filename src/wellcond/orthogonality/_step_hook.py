@@ -40,10 +40,17 @@ def gradient_scale(optimizer: Optimizer) -> Tensor | None:
     return getattr(optimizer, "grad_scale", None)
 
 
-def decoupled_weight_decay(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    """Whether the step first shrinks the weight by lr · weight_decay, apart from the update (AdamW, Muon)."""
+def decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Any:
+    """The share by which the step first shrank the weight, apart from the update: lr · weight_decay of AdamW and Muon.
+
+    Zero in a step that ``GradScaler`` let a fused optimizer skip by itself, which leaves all weights as they were.
+    """
     apart = tuple(getattr(torch.optim, name) for name in ("AdamW", "Muon") if hasattr(torch.optim, name))
-    return isinstance(optimizer, apart) or bool(group.get("decoupled_weight_decay"))
+    if not (isinstance(optimizer, apart) or group.get("decoupled_weight_decay")):
+        return 0.0
+    share = group["lr"] * group["weight_decay"]
+    found_inf = getattr(optimizer, "found_inf", None)
+    return share if found_inf is None else torch.where(found_inf == 0, share, 0.0)
 
 
 def active_hooks(optimizer: Optimizer) -> list[StepHook]:
@@ -90,13 +97,15 @@ class StepHook:
             )
         others = active_hooks(self.optimizer)
         taken = {id(t.parameter) for other in others if type(other) is type(self) for t in other.targets}
+        named: dict[int, str] = {}
         for target in self.targets:
             require_held(self.optimizer, target, self.treatment)
             if id(target.parameter) in taken:
                 raise ValueError(
                     f"{self.treatment} of {target.where} is already on in this optimizer; call .remove() on the first"
                 )
-            taken.add(id(target.parameter))
+            if (other := named.setdefault(id(target.parameter), target.where)) is not target.where:
+                raise ValueError(f"{self.treatment} of {target.where}: {other} has the same weight; name one of them")
         self.validate()
         self._handles = [
             self.optimizer.register_step_pre_hook(self._pre),

@@ -16,7 +16,7 @@ from wellcond.linalg import polar, value_checks
 
 from ._matrix import Target, Treatable
 from ._names import require_known
-from ._step_hook import StepHook, decoupled_weight_decay, gradient_scale, require_dense, require_linear_in_lr
+from ._step_hook import StepHook, decoupled_decay, gradient_scale, require_dense, require_linear_in_lr
 
 _COUNTS = ("treated", "zero", "nonfinite")
 _Write = Callable[[Tensor, Tensor], None]
@@ -151,8 +151,8 @@ class NearestOrthogonalGradient(StepHook):
         if self.on == "gradient" or (start := self._before.pop(target.name, None)) is None:
             return
         parameter, lr = target.parameter, group["lr"]
-        if decoupled_weight_decay(self.optimizer, group):
-            start = start * (1 - lr * group["weight_decay"])
+        decay = decoupled_decay(self.optimizer, group)
+        start = start * (1 - (decay.to(start) if isinstance(decay, Tensor) else decay))
 
         def write(orthogonal: Tensor, found: Tensor) -> None:
             parameter.copy_(torch.where(found, start - lr * orthogonal, parameter))

@@ -12,6 +12,7 @@ from torch import nn
 
 from ._autograd_walk import layers_by_running
 from ._symbolic_walk import layers_by_tracing
+from ._wrappers import unwrapped
 
 
 def pre_spectral_layers(model: nn.Module, example_input: Any = None) -> dict[str, nn.Module]:
@@ -57,14 +58,3 @@ def pre_spectral_layers(model: nn.Module, example_input: Any = None) -> dict[str
             "name the layers to treat with layers=..."
         )
     return {name: m for name, m in model.named_modules() if m in found}
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DataParallel or ``torch.compile``, whose own forward functions cannot be traced."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model

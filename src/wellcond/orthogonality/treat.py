@@ -14,11 +14,12 @@ from ._matrix import Target, layer_target
 from ._names import TREATMENTS, parse_treatments, require_known
 from ._parametrised import chain, restorer
 from ._step_hook import require_held, unwrap
+from ._wrappers import bare_name, unwrapped
 from .nearest_orthogonal_gradient import NearestOrthogonalGradient
 from .optimal_learning_rate import OptimalLearningRate
 from .orthogonal_loss import OrthogonalLoss
 from .orthogonal_weight import orthogonal_weight
-from .pre_spectral import pre_spectral_layers, unwrapped
+from .pre_spectral import pre_spectral_layers
 from .spectral_norm import spectral_norm
 
 _WEIGHT_TREATMENTS = {"ow": orthogonal_weight, "sn": spectral_norm}
@@ -82,7 +83,7 @@ def treat(
     optimizer = unwrap(optimizer)
     found = pre_spectral_layers(model, example_input) if layers is None else _named_layers(model, layers)
     # The names of the bare model: a state saved under DDP or torch.compile loads without them, and the other way.
-    bare = {layer: name.replace("_orig_mod.", "") for name, layer in unwrapped(model).named_modules()}
+    bare = {layer: bare_name(name) for name, layer in unwrapped(model).named_modules()}
     found = {bare[layer]: layer for layer in found.values()}
     goals = {name: layer_target(layer, name) for name, layer in found.items()}
     for name, layer in found.items():
