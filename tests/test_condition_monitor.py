@@ -574,8 +574,10 @@ def test_alarms_are_raised_beyond_the_bound_and_for_non_finite_features() -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every": 0}, "every must be at least 1, got 0"),
-        ({"max_matrices": 0}, "max_matrices must be at least 1, got 0"),
+        ({"every": 0}, "every must be a whole number of at least 1, got 0"),
+        ({"every": 1.5}, r"every must be a whole number of at least 1, got 1\.5"),
+        ({"every": math.inf}, "every must be a whole number of at least 1, got inf"),
+        ({"max_matrices": 0}, "max_matrices must be a whole number of at least 1, got 0"),
         ({"layers": ["nrom"]}, "no layer 'nrom'; did you mean 'norm'"),
         ({"layers": [nn.Identity()]}, "no layer Identity"),
         ({"layers": []}, "layers is empty"),

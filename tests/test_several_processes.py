@@ -49,6 +49,10 @@ FSDP = [
     ("ow+nog+olr", "sgd", {}),
     ("sn+nog+ol", "sgd", {}),
 ]
+OFFLOADED = [
+    ("nog+olr+ol", "adamw", {}),
+    ("ow+nog+olr", "sgd", {}),
+]  # the same, with a policy that keeps the shards on the CPU
 MESHES = ["tensor parallel", "fully sharded and tensor parallel", "replicated and sharded"]
 PLACEMENTS = ["shard 0", "shard 1", "replicate", "partial"]
 GRADIENT = torch.randn(1, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))[0]
@@ -144,15 +148,15 @@ def half_precision_shards(rank: int, mesh: Any) -> dict[str, Any]:
     return {"step": (before - model[0].weight.full_tensor()).detach() / 0.5, "counts": treatment.nog.counts()}
 
 
-def fsdp(rank: int, names: str, optimizer: str, options: Any, mesh: Any) -> dict[str, Any]:
+def fsdp(rank: int, names: str, optimizer: str, options: Any, **sharding: Any) -> dict[str, Any]:
     from torch.distributed.fsdp import fully_shard
 
     model = net()
     on_weight, in_step = split_names(names)
     for name in on_weight:
         WEIGHT_TREATMENTS[name](model[0])
-    fully_shard(model[0], mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model[0], **sharding)
+    fully_shard(model, **sharding)
     stepper = OPTIMIZERS[optimizer](model.parameters())
     treatment = treat(model, stepper, in_step, options=options)  # the layer is found by tracing
     parameter = next(iter(treatment._targets.values())).parameter
@@ -244,10 +248,10 @@ def refusals(mesh: Any) -> dict[str, str]:
     model = net()
     treatment = treat(model, OPTIMIZERS["sgd"](model.parameters()), "ow")
     fully_shard(model, mesh=mesh)
-    try:
-        treatment.remove()
-    except RuntimeError as error:
-        said["remove"] = str(error)
+    for time in ("once", "twice"):
+        with pytest.raises(RuntimeError) as refused:
+            treatment.remove()
+        said[f"remove {time}"] = str(refused.value)
     flattened = FullyShardedDataParallel(net(), use_orig_params=True, device_id=torch.device("cpu"))
     try:
         treat(flattened, OPTIMIZERS["sgd"](flattened.parameters()), "nog", layers="_fsdp_wrapped_module.0")
@@ -266,6 +270,8 @@ def example_input(mesh: Any) -> list[str]:
 
 
 def work(rank: int, folder: str) -> None:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
@@ -273,6 +279,8 @@ def work(rank: int, folder: str) -> None:
     found["ddp options"] = {kind: ddp_with(rank, kind) for kind in DDP_OPTIONS}
     found["half precision"] = half_precision_shards(rank, mesh)
     found["fsdp"] = [fsdp(rank, *case, mesh=mesh) for case in FSDP]
+    offload = CPUOffloadPolicy(pin_memory=False)
+    found["fsdp"] += [fsdp(rank, *case, mesh=mesh, offload_policy=offload) for case in OFFLOADED]
     found["tensor parallel"] = [tensor_parallel(rank, placement, mesh) for placement in PLACEMENTS]
     found["meshes"] = [on_mesh(rank, kind) for kind in MESHES]
     found["refusals"], found["example input"] = refusals(mesh), example_input(mesh)
@@ -330,7 +338,11 @@ def test_a_weight_sharded_in_mixed_precision_takes_orthogonal_steps(ranks: list[
     assert (step @ step.mT - torch.eye(5)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("case", range(len(FSDP)), ids=[f"{names}-{optimizer}" for names, optimizer, _ in FSDP])
+@pytest.mark.parametrize(
+    "case",
+    range(len(FSDP + OFFLOADED)),
+    ids=[f"{names}-{optimizer}" for names, optimizer, _ in FSDP] + [f"{case[0]}-offloaded" for case in OFFLOADED],
+)
 def test_fully_sharded_weights_are_treated_as_whole_ones(case: int, ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["fsdp"][case] for rank in ranks)
     assert first["layers"] == ["0"]
@@ -339,12 +351,14 @@ def test_fully_sharded_weights_are_treated_as_whole_ones(case: int, ranks: list[
     assert first["rates"] == second["rates"]
     assert first["state"] == second["state"]
     assert "5 × 27" in first["summary"]
-    model, treatment = one_process(*FSDP[case])
+    model, treatment = one_process(*(FSDP + OFFLOADED)[case])
     assert_close(first["weights"], dict(model.named_parameters()))
     for mine, reference in zip(first["rates"].values(), treatment.rates().values(), strict=True):
         assert mine.item() == pytest.approx(reference.item(), rel=BOUND)
     assert (first["weight"] - model[0].weight).abs().max() < BOUND
-    if treatment.olr is not None and FSDP[case][1] != "adamw":  # whose rate is a small cap: here the rates are its own
+    if (
+        treatment.olr is not None and (FSDP + OFFLOADED)[case][1] != "adamw"
+    ):  # whose rate is a small cap: here the rates are its own
         assert treatment.olr.counts()["0"] > 0
 
 
@@ -380,7 +394,8 @@ def test_what_cannot_be_done_to_sharded_weights_is_refused_early(ranks: list[dic
         assert "orthogonal weight of layer '0'" in rank["refusals"]["ow"]
         assert "call orthogonal_weight(layer) before fully_shard" in rank["refusals"]["ow"]
         assert "call spectral_norm(layer) before fully_shard" in rank["refusals"]["sn"]
-        assert "was sharded since" in rank["refusals"]["remove"]
+        assert "was sharded since" in rank["refusals"]["remove once"]
+        assert rank["refusals"]["remove twice"] == rank["refusals"]["remove once"]
         assert "layer '_fsdp_wrapped_module.0'" in rank["refusals"]["flattened"]
         assert "shard with torch.distributed.fsdp.fully_shard instead" in rank["refusals"]["flattened"]
 

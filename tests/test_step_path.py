@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from treatment_models import batches, polar_reference, small_net
 from wellcond.orthogonality import NearestOrthogonalGradient, OptimalLearningRate, treat
 from wellcond.orthogonality import nearest_orthogonal_gradient as module
+from wellcond.orthogonality._largest_eigenvalue import by_products
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -71,12 +73,16 @@ def test_layers_with_matrices_of_one_shape_are_one_batch_and_equal_a_loop(on, mo
 
 
 class NoWaiting(TorchDispatchMode):
-    """Raises where a value goes to the host, or where the shape of a result depends on values."""
+    """Raises where a value goes to the host, where the shape of a result depends on values, or where an algorithm asks
+    for its convergence."""
 
     ASKS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "unique", "is_nonzero", "item")
+    CONVERGES = ("eig", "svd", "matrix_exp", "lstsq", "matrix_rank", "pinv", "check_errors")  # of torch.linalg
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.partition("::")[2]
+        if any(part in name for part in self.CONVERGES):
+            raise AssertionError(f"{func} makes the host wait for its convergence")
         if name in self.ASKS or name.startswith(("_unique", "unique")):
             raise AssertionError(f"{func} makes the host wait for the device")
         if name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
@@ -106,9 +112,28 @@ def test_the_guard_itself_catches_what_waits():
         lambda: x[x > 0],
         lambda: x.nonzero(),
         lambda: x.tolist(),
+        lambda: torch.linalg.eigh(x[:, None] * x),
+        lambda: torch.linalg.eigvalsh(x[:, None] * x),
+        lambda: torch.linalg.svd(x[:, None]),
+        lambda: torch.linalg.matrix_norm(x[:, None], 2),
+        lambda: torch.linalg.matrix_exp(x[:, None] * x),
+        lambda: torch.linalg.solve(torch.eye(3), x),
+        lambda: torch.linalg.inv(torch.eye(3)),
+        lambda: torch.linalg.cholesky(torch.eye(3)),
     ):
         with no_waiting(), pytest.raises(AssertionError):
             ask()
+
+
+@contextmanager
+def as_off_the_cpu():
+    """The ways that an accelerator goes, on the CPU: the choice by device is what is replaced, nothing else."""
+    nearest = module.nearest_orthogonal
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "nearest_orthogonal", lambda matrix, _: nearest(matrix, "minimax"))
+        for name in ("spectral_norm", "convolution_spectrum", "orthogonal_loss"):  # two are also names of functions
+            patch.setattr(sys.modules[f"wellcond.orthogonality.{name}"], "largest_eigenvalue", by_products)
+        yield
 
 
 VALUES = {"ordinary": 1.0, "zero": 0.0, "nan": float("nan")}
@@ -131,7 +156,7 @@ def test_a_step_never_waits(make, options, value):
     hook = make(optimizer, {"conv": layer}, **options)
     for i in range(2):
         layer.weight.grad = gradient(*layer.weight.shape, seed=i) * VALUES[value]
-        with no_waiting():
+        with as_off_the_cpu(), no_waiting():
             optimizer.step()
     with no_waiting(), pytest.raises(AssertionError):
         hook.counts()  # reading a counter is what waits
@@ -146,15 +171,26 @@ def test_off_the_cpu_the_default_is_the_solver_without_a_decomposition(device, s
     assert asked == [solver]
 
 
-@pytest.mark.parametrize("map", ["exp", "cayley", "householder"])
-def test_a_whole_training_step_with_the_treatments_never_waits(map):
-    """Forward through the orthogonal weight, backward and step, of the layer before the spectral layer."""
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        ("nog+ow+olr+ol", {"ow": {"map": "exp"}}),
+        ("nog+ow+olr+ol", {"ow": {"map": "cayley"}}),
+        ("nog+ow+olr+ol", {"ow": {"map": "householder"}, "ol": {"form": "double_soft"}}),
+        ("nog+sn+olr+ol", {"olr": {"rule": "exact"}, "ol": {"form": "srip"}}),
+        ("nog+sn+ol", {"nog": {"on": "update"}, "sn": {"of": "operator", "input_size": 8}}),
+    ],
+)
+def test_a_whole_training_step_with_the_treatments_never_waits(spec, options):
+    """Forward through the weight, backward and step, of the layer before the spectral layer."""
     conv = small_net()[0]
     optimizer = torch.optim.SGD(conv.parameters(), lr=0.1, momentum=0.9)
-    treat(conv, optimizer, "nog+ow+olr+ol", layers=[conv], options={"ow": {"map": map}})
+    treatment = treat(conv, optimizer, spec, layers=[conv], options=options)
     (x, _), *_ = batches(1)
+    before = conv.weight.detach().clone()
     for _ in range(2):
-        with no_waiting():
+        with as_off_the_cpu(), no_waiting():
             optimizer.zero_grad()
-            conv(x).square().sum().backward()
+            (conv(x).square().sum() + treatment.loss()).backward()
             optimizer.step()
+    assert conv.weight.isfinite().all() and not torch.equal(conv.weight, before)

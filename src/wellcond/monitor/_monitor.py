@@ -1,6 +1,6 @@
 """The condition monitor: κ(P), κ(P + εI), ranks, extreme eigenvalues and solver failures, layer by layer.
 
-The definitions are those of mathematics.md, section 5; the curves are those of Fig. 1 of Song, Sebe & Wang,
+The definitions are in the attributes of :class:`ConditionRecord`; the curves are those of Fig. 1 of Song, Sebe & Wang,
 Improving Covariance Conditioning of the SVD Meta-layer by Orthogonality (ECCV 2022).
 """
 
@@ -44,7 +44,7 @@ class ConditionMonitor:
         layers: names or modules to watch instead of all spectral layers. Of an ordinary layer, such as a batch
             norm, the input (N, C, *spatial) is watched as C × (N·L) features, with the layer's ``eps`` if any.
         writers: where records go: paths ending in ``.csv`` or ``.jsonl`` (appended to), a TensorBoard
-            ``SummaryWriter``, or any callable that takes a :class:`ConditionRecord`.
+            ``SummaryWriter``, or any callable that takes a :class:`ConditionRecord`; one of these, several, or None.
         optimizer: count its steps, not the forward passes.
         on_alarm: called as ``on_alarm(record, reason)`` when κ(P) of any matrix passes ``kappa_above``, when a
             solver failed since the last record, and when features were not finite.
@@ -54,7 +54,7 @@ class ConditionMonitor:
 
     Raises:
         ValueError: no spectral layer, an unknown layer (with the nearest name), ``every`` or ``max_matrices``
-            below 1, a path whose format is unknown, or a bound without ``on_alarm``.
+            below 1 or no whole number, a path whose format is unknown, or a bound without ``on_alarm``.
 
     Complexity:
         Per record and matrix one float64 product of d²n multiplications and O(d³); see
@@ -83,8 +83,8 @@ class ConditionMonitor:
         max_matrices: int = 16,
     ) -> None:
         for name, value in (("every", every), ("max_matrices", max_matrices)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if not float(value).is_integer() or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
         if math.isnan(kappa_above):
             raise ValueError("kappa_above is NaN, which no condition number passes")
         if kappa_above < math.inf and on_alarm is None:

@@ -1,4 +1,4 @@
-"""One line of the record: what a layer's covariance was like at one step (mathematics.md, section 5)."""
+"""One line of the record: what a layer's covariance was like at one step."""
 
 from __future__ import annotations
 

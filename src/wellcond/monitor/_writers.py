@@ -120,7 +120,9 @@ def deliver(record: ConditionRecord, writer: Writer) -> None:
 
 
 def as_writers(targets: Any) -> list[Writer]:
-    """Writers from paths (``.csv``, ``.jsonl``), SummaryWriters and callables: one of them, or several."""
+    """Writers from paths (``.csv``, ``.jsonl``), SummaryWriters and callables: one of them, several, or None."""
+    if targets is None:
+        return []
     if isinstance(targets, (str, os.PathLike)) or callable(targets) or hasattr(targets, "add_scalar"):
         return [_as_writer(targets)]
     return [_as_writer(target) for target in targets]

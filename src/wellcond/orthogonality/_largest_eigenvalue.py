@@ -1,10 +1,10 @@
 """The largest eigenvalue of Gram matrices, on a device that shall not wait for the host: from matrix products alone.
 
 Eigensolvers of an accelerator report their convergence to the host. Squared k times, and scaled in between, P becomes
-P^m / tr P^m with m = 2^k: weights λ_i^m / Σ λ_j^m on the eigenvectors, in the limit a projector Π on those of the
-largest eigenvalue, shared equally where it is repeated. The mean of the eigenvalues under these weights is below the
-largest by at most d/(e·m) of it (of t^m (1 − t) the maximum is below 1/(e·m), and there are d − 1 such terms), and Π is
-its derivative.
+P^m / tr P^m with m = 2^k: weights λ_i^m / Σ λ_j^m on the eigenvectors, in the limit the projector on those of the
+largest eigenvalue over their number. The mean of the eigenvalues under these weights is below the largest by at most
+d/(e·m) of it (of t^m (1 − t) the maximum is below 1/(e·m), and there are d − 1 such terms), and the weights are its
+derivative.
 """
 
 from __future__ import annotations
@@ -28,26 +28,70 @@ def largest_eigenvalue(P: Tensor) -> Tensor:
 
 
 def by_products(P: Tensor) -> Tensor:
-    """The same by repeated squaring, wherever P is."""
-    return _ByProducts.apply(P)  # pyright: ignore[reportReturnType]
+    """The same by repeated squaring, wherever P is; also the derivatives of any order never wait."""
+    function = _Traceable if torch.compiler.is_compiling() else _ByProducts
+    return function.apply(P)[0]  # pyright: ignore[reportOptionalSubscript]
 
 
-class _ByProducts(torch.autograd.Function):
+class _Traceable(torch.autograd.Function):
+    """λ and M, the projector on its eigenvectors over their number, with dλ = tr(M dP) and dM = S dP M + M dP S.
+
+    S is the pseudo-inverse of λI − P. M is an output so that the derivative of λ is differentiable again.
+    """
+
     @staticmethod
-    def forward(ctx: Any, P: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(P: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         M = _unit_trace(P)
         for _ in range(squarings(P.shape[-1], P.dtype)):
             M = _unit_trace(M @ M)
-        ctx.save_for_backward(P, M)
-        return (M * P.mT).sum((-2, -1)).real
+        return _inner(M, P), M
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        P, M = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the projector is to be differentiated: that of a simple eigenvalue
-            u = torch.linalg.eigh(P)[1][..., -1:]
-            M = u @ u.mH
-        return grad[..., None, None] * M
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # in the first backward pass no gradient of M comes in, and no inverse is due
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, of_value: Tensor | None, of_M: Tensor | None) -> Tensor | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        P, value, M = ctx.saved_tensors
+        grad = None if of_value is None else of_value[..., None, None] * M
+        if of_M is None:
+            return grad
+        second = _move_of_projector(P, value, M, of_M)
+        return second if grad is None else grad + second
+
+
+class _ByProducts(_Traceable):
+    """The same with what the compiler cannot trace."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _Traceable.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs, *output)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        P, value, M = ctx.saved_tensors
+        return _inner(M, tangent), _move_of_projector(P, value, M, tangent)
+
+
+def _inner(A: Tensor, B: Tensor) -> Tensor:
+    """Re tr(A B)."""
+    return (A * B.mT).sum((-2, -1)).real
+
+
+def _move_of_projector(P: Tensor, value: Tensor, M: Tensor, direction: Tensor) -> Tensor:
+    """S D M + M D S, which is its own adjoint in D; zero where P is."""
+    weight = _inner(M, M)  # one over the number of the eigenvectors
+    projector = M / torch.where(weight > 0, weight, 1.0)[..., None, None]
+    eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+    value = torch.where(value > 0, value, 1.0)[..., None, None]
+    # λI − P is singular on the eigenvectors only, where λ times the projector is added; inv_ex does not stop to check.
+    S = (eye - projector) @ torch.linalg.inv_ex(value * (eye + projector) - P)[0]
+    half = S @ direction @ M
+    return half + M @ direction @ S
 
 
 def squarings(d: int, dtype: torch.dtype) -> int:

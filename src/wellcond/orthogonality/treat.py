@@ -191,7 +191,8 @@ class Treatment:
         the weight in use, or, when no step has moved the stored tensor, gets its own weight back bit for bit.
         """
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()  # what is refused stays on the list, and is refused again
+            self._undo.pop()
         self.nog = self.olr = self.ol = None
 
     def summary(self) -> str:
