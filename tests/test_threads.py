@@ -16,8 +16,10 @@ import torch
 
 import wellcond.linalg as wl
 from helpers import eps_of, relative_error, with_spectrum
-from wellcond.linalg import _batches
+from wellcond.linalg import _batches, _openmp
 from wellcond.linalg._batches import chunk_count, in_threads
+
+pytestmark = pytest.mark.skipif(_openmp._region() is None, reason="a PyTorch without OpenMP")
 
 # Eight by eight: 256 bytes and up.
 ALIGNED = (3.0, 2.0, 1.0, 1.0, 0.5, 0.5, 0.3, 0.1)
@@ -46,7 +48,7 @@ def alone(f, *args, **kwargs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
 def test_chunks_give_the_same_bits(threads, batch, dtype):
     P = with_spectrum(ALIGNED, dtype, batch)
-    assert chunk_count(P) == min(threads, torch.Size(batch).numel())
+    assert chunk_count(P) == min(max(threads, P.numel() // _batches.GOOD_CHUNK), torch.Size(batch).numel())
     for got, want in zip(in_threads(torch.linalg.eigh, P), torch.linalg.eigh(P), strict=True):
         assert got.shape == want.shape and torch.equal(got, want)
 
@@ -144,17 +146,36 @@ def test_another_error_in_a_chunk_is_not_swallowed_and_no_chunk_outlives_the_cal
     assert not running
 
 
-def test_chunks_really_run_in_other_threads(threads):
-    names = []
+def test_tasks_really_run_side_by_side(threads):
+    """Each waits for the three others, which one thread after the other could not do."""
+    together = threading.Barrier(threads, timeout=20)
 
-    def decompose(M):
-        names.append(threading.current_thread().name)
-        return (M.clone(),)
+    def task(i):
+        together.wait()
+        return i, threading.get_ident(), torch.is_grad_enabled()
 
-    (out,) = in_threads(decompose, torch.arange(32.0).reshape(8, 2, 2))
-    assert torch.equal(out, torch.arange(32.0).reshape(8, 2, 2))
-    assert len(names) == threads and threading.current_thread().name in names
-    assert sum(name.startswith("wellcond") for name in names) == threads - 1
+    done = _openmp.side_by_side([partial(task, i) for i in range(threads)])
+    assert [i for i, *_ in done] == list(range(threads))
+    assert len({thread for _, thread, _ in done}) == threads
+    assert not any(grad for *_, grad in done)
+    assert torch.is_grad_enabled()
+
+
+def test_a_task_may_give_none_and_there_may_be_more_tasks_than_threads(threads):
+    assert _openmp.side_by_side([lambda: None] * 50) == [None] * 50
+    assert _openmp.side_by_side([partial(int, i) for i in range(50)]) == list(range(50))
+    assert _openmp.side_by_side([]) == []
+
+
+def test_an_interrupt_ends_all_tasks_and_reaches_the_caller(threads):
+    ended = []
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _openmp.side_by_side([interrupted] + [lambda: ended.append(1)] * 9)
+    assert len(ended) == 9
 
 
 def test_small_or_single_work_stays_in_one_thread():
@@ -166,24 +187,44 @@ def test_small_or_single_work_stays_in_one_thread():
         assert chunk_count(torch.zeros(1, 300, 300)) == 1
         assert chunk_count(torch.zeros(0, 300, 300)) == 1
         assert chunk_count(torch.zeros(4, 0, 0)) == 1
-        assert chunk_count(torch.zeros(8, 1000, 1000)) == 1
-        assert chunk_count(torch.zeros(64, 64, 64)) == 4
+        assert chunk_count(torch.zeros(3, 500, 500)) == 1  # LAPACK's own use of four cores is the better one
+        assert chunk_count(torch.zeros(4, 500, 500)) == 4
+        assert chunk_count(torch.zeros(4, 1100, 1100)) == 1
+        assert chunk_count(torch.zeros(64, 16, 16)) == 2
+        assert chunk_count(torch.zeros(64, 64, 64)) == 16
         torch.set_num_threads(1)
         assert chunk_count(torch.zeros(64, 64, 64)) == 1
     finally:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("missing", ["the backend", "the function"])
+def test_without_openmp_the_batch_is_decomposed_as_it_is(threads, monkeypatch, missing):
+    P = with_spectrum(ALIGNED, torch.float32, (9,))
+    want = wl.sqrtm(P)
+    _openmp._region.cache_clear()
+    if missing == "the backend":
+        monkeypatch.setattr(torch.__config__, "parallel_info", lambda: "ATen parallel backend: native thread pool")
+    else:
+        monkeypatch.setattr(_openmp.ctypes, "CDLL", lambda path: object())
+    try:
+        assert chunk_count(P) == 1
+        assert relative_error(wl.sqrtm(P), want) < 10 * eps_of(torch.float32)
+    finally:
+        monkeypatch.undo()
+        _openmp._region.cache_clear()
+
+
 def _in_child(connection, P, want):
     try:
-        # OpenMP itself does not survive a fork with more than one thread; the pool of the library must.
-        connection.send(bool(torch.equal(wl.sqrtm(P), want)))
+        # OpenMP does not survive a fork with more than one thread: the batch must stay in one.
+        connection.send(bool(chunk_count(P) == 1 and torch.equal(wl.sqrtm(P), want)))
     except Exception as error:
         connection.send(repr(error))
 
 
-def test_a_forked_child_has_its_own_threads(threads):
-    """A data loader forks after the pool was made: its threads do not exist in the child."""
+def test_a_forked_child_does_without_threads(threads):
+    """A data loader forks after the team was made: its threads do not exist in the child."""
     P = with_spectrum([3.0, 1.0, 0.1], torch.float64, (9,))
     want = wl.sqrtm(P)
     context = multiprocessing.get_context("fork")
@@ -200,7 +241,7 @@ def test_a_forked_child_has_its_own_threads(threads):
 
 
 def test_calls_from_several_threads_at_once(threads):
-    """Workers of one pool serve all callers; none waits for itself."""
+    """Each caller has a team of its own."""
     batches = [with_spectrum([3.0, 1.0, 0.1], torch.float64, (9,)) for _ in range(6)]
     want = [wl.sqrtm(P) for P in batches]
     got: list = [None] * 6

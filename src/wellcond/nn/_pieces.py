@@ -6,6 +6,7 @@ half precision and adding a second product cost little, and no copy of the activ
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,19 +17,25 @@ from torch import Tensor
 CACHED_ENTRIES = 1 << 18
 # Off the CPU a piece only bounds the memory of its copy; few large kernels are quicker.
 PIECES_ELSEWHERE = 8
+# Matrices from this size on, of which only as much is computed as symmetry does not give.
+HALVED = 256
 
 
 class Piece(NamedTuple):
-    """Some of the samples: the slice of a (K, G, d, n) tensor that holds them."""
+    """Some of the samples: the slice of a (K, G, d, n) tensor that holds them.
+
+    Images of few pixels are ``joined``: products of narrow matrices are slow, so a piece is copied side by side.
+    """
 
     axis: int
     start: int
     length: int
+    joined: bool
 
     def of(self, blocks: Tensor) -> Tensor:
-        """The slice, (k·G, d, n) where the layout allows a view of it."""
+        """A view of the slice: (k·G, d, n), or (G, d, k, n) if it is to be joined into (G, d, k·n)."""
         piece = blocks.narrow(self.axis, self.start, self.length)
-        return piece.flatten(0, 1)
+        return piece.permute(1, 2, 0, 3) if self.joined else piece.flatten(0, 1)
 
 
 def pieces(blocks: Tensor) -> Iterator[Piece]:
@@ -39,31 +46,65 @@ def pieces(blocks: Tensor) -> Iterator[Piece]:
     axis = 0 if K > 1 else 3
     total = blocks.shape[axis]
     limit = CACHED_ENTRIES if blocks.device.type == "cpu" else max(CACHED_ENTRIES, blocks.numel() // PIECES_ELSEWHERE)
-    # A piece along K comes with as many d × d matrices as it has images and groups.
-    entries = blocks.numel() * (max(n, d) / n if K > 1 else 1)
+    joined = K > 1 and 4 * n <= d
+    # Otherwise a piece along K comes with as many d × d matrices as it has images and groups.
+    entries = blocks.numel() * (max(n, d) / n if K > 1 and not joined else 1)
     step = max(1, int(limit * total / entries))
     for start in range(0, total, step):
-        yield Piece(axis, start, min(step, total - start))
+        yield Piece(axis, start, min(step, total - start), joined)
 
 
 class Reader:
-    """Pieces of blocks in the working dtype, minus an origin (G, d, 1) if there is one, through one small buffer."""
+    """Pieces of blocks in the working dtype, minus an origin (G, d, 1) if there is one, through one small buffer.
+
+    The buffer is that of a slot; what is read through it is overwritten by the next reading in the same slot.
+    """
 
     def __init__(self, blocks: Tensor, dtype: torch.dtype, origin: Tensor | None = None) -> None:
         self.blocks, self.dtype = blocks, dtype
         self.origin = None if origin is None else Repeated(origin)
         self._buffer: Tensor | None = None
 
-    def __call__(self, piece: Piece) -> Tensor:
+    def __call__(self, piece: Piece, slot: int = 0) -> Tensor:
         part = piece.of(self.blocks)
-        if self.origin is None and part.dtype == self.dtype:
+        if self.origin is None and part.dtype == self.dtype and not piece.joined:
             return part
         if self._buffer is None or self._buffer.shape != part.shape:
-            self._buffer = torch.empty_like(part, dtype=self.dtype)
-        if self.origin is not None and part.dtype == self.dtype:
-            return torch.sub(part, self.origin(part), out=self._buffer)
-        self._buffer.copy_(part)
-        return self._buffer if self.origin is None else self._buffer.sub_(self.origin(part))
+            self._buffer = _room(part, self.dtype, slot, piece.joined)
+        origin = None if self.origin is None else self.origin(part)
+        if origin is not None and piece.joined:
+            origin = origin.unsqueeze(-1)
+        if origin is not None and part.dtype == self.dtype:
+            torch.sub(part, origin, out=self._buffer)
+        else:
+            self._buffer.copy_(part)
+            if origin is not None:
+                self._buffer.sub_(origin)
+        return self._buffer.flatten(2) if piece.joined else self._buffer
+
+
+class _Kept(threading.local):
+    """A thread's buffers, kept from call to call: a page fault for each 4 KB of fresh memory takes longer than a copy."""
+
+    def __init__(self) -> None:
+        self.slots: dict[tuple[int, torch.dtype], Tensor] = {}
+
+
+_kept = _Kept()
+
+
+def _room(part: Tensor, dtype: torch.dtype, slot: int, joined: bool) -> Tensor:
+    """A buffer in the layout of a part, or, where it is joined, contiguous; of usual size one that is kept."""
+    layout = torch.contiguous_format if joined else torch.preserve_format
+    if type(part) is not Tensor or part.device.type != "cpu" or part.numel() > CACHED_ENTRIES:
+        return torch.empty_like(part, dtype=dtype, memory_format=layout)
+    kept = _kept.slots.get((slot, dtype))
+    if kept is None:
+        kept = _kept.slots[slot, dtype] = torch.empty(CACHED_ENTRIES, dtype=dtype)
+    dense = part.numel() == 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+    if dense and not joined:
+        return kept.as_strided(part.shape, part.stride())
+    return kept[: part.numel()].view(part.shape)
 
 
 class Repeated:
@@ -85,12 +126,16 @@ def write(out: Tensor, start: Tensor | None, *terms: tuple[Tensor, Reader]) -> N
     factors = [(Repeated(A), read) for A, read in terms]
     # Along the samples the product takes the start up at no cost; across short rows of channels it is added later.
     along = out.stride(-1) == 1
+    dtype, direct = terms[0][1].dtype, out.dtype == terms[0][1].dtype
     for piece in pieces(out):
-        target = piece.of(out)
-        into = target if target.dtype == terms[0][1].dtype else None
+        target = into = piece.of(out)
+        if piece.joined:
+            into = _room(target, dtype, len(terms), joined=True).flatten(2)
+        elif not direct:
+            into = _room(target, dtype, len(terms), joined=False)
         total = None
-        for A, read in factors:
-            B = read(piece)
+        for slot, (A, read) in enumerate(factors):
+            B = read(piece, slot)
             if total is not None:
                 total.baddbmm_(A(B), B)
             elif begin is not None and along:
@@ -100,24 +145,36 @@ def write(out: Tensor, start: Tensor | None, *terms: tuple[Tensor, Reader]) -> N
         assert total is not None
         if begin is not None and not along:
             total += begin(total)
-        if into is None:
-            target.copy_(total)
+        if into is not target:
+            target.copy_(total.view(target.shape) if piece.joined else total)
 
 
 def sum_of_products(left: Reader, right: Reader) -> Tensor:
     """Σ A Bᵀ over all samples, by groups: (G, d, d)."""
     G, d = left.blocks.shape[1:3]
+    # Of a symmetric sum the lower left quarter is not computed, once the products are so large that it shows.
+    half = d // 2 if right is left and d >= HALVED else 0
     total: Tensor | None = None
     for piece in pieces(left.blocks):
-        A = left(piece)
-        B = A if right is left else right(piece)
-        if total is None:
-            total = torch.bmm(A, B.mT)  # the longest piece, with as many matrices as any
+        A = left(piece, 0)
+        B = A if right is left else right(piece, 1)
+        if total is None:  # the first piece is the longest, and has as many matrices as any
+            total = A.new_zeros(A.shape[0], d, d) if half else torch.bmm(A, B.mT)
+            if not half:
+                continue
+        into = total[: A.shape[0]]
+        if half:
+            into[:, :half].baddbmm_(A[:, :half], B.mT)
+            into[:, half:, half:].baddbmm_(A[:, half:], B[:, half:].mT)
         else:
-            total[: A.shape[0]].baddbmm_(A, B.mT)
+            into.baddbmm_(A, B.mT)
     if total is None:
         return left.blocks.new_zeros(G, d, d, dtype=left.dtype)
-    return total if total.shape[0] == G else total.view(-1, G, d, d).sum(0)
+    if total.shape[0] != G:
+        total = total.view(-1, G, d, d).sum(0)
+    if half:
+        total[:, half:, :half] = total[:, :half, half:].mT
+    return total
 
 
 def sum_of_samples(blocks: Tensor, dtype: torch.dtype) -> Tensor:

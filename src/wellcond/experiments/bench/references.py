@@ -70,7 +70,10 @@ class CovariancePool(nn.Module):
 
 
 class WhiteningBatchNorm2d(nn.Module):
-    """Decorrelated batch norm in its plainest form, with any inverse root: for timing in training mode only."""
+    """Decorrelated batch norm in its plainest form, with any inverse root: for timing in training mode only.
+
+    The output lies in memory as every norm layer's and as the published one's: image after image.
+    """
 
     def __init__(self, num_features: int, inverse_root: Root, eps: float, momentum: float = 0.1) -> None:
         super().__init__()
@@ -92,4 +95,4 @@ class WhiteningBatchNorm2d(nn.Module):
             self.running_mean.lerp_(mean.flatten(), self.momentum)
             self.running_cov.lerp_(P, self.momentum)
         y = self.weight[:, None] * white + self.bias[:, None]
-        return y.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
+        return y.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1).contiguous()
