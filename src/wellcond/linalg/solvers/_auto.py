@@ -79,7 +79,7 @@ def _minimax_pays(P: Tensor) -> bool:
     kind, dtype = P.device.type, working_dtype(P.dtype)
     measured = MEASURED.get((kind, dtype))
     # Where nothing in the table is worth it the shape does not matter, and a compiled graph need not depend on it.
-    if measured and not any(WORTH * ratio < 1.0 for by_batch in measured.values() for ratio in by_batch.values()):
+    if measured and WORTH * least(measured) >= 1.0:
         return False
     if dtype != torch.float32 or (kind == "cuda" and not _exact_float32_products()):
         return False
@@ -87,6 +87,11 @@ def _minimax_pays(P: Tensor) -> bool:
     if measured:
         return WORTH * nearest(measured, size, batch) < 1.0
     return kind == "cuda" and size in CUDA_SIZES and batch >= CUDA_BATCH
+
+
+def least(ratios: dict[int, dict[int, float]]) -> float:
+    """The least ratio of a table."""
+    return min(map(min, map(dict.values, ratios.values())))
 
 
 def nearest(ratios: dict[int, dict[int, float]], size: int, batch: int) -> float:
