@@ -8,6 +8,8 @@ depend on the strides of the eigenvectors as well (chunks are put together row b
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 from functools import partial
 
@@ -19,7 +21,7 @@ from helpers import eps_of, relative_error, with_spectrum
 from wellcond.linalg import _batches, _openmp
 from wellcond.linalg._batches import chunk_count, in_threads
 
-pytestmark = pytest.mark.skipif(_openmp._region() is None, reason="a PyTorch without OpenMP")
+pytestmark = pytest.mark.skipif(_openmp._runtime() is None, reason="a PyTorch without OpenMP or MKL")
 
 # Eight by eight: 256 bytes and up.
 ALIGNED = (3.0, 2.0, 1.0, 1.0, 0.5, 0.5, 0.3, 0.1)
@@ -161,6 +163,65 @@ def test_tasks_really_run_side_by_side(threads):
     assert torch.is_grad_enabled()
 
 
+def in_a_process_of_its_own(code: str) -> str:
+    """What it prints; a minute for what takes seconds, so that threads that wait for each other fail the test."""
+    setting = "import torch; from functools import partial; torch.set_num_threads(4); torch.manual_seed(0)\n"
+    done = subprocess.run([sys.executable, "-c", setting + code], timeout=120, check=True, stdout=subprocess.PIPE)
+    return done.stdout.decode().strip()
+
+
+def test_large_matrices_do_not_wait_for_each_other_once_the_number_of_threads_was_set():
+    """Then MKL's geqrf does not see by itself that it runs in a parallel region."""
+    printed = in_a_process_of_its_own(
+        """
+from wellcond.linalg._batches import chunk_count, in_threads
+A = torch.randn(6, 768, 384, dtype=torch.float64)
+assert chunk_count(A) > 1
+for _ in range(2):
+    U, sigma, Vh = in_threads(partial(torch.linalg.svd, full_matrices=False), A)
+    assert ((U * sigma.unsqueeze(-2)) @ Vh - A).abs().max() < 1e-10
+print(torch.get_num_threads())
+"""
+    )
+    assert printed == "4"
+
+
+@pytest.mark.parametrize("d", [100, 200])
+def test_batches_are_solved_right_once_the_number_of_threads_was_set(d):
+    """torch.linalg.solve mixes up rows there, or waits for ever."""
+    in_a_process_of_its_own(
+        f"""
+from wellcond.linalg._linear_solve import solve
+A = torch.randn(2, 3, {d}, {d}, dtype=torch.float64) + {d} * torch.eye({d})
+B = torch.randn(2, 3, {d}, 5, dtype=torch.float64)
+A.requires_grad_()
+for _ in range(5):
+    X = solve(A, B)
+    assert X.shape == B.shape and (A @ X - B).abs().max() < 1e-10
+    X.sum().backward()
+    from wellcond.linalg import sqrtm
+    from wellcond.orthogonality._stiefel_maps import cayley_map, exponential_map
+    P = A.detach() @ A.detach().mT
+    assert sqrtm(P, solver="pade").isfinite().all()
+    F = torch.linalg.qr(torch.randn(4, {d}, {d // 2}, dtype=torch.float64))[0]
+    for move in (cayley_map, exponential_map):
+        W = move(torch.randn_like(F), F)
+        assert (W.mT @ W - torch.eye({d // 2})).abs().max() < 1e-10
+"""
+    )
+
+
+def test_mkl_has_its_threads_again_afterwards(threads):
+    runtime = _openmp._runtime()
+    before = runtime.mkl_threads(3)
+    try:
+        inside = _openmp.side_by_side([lambda: runtime.mkl_threads(1)] * 20)
+        assert set(inside) == {1}
+        assert runtime.mkl_threads(3) == 3
+    finally:
+        runtime.mkl_threads(before)
+
+
 def test_a_task_may_give_none_and_there_may_be_more_tasks_than_threads(threads):
     assert _openmp.side_by_side([lambda: None] * 50) == [None] * 50
     assert _openmp.side_by_side([partial(int, i) for i in range(50)]) == list(range(50))
@@ -198,13 +259,15 @@ def test_small_or_single_work_stays_in_one_thread():
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("missing", ["the backend", "the function"])
+@pytest.mark.parametrize("missing", ["the backend", "MKL", "the function"])
 def test_without_openmp_the_batch_is_decomposed_as_it_is(threads, monkeypatch, missing):
     P = with_spectrum(ALIGNED, torch.float32, (9,))
     want = wl.sqrtm(P)
-    _openmp._region.cache_clear()
+    _openmp._runtime.cache_clear()
     if missing == "the backend":
         monkeypatch.setattr(torch.__config__, "parallel_info", lambda: "ATen parallel backend: native thread pool")
+    elif missing == "MKL":
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     else:
         monkeypatch.setattr(_openmp.ctypes, "CDLL", lambda path: object())
     try:
@@ -212,7 +275,7 @@ def test_without_openmp_the_batch_is_decomposed_as_it_is(threads, monkeypatch, m
         assert relative_error(wl.sqrtm(P), want) < 10 * eps_of(torch.float32)
     finally:
         monkeypatch.undo()
-        _openmp._region.cache_clear()
+        _openmp._runtime.cache_clear()
 
 
 def _in_child(connection, P, want):

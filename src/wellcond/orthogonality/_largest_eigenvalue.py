@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wellcond.linalg._linear_solve import solve
+
 
 def largest_eigenvalue(P: Tensor) -> Tensor:
     """λmax (...,) of Hermitian positive semidefinite P (..., d, d); differentiable, also where it is repeated or 0.
@@ -88,8 +90,8 @@ def _move_of_projector(P: Tensor, value: Tensor, M: Tensor, direction: Tensor) -
     projector = M / torch.where(weight > 0, weight, 1.0)[..., None, None]
     eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
     value = torch.where(value > 0, value, 1.0)[..., None, None]
-    # λI − P is singular on the eigenvectors only, where λ times the projector is added; inv_ex does not stop to check.
-    S = (eye - projector) @ torch.linalg.inv_ex(value * (eye + projector) - P)[0]
+    # λI − P is singular on the eigenvectors only, where λ times the projector is added.
+    S = solve(value * (eye + projector) - P, eye - projector)
     half = S @ direction @ M
     return half + M @ direction @ S
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wellcond.linalg._linear_solve import solve
+
 
 def exponential_map(V: Tensor, F: Tensor) -> Tensor:
     """exp(V Fᵀ − F Vᵀ) F for (..., n, k) with n ≥ k and orthonormal columns in F.
@@ -50,7 +52,7 @@ def _phi(M: Tensor) -> Tensor:
     odd = A6 + 1512 * A4 + 277200 * A2 + 8648640 * eye
     even = 56 * A6 + 25200 * A4 + 1995840 * A2 + 17297280 * eye
     # r = (even + A odd)/(even − A odd); the denominator has no zero on the imaginary axis, so no check is needed.
-    phi = torch.linalg.solve_ex(even - A @ odd, 2 * scale * odd)[0]
+    phi = solve(even - A @ odd, 2 * scale * odd)
     for i in range(squarings):  # (I + M φ)² = I + M (2 φ + φ M φ)
         phi = torch.where(i < s, 2 * phi + phi @ M @ phi, phi)
     return phi
@@ -60,8 +62,8 @@ def cayley_map(V: Tensor, F: Tensor) -> Tensor:
     """(I − S/2)⁻¹ (I + S/2) F, S = V Fᵀ − F Vᵀ, as F + X (I − YᵀX/2)⁻¹ YᵀF: one 2k × 2k solve (Wen and Yin 2013)."""
     X, M, c = _low_rank(V, F)
     eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-    # S/2 has imaginary eigenvalues, so the matrix is regular; solve_ex does not stop to check that.
-    return F + X @ torch.linalg.solve_ex(eye - M / 2, c)[0]
+    # S/2 has imaginary eigenvalues, so the matrix is regular.
+    return F + X @ solve(eye - M / 2, c)
 
 
 def householder_map(V: Tensor, F: Tensor) -> Tensor:

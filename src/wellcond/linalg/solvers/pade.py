@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
+from .._linear_solve import solve
 from ._series import SeriesSolver, evaluate_polynomial
 from ._solver import Root
 
@@ -24,7 +24,7 @@ class Pade(SeriesSolver):
 
     def expand(self, Z: Tensor, root: Root) -> Tensor:
         p, q = (evaluate_polynomial(c, Z) for c in pade_coefficients(self.order))
-        return torch.linalg.solve(q, p) if root == "sqrt" else torch.linalg.solve(p, q)
+        return solve(q, p) if root == "sqrt" else solve(p, q)
 
 
 def pade_coefficients(m: int) -> tuple[list[float], list[float]]:
