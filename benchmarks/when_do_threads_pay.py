@@ -26,7 +26,7 @@ def gain(P: torch.Tensor, seconds: float) -> float:
     """How many times as fast the threads are."""
 
     def cut() -> None:
-        with mock.patch.multiple(_batches, SMALLEST_CHUNK=1, LARGEST_MATRIX=P.shape[-1]):
+        with mock.patch.multiple(_batches, SMALLEST_CHUNK=1, WAKING=0, LARGE_MATRIX=10_000, LARGEST_MATRIX=P.shape[-1]):
             _batches.in_threads(torch.linalg.eigh, P)
 
     times = take_turns({"whole": lambda: torch.linalg.eigh(P), "cut": cut}, CPU, seconds=seconds, rounds=(5, 100))

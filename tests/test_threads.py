@@ -33,6 +33,7 @@ def threads(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     monkeypatch.setattr(_batches, "SMALLEST_CHUNK", 1)
+    monkeypatch.setattr(_batches, "WAKING", 0)
     yield 4
     torch.set_num_threads(before)
 
@@ -251,8 +252,11 @@ def test_small_or_single_work_stays_in_one_thread():
         assert chunk_count(torch.zeros(3, 500, 500)) == 1  # LAPACK's own use of four cores is the better one
         assert chunk_count(torch.zeros(4, 500, 500)) == 4
         assert chunk_count(torch.zeros(4, 1100, 1100)) == 1
-        assert chunk_count(torch.zeros(64, 16, 16)) == 2
+        assert chunk_count(torch.zeros(64, 16, 16)) == 1
+        assert chunk_count(torch.zeros(72, 16, 16)) == 2
         assert chunk_count(torch.zeros(64, 64, 64)) == 16
+        torch.set_num_threads(2)
+        assert chunk_count(torch.zeros(64, 16, 16)) == 2
         torch.set_num_threads(1)
         assert chunk_count(torch.zeros(64, 64, 64)) == 1
     finally:

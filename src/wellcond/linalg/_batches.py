@@ -17,6 +17,8 @@ from ._openmp import side_by_side, threads
 # Entries of a chunk below which its own call and the other threads' waking cost more than they save. A decomposition
 # of a small matrix takes some 50 ns an entry (from 12 µs at 16 × 16 to 200 µs at 64 × 64).
 SMALLEST_CHUNK = 8_000
+# Entries that take as long as it does to wake one thread more, each of which runs some Python.
+WAKING = 1_000
 # Entries of a chunk that is worth more than one a thread.
 GOOD_CHUNK = 16_000
 # From this size on LAPACK itself uses the cores, if less well than a chunk for each of them does,
@@ -49,6 +51,8 @@ def chunk_count(P: Tensor) -> int:
         return 1
     count, entries = P.shape[:-2].numel(), P.numel()
     if count < 2 or entries < 2 * SMALLEST_CHUNK or (team := threads()) < 2:
+        return 1
+    if entries < 2 * SMALLEST_CHUNK + WAKING * (team - 2):
         return 1
     if count < team and max(rows, columns) >= LARGE_MATRIX:
         return 1

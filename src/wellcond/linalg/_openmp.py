@@ -8,7 +8,7 @@ The entry is the function that GNU's compiler calls for a parallel region, a sta
 runtimes export on Linux as well; it is looked up in the very runtime that PyTorch is linked to. Inside of the region
 every thread tells MKL to work alone. That is not only faster: once ``torch.set_num_threads`` was called MKL does not
 see by itself that it is in a region, and the threads of several routines then wait for each other for ever (geqrf), or
-mix up their rows (getrf, PyTorch's issue 142815). With another LAPACK than MKL, where this is unknown, there is no team.
+mix up their rows (getrf, PyTorch's issue 142815). With another LAPACK, where nobody has tried it, there is no team.
 """
 
 from __future__ import annotations
