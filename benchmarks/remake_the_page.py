@@ -1,8 +1,8 @@
 """What does docs/benchmarks.md say on this machine, now?
 
 Runs ``wellcond bench`` and the other scripts of this folder one after another and writes the page from what they print,
-the command beside each table, and the figure. On a quiet machine of two cores it takes about half an hour; ``--quick``
-takes some minutes and says so on the page.
+the command beside each table, and the figure. On a quiet machine of two cores it takes a quarter of an hour, with
+``--quick`` some minutes, which is then said on the page.
 
     pip install kornia spd-learn pyriemann geotorch
     python benchmarks/remake_the_page.py
