@@ -467,6 +467,8 @@ def test_a_wrapped_model_keeps_the_layer_names(tmp_path) -> None:
         with ConditionMonitor(wrapped, every=1) as monitor:
             wrapped(images()).sum().backward()
             wrapped(images()).sum().backward()
+        # Before its group: the last holder's destructor waits, with the interpreter's lock, for a thread that wants it.
+        del wrapped
     finally:
         torch.distributed.destroy_process_group()
     assert [(r.step, r.layer) for r in monitor.records] == [(0, "norm"), (1, "norm")]
