@@ -10,9 +10,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 
-from test_lightning_callbacks import Task, fit, pytestmark  # noqa: F401 - the marks are for the tests of this file
+from lightning_task import QUIET, Task, fit
 from wellcond.lightning import ConditionMonitorCallback, TreatmentCallback
 
+pytestmark = QUIET
 KAPPA, RATE = "condition/net.1/kappa", "olr/net.0"
 
 

@@ -11,6 +11,7 @@ import multiprocessing
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -21,7 +22,7 @@ from helpers import eps_of, relative_error, with_spectrum
 from wellcond.linalg import _batches, _openmp
 from wellcond.linalg._batches import chunk_count, in_threads
 
-pytestmark = pytest.mark.skipif(_openmp._runtime() is None, reason="a PyTorch without OpenMP or MKL")
+needs_team = pytest.mark.skipif(_openmp._runtime() is None, reason="a PyTorch without OpenMP or MKL has no team")
 
 # Eight by eight: 256 bytes and up.
 ALIGNED = (3.0, 2.0, 1.0, 1.0, 0.5, 0.5, 0.3, 0.1)
@@ -47,6 +48,7 @@ def alone(f, *args, **kwargs):
         _batches.LARGEST_MATRIX = before
 
 
+@needs_team
 @pytest.mark.parametrize("batch", [(2,), (7,), (3, 5), (1, 4, 1), (64,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
 def test_chunks_give_the_same_bits(threads, batch, dtype):
@@ -126,6 +128,7 @@ def test_a_failure_in_any_chunk_reaches_the_caller_and_is_mended(threads, monkey
     assert relative_error(got[others], want[others]) < 1e-14
 
 
+@needs_team
 def test_another_error_in_a_chunk_is_not_swallowed_and_no_chunk_outlives_the_call(threads):
     P = torch.zeros(8, 2, 2)
     P[7] = 1
@@ -149,6 +152,7 @@ def test_another_error_in_a_chunk_is_not_swallowed_and_no_chunk_outlives_the_cal
     assert not running
 
 
+@needs_team
 def test_tasks_really_run_side_by_side(threads):
     """Each waits for the three others, which one thread after the other could not do."""
     together = threading.Barrier(threads, timeout=20)
@@ -171,6 +175,7 @@ def in_a_process_of_its_own(code: str) -> str:
     return done.stdout.decode().strip()
 
 
+@needs_team
 def test_large_matrices_do_not_wait_for_each_other_once_the_number_of_threads_was_set():
     """Then MKL's geqrf does not see by itself that it runs in a parallel region."""
     printed = in_a_process_of_its_own(
@@ -212,6 +217,7 @@ for _ in range(5):
     )
 
 
+@needs_team
 def test_mkl_has_its_threads_again_afterwards(threads):
     runtime = _openmp._runtime()
     before = runtime.mkl_threads(3)
@@ -223,12 +229,14 @@ def test_mkl_has_its_threads_again_afterwards(threads):
         runtime.mkl_threads(before)
 
 
+@needs_team
 def test_a_task_may_give_none_and_there_may_be_more_tasks_than_threads(threads):
     assert _openmp.side_by_side([lambda: None] * 50) == [None] * 50
     assert _openmp.side_by_side([partial(int, i) for i in range(50)]) == list(range(50))
     assert _openmp.side_by_side([]) == []
 
 
+@needs_team
 def test_an_interrupt_ends_all_tasks_and_reaches_the_caller(threads):
     ended = []
 
@@ -240,6 +248,19 @@ def test_an_interrupt_ends_all_tasks_and_reaches_the_caller(threads):
     assert len(ended) == 9
 
 
+@needs_team
+def test_an_error_outside_of_the_tasks_reaches_the_caller_too(threads, monkeypatch):
+    @contextmanager
+    def broken(runtime):
+        raise MemoryError
+        yield
+
+    monkeypatch.setattr(_openmp._Runtime, "mkl_alone", broken)
+    with pytest.raises(MemoryError):
+        _openmp.side_by_side([int] * 9)
+
+
+@needs_team
 def test_small_or_single_work_stays_in_one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -263,6 +284,7 @@ def test_small_or_single_work_stays_in_one_thread():
         torch.set_num_threads(before)
 
 
+@needs_team
 @pytest.mark.parametrize("missing", ["the backend", "MKL", "the function"])
 def test_without_openmp_the_batch_is_decomposed_as_it_is(threads, monkeypatch, missing):
     P = with_spectrum(ALIGNED, torch.float32, (9,))

@@ -21,9 +21,9 @@ SMALLEST_CHUNK = 8_000
 WAKING = 1_000
 # Entries of a chunk that is worth more than one a thread.
 GOOD_CHUNK = 16_000
-# From this size on LAPACK itself uses the cores, if less well than a chunk for each of them does,
+# From this size on LAPACK itself uses the cores, if less well than a chunk for each of them does.
 LARGE_MATRIX = 384
-# and beyond this one nothing was gained.
+# The largest size that was measured: two of 1024 × 1024 took 1.3 times as long one after the other.
 LARGEST_MATRIX = 1024
 
 

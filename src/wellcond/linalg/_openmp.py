@@ -60,17 +60,15 @@ def _runtime() -> _Runtime | None:
     """None where PyTorch does not run on OpenMP and MKL, or hides them."""
     if not torch.backends.mkl.is_available() or "parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None
-    for library in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so"):
-        try:
-            found = ctypes.CDLL(str(library))  # and the libraries that it needs
-            region: Any = found.GOMP_parallel
-            mkl_threads: Any = found.MKL_Set_Num_Threads_Local
-        except (OSError, AttributeError):
-            continue
-        region.argtypes, region.restype = (_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-        mkl_threads.argtypes, mkl_threads.restype = (ctypes.c_int,), ctypes.c_int
-        return _Runtime(region, mkl_threads)
-    return None
+    try:
+        found = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # and what it is linked to
+        region: Any = found.GOMP_parallel
+        mkl_threads: Any = found.MKL_Set_Num_Threads_Local
+    except (OSError, AttributeError):
+        return None
+    region.argtypes, region.restype = (_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    mkl_threads.argtypes, mkl_threads.restype = (ctypes.c_int,), ctypes.c_int
+    return _Runtime(region, mkl_threads)
 
 
 def threads() -> int:
@@ -90,8 +88,7 @@ def side_by_side(tasks: Sequence[Callable[[], T]]) -> list[T]:
     errors: list[BaseException] = []
     left = deque(enumerate(tasks))
 
-    @_Body
-    def body(_: Any) -> None:
+    def work() -> None:
         with torch.no_grad(), runtime.mkl_alone():  # both belong to a thread
             while True:
                 try:
@@ -100,8 +97,15 @@ def side_by_side(tasks: Sequence[Callable[[], T]]) -> list[T]:
                     return
                 try:
                     results[i] = task()
-                except BaseException as error:  # a callback cannot raise
+                except BaseException as error:
                     errors.append(error)
+
+    @_Body
+    def body(_: Any) -> None:
+        try:
+            work()
+        except BaseException as error:  # an interrupt between two tasks; a callback cannot raise
+            errors.append(error)
 
     # Always the whole team: GNU's runtime ends the threads that a smaller one leaves out.
     runtime.region(body, None, threads(), 0)

@@ -6,17 +6,18 @@ half precision and adding a second product cost little, and no copy of the activ
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._buffers import LARGEST_KEPT, room
+
 # Entries of one piece: 1 MB in float32.
 CACHED_ENTRIES = 1 << 18
 # Of a joined piece, which is copied anyway, so that one wide product is worth more.
-JOINED_ENTRIES = 1 << 19
+JOINED_ENTRIES = LARGEST_KEPT
 # Off the CPU a piece only bounds the memory of its copy; few large kernels are quicker.
 PIECES_ELSEWHERE = 8
 # Matrices from this size on, of which only as much is computed as symmetry does not give.
@@ -74,7 +75,7 @@ class Reader:
         if self.origin is None and part.dtype == self.dtype and not piece.joined:
             return part
         if self._buffer is None or self._buffer.shape != part.shape:
-            self._buffer = _room(part, self.dtype, slot, piece.joined)
+            self._buffer = room(part, self.dtype, slot, contiguous=piece.joined)
         origin = None if self.origin is None else self.origin(part)
         if origin is not None and piece.joined:
             origin = origin.unsqueeze(-1)
@@ -85,40 +86,6 @@ class Reader:
             if origin is not None:
                 self._buffer.sub_(origin)
         return self._buffer.flatten(2) if piece.joined else self._buffer
-
-
-class _Kept(threading.local):
-    """A thread's buffers, kept from call to call: a page fault per 4 KB of fresh memory takes longer than a copy."""
-
-    def __init__(self) -> None:
-        self.slots: dict[tuple[int, torch.dtype], Tensor] = {}
-
-
-_kept = _Kept()
-
-
-def _room(part: Tensor, dtype: torch.dtype, slot: int, joined: bool) -> Tensor:
-    """A buffer in the layout of a part, or, where it is joined, contiguous; of usual size one that is kept."""
-    layout = torch.contiguous_format if joined else torch.preserve_format
-    if type(part) is not Tensor or part.device.type != "cpu" or part.numel() > JOINED_ENTRIES:
-        return torch.empty_like(part, dtype=dtype, memory_format=layout)
-    kept = _kept.slots.get((slot, dtype))
-    if kept is None or kept.numel() < part.numel():
-        with torch.inference_mode(False):  # a buffer that is born in it could not be written to outside
-            kept = _kept.slots[slot, dtype] = torch.empty(part.numel(), dtype=dtype)
-    if not joined and _is_dense(part):
-        return kept.as_strided(part.shape, part.stride())
-    return kept[: part.numel()].view(part.shape)
-
-
-def _is_dense(part: Tensor) -> bool:
-    """Whether the strides are those of a contiguous tensor whose dimensions were permuted."""
-    expected = 1
-    for stride, size in sorted(zip(part.stride(), part.shape, strict=True)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 class Repeated:
@@ -144,9 +111,9 @@ def write(out: Tensor, start: Tensor | None, *terms: tuple[Tensor, Reader]) -> N
     for piece in pieces(out):
         target = into = piece.of(out)
         if piece.joined:
-            into = _room(target, dtype, len(terms), joined=True).flatten(2)
+            into = room(target, dtype, len(terms), contiguous=True).flatten(2)
         elif not direct:
-            into = _room(target, dtype, len(terms), joined=False)
+            into = room(target, dtype, len(terms), contiguous=False)
         total = None
         for slot, (A, read) in enumerate(factors):
             B = read(piece, slot)
