@@ -62,7 +62,8 @@ def _runtime() -> _Runtime | None:
         return None
     try:
         found = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # and what it is linked to
-        region: Any = found.GOMP_parallel
+        everywhere = ctypes.CDLL(None)  # a runtime that was preloaded stands before that, for PyTorch too
+        region: Any = (everywhere if hasattr(everywhere, "GOMP_parallel") else found).GOMP_parallel
         mkl_threads: Any = found.MKL_Set_Num_Threads_Local
     except (OSError, AttributeError):
         return None
