@@ -16,6 +16,7 @@ from wellcond.nn import (
     IterNorm2d,
     IterNorm3d,
     _buffers,
+    _pieces,
 )
 
 SPECTRUM = [9.0, 4.0, 2.0, 1.0, 0.5, 0.25]
@@ -320,6 +321,8 @@ def test_the_buffers_of_a_thread_serve_every_mode_shape_and_dtype():
     """They are kept between calls: one made in inference mode, or for a smaller batch, must do for the next."""
     layer, few = DecorrelatedBatchNorm2d(64, dtype=torch.float64), DecorrelatedBatchNorm2d(64)
     _buffers._kept.slots.clear()
+    with torch.device("meta"):  # a default device is not that of the buffers
+        layer(torch.randn(4, 64, 3, 3, dtype=torch.float64, device="cpu"))
     for mode, shape, last in [
         (torch.inference_mode, (4, 64, 3, 3), False),
         (torch.enable_grad, (4, 64, 3, 3), False),
@@ -368,3 +371,13 @@ def test_many_images_of_few_pixels_are_whitened_by_the_definition(shape, groups,
     assert (y - want).abs().max() < 1e4 * 2.2e-16 * max(1.0, ratio)
     (got,), (expected,) = torch.autograd.grad(y, x, g), torch.autograd.grad(want, x, g)
     assert (got - expected).abs().max() < 1e6 * 2.2e-16 * max(1.0, ratio)
+
+
+def test_a_reader_may_change_its_slot():
+    """As the one operand after it was both: it must not then share memory with the other."""
+    X, Y = torch.randn(2, 5, 1, 3, 20, dtype=torch.float64)
+    reader = _pieces.Reader(X, torch.float64, torch.ones(1, 3, 1, dtype=torch.float64))
+    centred = X - 1
+    assert torch.allclose(_pieces.sum_of_products(reader, reader), (centred @ centred.mT).sum(0))
+    other = _pieces.Reader(Y, torch.float64, torch.zeros(1, 3, 1, dtype=torch.float64))
+    assert torch.allclose(_pieces.sum_of_products(other, reader), (Y @ centred.mT).sum(0))

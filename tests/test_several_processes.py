@@ -49,10 +49,8 @@ FSDP = [
     ("ow+nog+olr", "sgd", {}),
     ("sn+nog+ol", "sgd", {}),
 ]
-OFFLOADED = [
-    ("nog+olr+ol", "adamw", {}),
-    ("ow+nog+olr", "sgd", {}),
-]  # the same, with a policy that keeps the shards on the CPU
+OFFLOADED = [("nog+olr+ol", "adamw", {}), ("ow+nog+olr", "sgd", {})]  # by a policy the shards stay on the CPU
+SHARDED = FSDP + OFFLOADED
 MESHES = ["tensor parallel", "fully sharded and tensor parallel", "replicated and sharded"]
 PLACEMENTS = ["shard 0", "shard 1", "replicate", "partial"]
 GRADIENT = torch.randn(1, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))[0]
@@ -340,8 +338,8 @@ def test_a_weight_sharded_in_mixed_precision_takes_orthogonal_steps(ranks: list[
 
 @pytest.mark.parametrize(
     "case",
-    range(len(FSDP + OFFLOADED)),
-    ids=[f"{names}-{optimizer}" for names, optimizer, _ in FSDP] + [f"{case[0]}-offloaded" for case in OFFLOADED],
+    range(len(SHARDED)),
+    ids=[f"{names}-{optimizer}" + "-offloaded" * (i >= len(FSDP)) for i, (names, optimizer, _) in enumerate(SHARDED)],
 )
 def test_fully_sharded_weights_are_treated_as_whole_ones(case: int, ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["fsdp"][case] for rank in ranks)
@@ -351,13 +349,13 @@ def test_fully_sharded_weights_are_treated_as_whole_ones(case: int, ranks: list[
     assert first["rates"] == second["rates"]
     assert first["state"] == second["state"]
     assert "5 × 27" in first["summary"]
-    model, treatment = one_process(*(FSDP + OFFLOADED)[case])
+    model, treatment = one_process(*SHARDED[case])
     assert_close(first["weights"], dict(model.named_parameters()))
     for mine, reference in zip(first["rates"].values(), treatment.rates().values(), strict=True):
         assert mine.item() == pytest.approx(reference.item(), rel=BOUND)
     assert (first["weight"] - model[0].weight).abs().max() < BOUND
     if (
-        treatment.olr is not None and (FSDP + OFFLOADED)[case][1] != "adamw"
+        treatment.olr is not None and SHARDED[case][1] != "adamw"
     ):  # whose rate is a small cap: here the rates are its own
         assert treatment.olr.counts()["0"] > 0
 

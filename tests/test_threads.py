@@ -171,7 +171,7 @@ def test_tasks_really_run_side_by_side(threads):
 def in_a_process_of_its_own(code: str) -> str:
     """What it prints; a minute for what takes seconds, so that threads that wait for each other fail the test."""
     setting = "import torch; from functools import partial; torch.set_num_threads(4); torch.manual_seed(0)\n"
-    done = subprocess.run([sys.executable, "-c", setting + code], timeout=120, check=True, stdout=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-c", setting + code], timeout=60, check=True, stdout=subprocess.PIPE)
     return done.stdout.decode().strip()
 
 

@@ -2,7 +2,8 @@
 
 It factorises the matrices of a batch side by side and MKL, once ``torch.set_num_threads`` was called, uses the same
 threads again inside of each. From about 150 rows on the rows are mixed up, in silence or with an error, or the threads
-wait for each other for ever (PyTorch's issue 142815; 2.5 to 2.13 at least).
+wait for each other for ever (PyTorch's issue 142815; 2.5 to 2.13 at least). Compiled code, and a batch that ``vmap``
+hides, are not helped here.
 """
 
 from __future__ import annotations

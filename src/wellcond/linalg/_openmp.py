@@ -78,7 +78,7 @@ def threads() -> int:
 
 
 def side_by_side(tasks: Sequence[Callable[[], T]]) -> list[T]:
-    """The results of the tasks, in order; without gradients. Each thread takes the next task that is left.
+    """The results of the tasks, in order; without gradients and autocast. Each thread takes the next task that is left.
 
     Raises:
         BaseException: of a task that failed, when all have ended.

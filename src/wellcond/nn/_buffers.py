@@ -36,7 +36,7 @@ def room(part: Tensor, dtype: torch.dtype, slot: int, *, contiguous: bool) -> Te
     kept = _kept.slots.get((slot, dtype))
     if kept is None or kept.numel() < part.numel():
         with torch.inference_mode(False):  # a buffer that is born in it could not be written to outside
-            kept = _kept.slots[slot, dtype] = torch.empty(part.numel(), dtype=dtype)
+            kept = _kept.slots[slot, dtype] = torch.empty(part.numel(), dtype=dtype, device=part.device)
     if not contiguous and _is_dense(part):
         return kept.as_strided(part.shape, part.stride())
     return kept[: part.numel()].view(part.shape)

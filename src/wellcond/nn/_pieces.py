@@ -36,7 +36,7 @@ class Piece(NamedTuple):
     joined: bool
 
     def of(self, blocks: Tensor) -> Tensor:
-        """A view of the slice: (k·G, d, n), or (G, d, k, n) if it is to be joined into (G, d, k·n)."""
+        """A view of the slice of what ``as_blocks`` gives: (k·G, d, n), or (G, d, k, n) for joining to (G, d, k·n)."""
         piece = blocks.narrow(self.axis, self.start, self.length)
         return piece.permute(1, 2, 0, 3) if self.joined else piece.flatten(0, 1)
 
@@ -69,13 +69,14 @@ class Reader:
         self.blocks, self.dtype = blocks, dtype
         self.origin = None if origin is None else Repeated(origin)
         self._buffer: Tensor | None = None
+        self._slot = 0
 
     def __call__(self, piece: Piece, slot: int = 0) -> Tensor:
         part = piece.of(self.blocks)
         if self.origin is None and part.dtype == self.dtype and not piece.joined:
             return part
-        if self._buffer is None or self._buffer.shape != part.shape:
-            self._buffer = room(part, self.dtype, slot, contiguous=piece.joined)
+        if self._buffer is None or self._buffer.shape != part.shape or self._slot != slot:
+            self._slot, self._buffer = slot, room(part, self.dtype, slot, contiguous=piece.joined)
         origin = None if self.origin is None else self.origin(part)
         if origin is not None and piece.joined:
             origin = origin.unsqueeze(-1)
