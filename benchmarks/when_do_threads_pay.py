@@ -1,7 +1,7 @@
 """From where on is a batch of eigendecompositions faster in threads?
 
 For every size and batch the time of ``torch.linalg.eigh`` over that of the same batch cut into one chunk a thread,
-whatever the thresholds of ``wellcond.linalg._batches`` say; then what they make of it. A star marks the batches that
+whatever the thresholds of ``wellcond.linalg.lapack._batches`` say; then what they make of it. A star marks the batches that
 the library does cut: each of them should be above 1, and no other far above.
 
     python benchmarks/when_do_threads_pay.py
@@ -17,7 +17,7 @@ import torch
 from wellcond.experiments.bench.cases import Case, make_input
 from wellcond.experiments.bench.report import markdown_table
 from wellcond.experiments.bench.timing import take_turns
-from wellcond.linalg import _batches
+from wellcond.linalg.lapack import _batches
 
 CPU = torch.device("cpu")
 

@@ -581,7 +581,7 @@ def test_alarms_are_raised_beyond_the_bound_and_for_non_finite_features() -> Non
         ({"every": math.inf}, "every must be a whole number of at least 1, got inf"),
         ({"max_matrices": 0}, "max_matrices must be a whole number of at least 1, got 0"),
         ({"layers": ["nrom"]}, "no layer 'nrom'; did you mean 'norm'"),
-        ({"layers": [nn.Identity()]}, "no layer Identity"),
+        ({"layers": [nn.Identity()]}, "the layer Identity is not a part of the model"),
         ({"layers": []}, "layers is empty"),
         ({"kappa_above": 1e3}, "needs on_alarm"),
         ({"kappa_above": math.nan, "on_alarm": print}, "kappa_above is NaN"),

@@ -19,8 +19,8 @@ import torch
 
 import wellcond.linalg as wl
 from helpers import eps_of, relative_error, with_spectrum
-from wellcond.linalg import _batches, _openmp
-from wellcond.linalg._batches import chunk_count, in_threads
+from wellcond.linalg.lapack import _batches, _openmp
+from wellcond.linalg.lapack._batches import chunk_count, in_threads
 
 needs_team = pytest.mark.skipif(_openmp._runtime() is None, reason="a PyTorch without OpenMP or MKL has no team")
 
@@ -180,7 +180,7 @@ def test_large_matrices_do_not_wait_for_each_other_once_the_number_of_threads_wa
     """Then MKL's geqrf does not see by itself that it runs in a parallel region."""
     printed = in_a_process_of_its_own(
         """
-from wellcond.linalg._batches import chunk_count, in_threads
+from wellcond.linalg.lapack._batches import chunk_count, in_threads
 A = torch.randn(6, 768, 384, dtype=torch.float64)
 assert chunk_count(A) > 1
 for _ in range(2):
@@ -197,7 +197,7 @@ def test_batches_are_solved_right_once_the_number_of_threads_was_set(d):
     """torch.linalg.solve mixes up rows there, or waits for ever."""
     in_a_process_of_its_own(
         f"""
-from wellcond.linalg._linear_solve import solve
+from wellcond.linalg.lapack import solve
 A = torch.randn(2, 3, {d}, {d}, dtype=torch.float64) + {d} * torch.eye({d})
 B = torch.randn(2, 3, {d}, 5, dtype=torch.float64)
 A.requires_grad_()

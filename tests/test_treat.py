@@ -40,7 +40,7 @@ def test_names_are_read_as_the_papers_tables_write_them():
     [
         ("nog+owl", r"unknown treatment 'owl' in 'nog\+owl'; did you mean 'ow'"),
         ("ngo", "unknown treatment 'ngo' in 'ngo'; did you mean 'nog'"),
-        ("xyz", "unknown treatment 'xyz' in 'xyz'; known: sn, ol, ow, nog, olr"),
+        ("xyz", "unknown treatment 'xyz' in 'xyz' \\(known: sn, ol, ow, nog, olr"),
         ("", "unknown treatment '' in ''"),
         ("nog+", r"unknown treatment '' in 'nog\+'"),
         ("nog+ow+NOG", "treatment 'nog' is named twice"),
@@ -369,8 +369,8 @@ def bad_layer_model() -> nn.Module:
     ("make", "names", "layers", "optimizer", "message"),
     [
         (bad_layer_model, "nog", "1", torch.optim.SGD, r"layer '1' \(BatchNorm2d\) has a weight of shape \(4,\)"),
-        (bad_layer_model, "nog", "conv", torch.optim.SGD, "unknown layer of Sequential 'conv'"),
-        (bad_layer_model, "nog", [nn.Linear(2, 2)], torch.optim.SGD, "is not a part of Sequential"),
+        (bad_layer_model, "nog", "conv", torch.optim.SGD, "Sequential.* has no layer 'conv'"),
+        (bad_layer_model, "nog", [nn.Linear(2, 2)], torch.optim.SGD, "is not a part of the model .Sequential"),
         (bad_layer_model, "nog", [], torch.optim.SGD, "layers is empty"),
         (lambda: nn.Linear(3, 3), "nog", None, torch.optim.SGD, "no spectral layer; put one in"),
         (small_net, "ow+nog+olr", None, torch.optim.Rprop, r"layer '0' \(Conv2d\): the update direction of Rprop"),

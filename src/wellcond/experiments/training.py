@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wellcond._shared.models import is_spectral
 from wellcond.experiments._extras import needs_train_extra
 from wellcond.experiments._sampling import mixed_seed
 from wellcond.experiments.data import ImageDataModule
@@ -35,7 +36,7 @@ def decay(step: int, total: int) -> float:
 
 def spectral_layers(model: nn.Module) -> dict[str, Any]:
     """The spectral layers of `model` by name."""
-    return {name: module for name, module in model.named_modules() if getattr(module, "is_spectral_layer", False)}
+    return {name: module for name, module in model.named_modules() if is_spectral(module)}
 
 
 class Classifier(pl.LightningModule):

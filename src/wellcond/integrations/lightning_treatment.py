@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
-from wellcond.monitor._probe import watched_layers
+from wellcond._shared.models import is_spectral, layers_by_name
 from wellcond.orthogonality import Treatment, parse_treatments, pre_spectral_layers, treat
 
 from ._treating import add_loss_gradient, split_treatments, treat_weights, weights_treated
@@ -83,7 +83,7 @@ class TreatmentCallback(pl.Callback):
         """Treat the weights now if the model is there, and in any case before a treated checkpoint is loaded."""
         self.teardown(trainer, pl_module, stage)  # of an earlier run that ended in an error
         self._load_hook = pl_module.register_load_state_dict_pre_hook(partial(self._before_load, stage))
-        if stage == "fit" and any(getattr(module, "is_spectral_layer", False) for module in pl_module.modules()):
+        if stage == "fit" and any(is_spectral(module) for module in pl_module.modules()):
             self._treat_weights(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -113,7 +113,7 @@ class TreatmentCallback(pl.Callback):
 
     def _find(self, pl_module: pl.LightningModule) -> dict[str, nn.Module]:
         if self._given is not None:
-            return watched_layers(pl_module, self._given)
+            return layers_by_name(pl_module, self._given)
         device = next((p.device for p in pl_module.parameters()), torch.device("cpu"))
         example = move_data_to_device(self._example_input, device)
         if is_overridden("forward", pl_module):
@@ -122,7 +122,7 @@ class TreatmentCallback(pl.Callback):
         parts = {
             name: part
             for name, part in pl_module.named_children()
-            if any(getattr(module, "is_spectral_layer", False) for module in part.modules())
+            if any(is_spectral(module) for module in part.modules())
         }
         if len(parts) != 1:
             raise ValueError(

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from wellcond.monitor._probe import watched_layers
+from wellcond._shared.models import layers_by_name
 from wellcond.orthogonality import Treatment, parse_treatments, pre_spectral_layers, treat
 from wellcond.orthogonality._step_hook import gradient_scale, unwrap
 
@@ -94,7 +94,7 @@ class TreatmentCallback(TrainerCallback, ExportableState):
         if self._model is model:
             return
         if self._given is not None:
-            self.layers = watched_layers(model, self._given)
+            self.layers = layers_by_name(model, self._given)
         else:
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
             self.layers = pre_spectral_layers(model, send_to_device(self._example_input, device))

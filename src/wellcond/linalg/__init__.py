@@ -1,6 +1,15 @@
 """Differentiable functions of covariance matrices: matrices in, matrices out, no modules."""
 
-from ._checks import value_checks
+from wellcond._shared.checks import value_checks
+from wellcond._shared.errors import (
+    ApproximateRootWarning,
+    DecompositionError,
+    NonFiniteMatrixError,
+    NotPositiveSemidefiniteError,
+    NotSymmetricError,
+)
+from wellcond._shared.events import SolverEvents, recording
+
 from ._condition import (
     condition_number,
     effective_rank,
@@ -10,14 +19,6 @@ from ._condition import (
 )
 from ._covariance import covariance
 from ._covariance_functions import covariance_logm, covariance_powm
-from ._errors import (
-    ApproximateRootWarning,
-    DecompositionError,
-    NonFiniteMatrixError,
-    NotPositiveSemidefiniteError,
-    NotSymmetricError,
-)
-from ._events import SolverEvents, recording
 from ._factor import covariance_sqrtm
 from ._feature_spectrum import covariance_spectrum
 from ._functions import expm, logm, powm

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import checks_values, hermitian, require_finite, require_matrix, require_nonnegative
-from ._eigh import eigh
+from wellcond._shared.checks import checks_values, hermitian, require_finite, require_matrix, require_nonnegative
+from wellcond._shared.precision import widened
+
 from ._feature_spectrum import covariance_spectrum
 from ._spectrum import Spectrum
+from .lapack import eigh
 
 
 def matrix_spectrum(P: Tensor) -> Spectrum:
@@ -19,7 +21,7 @@ def matrix_spectrum(P: Tensor) -> Spectrum:
     """
     require_matrix(P, "P", square=True)
     eps = torch.finfo(P.dtype).eps
-    wide = hermitian(P).to(torch.complex128 if P.is_complex() else torch.float64)
+    wide = widened(hermitian(P))
     eigvals = eigh(wide)[0].flip(-1).clamp_min(0.0)
     return Spectrum(eigvals, eps * P.shape[-1] * eigvals[..., 0])
 

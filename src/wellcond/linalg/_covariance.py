@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import full_precision, require_matrix, working_dtype
+from wellcond._shared.checks import require_matrix
+from wellcond._shared.precision import full_precision, working_dtype
 
 
 def covariance(X: Tensor, *, correction: int = 0) -> Tensor:

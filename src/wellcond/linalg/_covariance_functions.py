@@ -8,7 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ._checks import full_precision, require_matrix, require_nonnegative, working_dtype
+from wellcond._shared.checks import require_matrix, require_nonnegative
+from wellcond._shared.precision import full_precision, widened, working_dtype
+
 from ._covariance import centred_factor
 from ._divided_differences import Log, Power, ScalarFunction
 from ._factor_function import FactorFunction
@@ -78,7 +80,7 @@ def _from_features(
         raise ValueError(f"rank must be one of {', '.join(get_args(FactorRank))} for features, got {rank!r}")
     require_rank_policy(rank, eps)
     with full_precision(X):
-        A = centred_factor(X.to(torch.complex128 if X.is_complex() else torch.float64), correction=correction)
+        A = centred_factor(widened(X), correction=correction)
         singular_is_error = invertible and eps == 0.0 and rank == "ridge"
         F, *_ = FactorFunction.call(
             A, on_kept_eigenvalues(f, rank), float(eps), singular_is_error, torch.finfo(working_dtype(X.dtype)).eps

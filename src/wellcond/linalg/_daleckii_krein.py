@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import full_precision
+from wellcond._shared.autograd import BatchedFunction
+from wellcond._shared.precision import full_precision
+
 from ._divided_differences import SpectralMap
 from ._sylvester import in_eigenbasis
-from ._vmap import BatchedFunction
 
 
 def apply_function(P: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:

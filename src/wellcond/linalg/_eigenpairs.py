@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ._checks import hermitian
-from ._eigh import eigh
+from wellcond._shared.autograd import BatchedFunction
+from wellcond._shared.checks import hermitian
+
 from ._rank_policy import Rank, shifted_spectrum
-from ._vmap import BatchedFunction
+from .lapack import eigh
 
 
 class Shift(NamedTuple):

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import checks_values, full_precision, require_finite, require_matrix, working_dtype
+from wellcond._shared.autograd import BatchedFunction, differentiated_again
+from wellcond._shared.checks import checks_values, require_finite, require_matrix
+from wellcond._shared.precision import full_precision, wide_dtype, working_dtype
+
 from ._covariance import centred_factor, require_samples
-from ._eigh import eigh
 from ._roots import sqrtm
-from ._svd import thin_svd
-from ._sylvester import differentiated_again, in_eigenbasis, product, reciprocal_or_zero, sylvester
-from ._vmap import BatchedFunction
-from ._wide import wide_dtype, wide_gram, wide_product
+from ._sylvester import in_eigenbasis, product, reciprocal_or_zero, sylvester
+from ._wide import wide_gram, wide_product
+from .lapack import eigh, thin_svd
 from .solvers import Solver
 from .solvers.eigh import frechet_invsqrt
 

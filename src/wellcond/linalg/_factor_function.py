@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import bad_indices, checks_values, full_precision, require_finite
+from wellcond._shared.autograd import BatchedFunction, differentiated_again
+from wellcond._shared.checks import bad_indices, checks_values, require_finite
+from wellcond._shared.errors import NotPositiveSemidefiniteError
+from wellcond._shared.events import place
+from wellcond._shared.precision import full_precision
+
 from ._daleckii_krein import derivative_along
 from ._divided_differences import SpectralMap
 from ._eigenpairs import eigenpairs
-from ._eigh import eigh
-from ._errors import NotPositiveSemidefiniteError
-from ._events import place
-from ._sylvester import differentiated_again, in_eigenbasis, reciprocal_or_zero
-from ._vmap import BatchedFunction
+from ._sylvester import in_eigenbasis, reciprocal_or_zero
+from .lapack import eigh
 
 
 class FactorFunction(BatchedFunction):

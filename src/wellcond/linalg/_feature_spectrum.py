@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wellcond._shared.precision import wide_dtype
+
 from ._spectrum import Spectrum
 
 _CHUNK = {"cpu": 1 << 18, "accelerator": 1 << 24}
@@ -55,7 +57,7 @@ def _mean_and_gram(features: Tensor) -> tuple[Tensor, Tensor]:
     side = min(d, n)
     chunk = _CHUNK["cpu" if features.device.type == "cpu" else "accelerator"]
     step = max(1, chunk // max(1, side * features[..., 0, 0].numel()))
-    wide = torch.complex128 if features.is_complex() else torch.float64
+    wide = wide_dtype(features)
     gram = features.new_zeros(*features.shape[:-2], side, side, dtype=wide)
     if n < d:
         means = []

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._checks import full_precision, require_matrix, require_nonnegative, working_dtype
+from wellcond._shared.checks import require_matrix, require_nonnegative
+from wellcond._shared.precision import full_precision, working_dtype
+
 from ._daleckii_krein import apply_function
 from ._divided_differences import Exp, Log, Power, ScalarFunction
 from ._eigenpairs import Shift, eigenpairs

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import checks_values, full_precision, readable, require_finite, require_matrix, working_dtype
+from wellcond._shared.autograd import BatchedFunction, differentiated_again, once
+from wellcond._shared.checks import checks_values, readable, require_finite, require_matrix
+from wellcond._shared.precision import full_precision, working_dtype
+
 from ._polar_iteration import polar_iteration
-from ._svd import thin_svd
-from ._sylvester import differentiated_again, reciprocal_or_zero, sylvester
-from ._vmap import BatchedFunction, once
+from ._sylvester import reciprocal_or_zero, sylvester
+from .lapack import thin_svd
 from .solvers import Minimax
 
 POLAR_SOLVERS = ("auto", "svd", "minimax", "muon")

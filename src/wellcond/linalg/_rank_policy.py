@@ -16,10 +16,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ._checks import bad_indices, checks_values
+from wellcond._shared.checks import bad_indices, checks_values
+from wellcond._shared.errors import NotPositiveSemidefiniteError
+from wellcond._shared.events import place
+
 from ._divided_differences import ScalarFunction, SpectralMap, pairs, triples
-from ._errors import NotPositiveSemidefiniteError
-from ._events import place
 
 Rank = Literal["ridge", "pinv", "floor", "raise"]
 

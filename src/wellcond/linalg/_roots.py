@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import full_precision, require_matrix, require_nonnegative, working_dtype
+from wellcond._shared.checks import require_matrix, require_nonnegative
+from wellcond._shared.precision import full_precision, working_dtype
+
 from ._divided_differences import Power
 from ._functions import functions_of
 from ._rank_policy import Rank, require_rank_policy

@@ -11,9 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import require_matrix, value_checks, working_dtype
-from ._eigh import nan_for_failures
+from wellcond._shared.checks import require_matrix, value_checks
+from wellcond._shared.precision import working_dtype
+
 from ._roots import invsqrtm, sqrtm
+from .lapack import nan_for_failures
 from .solvers import Root, Solver
 from .solvers._solver import relative_residual
 

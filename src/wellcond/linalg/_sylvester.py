@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import full_precision, require_matrix, working_dtype
+from wellcond._shared.autograd import BatchedFunction, differentiated_again
+from wellcond._shared.checks import require_matrix
+from wellcond._shared.precision import full_precision, working_dtype
+
 from ._eigenpairs import eigenpairs
-from ._vmap import BatchedFunction
 
 
 def reciprocal_or_zero(x: Tensor) -> Tensor:
@@ -35,15 +37,6 @@ def product(A: Tensor, B: Tensor, *, out: Tensor | None = None) -> Tensor:
     """A @ B, without the reshaping that ``matmul`` does even where there is nothing to reshape."""
     multiply = torch.bmm if A.ndim == B.ndim == 3 and A.shape[0] == B.shape[0] else torch.matmul
     return multiply(A, B, out=out)
-
-
-def differentiated_again() -> bool:
-    """Whether what is computed now may itself be differentiated, in any mode."""
-    return (
-        torch.is_grad_enabled()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
 
 
 def in_eigenbasis(U: Tensor, K: Tensor, G: Tensor) -> Tensor:

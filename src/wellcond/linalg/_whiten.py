@@ -12,18 +12,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ._checks import (
-    bad_indices,
-    full_precision,
-    readable,
-    require_finite,
-    require_matrix,
-    require_nonnegative,
-)
+from wellcond._shared.checks import bad_indices, readable, require_finite, require_matrix, require_nonnegative
+from wellcond._shared.errors import NotPositiveSemidefiniteError
+from wellcond._shared.events import place
+from wellcond._shared.precision import full_precision
+
 from ._covariance import centred_factor
 from ._eigenpairs import eigenpairs
-from ._errors import NotPositiveSemidefiniteError
-from ._events import place
 from ._rank_policy import Rank, rank_tolerance, require_rank_policy
 from ._roots import invsqrtm
 from ._sylvester import reciprocal_or_zero

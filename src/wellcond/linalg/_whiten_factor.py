@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import bad_indices, readable, require_finite
-from ._errors import NotPositiveSemidefiniteError
-from ._events import place
+from wellcond._shared.checks import bad_indices, readable, require_finite
+from wellcond._shared.errors import NotPositiveSemidefiniteError
+from wellcond._shared.events import place
+
 from ._polar import Polar
 from ._rank_policy import Rank
 

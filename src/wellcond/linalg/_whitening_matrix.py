@@ -7,7 +7,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ._checks import full_precision, hermitian, readable, require_matrix, require_nonnegative, working_dtype
+from wellcond._shared.checks import hermitian, readable, require_matrix, require_nonnegative
+from wellcond._shared.precision import full_precision, working_dtype
+
 from ._roots import invsqrtm
 from ._whiten import Method, _principal_axes, _require_definite
 from .solvers import Eigh, Solver, choose_solver

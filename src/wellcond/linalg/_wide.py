@@ -11,13 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from wellcond._shared.precision import wide_dtype
+
 _PIECE = {"cpu": 1 << 18, "accelerator": 1 << 24}
 """Entries widened at a time: 2 MiB on the CPU, 128 MiB to keep an accelerator busy."""
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """float64, or complex128 for a complex tensor."""
-    return torch.complex128 if x.is_complex() else torch.float64
 
 
 def wide_gram(X: Tensor) -> Tensor:

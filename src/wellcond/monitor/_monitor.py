@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wellcond.orthogonality._wrappers import unwrapped
+from wellcond._shared.models import Layers, unwrapped
+from wellcond._shared.torch_internals import in_backward_pass
 
 from . import _display
-from ._probe import Hook, attach, recomputing, solver_counts, untraced, watched_layers
+from ._probe import Hook, attach, solver_counts, untraced, watched_layers
 from ._record import FIELDS, MEASURES, ConditionRecord, alarms, measure
 from ._writers import as_writers, deliver
 
@@ -75,7 +76,7 @@ class ConditionMonitor:
         model: nn.Module,
         *,
         every: int = 10,
-        layers: Iterable[str | nn.Module] | str | nn.Module | None = None,
+        layers: Layers | None = None,
         writers: Any = (),
         optimizer: Optimizer | None = None,
         on_alarm: Callable[[ConditionRecord, str], None] | None = None,
@@ -117,13 +118,13 @@ class ConditionMonitor:
         self.step += 1
 
     def _count_forward(self, model: nn.Module, *_: Any) -> None:
-        if model.training and not recomputing():
+        if model.training and not in_backward_pass():
             self.step += 1
 
     def _is_due(self, name: str) -> bool:
         last = self._last.get(name)
         due = last is None or self.step // self.every > last // self.every
-        return due and bool(self._handles) and not recomputing()
+        return due and bool(self._handles) and not in_backward_pass()
 
     def _observe(self, name: str, features: Tensor, eps: float) -> None:
         self._last[name] = self.step

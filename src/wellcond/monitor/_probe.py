@@ -6,15 +6,14 @@ hook along without effect, so that it neither copies the monitor nor reports to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from wellcond.orthogonality._wrappers import bare_name
+from wellcond._shared.models import Layers, bare_name, is_spectral, layers_by_name, unwrapped
 
 
 class Hook:
@@ -46,55 +45,27 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     return cast("Callable[..., Any]", torch.compiler.disable(function))
 
 
-def recomputing() -> bool:
-    """Whether this forward pass is part of a backward pass: activation checkpointing repeats one of the same step."""
-    return torch._C._current_graph_task_id() != -1  # as torch.autograd.graph asks; PyTorch has no public name for it
-
-
 def solver_counts(layer: nn.Module) -> tuple[int, int]:
     """Failures and retries of a layer's solver so far; none for an ordinary layer."""
     events = getattr(layer, "solver_events", None)
     return (0, 0) if events is None else (events.failures, events.retries)
 
 
-def is_spectral(module: nn.Module) -> bool:
-    """Whether a module declares itself a spectral layer."""
-    return bool(getattr(module, "is_spectral_layer", False))
-
-
-def watched_layers(
-    model: nn.Module, layers: Iterable[str | nn.Module] | str | nn.Module | None
-) -> dict[str, nn.Module]:
-    """The layers to watch, by name: every spectral layer, or those that ``layers`` names or holds.
+def watched_layers(model: nn.Module, layers: Layers | None) -> dict[str, nn.Module]:
+    """The layers to watch, by their bare names: every spectral layer, or those that ``layers`` names or holds.
 
     Raises:
-        ValueError: for a name or module that is not in the model (with the nearest right name), or when
-            nothing is named and the model has no spectral layer.
+        ValueError: as :func:`layers_by_name`, or when nothing is named and the model has no spectral layer.
     """
-    named = {bare_name(name): m for name, m in model.named_modules()}
-    if layers is None:
-        found = {name: module for name, module in named.items() if is_spectral(module)}
-        if not found:
-            raise ValueError(
-                f"the model ({type(model).__name__}) has no spectral layer (a module with is_spectral_layer = True) "
-                "to monitor; name ordinary layers with layers=['bn1', ...] to watch their input instead"
-            )
-        return found
-    if isinstance(layers, (str, nn.Module)):
-        layers = [layers]
-    names = {id(module): name for name, module in named.items()}
-    chosen: dict[str, nn.Module] = {}
-    for layer in layers:
-        name = names.get(id(layer)) if isinstance(layer, nn.Module) else layer
-        if name is None or name not in named:
-            what = f"'{layer}'" if isinstance(layer, str) else type(layer).__name__
-            near = get_close_matches(str(layer), [n for n in named if n], n=1, cutoff=0.0)
-            hint = f"; did you mean '{near[0]}'?" if isinstance(layer, str) and near else ""
-            raise ValueError(f"the model ({type(model).__name__}) has no layer {what}{hint}")
-        chosen[name] = named[name]
-    if not chosen:
-        raise ValueError("layers is empty: leave it out to watch every spectral layer")
-    return chosen
+    if layers is not None:
+        return layers_by_name(model, layers)
+    found = {bare_name(name): module for name, module in unwrapped(model).named_modules() if is_spectral(module)}
+    if not found:
+        raise ValueError(
+            f"the model ({type(model).__name__}) has no spectral layer (a module with is_spectral_layer = True) "
+            "to monitor; name ordinary layers with layers=['bn1', ...] to watch their input instead"
+        )
+    return found
 
 
 def attach(module: nn.Module, due: Callable[[], bool], observe: Callable[[Tensor, float], None]) -> RemovableHandle:

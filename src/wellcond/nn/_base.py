@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from wellcond._shared.precision import widened
 from wellcond.linalg import Solver, SolverEvents, recording
 from wellcond.linalg.solvers import choose_solver
 
@@ -45,7 +46,7 @@ class Observation:
 
 def features_of(P: Tensor) -> Tensor:
     """Features (..., d, 2d) of zero mean in float64 whose covariance is P less the eigenvalues that are rounding."""
-    eigvals, U = torch.linalg.eigh(P.to(torch.complex128 if P.is_complex() else torch.float64))
+    eigvals, U = torch.linalg.eigh(widened(P))
     rounding = P.shape[-1] * torch.finfo(P.dtype).eps * eigvals.abs().amax(-1, keepdim=True)
     A = U * torch.where(eigvals > rounding, eigvals, 0.0).sqrt().unsqueeze(-2)
     return P.shape[-1] ** 0.5 * torch.cat([A, -A], -1)

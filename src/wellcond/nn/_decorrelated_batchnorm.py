@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from wellcond._shared.checks import checks_values
+from wellcond._shared.precision import full_precision, working_dtype
 from wellcond.linalg import Solver
-from wellcond.linalg._checks import checks_values, full_precision, working_dtype
 from wellcond.linalg._whiten import Method
 
 from ._base import Observation

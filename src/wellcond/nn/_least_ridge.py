@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wellcond.linalg._checks import readable
+from wellcond._shared.checks import readable
 
 
 def with_ridge(P: Tensor, eps: float, *, relative: bool) -> tuple[Tensor, float]:

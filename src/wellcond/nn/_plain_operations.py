@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from wellcond.linalg._checks import working_dtype
-
-# Since torch 2.7.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+from wellcond._shared.precision import working_dtype
+from wellcond._shared.torch_internals import is_exporting, under_forward_mode, under_functorch
 
 
 def needs_plain_operations() -> bool:
     """Whether someone is tracing, or transforming in a way that our autograd functions have no rule for."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or under_functorch() or under_forward_mode()
 
 
 def plain_moments(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from wellcond._shared.checks import checks_values, require_finite
+from wellcond._shared.torch_internals import under_functorch
 from wellcond.linalg import Solver, recording, value_checks, whitening_matrix
-from wellcond.linalg._checks import checks_values, require_finite
 from wellcond.linalg._whiten import Method
 from wellcond.linalg._whitening_matrix import require_method
 from wellcond.linalg.solvers import choose_solver
@@ -131,7 +132,7 @@ class RunningWhitening(SpectralModule):
         assert self.running_cov is not None and self.evaluation_whitening is not None
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.evaluation_whitening
-        if torch._C._are_functorch_transforms_active():
+        if under_functorch():
             return self._whitening(self.running_cov)
         self._derive()
         return self.evaluation_whitening

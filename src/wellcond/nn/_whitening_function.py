@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond.linalg._checks import full_precision, working_dtype
-from wellcond.linalg._vmap import along_many_directions
+from wellcond._shared.precision import full_precision, working_dtype
+from wellcond._shared.torch_internals import along_many_directions
 
 from ._blocks import as_blocks, channels_last, from_blocks, new_like
 from ._pieces import Reader, sum_of_products, sum_of_samples, write

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wellcond._shared.torch_internals import under_functorch
+
 from ._operator_norm import skew_convolution_norm_bound
 
 
@@ -117,7 +119,7 @@ class SkewOrthogonalConv2d(nn.Module):
         weight = self.weight
         if self.training or (torch.is_grad_enabled() and weight.requires_grad) or weight.is_inference():
             return self._computed_kernel()
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or under_functorch():
             return self._computed_kernel()
         if self._kept is None or self._kept[0] is not weight or self._kept[1] != weight._version:
             # A kernel made in inference mode could not be used outside of it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from wellcond._shared.names import require_known
+from wellcond._shared.precision import full_precision, working_dtype
 from wellcond.linalg import (
     Eigh,
     Solver,
@@ -24,7 +25,6 @@ from wellcond.linalg import (
     powm,
     sqrtm,
 )
-from wellcond.linalg._checks import full_precision, working_dtype
 from wellcond.linalg.solvers import choose_solver
 
 from ._base import Observation, SpectralModule, features_of
@@ -77,10 +77,8 @@ class SpectralLayer(SpectralModule):
         normalisation: Normalisation | None = None,
     ) -> None:
         super().__init__()
-        if not callable(function) and function not in FUNCTIONS:
-            near = difflib.get_close_matches(function, FUNCTIONS, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"unknown function '{function}'{hint} (known: {', '.join(FUNCTIONS)}, or a callable)")
+        if not callable(function):
+            require_known(function, FUNCTIONS, "function")
         if takes not in ("features", "covariance"):
             raise ValueError(f"takes must be 'features' or 'covariance', got {takes!r}")
         if exponent is not None and function != "power":

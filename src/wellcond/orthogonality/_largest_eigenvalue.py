@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellcond.linalg._linear_solve import solve
+from wellcond.linalg.lapack import solve
 
 
 def largest_eigenvalue(P: Tensor) -> Tensor:

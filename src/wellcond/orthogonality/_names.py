@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from difflib import get_close_matches
+from wellcond._shared.names import require_known
 
 TREATMENTS: dict[str, str] = {
     "sn": "spectral norm of the weight, eq. (11)",
@@ -35,13 +34,3 @@ def parse_treatments(names: str) -> tuple[str, ...]:
     if twice:
         raise ValueError(f"treatment '{twice[0]}' is named twice in '{names}'; name it once")
     return parsed
-
-
-def require_known(name: object, known: Iterable[str], kind: str, where: str = "") -> None:
-    """Refuse a name that is not among ``known``, offering the nearest right one."""
-    known = list(known)
-    if name in known:
-        return
-    near = get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise ValueError(f"unknown {kind} '{name}'{where}; {hint}known: {', '.join(known)}")

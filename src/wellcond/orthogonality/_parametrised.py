@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ._matrix import MatrixView, Target, described, layer_target
+from wellcond._shared.models import described
+
+from ._matrix import MatrixView, Target, layer_target
 from ._sharded import is_sharded, spread, whole
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wellcond.linalg._linear_solve import solve
+from wellcond.linalg.lapack import solve
 
 
 def exponential_map(V: Tensor, F: Tensor) -> Tensor:

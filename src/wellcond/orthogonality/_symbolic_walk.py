@@ -8,6 +8,8 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from wellcond._shared.models import is_spectral
+
 from ._matrix import has_matrix_weight
 from ._sharded import is_fully_sharded
 
@@ -30,7 +32,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
-            getattr(m, "is_spectral_layer", False)
+            is_spectral(m)
             or parametrize.is_parametrized(m)
             or has_matrix_weight(m)
             or super().is_leaf_module(m, module_qualified_name)
@@ -104,7 +106,7 @@ def _nearest(model: nn.Module, graph: fx.Graph) -> set[nn.Module]:
     for node in graph.nodes:
         if node.op == "placeholder" or any(i in from_input for i in node.all_input_nodes):
             from_input.add(node)
-    spectral = [node for node, m in calls.items() if getattr(m, "is_spectral_layer", False)]
+    spectral = [node for node, m in calls.items() if is_spectral(m)]
     if not spectral:
         raise _untraceable(model, "the graph calls no spectral layer")
     found: set[nn.Module] = set()

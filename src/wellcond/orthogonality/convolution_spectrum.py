@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wellcond._shared.models import described
+
 from ._largest_eigenvalue import largest_eigenvalue
-from ._matrix import described
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 

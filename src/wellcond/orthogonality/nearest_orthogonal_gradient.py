@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from wellcond._shared.names import require_known
 from wellcond.linalg import polar, value_checks
 
 from ._matrix import Target, Treatable
-from ._names import require_known
 from ._step_hook import StepHook, decoupled_decay, gradient_scale, require_dense, require_linear_in_lr
 
 _COUNTS = ("treated", "zero", "nonfinite")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from wellcond._shared.names import require_known
+
 from ._matrix import Target, Treatable
-from ._names import require_known
 from ._rates import RULES
 from ._step_hook import StepHook, gradient_scale, require_dense, require_linear_in_lr
 

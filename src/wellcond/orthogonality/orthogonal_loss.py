@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from wellcond._shared.names import require_known
+
 from ._largest_eigenvalue import largest_eigenvalue
 from ._matrix import MatrixView, targets
-from ._names import require_known
 from ._sharded import whole
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from wellcond._shared.names import require_known
+
 from ._matrix import MatrixView
-from ._names import require_known
 from ._parametrised import WeightParametrisation, attach, require_free
 from ._stiefel_maps import MAPS
 

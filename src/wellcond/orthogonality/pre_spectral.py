@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from wellcond._shared.models import is_spectral, unwrapped
+
 from ._autograd_walk import layers_by_running
 from ._symbolic_walk import layers_by_tracing
-from ._wrappers import unwrapped
 
 
 def pre_spectral_layers(model: nn.Module, example_input: Any = None) -> dict[str, nn.Module]:
@@ -41,7 +42,7 @@ def pre_spectral_layers(model: nn.Module, example_input: Any = None) -> dict[str
         >>> list(pre_spectral_layers(model))
         ['0']
     """
-    spectral = {name: m for name, m in model.named_modules() if getattr(m, "is_spectral_layer", False)}
+    spectral = {name: m for name, m in model.named_modules() if is_spectral(m)}
     if not spectral:
         raise ValueError(
             f"{type(model).__name__} has no spectral layer; put one in (such as wellcond.nn.DecorrelatedBatchNorm2d or "

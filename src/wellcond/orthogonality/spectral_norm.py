@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from wellcond._shared.names import require_known
+
 from ._largest_eigenvalue import largest_eigenvalue
 from ._matrix import MatrixView
-from ._names import require_known
 from ._parametrised import WeightParametrisation, attach, require_free
 from .convolution_spectrum import Grid, layer_grid, operator_norm
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wellcond._shared.models import Layers, layers_by_name
+from wellcond._shared.names import require_known
+
 from ._matrix import Target, layer_target
-from ._names import TREATMENTS, parse_treatments, require_known
+from ._names import TREATMENTS, parse_treatments
 from ._parametrised import chain, restorer
 from ._step_hook import require_held, unwrap
-from ._wrappers import bare_name, unwrapped
 from .nearest_orthogonal_gradient import NearestOrthogonalGradient
 from .optimal_learning_rate import OptimalLearningRate
 from .orthogonal_loss import OrthogonalLoss
@@ -31,7 +33,7 @@ def treat(
     optimizer: Optimizer,
     treatments: str,
     *,
-    layers: Iterable[str | nn.Module] | str | nn.Module | None = None,
+    layers: Layers | None = None,
     example_input: Any = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Treatment:
@@ -81,10 +83,8 @@ def treat(
     for name in options:
         require_known(name, names, "treatment", " in options, which are for the treatments asked for")
     optimizer = unwrap(optimizer)
-    found = pre_spectral_layers(model, example_input) if layers is None else _named_layers(model, layers)
-    # The names of the bare model: a state saved under DDP or torch.compile loads without them, and the other way.
-    bare = {layer: bare_name(name) for name, layer in unwrapped(model).named_modules()}
-    found = {bare[layer]: layer for layer in found.values()}
+    # By the names of the bare model: a state saved under DDP or torch.compile loads without them, and the other way.
+    found = layers_by_name(model, pre_spectral_layers(model, example_input).values() if layers is None else layers)
     goals = {name: layer_target(layer, name) for name, layer in found.items()}
     for name, layer in found.items():
         _require_free(layer, goals[name], names)
@@ -96,25 +96,6 @@ def treat(
         treatment.remove()
         raise
     return treatment
-
-
-def _named_layers(model: nn.Module, layers: Iterable[str | nn.Module] | str | nn.Module) -> dict[str, nn.Module]:
-    modules = dict(model.named_modules())
-    names = {module: name for name, module in modules.items()}
-    found: dict[str, nn.Module] = {}
-    for layer in [layers] if isinstance(layers, (str, nn.Module)) else layers:
-        if isinstance(layer, str):
-            require_known(layer, modules, f"layer of {type(model).__name__}")
-            found[layer] = modules[layer]
-        elif layer in names:
-            found[names[layer]] = layer
-        else:
-            raise ValueError(
-                f"layer {layer} is not a part of {type(model).__name__}; give one of its modules or its name"
-            )
-    if not found:
-        raise ValueError("layers is empty; name at least one layer, or leave it out to have them found")
-    return found
 
 
 def _require_free(layer: nn.Module, target: Target, names: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from wellcond.experiments.bench.cases import Case
-from wellcond.linalg._batches import in_threads
+from wellcond.linalg.lapack import in_threads
 
 Call = Callable[[], object]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from wellcond._shared.names import require_known
 
 from ._auto import auto_solver
 from ._solver import Done, Root, Solved, Solver, Traced
@@ -54,10 +55,7 @@ def choose_solver(solver: str | Solver, P: Tensor | None = None) -> Solver:
         raise TypeError(f"solver must be a name or a Solver object, got {type(solver).__name__}")
     if solver == "auto":
         return Eigh() if P is None else auto_solver(P)
-    if solver not in SOLVERS:
-        near = difflib.get_close_matches(solver, ["auto", *SOLVERS], n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"unknown solver '{solver}'{hint} (known: auto, {', '.join(SOLVERS)})")
+    require_known(solver, ["auto", *SOLVERS], "solver")
     # The compiler does not see through the cache; nothing warns in what it compiles.
     return SOLVERS[solver]() if torch.compiler.is_compiling() else _by_name(solver)
 

@@ -26,7 +26,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .._checks import require_matrix, working_dtype
+from wellcond._shared.checks import require_matrix
+from wellcond._shared.precision import working_dtype
+
 from ._solver import Solver
 from .eigh import Eigh
 from .minimax_or_eigh import MinimaxOrEigh

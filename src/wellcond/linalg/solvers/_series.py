@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._events import count_call
+from wellcond._shared.events import count_call
+
 from ._lyapunov_iteration import lyapunov_iteration
 from ._minimax_polynomials import NEWTON_SCHULZ
 from ._solver import Done, Root, Solver, Tensors, frobenius_norm, require_scale

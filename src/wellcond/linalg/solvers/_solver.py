@@ -14,10 +14,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import bad_indices, checks_values, full_precision, hermitian
-from .._errors import ApproximateRootWarning, NotPositiveSemidefiniteError
-from .._events import place
-from .._vmap import BatchedFunction
+from wellcond._shared.autograd import BatchedFunction
+from wellcond._shared.checks import bad_indices, checks_values, hermitian
+from wellcond._shared.errors import ApproximateRootWarning, NotPositiveSemidefiniteError
+from wellcond._shared.events import place
+from wellcond._shared.precision import full_precision
 
 Root = Literal["sqrt", "invsqrt"]
 Tensors = tuple[Tensor, ...]

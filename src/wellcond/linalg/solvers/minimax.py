@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._events import count_call
+from wellcond._shared.events import count_call
+
 from ._lyapunov_iteration import lyapunov_iteration
 from ._minimax_polynomials import Coefficients, polynomials_from
 from ._solver import Done, Root, Solver, Tensors, frobenius_norm, require_scale

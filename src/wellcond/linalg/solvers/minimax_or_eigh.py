@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import value_checks
+from wellcond._shared.checks import value_checks
+
 from ._solver import Done, Root, Solver, Tensors
 from .eigh import Eigh
 from .minimax import Minimax

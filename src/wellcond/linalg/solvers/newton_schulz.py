@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._events import count_call
+from wellcond._shared.events import count_call
+from wellcond._shared.torch_internals import under_functorch
+
 from ._solver import Done, Root, Solver, Tensors, require_scale
 
 
@@ -128,7 +130,7 @@ class NewtonSchulz(Solver):
         A, scale, eye = _normalised(done.P, done.eps)
         taken = done.residuals[0] if self.adaptive else None
         steps = self.steps
-        if taken is not None and taken.numel() and not torch._C._are_functorch_transforms_active():
+        if taken is not None and taken.numel() and not under_functorch():
             steps = max(1, int(taken.max()))
         Y, Z = A, eye
         path: list[tuple[Any, ...]] = []

@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor
 
-from .._linear_solve import solve
+from ..lapack import solve
 from ._series import SeriesSolver, evaluate_polynomial
 from ._solver import Root
 

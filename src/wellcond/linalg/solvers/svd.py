@@ -10,13 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._batches import in_threads
-from .._compiler import outside_the_compiler
-from .._eigh import eigh
-from .._events import count_call, count_failure
+from wellcond._shared.autograd import differentiated_again, once
+from wellcond._shared.events import count_call, count_failure
+from wellcond._shared.torch_internals import outside_the_compiler
+
 from .._rank_policy import shifted_spectrum
-from .._sylvester import differentiated_again
-from .._vmap import once
+from ..lapack import eigh, in_threads
 from ._solver import Done, Root, Solver, Tensors
 
 

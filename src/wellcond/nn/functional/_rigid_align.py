@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wellcond._shared.torch_internals import under_functorch
 from wellcond.linalg import NonFiniteMatrixError, powm
 
 
@@ -61,7 +62,7 @@ def _nearest_rotation(H: Tensor) -> Tensor:
     """The rotation R that maximises tr(Rᵀ H)."""
     # R does not depend on the size of H, and its derivative through this scale is 0.
     size = H.detach().abs().amax((-2, -1), keepdim=True)
-    if size.device.type == "cpu" and not torch._C._are_functorch_transforms_active() and not size.isfinite().all():
+    if size.device.type == "cpu" and not under_functorch() and not size.isfinite().all():
         raise NonFiniteMatrixError("source, target or weights hold NaN or infinite entries")
     H = H / torch.where(size > 0, size, 1.0)
     with torch.no_grad():

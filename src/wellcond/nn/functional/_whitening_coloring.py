@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from wellcond._shared.torch_internals import under_functorch
 from wellcond.linalg import NonFiniteMatrixError, NotPositiveSemidefiniteError, covariance_sqrtm, invsqrtm
 
 Method = Literal["zca", "cholesky"]
@@ -177,7 +178,7 @@ def flat_mask(mask: Tensor | None, x: Tensor, name: str) -> Tensor | None:
             f"got {mask.dtype} of shape {tuple(mask.shape)}"
         )
     flat = mask.reshape(1, 1, -1) if x.ndim == 2 else mask.reshape(x.shape[0], 1, 1, -1)
-    if mask.device.type == "cpu" and not torch._C._are_functorch_transforms_active() and not flat.any(-1).all():
+    if mask.device.type == "cpu" and not under_functorch() and not flat.any(-1).all():
         raise ValueError(f"{name} chooses no position in some image; leave that image out")
     return flat
 

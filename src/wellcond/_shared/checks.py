@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._errors import NonFiniteMatrixError, NotSymmetricError
-from ._events import place
+from .errors import NonFiniteMatrixError, NotSymmetricError
+from .events import place
+from .torch_internals import under_functorch
 
 _value_checks: ContextVar[bool | None] = ContextVar("value_checks", default=None)
 
@@ -48,7 +48,7 @@ def checks_values(x: Tensor) -> bool:
 
 def readable(x: Tensor) -> bool:
     """:func:`checks_values`, where an autograd function does not unwrap them: under ``torch.func`` there are none."""
-    return not torch._C._are_functorch_transforms_active() and checks_values(x)
+    return not under_functorch() and checks_values(x)
 
 
 def require_matrix(x: Tensor, name: str, *, square: bool = False) -> None:
@@ -73,17 +73,6 @@ def require_nonnegative(value: float, name: str) -> None:
     """Refuse a negative or non-finite number."""
     if not (value >= 0.0 and value != float("inf")):
         raise ValueError(f"{name} must be a finite number >= 0, got {value}")
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which spectral work on ``dtype`` is done: float32 for half precision, else the same."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def full_precision(x: Tensor) -> Any:
-    """A context in which autocast does not touch the matrix products of spectral work on ``x``."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def bad_indices(bad: Tensor) -> str:

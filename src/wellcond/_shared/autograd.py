@@ -1,4 +1,7 @@
-"""One rule for ``torch.func.vmap`` over our autograd functions: they all batch over leading dimensions already."""
+"""What our autograd functions share: one rule for ``torch.func.vmap``, and whether one is differentiated again.
+
+They all batch over leading dimensions already, so vmap adds one more in front.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .torch_internals import apply_directly, under_forward_mode, under_functorch
 
 
 class BatchedFunction(torch.autograd.Function):
@@ -28,9 +33,9 @@ class BatchedFunction(torch.autograd.Function):
     @classmethod
     def call(cls, *args: Any) -> Any:
         """``apply`` without its binding of defaults and search for wrappers, which cost what a small product does."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or under_functorch():
             return cls.apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+        return apply_directly(cls, *args)
 
 
 class _Once(BatchedFunction):
@@ -58,10 +63,9 @@ def once(value: Tensor, message: str, *sources: Tensor) -> Tensor:
     return _Once.apply(value.detach(), message, *sources)  # pyright: ignore[reportReturnType]
 
 
-def along_many_directions(*grads: Tensor | None) -> bool:
-    """Whether ``autograd.grad(is_grads_batched=True)`` asks: such tensors hide their batch and know no ``out=``."""
-    batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
-    return any(grad is not None and batched(grad) for grad in grads)
+def differentiated_again() -> bool:
+    """Whether what is computed now may itself be differentiated, in any mode."""
+    return torch.is_grad_enabled() or under_forward_mode() or under_functorch()
 
 
 def _to_front(arg: Any, dim: int | None, batch_size: int) -> Any:

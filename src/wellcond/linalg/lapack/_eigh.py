@@ -18,11 +18,13 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from wellcond._shared.checks import checks_values
+from wellcond._shared.errors import DecompositionError
+from wellcond._shared.events import count_call, count_failure, place
+from wellcond._shared.precision import widened
+from wellcond._shared.torch_internals import outside_the_compiler
+
 from ._batches import in_threads
-from ._checks import checks_values
-from ._compiler import outside_the_compiler
-from ._errors import DecompositionError
-from ._events import count_call, count_failure, place
 
 EigenPair = tuple[Tensor, Tensor]
 
@@ -113,13 +115,13 @@ def _scaled(P: Tensor) -> EigenPair:
 
 
 def _float64(P: Tensor) -> EigenPair:
-    return _scaled(P.to(torch.complex128 if P.is_complex() else torch.float64))
+    return _scaled(widened(P))
 
 
 def _shifted(P: Tensor) -> EigenPair:
     d = P.shape[-1]
     shift = P.diagonal(dim1=-2, dim2=-1).real.abs().sum() / d * torch.finfo(P.real.dtype).eps
-    wide = P.to(torch.complex128 if P.is_complex() else torch.float64)
+    wide = widened(P)
     eigvals, eigvecs = _scaled(wide + shift.double() * torch.eye(d, device=P.device, dtype=wide.dtype))
     return eigvals - shift.double(), eigvecs
 
@@ -127,7 +129,7 @@ def _shifted(P: Tensor) -> EigenPair:
 def _by_svd(P: Tensor) -> EigenPair:
     # Shifted to be positive definite, a Hermitian matrix has its eigenvalues for singular values.
     d = P.shape[-1]
-    wide = P.to(torch.complex128 if P.is_complex() else torch.float64)
+    wide = widened(P)
     shift = torch.linalg.matrix_norm(wide)
     U, s, _ = torch.linalg.svd(wide + shift * torch.eye(d, device=P.device, dtype=wide.dtype))
     return s.flip(-1) - shift, U.flip(-1)

@@ -11,10 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from wellcond._shared.errors import DecompositionError
+from wellcond._shared.events import count_call, count_failure, place
+from wellcond._shared.precision import widened
+from wellcond._shared.torch_internals import outside_the_compiler
+
 from ._batches import in_threads
-from ._compiler import outside_the_compiler
-from ._errors import DecompositionError
-from ._events import count_call, count_failure, place
 
 Svd = tuple[Tensor, Tensor, Tensor]
 
@@ -39,17 +41,17 @@ def _lapack(A: Tensor) -> Svd:
 
 
 def _float64(A: Tensor) -> Svd:
-    return _lapack(A.to(torch.complex128 if A.is_complex() else torch.float64))
+    return _lapack(widened(A))
 
 
 def _triangular(A: Tensor) -> Svd:
-    Q, R = torch.linalg.qr(A.to(torch.complex128 if A.is_complex() else torch.float64))
+    Q, R = torch.linalg.qr(widened(A))
     U, sigma, Vh = _lapack(R)
     return Q @ U, sigma, Vh
 
 
 def _gram(A: Tensor) -> Svd:
-    wide = A.to(torch.complex128 if A.is_complex() else torch.float64)
+    wide = widened(A)
     eigvals, V = torch.linalg.eigh(wide.mH @ wide)
     V = V.flip(-1)
     U, R = torch.linalg.qr(wide @ V)

@@ -1,0 +1,68 @@
+"""Models as they are inside their wrappers: names of layers, the mark of a spectral layer, and layers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .names import did_you_mean, listed
+
+Layers = Iterable[str | nn.Module] | str | nn.Module
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DataParallel and ``torch.compile``, whose own forward functions cannot be traced."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def bare_name(name: str) -> str:
+    """The name of a module of an unwrapped model as if no part of it were compiled either."""
+    return name.replace("._orig_mod", "")
+
+
+def is_spectral(module: nn.Module) -> bool:
+    """Whether a module declares itself a spectral layer."""
+    return bool(getattr(module, "is_spectral_layer", False))
+
+
+def described(layer: nn.Module, name: str) -> str:
+    """``layer 'conv1' (Conv2d)``, by the class that the user wrote where a parametrisation has made another."""
+    kind = type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
+    return f"layer '{name}' ({kind.__name__})"
+
+
+def layers_by_name(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
+    """The layers that ``layers`` names or holds, by their bare names, in the order given.
+
+    Names may be those of the wrapped model or of the bare one.
+
+    Raises:
+        ValueError: a name or module that is not in the model (with the nearest right name), or none at all.
+    """
+    inner = unwrapped(model)
+    found = {bare_name(name): module for name, module in inner.named_modules()}
+    aliases = {name: module for name, module in model.named_modules()} | dict(inner.named_modules()) | found
+    names = {id(module): name for name, module in reversed(found.items())}
+    chosen: dict[str, nn.Module] = {}
+    for layer in [layers] if isinstance(layers, (str, nn.Module)) else layers:
+        module = aliases.get(layer) if isinstance(layer, str) else layer
+        name = names.get(id(module))
+        if module is None or name is None:
+            kind = type(inner).__name__
+            if isinstance(layer, str):
+                raise ValueError(
+                    f"the model ({kind}) has no layer '{layer}'{did_you_mean(layer, found)} (known: {listed(found)})"
+                )
+            raise ValueError(f"the layer {type(layer).__name__} is not a part of the model ({kind})")
+        chosen[name] = module
+    if not chosen:
+        raise ValueError("layers is empty: name at least one layer, or leave it out")
+    return chosen

@@ -1,0 +1,29 @@
+"""Choices by name, and what a wrong one was probably meant to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+MOST_SHOWN = 20
+
+
+def require_known(name: object, known: Iterable[str], kind: str, where: str = "") -> None:
+    """Refuse a name that is not among ``known``, offering the nearest right one."""
+    known = list(known)
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}{where}{did_you_mean(name, known)} (known: {listed(known)})")
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` with the nearest of the known names, or nothing where none is near."""
+    by_lower = {k.lower(): k for k in known}
+    near = get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
+    return f"; did you mean '{by_lower[near[0]]}'?" if near else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names in a row, the first of them where there are very many."""
+    names = [name for name in names if name]
+    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+    return ", ".join(names[:MOST_SHOWN]) + more

@@ -1,0 +1,31 @@
+"""The precisions of spectral work: half precision is widened, the working one is the caller's, the wide one double."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which spectral work on ``dtype`` is done: float32 for half precision, else the same."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """float64, or complex128 for a complex tensor."""
+    return torch.complex128 if x.is_complex() else torch.float64
+
+
+def widened(x: Tensor) -> Tensor:
+    """The tensor in double precision."""
+    return x.to(wide_dtype(x))
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast does not touch the matrix products of spectral work on ``x``."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -1,0 +1,63 @@
+"""Everything that is asked of PyTorch under a name that is not public, in one place to look at when PyTorch changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable)
+
+# Since torch 2.7.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def under_functorch() -> bool:
+    """Whether a transform of ``torch.func`` is running: tensors then hide their values."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def under_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def in_backward_pass() -> bool:
+    """Whether the calling code runs inside a backward pass, as when activation checkpointing repeats a forward one."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def along_many_directions(*grads: Tensor | None) -> bool:
+    """Whether ``autograd.grad(is_grads_batched=True)`` asks: such tensors hide their batch and know no ``out=``."""
+    batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+    return any(grad is not None and batched(grad) for grad in grads)
+
+
+def apply_directly(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply`` without its binding of defaults and search for transforms, which cost what a small product
+    does; for use where no transform is active."""
+    return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def outside_the_compiler(function: F) -> F:
+    """``function``, run as it is written when the compiler meets it.
+
+    A graph that calls LAPACK raises from the middle of compiled code, past the ``except`` that Python has around the
+    call: the fall-back chain would be skipped and nothing counted. So the compiler is made to break the graph there.
+    """
+    disabled: Any = None
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        nonlocal disabled
+        if not torch.compiler.is_compiling():
+            return function(*args)
+        if disabled is None:
+            # On first use: disabling loads the compiler, which takes longer than all of this library.
+            disabled = torch.compiler.disable(function)
+        return disabled(*args)
+
+    return cast(F, call)
