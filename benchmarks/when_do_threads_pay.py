@@ -1,8 +1,8 @@
 """From where on is a batch of eigendecompositions faster in threads?
 
 For every size and batch the time of ``torch.linalg.eigh`` over that of the same batch cut into one chunk a thread,
-whatever the thresholds of ``wellcond.linalg.lapack._batches`` say; then what they make of it. A star marks the batches that
-the library does cut: each of them should be above 1, and no other far above.
+whatever the thresholds of ``wellcond.linalg.lapack._batches`` say; then what they make of it. A star marks the batches
+that the library does cut: each of them should be above 1, and no other far above.
 
     python benchmarks/when_do_threads_pay.py
 """

@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from wellcond.linalg import _feature_spectrum as _spectrum
-from wellcond.linalg import covariance_spectrum
+from wellcond.linalg import condition_number, covariance_spectrum
 from wellcond.monitor import ConditionMonitor, ConditionRecord
 from wellcond.monitor._record import MEASURES, measure
 from wellcond.nn import DecorrelatedBatchNorm2d, GlobalCovariancePool2d, SpectralLayer, WhiteningColoring
+from wellcond.orthogonality import treat
 
 
 def features_with(eigvals: torch.Tensor, n: int, seed: int = 0) -> torch.Tensor:
@@ -387,7 +388,7 @@ def hook_counts(model: nn.Module) -> list[int]:
     return [
         len(getattr(module, name, ()))
         for module in model.modules()
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_observers", "_forward_pre_hooks_with_kwargs")
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
     ]
 
 
@@ -605,3 +606,32 @@ def test_an_input_that_is_not_features_is_refused() -> None:
     model = nn.Sequential(nn.Identity())
     with ConditionMonitor(model, layers="0"), pytest.raises(ValueError, match="not a tensor"):
         model(torch.tensor(1.0))
+
+
+class OwnSpectral(nn.Module):
+    """A spectral layer of a user's own: the mark, and nothing of ours."""
+
+    is_spectral_layer = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class OwnObserved(OwnSpectral):
+    def observed_features(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+        return x.unflatten(1, (2, -1)).permute(1, 2, 0), 0.25
+
+
+def test_the_mark_is_enough_to_be_watched_and_treated() -> None:
+    x = torch.randn(50, 6)
+    for layer, dim, matrices, eps in ((OwnSpectral(), 6, 1, 0.0), (OwnObserved(), 3, 2, 0.25)):
+        model = nn.Sequential(nn.Linear(6, 6), layer)
+        with ConditionMonitor(model, every=1) as monitor:
+            model(x)
+        (record,) = monitor.records
+        assert (record.layer, record.dim, record.matrices, record.eps) == ("1", dim, matrices, eps)
+        features = model[0](x)
+        blocks = features.unflatten(1, (matrices, -1)).permute(1, 2, 0).detach()
+        assert record.kappa_max == pytest.approx(max(condition_number(block).item() for block in blocks))
+        treatment = treat(model, torch.optim.SGD(model.parameters(), lr=0.1), "nog")
+        assert list(treatment.layers) == ["0"]

@@ -187,7 +187,7 @@ def test_a_second_training_of_the_same_trainer_is_treated_once(tmp_path: Path) -
     work.train()
     work.train()
     assert callback.treatment.nog.counts()["net.0"] == {"treated": STEPS, "zero": 0, "nonfinite": 0}
-    assert not work.model.net[1]._observers
+    assert not work.model.net[1]._forward_pre_hooks
     another = TreatmentCallback("nog+ow")  # finds the weight treated, and leaves it so
     trainer(tmp_path, another, model=work.model).train()
     assert len(work.model.net[0].parametrizations.weight) == 1

@@ -455,11 +455,11 @@ def test_hooks_are_gone_after_a_fit_and_after_an_error() -> None:
 
     task = Task()
     fit(task, ConditionMonitorCallback())
-    assert not task.net[1]._observers
+    assert not task.net[1]._forward_pre_hooks
     failing, callback = Failing(), ConditionMonitorCallback(every=1)
     with pytest.raises(RuntimeError, match="own error"):
         fit(failing, callback)
-    assert not failing.net[1]._observers
+    assert not failing.net[1]._forward_pre_hooks
     assert len(callback.records) == 3
 
 

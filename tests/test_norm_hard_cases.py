@@ -138,15 +138,12 @@ def test_the_derivative_of_the_least_ridge_is_exact():
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_groups_have_their_own_least_ridge_and_observers_see_the_mean(relative):
+def test_groups_have_their_own_least_ridge_and_the_monitor_sees_the_mean(relative):
     layer = DecorrelatedBatchNorm1d(4, groups=2, eps=1e-5 if not relative else 1e-8, relative=relative)
     x = torch.randn(50, 4) * torch.tensor([1.0, 1.0, 1e4, 1e4])
-    seen = []
-    layer.add_observer(lambda module, observation: seen.append(observation))
-    layer(x)
     traces = [x[:, :2].double().var(0, correction=0).sum(), x[:, 2:].double().var(0, correction=0).sum()]
     ridges = [eps_of(torch.float32) * t if relative else max(1e-5, eps_of(torch.float32) * t) for t in traces]
-    assert seen[0].eps == pytest.approx(float(sum(ridges)) / 2, rel=1e-5)
+    assert layer.observed_features(x).eps == pytest.approx(float(sum(ridges)) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -213,15 +210,23 @@ def test_double_and_device_conversions_reach_the_statistics():
 
 
 @pytest.mark.parametrize(("relative", "unit"), [(False, 1.0), (True, 5.0)])
-def test_observers_are_told_the_absolute_ridge_and_get_the_features_on_demand(relative, unit):
+def test_the_monitor_is_told_the_absolute_ridge_and_the_features_by_groups(relative, unit):
     layer = DecorrelatedBatchNorm2d(2, groups=2, eps=1e-3, relative=relative, dtype=torch.float64)
     x = features_with([9.0, 1.0], 8 * 6, torch.float64).view(2, 8, 2, 3).transpose(0, 1)
-    seen = []
-    layer.add_observer(lambda module, observation: seen.append(observation))
-    layer(x)
-    assert seen[0].eps == pytest.approx(1e-3 * unit)
-    # Evaluated now, not when it was seen: what nobody asks for is not copied.
-    assert torch.equal(seen[0].features, x.transpose(0, 1).flatten(1).unsqueeze(1))
+    features, eps = layer.observed_features(x)
+    assert eps == pytest.approx(1e-3 * unit)
+    assert torch.equal(features, x.transpose(0, 1).flatten(1).unsqueeze(1))
+
+
+def test_add_observer_goes_on_working_with_a_warning():
+    layer, seen = DecorrelatedBatchNorm1d(2), []
+    with pytest.warns(DeprecationWarning, match="observed_features"):
+        handle = layer.add_observer(lambda module, observation: seen.append(observation.features))
+    layer(torch.randn(5, 2))
+    layer.eval()(torch.randn(5, 2))
+    handle.remove()
+    layer.train()(torch.randn(5, 2))
+    assert [tuple(features.shape) for features in seen] == [(1, 2, 5)]
 
 
 def test_statistics_of_rank_27_gathered_in_single_precision_evaluate_in_double():

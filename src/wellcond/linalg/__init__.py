@@ -27,7 +27,7 @@ from ._roots import invsqrtm, sqrtm, sqrtm_invsqrtm
 from ._spectrum import Spectrum
 from ._status import RootStatus, invsqrtm_ex, sqrtm_ex
 from ._sylvester import lyapunov
-from ._whiten import whiten
+from ._whiten import WhiteningMethod, whiten
 from ._whitening_matrix import whitening_matrix
 from .solvers import SOLVERS, Eigh, Minimax, MinimaxOrEigh, NewtonSchulz, Pade, Solver, Svd, Taylor, auto_solver
 
@@ -49,6 +49,7 @@ __all__ = [
     "Spectrum",
     "Svd",
     "Taylor",
+    "WhiteningMethod",
     "auto_solver",
     "condition_number",
     "covariance",

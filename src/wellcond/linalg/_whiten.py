@@ -25,7 +25,7 @@ from ._sylvester import reciprocal_or_zero
 from ._whiten_factor import cholesky_from_factor, zca_from_factor
 from .solvers import Eigh, Solver, choose_solver
 
-Method = Literal["zca", "pca", "cholesky"]
+WhiteningMethod = Literal["zca", "pca", "cholesky"]
 Via = Literal["auto", "factor", "covariance"]
 
 
@@ -33,7 +33,7 @@ def whiten(
     X: Tensor,
     *,
     eps: float = 0.0,
-    method: Method = "zca",
+    method: WhiteningMethod = "zca",
     relative: bool = False,
     rank: Rank = "ridge",
     correction: int = 0,
@@ -74,8 +74,8 @@ def whiten(
         >>> torch.allclose(torch.cov(Y, correction=0), torch.eye(3), atol=1e-5)
         True
     """
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if method not in get_args(WhiteningMethod):
+        raise ValueError(f"method must be one of {', '.join(get_args(WhiteningMethod))}, got {method!r}")
     require_nonnegative(eps, "eps")
     require_rank_policy(rank, eps)
     require_matrix(X, "X")
@@ -111,7 +111,7 @@ def whiten(
         return (white * root_n).to(X.dtype)
 
 
-def _goes_by_factor(X: Tensor, via: str, method: Method, eps: float, rank: Rank, solver: str | Solver) -> bool:
+def _goes_by_factor(X: Tensor, via: str, method: WhiteningMethod, eps: float, rank: Rank, solver: str | Solver) -> bool:
     """Whether the covariance is not formed; refuses what cannot do without it."""
     if via not in get_args(Via):
         raise ValueError(f"via must be one of {', '.join(get_args(Via))}, got {via!r}")

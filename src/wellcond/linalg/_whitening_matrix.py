@@ -11,12 +11,17 @@ from wellcond._shared.checks import hermitian, readable, require_matrix, require
 from wellcond._shared.precision import full_precision, working_dtype
 
 from ._roots import invsqrtm
-from ._whiten import Method, _principal_axes, _require_definite
+from ._whiten import WhiteningMethod, _principal_axes, _require_definite
 from .solvers import Eigh, Solver, choose_solver
 
 
 def whitening_matrix(
-    P: Tensor, *, eps: float = 0.0, method: Method = "zca", relative: bool = False, solver: str | Solver = "auto"
+    P: Tensor,
+    *,
+    eps: float = 0.0,
+    method: WhiteningMethod = "zca",
+    relative: bool = False,
+    solver: str | Solver = "auto",
 ) -> Tensor:
     """The whitening matrix of a covariance, in the form that :func:`whiten` applies to features.
 
@@ -68,7 +73,7 @@ def whitening_matrix(
 
 def require_method(method: str, solver: str | Solver) -> None:
     """Refuse an unknown method, and a solver that the method would not use."""
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if method not in get_args(WhiteningMethod):
+        raise ValueError(f"method must be one of {', '.join(get_args(WhiteningMethod))}, got {method!r}")
     if not isinstance(choose_solver(solver), Eigh) and method == "cholesky":
         raise ValueError(f"method='cholesky' takes no solver, got {solver!r}")

@@ -1,7 +1,7 @@
 """Condition numbers, ranks and solver failures of the spectral layers of a model in training."""
 
 from ._monitor import ConditionMonitor
-from ._record import ConditionRecord
+from ._record import MEASURES, ConditionRecord
 from ._writers import CSVWriter, JSONLinesWriter, TensorBoardWriter
 
-__all__ = ["CSVWriter", "ConditionMonitor", "ConditionRecord", "JSONLinesWriter", "TensorBoardWriter"]
+__all__ = ["MEASURES", "CSVWriter", "ConditionMonitor", "ConditionRecord", "JSONLinesWriter", "TensorBoardWriter"]

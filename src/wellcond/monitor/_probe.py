@@ -29,8 +29,8 @@ class Hook:
             self._leave(args[0])
 
     def _leave(self, module: nn.Module) -> None:
-        # PyTorch and SpectralModule call hooks from a copy of these, so that a hook may remove itself.
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_observers"):
+        # PyTorch calls hooks from a copy of these, so that a hook may remove itself.
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
             hooks = getattr(module, name, {})
             for key in [key for key, hook in hooks.items() if hook is self]:
                 del hooks[key]
@@ -69,28 +69,30 @@ def watched_layers(model: nn.Module, layers: Layers | None) -> dict[str, nn.Modu
 
 
 def attach(module: nn.Module, due: Callable[[], bool], observe: Callable[[Tensor, float], None]) -> RemovableHandle:
-    """Hand features (..., d, n) and ε to ``observe`` in each training-mode forward pass in which it is ``due``.
-
-    A spectral layer reports its own features; of any other the input (N, C, *spatial) is taken as C × (N·L),
-    with the layer's ``eps`` if it has one (a batch norm's) and 0 if not.
-    """
-    if is_spectral(module):
-
-        def seen(layer: nn.Module, observation: Any) -> None:
-            if layer.training and due():  # without running statistics, evaluation takes batch statistics too
-                observe(observation.features, observation.eps)
-
-        return module.add_observer(Hook(seen))  # pyright: ignore[reportCallIssue]
+    """Hand features (..., d, n) and ε to ``observe`` in each training-mode forward pass in which it is ``due``."""
 
     def entered(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if layer.training and due():
-            x = args[0] if args else next(iter(kwargs.values()))
-            if not isinstance(x, Tensor) or x.ndim < 2:
-                raise ValueError(
-                    f"the input of {type(layer).__name__} is not a tensor (N, C, ...) with features to monitor, "
-                    f"got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
-                )
-            eps = getattr(layer, "eps", 0.0)
-            observe(x.detach().transpose(0, 1).flatten(1), float(eps) if isinstance(eps, (int, float)) else 0.0)
+        if layer.training and due():  # without running statistics, evaluation takes batch statistics too
+            observe(*observed(layer, args, kwargs))
 
     return module.register_forward_pre_hook(Hook(entered), with_kwargs=True)
+
+
+def observed(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, float]:
+    """What ``layer.observed_features`` says of these arguments, for a layer that has it.
+
+    Of any other layer the input (N, C, *spatial) is taken as C × (N·L), with its ``eps`` if it has one (a batch norm's)
+    and 0 if not.
+    """
+    own = getattr(layer, "observed_features", None)
+    if own is not None:
+        features, eps = own(*args, **kwargs)
+        return features.detach(), float(eps)
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(x, Tensor) or x.ndim < 2:
+        raise ValueError(
+            f"the input of {type(layer).__name__} is not a tensor (N, C, ...) with features to monitor, "
+            f"got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
+        )
+    eps = getattr(layer, "eps", 0.0)
+    return x.detach().transpose(0, 1).flatten(1), float(eps) if isinstance(eps, (int, float)) else 0.0

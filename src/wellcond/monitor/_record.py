@@ -57,6 +57,10 @@ class ConditionRecord:
         """The fields by name, in order."""
         return asdict(self)
 
+    def scalars(self, tag: str = "condition") -> dict[str, float]:
+        """The measures by the names under which they are logged: ``condition/LAYER/kappa`` …"""
+        return {f"{tag}/{self.layer}/{name}": getattr(self, name) for name in MEASURES}
+
     @property
     def finite(self) -> bool:
         """Whether the features were finite: κ may well be infinite, it is NaN only where they were not."""

@@ -1,16 +1,16 @@
-"""What every spectral layer shares: a name for messages, its solver events, and observers of its input.
+"""What every spectral layer shares: a name for messages, its solver events, and what it decomposes, for the monitor.
 
-A module is a *spectral layer* when ``is_spectral_layer`` is true; the treatments and the monitor ask for
-nothing else, so a layer of your own joins in by setting it and calling :meth:`SpectralModule._observe`.
+A module is a *spectral layer* when ``is_spectral_layer`` is true: that is all that the treatments and the monitor ask
+for. Of a layer without :meth:`~SpectralModule.observed_features` the monitor watches the input, as it does of batch
+norm; a layer that decomposes the covariance of something else says of what there.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,27 +21,16 @@ from wellcond.linalg import Solver, SolverEvents, recording
 from wellcond.linalg.solvers import choose_solver
 
 
-@dataclass(frozen=True)
-class Observation:
-    """What a spectral layer saw in one forward pass in training mode.
+class Observation(NamedTuple):
+    """What a spectral layer decomposes in one forward pass.
 
     Attributes:
-        arrange: gives the features on demand, so that a pass that nobody records copies nothing.
-        ridge: :attr:`eps`, or gives it on demand, where it must be read from a tensor.
+        features: (..., d, n), detached, not centred: each leading index is one covariance matrix.
+        eps: the absolute ε that the solver adds to the covariances (their mean, where they differ).
     """
 
-    arrange: Callable[[], Tensor]
-    ridge: float | Callable[[], float]
-
-    @property
-    def eps(self) -> float:
-        """The absolute ε that the solver added to the covariances (their mean, where they differ)."""
-        return self.ridge() if callable(self.ridge) else self.ridge
-
-    @property
-    def features(self) -> Tensor:
-        """(..., d, n) features, detached, not centred: each leading index is one covariance matrix."""
-        return self.arrange()
+    features: Tensor
+    eps: float
 
 
 def features_of(P: Tensor) -> Tensor:
@@ -52,9 +41,6 @@ def features_of(P: Tensor) -> Tensor:
     return P.shape[-1] ** 0.5 * torch.cat([A, -A], -1)
 
 
-Observer = Callable[["SpectralModule", Observation], None]
-
-
 class SpectralModule(nn.Module):
     """Base of the spectral layers.
 
@@ -62,6 +48,10 @@ class SpectralModule(nn.Module):
         is_spectral_layer: the mark by which treatments and monitor find it.
         layer_name: the name used in error messages, set by whoever knows the whole model; "" if nobody did.
         solver_events: calls, retries and failures of the decompositions made by this layer.
+
+    A subclass that decomposes anything but the covariance of its input (N, C, *spatial) defines
+    ``observed_features(*args, **kwargs)``, which takes the arguments of a forward pass and returns an
+    :class:`Observation`; the monitor calls it, before the forward pass, when it is going to record.
     """
 
     is_spectral_layer = True
@@ -70,13 +60,21 @@ class SpectralModule(nn.Module):
         super().__init__()
         self.layer_name = ""
         self.solver_events = SolverEvents()
-        self._observers: OrderedDict[int, Observer] = OrderedDict()
 
-    def add_observer(self, observer: Observer) -> RemovableHandle:
-        """Call ``observer(layer, observation)`` in every training-mode forward pass; the handle removes it."""
-        handle = RemovableHandle(self._observers)
-        self._observers[handle.id] = observer
-        return handle
+    def add_observer(self, observer: Callable[[SpectralModule, Observation], None]) -> RemovableHandle:
+        """Deprecated: register a forward pre-hook that calls :meth:`observed_features` instead."""
+        warnings.warn(
+            "add_observer is deprecated: use layer.register_forward_pre_hook(hook, with_kwargs=True), and in the hook "
+            "layer.observed_features(*args, **kwargs)",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+
+        def seen(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if layer.training:
+                observer(layer, layer.observed_features(*args, **kwargs))
+
+        return self.register_forward_pre_hook(seen, with_kwargs=True)
 
     def describe(self) -> str:
         """The layer's name and form, for messages."""
@@ -87,7 +85,3 @@ class SpectralModule(nn.Module):
         """Counts and names the events of this block; not of a traceable ``solver`` in a graph, which stays whole so."""
         whole = torch.compiler.is_compiling() and solver is not None and choose_solver(solver).traceable
         return nullcontext() if whole else recording(self.solver_events, self.describe)
-
-    def _observe(self, observation: Observation) -> None:
-        for observer in tuple(self._observers.values()):
-            observer(self, observation)

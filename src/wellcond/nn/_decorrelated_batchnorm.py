@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 
 from wellcond._shared.checks import checks_values
 from wellcond._shared.precision import full_precision, working_dtype
-from wellcond.linalg import Solver
-from wellcond.linalg._whiten import Method
+from wellcond.linalg import Solver, WhiteningMethod
 
 from ._base import Observation
+from ._least_ridge import mean_ridge
 from ._running_statistics import Running, RunningWhitening
 from ._sync import joined_moments, processes
 from ._whitening_function import affine_map, moments
@@ -39,7 +38,7 @@ class _DecorrelatedBatchNorm(RunningWhitening):
         solver: str | Solver = "auto",
         running: Running = "covariance",
         sync: bool = False,
-        method: Method = "zca",
+        method: WhiteningMethod = "zca",
         relative: bool = False,
         process_group: Any = None,
         *,
@@ -99,8 +98,6 @@ class _DecorrelatedBatchNorm(RunningWhitening):
             mean, cov, count = joined_moments(mean, cov, count, self.process_group)
             if checks_values(count):
                 self._check_count(int(count), x)
-        if self._observers:
-            self._observe(Observation(lambda: self._features(x.detach()), partial(self._ridge, cov.detach())))
         whitening = self._whitening(cov)
         if self.training and self.track_running_stats:
             self._track(mean.detach(), cov.detach(), whitening.detach(), count)
@@ -130,10 +127,13 @@ class _DecorrelatedBatchNorm(RunningWhitening):
         W, b = self._affine(self._running_whitening(), mean.view(self.groups, -1, 1), dtype or mean.dtype)
         return W.flatten(0, 1).view(self.num_features, -1, *(1,) * (self._dims[-1] - 2)), b.flatten()
 
-    def _features(self, x: Tensor) -> Tensor:
-        """(G, d, M) of (N, C, *spatial), in the working dtype: a copy."""
-        grouped = x.to(working_dtype(x.dtype)).unflatten(1, (self.groups, -1))
-        return grouped.flatten(3).permute(1, 2, 0, 3).flatten(2) if x.dim() > 2 else grouped.permute(1, 2, 0)
+    def observed_features(self, x: Tensor) -> Observation:
+        """(G, d, M) of (N, C, *spatial), in the working dtype: a copy; ε is what the ridge of this batch amounts to."""
+        self._check_input(x)
+        grouped = x.detach().to(working_dtype(x.dtype)).unflatten(1, (self.groups, -1))
+        features = grouped.flatten(3).permute(1, 2, 0, 3).flatten(2) if x.dim() > 2 else grouped.permute(1, 2, 0)
+        _, cov, _ = moments(x.detach(), self.groups)
+        return Observation(features, mean_ridge(cov, self.eps, relative=self.relative))
 
     def _check_input(self, x: Tensor) -> None:
         if not x.is_floating_point():

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from wellcond._shared.checks import checks_values, require_finite
 from wellcond._shared.torch_internals import under_functorch
-from wellcond.linalg import Solver, recording, value_checks, whitening_matrix
-from wellcond.linalg._whiten import Method
-from wellcond.linalg._whitening_matrix import require_method
+from wellcond.linalg import Solver, WhiteningMethod, recording, value_checks, whitening_matrix
 from wellcond.linalg.solvers import choose_solver
 
 from ._base import SpectralModule
-from ._least_ridge import mean_ridge, with_ridge
+from ._least_ridge import with_ridge
 from ._migration import upgrade
 
 Running = Literal["covariance", "whitening"]
@@ -48,7 +46,7 @@ class RunningWhitening(SpectralModule):
         track_running_stats: bool,
         solver: str | Solver,
         running: Running,
-        method: Method,
+        method: WhiteningMethod,
         relative: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -62,7 +60,7 @@ class RunningWhitening(SpectralModule):
             raise ValueError(f"running must be 'covariance' or 'whitening', got {running!r}")
         if not 0 < eps < float("inf"):
             raise ValueError(f"eps must be positive, got {eps}")
-        require_method(method, solver)
+        whitening_matrix(torch.eye(1), method=method, solver=solver)  # refuses what does not go together
         if running == "whitening" and method == "pca":
             raise ValueError(
                 "running='whitening' averages matrices whose rows method='pca' reorders from batch to batch: take "
@@ -71,7 +69,7 @@ class RunningWhitening(SpectralModule):
         self.num_features, self.groups, self.eps, self.momentum = num_features, groups, eps, momentum
         self.track_running_stats = track_running_stats
         self.solver, self.running, self.relative = solver, running, relative
-        self.method: Method = method
+        self.method: WhiteningMethod = method
         d = num_features // groups
         kind = {"device": device, "dtype": torch.float32 if dtype in HALF else dtype}
 
@@ -120,10 +118,6 @@ class RunningWhitening(SpectralModule):
         cov, eps = with_ridge(cov, self.eps, relative=self.relative)
         with nullcontext() if whole else recording(self.solver_events, self.describe):
             return whitening_matrix(cov, eps=eps, method=self.method, relative=self.relative, solver=self.solver)
-
-    def _ridge(self, cov: Tensor) -> float:
-        """The absolute ε that the solver sees of covariances (G, d, d)."""
-        return mean_ridge(cov, self.eps, relative=self.relative)
 
     def _running_whitening(self) -> Tensor:
         """(G, d, d) of evaluation. In a graph (compiled, exported, traced) it is the buffer as it is then."""

@@ -95,16 +95,14 @@ class SpectralLayer(SpectralModule):
         self.exponent = (0.5 if exponent is None else float(exponent)) if function == "power" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self._observers:
-            self._observe(Observation(lambda: self._seen(x.detach()), self.eps))
         solver = self.solver if self.function in _ROOTS else None
         with self._recording(solver), full_precision(x):
             return self._apply_function(self._normalised(x.to(working_dtype(x.dtype)))).to(x.dtype)
 
-    def _seen(self, x: Tensor) -> Tensor:
+    def observed_features(self, x: Tensor) -> Observation:
         """Features of the covariance that the function is taken of."""
-        x = self._normalised(x)
-        return x if self.takes == "features" else features_of(x)
+        x = self._normalised(x.detach())
+        return Observation(x if self.takes == "features" else features_of(x), self.eps)
 
     def _normalised(self, x: Tensor) -> Tensor:
         if self.normalisation is None:

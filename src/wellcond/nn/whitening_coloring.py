@@ -52,8 +52,6 @@ class WhiteningColoring(SpectralModule):
         content_mask: Tensor | None = None,
         style_mask: Tensor | None = None,
     ) -> Tensor:
-        if self.training and self._observers:
-            self._observe(Observation(lambda: self._seen(content.detach(), content_mask), self.eps))
         with self._recording():
             return whitening_coloring(
                 content,
@@ -67,10 +65,13 @@ class WhiteningColoring(SpectralModule):
                 style_mask=style_mask,
             )
 
-    def _seen(self, content: Tensor, mask: Tensor | None) -> Tensor:
+    def observed_features(
+        self, content: Tensor, style: Tensor, content_mask: Tensor | None = None, style_mask: Tensor | None = None
+    ) -> Observation:
         """Features whose covariance is the one that is whitened, in the units of ε."""
-        _, A, _ = factor(grouped(content, self.groups), flat_mask(mask, content, "content_mask"), self.relative)
-        return A * A.shape[-1] ** 0.5
+        mask = flat_mask(content_mask, content, "content_mask")
+        _, A, _ = factor(grouped(content.detach(), self.groups), mask, self.relative)
+        return Observation(A * A.shape[-1] ** 0.5, self.eps)
 
     def extra_repr(self) -> str:
         relative = ", relative=True" if self.relative else ""
