@@ -10,25 +10,23 @@ from wellcond._shared.errors import (
 )
 from wellcond._shared.events import SolverEvents, recording
 
-from ._condition import (
+from ._covariance import covariance
+from ._covariance_functions import covariance_logm, covariance_powm, covariance_sqrtm
+from ._functions import expm, logm, powm
+from ._polar import polar
+from ._roots import invsqrtm, sqrtm, sqrtm_invsqrtm
+from ._spectrum import (
+    Spectrum,
     condition_number,
+    covariance_spectrum,
     effective_rank,
     matrix_spectrum,
     numerical_rank,
     spectrum,
 )
-from ._covariance import covariance
-from ._covariance_functions import covariance_logm, covariance_powm
-from ._factor import covariance_sqrtm
-from ._feature_spectrum import covariance_spectrum
-from ._functions import expm, logm, powm
-from ._polar import polar
-from ._roots import invsqrtm, sqrtm, sqrtm_invsqrtm
-from ._spectrum import Spectrum
 from ._status import RootStatus, invsqrtm_ex, sqrtm_ex
 from ._sylvester import lyapunov
-from ._whiten import WhiteningMethod, whiten
-from ._whitening_matrix import whitening_matrix
+from ._whiten import WhiteningMethod, whiten, whitening_matrix
 from .solvers import SOLVERS, Eigh, Minimax, MinimaxOrEigh, NewtonSchulz, Pade, Solver, Svd, Taylor, auto_solver
 
 __all__ = [

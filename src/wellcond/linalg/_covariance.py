@@ -1,11 +1,18 @@
-"""The sample covariance of features and its factor: P = X J Xᵀ of eq. (2), P = A Aᴴ with A = (X − mean)/√n."""
+"""The sample covariance of features and its factor: P = X J Xᵀ of eq. (2), P = A Aᴴ with A = (X − mean)/√n.
+
+Of float32 features the Gram matrix is needed in float64 (its entries lose half of the digits of the singular values),
+the features themselves are not: they are widened and centred a piece at a time, small enough to stay in the cache.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
 from wellcond._shared.checks import require_matrix
-from wellcond._shared.precision import full_precision, working_dtype
+from wellcond._shared.precision import full_precision, wide_dtype, working_dtype
 
 
 def covariance(X: Tensor, *, correction: int = 0) -> Tensor:
@@ -31,27 +38,72 @@ def covariance(X: Tensor, *, correction: int = 0) -> Tensor:
         tensor([[1., 2.],
                 [2., 4.]])
     """
-    require_matrix(X, "X")
+    require_features(X, correction)
     with full_precision(X):
-        A = centred_factor(X, correction=correction)
+        A = centred_factor(X, correction)
         P = A @ A.mH
         # BLAS need not round the two triangles alike, nor leave a complex diagonal real.
         return ((P + P.mH) / 2).to(X.dtype)
 
 
-def centred_factor(X: Tensor, *, correction: int = 0) -> Tensor:
+def centred_factor(X: Tensor, correction: int = 0) -> Tensor:
     """A = (X − mean)/√(n − correction), so that P = A Aᴴ; in the working dtype."""
-    require_matrix(X, "X")
-    require_samples(X, correction)
     X = X.to(working_dtype(X.dtype))
     return (X - X.mean(-1, keepdim=True)) / (X.shape[-1] - correction) ** 0.5
 
 
-def require_samples(X: Tensor, correction: int) -> None:
-    """Refuse features with too few samples for a covariance."""
+def require_features(X: Tensor, correction: int) -> None:
+    """Refuse what is no (..., d, n) floating or complex tensor, and too few samples for a covariance."""
+    require_matrix(X, "X")
     n = X.shape[-1]
     if n <= correction:
         raise ValueError(
             f"X of shape {tuple(X.shape)} has {n} sample{'s' if n != 1 else ''} in its last dimension; "
             f"a covariance with correction={correction} needs at least {correction + 1}"
         )
+
+
+_PIECE = {"cpu": 1 << 18, "accelerator": 1 << 24}
+"""Entries widened at a time: 2 MiB on the CPU, 128 MiB to keep an accelerator busy."""
+
+
+def centred_gram(X: Tensor) -> tuple[Tensor, Tensor]:
+    """The smaller of C Cᴴ and Cᴴ C, C = X − mean, and the mean (..., d, 1), both in double precision."""
+    d, n = X.shape[-2:]
+    side = min(d, n)
+    gram = X.new_zeros(*X.shape[:-2], side, side, dtype=wide_dtype(X))
+    means = X.new_zeros(*X.shape[:-1], 1, dtype=wide_dtype(X))
+    flat, flat_means = gram.reshape(-1, side, side), means.reshape(-1, d, 1)
+    for batch, _, part, mean in _centred_pieces(X, whole=n < d):
+        flat[batch] += part.mH @ part if n < d else part @ part.mH
+        flat_means[batch] = mean
+    return gram, means
+
+
+def times_centred(Y: Tensor, X: Tensor) -> Tensor:
+    """Y (X − mean) of Y (..., d, d) in double precision, in the dtype of X."""
+    out = torch.empty_like(X, memory_format=torch.contiguous_format)
+    flat, Y = out.reshape(-1, *X.shape[-2:]), Y.reshape(-1, *Y.shape[-2:])
+    for batch, columns, part, _ in _centred_pieces(X):
+        flat[batch, :, columns] = Y[batch] @ part
+    return out
+
+
+def _centred_pieces(X: Tensor, *, whole: bool = False) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Pieces of X − mean and the mean: matrices of the flattened batch, or some columns of one that is large."""
+    d, n = X.shape[-2:]
+    piece = _PIECE["cpu" if X.device.type == "cpu" else "accelerator"]
+    matrices, columns = max(1, piece // max(1, d * n)), n if whole else max(1, piece // max(1, d))
+    flat = X.reshape(-1, d, n)
+    for i in range(0, len(flat), matrices):
+        batch = slice(i, i + matrices)
+        if n <= columns:
+            wide = flat[batch].to(wide_dtype(X))
+            mean = wide.mean(-1, keepdim=True)
+            # In place only in a copy: double features are given as they are.
+            yield batch, slice(None), wide - mean if X.dtype == wide.dtype else wide.sub_(mean), mean
+            continue
+        mean = flat[batch].mean(-1, keepdim=True, dtype=wide_dtype(X))
+        for j in range(0, n, columns):
+            chosen = slice(j, j + columns)
+            yield batch, chosen, flat[batch, :, chosen] - mean, mean

@@ -1,64 +1,95 @@
-"""Logarithm and powers of a covariance straight from the features: the factor form of ``_factor_function``."""
+"""Square root, powers and logarithm of a covariance straight from the features: the factor form of ``_factor``."""
 
 from __future__ import annotations
 
 import math
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
-from wellcond._shared.checks import require_matrix, require_nonnegative
-from wellcond._shared.precision import full_precision, widened, working_dtype
+from wellcond._shared.checks import require_nonnegative
+from wellcond._shared.names import require_known
+from wellcond._shared.precision import full_precision, working_dtype
 
-from ._covariance import centred_factor
+from ._covariance import centred_factor, require_features
 from ._divided_differences import Log, Power, ScalarFunction
-from ._factor_function import FactorFunction
-from ._rank_policy import on_kept_eigenvalues, require_rank_policy
+from ._factor import FactorFunction, Options
+from ._rank import on_kept_eigenvalues, require_rank_policy
+from ._roots import invsqrtm, sqrtm
+from .solvers import Eigh, Solver, choose_solver
 
-FactorRank = Literal["ridge", "pinv"]
+FactorRank = Literal["ridge", "pinv", "raise"]
 
 
-def covariance_logm(X: Tensor, *, eps: float = 0.0, rank: FactorRank = "ridge", correction: int = 0) -> Tensor:
-    """The logarithm log(P + εI) of the covariance of features, as the log-Euclidean metric takes it.
+def covariance_sqrtm(
+    X: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank: FactorRank = "ridge", correction: int = 0
+) -> Tensor:
+    """The square root (P + εI)^{1/2} of the covariance of features, as global covariance pooling takes it.
+
+    The gradient is bounded by √2 times the incoming one whatever the condition number, also at rank deficiency. The
+    work is done on the smaller side of the features: the n × n one for a 7 × 7 map of 256 channels, else the d × d one.
 
     Args:
-        X: (..., d, n) features; any floating or complex dtype, computed in double precision.
-        eps: ε ≥ 0, positive where P is singular, as it is for n ≤ d. The gradient in A is bounded by 1.61/√ε times
-            the incoming one, twice the largest log(1 + σ²/ε)/σ.
-        rank: ``"ridge"``, or ``"pinv"`` for the logarithm on the range of P (and 0 outside), without ε.
-        correction: as in :func:`covariance`.
+        X: (..., d, n) features; any floating or complex dtype, half precision is taken as float32.
+        eps: ε ≥ 0, added to every eigenvalue.
+        solver: ``"auto"`` and ``"eigh"`` take the factor form; any other is given the covariance itself, as by
+            :func:`sqrtm`.
+        rank: what is done to eigenvalues that the rounding of the features can make, up to eps² ‖X‖²_F/n: ``"ridge"``
+            counts them as 0 and adds ε; ``"pinv"`` takes the function on the rest alone, without ε; ``"raise"``
+            refuses them.
+        correction: the divisor of the covariance is n − correction.
+
+    Returns:
+        (..., d, d) Hermitian positive semidefinite, in the dtype of X.
+
+    Raises:
+        TypeError: X is not a floating or complex tensor.
+        ValueError: fewer than two dimensions, n ≤ correction, NaN or infinity in X (read on the CPU by default), a
+            covariance that the policy or the solver refuses, an unknown solver or policy.
+        DecompositionError: every step of the fall-back chain failed.
+
+    Complexity: O(d n min(d, n) + d² min(d, n)), in float64. Derivatives of every order. Source: Daleckii–Krein on the
+    factor; the bound is that of Araki and Yamagami 1981 for the map A ↦ (A Aᴴ)^{1/2}.
+
+    Example:
+        >>> import torch
+        >>> covariance_sqrtm(torch.tensor([[3.0, -3.0], [0.0, 0.0], [4.0, -4.0]]))
+        tensor([[1.8000, 0.0000, 2.4000],
+                [0.0000, 0.0000, 0.0000],
+                [2.4000, 0.0000, 3.2000]])
+    """
+    return _from_features(X, Power(0.5), eps, solver, rank, correction)
+
+
+def covariance_powm(
+    X: Tensor,
+    exponent: float,
+    *,
+    eps: float = 0.0,
+    solver: str | Solver = "auto",
+    rank: FactorRank = "ridge",
+    correction: int = 0,
+) -> Tensor:
+    """The power (P + εI)^exponent of the covariance of features.
+
+    Args:
+        X: (..., d, n) features; any floating or complex dtype, half precision is taken as float32.
+        exponent: any finite real number; 1/2 is :func:`covariance_sqrtm`.
+        eps: ε ≥ 0, added to every eigenvalue; positive for negative exponents where P is singular, as it is for n ≤ d.
+        solver: ``"auto"`` and ``"eigh"`` take the factor form; for exponents ±1/2 any other is given the covariance.
+        rank: as in :func:`covariance_sqrtm`: ``"ridge"``, ``"pinv"`` or ``"raise"``.
+        correction: the divisor of the covariance is n − correction.
 
     Returns:
         (..., d, d) Hermitian, in the dtype of X.
 
     Raises:
-        TypeError, ValueError: as :func:`covariance` and :func:`logm`; a singular P with neither ε nor ``"pinv"``.
-        DecompositionError: every step of the fall-back chain failed.
+        TypeError, ValueError, DecompositionError: as :func:`covariance_sqrtm`; a non-finite exponent; a singular P with
+            a negative exponent and neither ε nor ``"pinv"``; a solver that has no such power.
 
-    Complexity: O(d n min(d, n) + d² min(d, n)), also backward; second derivatives and forward mode take the d × d
-    side, second derivatives O(d³) memory. Third derivatives are refused. Source: Daleckii–Krein on the factor.
-
-    Example:
-        >>> import torch
-        >>> covariance_logm(torch.tensor([[1.0, -1.0], [0.0, 0.0]]), eps=1.0)
-        tensor([[0.6931, 0.0000],
-                [0.0000, 0.0000]])
-    """
-    return _from_features(X, Log(), eps, rank, correction, invertible=True)
-
-
-def covariance_powm(
-    X: Tensor, exponent: float, *, eps: float = 0.0, rank: FactorRank = "ridge", correction: int = 0
-) -> Tensor:
-    """The power (P + εI)^exponent of the covariance of features.
-
-    Args:
-        X, eps, rank, correction: as in :func:`covariance_logm`; ε may be 0 for exponents ≥ 0.
-        exponent: any finite real number; :func:`covariance_sqrtm` is the bounded form of 1/2. With ε = 0 the
-            derivative exists at rank deficiency for exponents ≥ 1/2; below, null pairs contribute 0.
-
-    Returns, errors, complexity and source as for :func:`covariance_logm`.
+    Complexity: O(d n min(d, n) + d² min(d, n)), also backward, in float64. Exponents ±1/2 differentiate to every order,
+    others twice, with O(d³) memory. With ε = 0 the derivative exists at rank deficiency for exponents ≥ 1/2; below,
+    null pairs contribute 0. Source: Daleckii–Krein on the factor.
 
     Example:
         >>> import torch
@@ -68,21 +99,60 @@ def covariance_powm(
     """
     if not math.isfinite(exponent):
         raise ValueError(f"exponent must be a finite number, got {exponent}")
-    return _from_features(X, Power(float(exponent)), eps, rank, correction, invertible=exponent < 0)
+    return _from_features(X, Power(float(exponent)), eps, solver, rank, correction)
+
+
+def covariance_logm(
+    X: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank: FactorRank = "ridge", correction: int = 0
+) -> Tensor:
+    """The logarithm log(P + εI) of the covariance of features, as the log-Euclidean metric takes it.
+
+    Args:
+        X: (..., d, n) features; any floating or complex dtype, half precision is taken as float32.
+        eps: ε ≥ 0, positive where P is singular, as it is for n ≤ d. The gradient in A is bounded by 1.61/√ε times
+            the incoming one, twice the largest log(1 + σ²/ε)/σ.
+        solver: ``"auto"`` or ``"eigh"``, the factor form; no other has a logarithm.
+        rank: as in :func:`covariance_sqrtm`; ``"pinv"`` is the logarithm on the range of P, and 0 outside.
+        correction: the divisor of the covariance is n − correction.
+
+    Returns:
+        (..., d, d) Hermitian, in the dtype of X.
+
+    Raises:
+        TypeError, ValueError, DecompositionError: as :func:`covariance_sqrtm`; a singular P with neither ε nor
+            ``"pinv"``; another solver.
+
+    Complexity: O(d n min(d, n) + d² min(d, n)), also backward, in float64; second derivatives and forward mode take the
+    d × d side, second derivatives O(d³) memory. Third derivatives are refused. Source: Daleckii–Krein on the factor.
+
+    Example:
+        >>> import torch
+        >>> covariance_logm(torch.tensor([[1.0, -1.0], [0.0, 0.0]]), eps=1.0)
+        tensor([[0.6931, 0.0000],
+                [0.0000, 0.0000]])
+    """
+    return _from_features(X, Log(), eps, solver, rank, correction)
 
 
 def _from_features(
-    X: Tensor, f: ScalarFunction, eps: float, rank: FactorRank, correction: int, *, invertible: bool
+    X: Tensor, f: ScalarFunction, eps: float, solver: str | Solver, rank: FactorRank, correction: int
 ) -> Tensor:
-    require_matrix(X, "X")
+    require_features(X, correction)
     require_nonnegative(eps, "eps")
-    if rank not in get_args(FactorRank):
-        raise ValueError(f"rank must be one of {', '.join(get_args(FactorRank))} for features, got {rank!r}")
+    require_known(rank, get_args(FactorRank), "rank policy for features")
     require_rank_policy(rank, eps)
+    by_factor = isinstance(choose_solver(solver), Eigh)
+    root = {0.5: sqrtm, -0.5: invsqrtm}.get(f.exponent) if isinstance(f, Power) else None
+    if root is None and not by_factor:
+        raise ValueError(f"solver={solver!r} computes the roots ±1/2 only; take solver='auto' here")
     with full_precision(X):
-        A = centred_factor(widened(X), correction=correction)
-        singular_is_error = invertible and eps == 0.0 and rank == "ridge"
-        F, *_ = FactorFunction.call(
-            A, on_kept_eigenvalues(f, rank), float(eps), singular_is_error, torch.finfo(working_dtype(X.dtype)).eps
-        )
+        work = X.to(working_dtype(X.dtype))
+        if X.shape[-2] == 0:
+            return X @ X.mH
+        if root is not None and not by_factor:
+            A = centred_factor(work, correction)
+            return root(A @ A.mH, eps=eps, solver=solver, rank=rank).to(X.dtype)
+        invertible = not isinstance(f, Power) or f.exponent < 0
+        refuse = rank == "raise" or (invertible and eps == 0.0 and rank == "ridge")
+        F, *_ = FactorFunction.call(work, Options(on_kept_eigenvalues(f, rank), float(eps), correction, refuse))
         return F.to(X.dtype)

@@ -1,8 +1,8 @@
-"""Any function of a Hermitian matrix from its eigenpairs, with exact first and second derivatives.
+"""Any function of a Hermitian matrix from its eigenpairs, with exact derivatives.
 
 F = U f(Λ) Uᴴ; its derivative along E is U (f[λi, λj] ∘ Uᴴ E U) Uᴴ (Daleckii and Krein 1965; Higham 2008, ch. 3), and
 the second along E, F is Σ_k f[λi, λk, λj] (Ê_ik F̂_kj + F̂_ik Ê_kj) in the eigenbasis. Nothing divides by a difference
-of eigenvalues.
+of eigenvalues. The two square roots go on to every order, through the Sylvester equation.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 from wellcond._shared.autograd import BatchedFunction
 from wellcond._shared.precision import full_precision
 
-from ._divided_differences import SpectralMap
-from ._sylvester import in_eigenbasis
+from ._divided_differences import Power, SpectralMap
+from ._rank import Truncated
+from ._sylvester import in_eigenbasis, reciprocal_or_zero, sylvester
 
 
 def apply_function(P: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
@@ -25,8 +26,27 @@ def apply_function(P: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Ten
 
 
 def derivative_along(P: Tensor, E: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
-    """The derivative of f at P along E, which is its own adjoint; differentiable in P and E once."""
-    return _Derivative.call(P, (E + E.mH) / 2, f, eigvals, U)
+    """The derivative of f at P along E, which is its own adjoint; differentiable in P and E.
+
+    Once more for most functions, and to every order for the two roots.
+    """
+    E = (E + E.mH) / 2
+    exponent = root_exponent(f)
+    if exponent is None:
+        return _Derivative.call(P, E, f, eigvals, U)
+    s, root = eigvals.sqrt(), apply_function(P, f, eigvals, U)
+    if exponent > 0:
+        return sylvester(root, E, s, U)
+    # From S P S = I: dS = −S Y S with SY + YS = S dP S.
+    return -root @ sylvester(root, root @ E @ root, reciprocal_or_zero(s), U) @ root
+
+
+def root_exponent(f: SpectralMap) -> float | None:
+    """1/2 or −1/2 where the derivative of f is that of the root, with zero for what is null, else None."""
+    if isinstance(f, Truncated) and not f.floor:
+        # The pseudo-inverse root turns with its range, which adds terms across the cut; the root itself has them.
+        f = f.f if f.fixed_range or f.f == Power(0.5) else f
+    return f.exponent if isinstance(f, Power) and abs(f.exponent) == 0.5 else None
 
 
 def _second_derivative(E: Tensor, F: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:

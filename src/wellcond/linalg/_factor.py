@@ -1,199 +1,236 @@
-"""The factor form: the square root of a covariance straight from the features, differentiated through them.
+"""The factor form: a function of a covariance from its features, differentiated through them and not through P.
 
-For Q = (A Aᴴ)^{1/2} and the thin SVD A = U Σ Vᴴ the gradient is 2 [U (H ∘ R) + (I − U Uᴴ) G U] Vᴴ with H = Uᴴ G U
-and R_ij = σj/(σi + σj): every coefficient lies in [0, 1], so the gradient is bounded by √2 ‖G‖ at any condition number
-(Araki and Yamagami 1981). Going through P = A Aᴴ in the dtype of A loses that.
+With the thin SVD A = U Σ Vᴴ of the factor A = (X − mean)/√n the covariance P = A Aᴴ vanishes outside the range of U, so
+f(P + εI) is f(ε) I + U (f(Σ² + ε) − f(ε)) Uᴴ. Its derivative along P is L = Ũ (f[λi, λj] ∘ ŨᴴGŨ) Ũᴴ over a full basis
+Ũ (Daleckii and Krein 1965), and the gradient in A is 2 L A, of which only the columns in the range of A are needed:
+
+    ∂l/∂A = 2 [U ((K − 1 kᵀ) ∘ UᴴGU) + G U diag(k)] Σ Vᴴ,   K_ij = f[σi² + ε, σj² + ε],  k_j = f[σj² + ε, ε].
+
+For the square root every coefficient K_ij σj = σj/(σi + σj) lies in [0, 1]: its gradient is bounded by √2 ‖G‖ at any
+condition number (Araki and Yamagami 1981). Going through P in the dtype of A loses that.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from wellcond._shared.autograd import BatchedFunction, differentiated_again
-from wellcond._shared.checks import checks_values, require_finite, require_matrix
-from wellcond._shared.precision import full_precision, wide_dtype, working_dtype
+from wellcond._shared.checks import bad_indices, checks_values, require_finite
+from wellcond._shared.errors import NotPositiveSemidefiniteError
+from wellcond._shared.events import place
+from wellcond._shared.precision import full_precision, wide_dtype, widened
 
-from ._covariance import centred_factor, require_samples
-from ._roots import sqrtm
-from ._sylvester import in_eigenbasis, product, reciprocal_or_zero, sylvester
-from ._wide import wide_gram, wide_product
+from ._covariance import centred_factor, centred_gram, times_centred
+from ._daleckii_krein import apply_function, derivative_along, root_exponent
+from ._divided_differences import Power, SpectralMap
+from ._rank import Truncated, eigenpairs, feature_tolerance
+from ._spectrum import unresolved
+from ._sylvester import in_eigenbasis, product, reciprocal_or_zero
 from .lapack import eigh, thin_svd
-from .solvers import Solver
-from .solvers.eigh import frechet_invsqrt
 
 
-def covariance_sqrtm(X: Tensor, *, correction: int = 0, solver: str | Solver = "auto") -> Tensor:
-    """The square root (X J Xᴴ)^{1/2} of the covariance of features, as global covariance pooling takes it.
+class Factor(NamedTuple):
+    """P = U λ Uᴴ and A = U √λ Vᴴ, in double precision.
 
-    The gradient is bounded by √2 times the incoming one whatever the condition number, also at rank deficiency. The
-    work is done on the smaller side of the features: the n × n one for a 7 × 7 map of 256 channels, else the d × d one.
-
-    Args:
-        X: (..., d, n) features; any floating or complex dtype, half precision is computed in float32.
-        correction: as in :func:`covariance`.
-        solver: as in :func:`sqrtm`; any other than ``"auto"`` always goes through P.
-
-    Returns:
-        (..., d, d) Hermitian positive semidefinite, in the dtype of X.
-
-    Raises:
-        TypeError, ValueError, DecompositionError: as :func:`covariance` and :func:`sqrtm`.
-
-    Complexity: O(d n min(d, n) + d² min(d, n)), in float64. Source: Daleckii–Krein on the factor; the bound is
-    that of Araki and Yamagami 1981 for the map A ↦ (A Aᴴ)^{1/2}.
-
-    Example:
-        >>> import torch
-        >>> covariance_sqrtm(torch.tensor([[3.0, -3.0], [0.0, 0.0], [4.0, -4.0]]))
-        tensor([[1.8000, 0.0000, 2.4000],
-                [0.0000, 0.0000, 0.0000],
-                [2.4000, 0.0000, 3.2000]])
+    Attributes:
+        eigvals: (..., r), r = min(d, n); exactly 0 where they are rounding.
+        U: (..., d, r).
+        V: (..., n, r); without entries where it would be another copy of the features and A is at hand for less.
     """
-    require_matrix(X, "X")
-    require_samples(X, correction)
-    with full_precision(X):
-        if solver != "auto" or X.shape[-2] == 0:
-            A = centred_factor(X, correction=correction)
-            return sqrtm(A @ A.mH, solver=solver).to(X.dtype)
-        Q, *_ = FactorSqrt.call(X.to(working_dtype(X.dtype)), correction)
-        return Q.to(X.dtype)
+
+    eigvals: Tensor
+    U: Tensor
+    V: Tensor
 
 
-def _decompose(X: Tensor, correction: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Q and U, σ, V of A = U Σ Vᴴ, with zero columns in V for directions below the rank tolerance.
+class Options(NamedTuple):
+    """What is computed: f(P + εI) of the covariance with this divisor correction."""
 
-    float64 features take the singular value decomposition. For others the eigenpairs of the smaller float64 Gram matrix
-    do: it resolves σ down to √eps64 ≈ 1.5e-8 of the largest, beyond the rounding of the features. With n ≥ d, V would
-    be another copy of the features; it is left empty, and U and σ stay in float64 (see :func:`_gradient_by_gram`).
+    f: SpectralMap
+    eps: float
+    correction: int
+    singular_is_error: bool
+
+
+def factorise(X: Tensor, correction: int) -> Factor:
+    """The factor of features (..., d, n) of the working dtype.
+
+    Single precision takes the eigenpairs of the smaller float64 Gram matrix, which resolves σ down to
+    √eps64 ≈ 1.5e-8 of the largest. Double precision, and what the Gram matrix does not resolve (where that can be
+    read), takes the singular value decomposition.
     """
     d, n = X.shape[-2:]
-    if wide_dtype(X) == X.dtype:
-        A = centred_factor(X, correction=correction)
-        U, sigma, Vh = thin_svd(A) if n < d else _adjoint(thin_svd(A.mH))
-        # The usual rank tolerance on singular values.
-        kept = sigma > torch.finfo(X.dtype).eps * max(d, n) * sigma.amax(-1, keepdim=True)
-        sigma = torch.where(kept, sigma, 0.0)
-        return (U * sigma.unsqueeze(-2)) @ U.mH, U, sigma, Vh.mH * kept.unsqueeze(-2)
-    A = centred_factor(X.to(wide_dtype(X)), correction=correction) if n < d else None
-    gram = wide_gram(X) / (n - correction) if A is None else A.mH @ A
-    eigvals, basis = eigh((gram + gram.mH) / 2)
-    # Gram entries are exact to eps64 times their length, so σ² below that of the largest is rounding.
-    cut = 10 * max(d, n) * torch.finfo(torch.float64).eps
-    sigma = torch.where(eigvals > cut * eigvals.amax(-1, keepdim=True), eigvals.clamp_min(0.0), 0.0).sqrt()
-    if A is not None:
-        V = basis * (sigma > 0).unsqueeze(-2)
-        U = (A @ (V * reciprocal_or_zero(sigma).unsqueeze(-2))).to(X.dtype)
-        sigma = sigma.to(X.real.dtype)
-        return (U * sigma.unsqueeze(-2)) @ U.mH, U, sigma, V.to(X.dtype)
-    Q = product(basis * sigma.unsqueeze(-2), basis.mH).to(X.dtype)
-    return Q, basis, sigma, X.new_empty(*X.shape[:-2], 0, 0)
+    divisor = n - correction
+    A = None
+    if X.dtype != wide_dtype(X):
+        if n < d:
+            wide = widened(X)
+            mean = wide.mean(-1, keepdim=True)
+            A = (wide - mean) / divisor**0.5
+            gram = A.mH @ A
+        else:
+            gram, mean = centred_gram(X)
+            gram = gram / divisor
+        mean_square = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1) + mean.abs().square().sum((-2, -1)) * (n / divisor)
+        tolerance = feature_tolerance(X, mean_square)
+        eigvals, basis = eigh((gram + gram.mH) / 2)
+        if not (checks_values(X) and unresolved(eigvals, tolerance).any()):
+            eigvals = torch.where(eigvals > tolerance.unsqueeze(-1), eigvals, 0.0)
+            if A is None:
+                return Factor(eigvals, basis, basis.new_empty(*X.shape[:-2], 0, 0))
+            V = basis * (eigvals > 0).unsqueeze(-2)
+            return Factor(eigvals, A @ (V * reciprocal_or_zero(eigvals.sqrt()).unsqueeze(-2)), V)
+    wide = widened(X)
+    A = centred_factor(wide, correction)
+    U, sigma, Vh = thin_svd(A if n < d else A.mH)
+    U, V = (U, Vh.mH) if n < d else (Vh.mH, U)
+    mean_square = torch.linalg.vector_norm(wide, dim=(-2, -1)).square() / divisor
+    eigvals = sigma.square()
+    kept = eigvals > feature_tolerance(X, mean_square).unsqueeze(-1)
+    return Factor(torch.where(kept, eigvals, 0.0), U, V * kept.unsqueeze(-2))
 
 
-def _adjoint(svd: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    U, sigma, Vh = svd
-    return Vh.mH, sigma, U.mH
-
-
-class FactorSqrt(BatchedFunction):
-    """Q = (A Aᴴ)^{1/2} with the factor A of features X, differentiated in X."""
+class FactorFunction(BatchedFunction):
+    """f(A Aᴴ + εI) with the factor A of features X of the working dtype, differentiated in X."""
 
     @staticmethod
-    def forward(X: Tensor, correction: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(X: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if checks_values(X) and not math.isfinite(abs(X.sum().item())):
             require_finite(X, "X")
-        return _decompose(X, correction)
+        f, eps = options.f, options.eps
+        eigvals, U, V = factorise(X, options.correction)
+        if options.singular_is_error:
+            _refuse_singular(X, eigvals)
+        if _is_bounded(f) and V.numel():  # no product amplifies what rounding leaves: the working dtype will do
+            U, V = U.to(X.dtype), V.to(X.dtype)
+        values = f.values((eigvals if _is_basis(U) else _with_null(eigvals)) + eps).to(U.real.dtype)
+        if _is_basis(U):
+            return product(U * values.unsqueeze(-2), U.mH).to(X.dtype), eigvals, U, V
+        base = values[..., -1:]
+        inside = (U * (values[..., :-1] - base).unsqueeze(-2)) @ U.mH
+        outside = torch.diag_embed(base.expand(*base.shape[:-1], U.shape[-2]))
+        return (inside + outside).to(X.dtype), eigvals, U, V
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        X, ctx.options = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        X, ctx.correction = inputs
-        ctx.save_for_backward(X, *output)
-        ctx.save_for_forward(X, *output)
+        ctx.save_for_backward(X, *output[1:])
+        ctx.save_for_forward(X, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
             return None, None
-        X, Q, U, sigma, V = ctx.saved_tensors
-        divisor = X.shape[-1] - ctx.correction
+        X, *factor = ctx.saved_tensors
         with full_precision(X):
             G = (grad + grad.mH) / 2
-            # The rows of V sum to zero like those of A, and so do those of the gradient: it is centred already.
-            bounded = (
-                _bounded_gradient(G, U, sigma, V).div_(divisor**0.5)
-                if V.numel()
-                else _gradient_by_gram(X, G, U, sigma, divisor)
-            )
-            if not differentiated_again():
-                return bounded, None
-            # Somebody will differentiate again: the same gradient as a differentiable expression of X and G,
-            # which keeps the bounded one as its value.
-            A = centred_factor(X, correction=ctx.correction)
-            if A.shape[-1] < A.shape[-2]:
-                S = _range_invsqrt(A, sigma, V)
-                again = 2 * (G @ A @ S + A @ frechet_invsqrt(S, A.mH @ G @ A, sigma, V))
-            else:
-                again = 2 * sylvester(Q, G, sigma.to(A.real.dtype), U.to(A.dtype)) @ A
-            again = (again - again.mean(-1, keepdim=True)) / divisor**0.5
-            return again + (bounded - again).detach(), None
+            exact = _gradient(X, G, ctx.options, Factor(*factor))
+            if differentiated_again():
+                # The same as a differentiable expression of X and G, which keeps the one above as its value.
+                again = _differentiable_gradient(X, G, ctx.options, Factor(*factor))
+                exact = again + (exact - again).detach()
+            return exact, None
 
     @staticmethod
     def jvp(ctx: Any, dX: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        X, Q, U, sigma, V = ctx.saved_tensors
+        X, *factor = ctx.saved_tensors
         with full_precision(X):
-            A, dA = (centred_factor(x, correction=ctx.correction) for x in (X, dX))
-            if A.shape[-1] < A.shape[-2]:
-                S = _range_invsqrt(A, sigma, V)
+            A, dA = (centred_factor(widened(x), ctx.options.correction) for x in (X, dX))
+            if (inner := _inner_power(A, ctx.options, Factor(*factor))) is not None:
+                S, along = inner
                 half = dA @ S @ A.mH
-                dS = frechet_invsqrt(S, dA.mH @ A + A.mH @ dA, sigma, V)
-                return half + half.mH + A @ dS @ A.mH, None, None, None
+                moved = A @ along(dA.mH @ A + A.mH @ dA) @ A.mH
+                return (half + half.mH + moved).to(X.dtype), None, None, None
             half = dA @ A.mH
-            return sylvester(Q, half + half.mH, sigma.to(A.real.dtype), U.to(A.dtype)), None, None, None
+            return _along(A, half + half.mH, ctx.options, Factor(*factor)).to(X.dtype), None, None, None
 
 
-class _RangeInvSqrt(BatchedFunction):
-    """M^{-1/2} on the range of M, given s, V with M = V s² Vᴴ; differentiated in M."""
-
-    @staticmethod
-    def forward(M: Tensor, s: Tensor, V: Tensor) -> Tensor:
-        return (V * reciprocal_or_zero(s).unsqueeze(-2)) @ V.mH
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(output, *inputs[1:])
-        ctx.save_for_forward(output, *inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return frechet_invsqrt(ctx.saved_tensors[0], grad, *ctx.saved_tensors[1:]), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, dM: Tensor, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return frechet_invsqrt(ctx.saved_tensors[0], dM, *ctx.saved_tensors[1:])
+def _is_basis(U: Tensor) -> bool:
+    return U.shape[-2] == U.shape[-1]
 
 
-def _range_invsqrt(A: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
-    return _RangeInvSqrt.call(A.mH @ A, sigma, V)
+def _is_bounded(f: SpectralMap) -> bool:
+    """Whether all coefficients of the gradient lie in [0, 1]."""
+    return root_exponent(f) == 0.5
 
 
-def _bounded_gradient(G: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
+def _with_null(eigvals: Tensor) -> Tensor:
+    """The spectrum with one more eigenvalue 0, which stands for all directions outside the range."""
+    return torch.nn.functional.pad(eigvals, (0, 1))
+
+
+def _refuse_singular(X: Tensor, eigvals: Tensor) -> None:
+    few = X.shape[-1] <= X.shape[-2]  # centred features have at most n − 1 directions
+    if not few and not checks_values(X):
+        return
+    singular = torch.full(X.shape[:-2], few, device=X.device) | (eigvals == 0).any(-1)
+    if singular.any():
+        raise NotPositiveSemidefiniteError(
+            f"X of shape {tuple(X.shape)} has a covariance that is singular up to rounding"
+            f"{'' if few else bad_indices(singular)}{place()}; give eps > 0, or rank='pinv'"
+        )
+
+
+def _gradient(X: Tensor, G: Tensor, options: Options, factor: Factor) -> Tensor:
+    """∂l/∂X. The rows of V sum to zero like those of A, and so do those of the gradient: it is centred already."""
+    f, eps, correction, _ = options
+    eigvals, U, V = factor
+    divisor = X.shape[-1] - correction
+    G = G.to(U.dtype)
+    if not V.numel():
+        # K grows like 1/σ² at most, and A shrinks as much: in float64 the product keeps eps64 σ_max/σ_min of its
+        # digits, beyond the rounding of single precision for every σ that the Gram matrix resolves.
+        return times_centred(in_eigenbasis(U, f.differences(eigvals + eps) * (2 / divisor), G), X)
+    sigma = eigvals.sqrt()
     GU = G @ U
-    total = sigma.unsqueeze(-1) + sigma.unsqueeze(-2)
-    # 1 − R_ij = σi/(σi + σj); where both vanish V has no column and the value does not matter.
-    kept = sigma.unsqueeze(-1) * reciprocal_or_zero(total)
-    return 2 * (GU - U @ ((U.mH @ GU) * kept)) @ V.mH
+    if _is_basis(U):
+        K = f.differences(eigvals + eps) * sigma.unsqueeze(-2)
+        half = U @ (K.to(U.real.dtype) * (U.mH @ GU))
+    else:
+        K = f.differences(_with_null(eigvals) + eps)
+        k = K[..., -1:, :-1] * sigma.unsqueeze(-2)
+        K = K[..., :-1, :-1] * sigma.unsqueeze(-2) - k
+        half = U @ (K.to(U.real.dtype) * (U.mH @ GU)) + GU * k.to(U.real.dtype)
+    return ((2 / divisor**0.5) * half @ V.mH).to(X.dtype)
 
 
-def _gradient_by_gram(X: Tensor, G: Tensor, U: Tensor, sigma: Tensor, divisor: int) -> Tensor:
-    """2 Y A/√divisor with QY + YQ = G, all in float64: the same gradient where V = Aᴴ U Σ^{-1} was not kept.
+def _differentiable_gradient(X: Tensor, G: Tensor, options: Options, factor: Factor) -> Tensor:
+    A, G = centred_factor(widened(X), options.correction), widened(G)
+    if (inner := _inner_power(A, options, factor)) is not None:
+        S, along = inner
+        gradient = 2 * (G @ A @ S + A @ along(A.mH @ G @ A))
+    else:
+        gradient = 2 * _along(A, G, options, factor) @ A
+    return ((gradient - gradient.mean(-1, keepdim=True)) / (X.shape[-1] - options.correction) ** 0.5).to(X.dtype)
 
-    Y grows like 1/σ_min, and A shrinks as much: in float64 the product keeps eps64 σ_max/σ_min, below the rounding of
-    the features for every σ that the Gram matrix resolves.
+
+def _inner_power(A: Tensor, options: Options, factor: Factor) -> Any:
+    """S = M^{p−1} on the range of M = Aᴴ A and its derivative, where (A Aᴴ)^p = A S Aᴴ is the better way.
+
+    That is with fewer samples than channels and without ε: smooth in A where the null directions of P turn.
     """
-    K = reciprocal_or_zero(sigma.unsqueeze(-1) + sigma.unsqueeze(-2)) * (2 / divisor)
-    return wide_product(in_eigenbasis(U, K, G.to(U.dtype)), X)
+    f, eps, _, _ = options
+    inner = f.f if isinstance(f, Truncated) else f
+    if A.shape[-1] >= A.shape[-2] or eps > 0.0 or not isinstance(inner, Power) or inner.exponent == 0.0:
+        return None
+    M, g = A.mH @ A, Truncated(Power(inner.exponent - 1.0), "pinv", fixed_range=True)
+    pairs = factor.eigvals, widened(factor.V)
+    return apply_function(M, g, *pairs), lambda E: derivative_along(M, E, g, *pairs)
+
+
+def _along(A: Tensor, E: Tensor, options: Options, factor: Factor) -> Tensor:
+    """The derivative of f at P + εI along Hermitian E, differentiable in A and E."""
+    P = A @ A.mH
+    eigvals, basis = factor.eigvals, widened(factor.U)
+    if not _is_basis(basis):
+        found, basis = eigenpairs(P)
+        # As many as the features have; the others, first in ascending order, are those outside the range.
+        known = eigvals.sort(-1).values
+        eigvals = torch.cat([torch.zeros_like(found[..., known.shape[-1] :]), known], -1)
+    return derivative_along(P, E, options.f, eigvals + options.eps, basis)

@@ -12,8 +12,7 @@ from wellcond._shared.precision import full_precision, working_dtype
 
 from ._daleckii_krein import apply_function
 from ._divided_differences import Exp, Log, Power, ScalarFunction
-from ._eigenpairs import Shift, eigenpairs
-from ._rank_policy import Rank, on_kept_eigenvalues, require_rank_policy
+from ._rank import Rank, Shift, eigenpairs, on_kept_eigenvalues, require_rank_policy
 
 
 def powm(P: Tensor, exponent: float, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:

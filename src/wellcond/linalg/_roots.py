@@ -10,7 +10,7 @@ from wellcond._shared.precision import full_precision, working_dtype
 
 from ._divided_differences import Power
 from ._functions import functions_of
-from ._rank_policy import Rank, require_rank_policy
+from ._rank import Rank, require_rank_policy
 from .solvers import Eigh, Root, Solved, Solver, Traced, choose_solver
 
 

@@ -1,7 +1,12 @@
-"""A spectrum in float64 with what it can be trusted to, and the figures that are read off it.
+"""The spectrum of a covariance in float64, with what it can be trusted to, and the figures that are read off it.
 
 Three that are never to be mixed (and all needed): κ(P) of eq. (1) without ε, infinite where the rank is short;
 κ(P + εI), what a solver sees; and the effective rank (tr P)²/tr P².
+
+κ(P) = λ_max/λ_min is the square of the condition number of the factor A (Golub and Van Loan, Matrix Computations,
+4th ed., sect. 2.4). One float64 product settles almost every case: it is off by a few √d·eps64·λ_max, for float32
+features no more than their own rounding, since eps32² = 64 eps64. A decomposition of A itself is made only where an
+eigenvalue lies above the tolerance but below what the Gram matrix resolves.
 """
 
 from __future__ import annotations
@@ -10,6 +15,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from wellcond._shared.checks import checks_values, hermitian, require_finite, require_matrix, require_nonnegative
+from wellcond._shared.precision import widened
+
+from ._covariance import centred_gram
+from ._rank import feature_tolerance, matrix_tolerance
+from .lapack import eigh
 
 
 class Spectrum(NamedTuple):
@@ -47,3 +59,175 @@ class Spectrum(NamedTuple):
         """(...,) κ over the numerical range: the largest eigenvalue by the smallest above the tolerance (1 if none)."""
         above = torch.where(self.eigvals > self.tolerance.unsqueeze(-1), self.eigvals, torch.inf).amin(-1)
         return torch.where(torch.isfinite(above), self.eigvals[..., 0] / above, 1.0)
+
+
+def matrix_spectrum(P: Tensor) -> Spectrum:
+    """The spectrum of given covariances P (..., d, d), in float64; the tolerance is eps·d of the largest eigenvalue.
+
+    A covariance formed in a dtype of precision eps can show κ up to 1/eps at best; from the features
+    :func:`covariance_spectrum` sees its square.
+
+    Args:
+        P: (..., d, d) Hermitian, any floating or complex dtype.
+
+    Raises:
+        TypeError, ValueError: P is not a square floating or complex matrix, not finite or not Hermitian.
+
+    Complexity: one eigendecomposition, O(d³) a matrix.
+
+    Example:
+        >>> import torch
+        >>> matrix_spectrum(torch.diag(torch.tensor([4.0, 1.0, 0.0]))).numerical_rank
+        tensor(2)
+    """
+    require_matrix(P, "P", square=True)
+    eigvals = eigh(widened(hermitian(P)))[0].flip(-1).clamp_min(0.0)
+    return Spectrum(eigvals, matrix_tolerance(eigvals, P.dtype).squeeze(-1))
+
+
+@torch.no_grad()
+def covariance_spectrum(features: Tensor) -> Spectrum:
+    """Eigenvalues and rank tolerance of the covariances of features, on the CPU.
+
+    Args:
+        features: (..., d, n), any floating or complex dtype.
+
+    Returns:
+        A :class:`Spectrum`, NaN for a matrix whose features are not finite. The device is waited for when the small
+        matrices are fetched, and only then.
+
+    Complexity: one float64 product of d n min(d, n) multiplications a matrix and O(min(d, n)³), and about twice that
+    again in the rare case that needs a decomposition of the features themselves.
+
+    Example:
+        >>> import torch
+        >>> covariance_spectrum(torch.tensor([[1.0, -1.0], [2.0, -2.0]])).numerical_rank
+        tensor(1)
+    """
+    d, n = features.shape[-2:]
+    if features.device.type == "mps":  # no float64 there
+        features = features.cpu()
+    gram, mean = centred_gram(features)
+    gram, mean = gram.cpu() / n, mean.cpu()
+    finite = torch.isfinite(gram).all(-1).all(-1)
+    mean_square = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1) + mean.abs().square().sum((-2, -1))
+    tolerance = feature_tolerance(features, mean_square).masked_fill(~finite, torch.nan)
+    eigvals = torch.linalg.eigvalsh(gram.masked_fill(~finite[..., None, None], 0.0)).flip(-1)
+    coarse = finite & unresolved(eigvals, tolerance)
+    if coarse.any():
+        chosen = coarse.to(features.device)
+        eigvals[coarse] = _squared_singular_values(widened(features[chosen]) - mean.to(features.device)[chosen])
+    if n < d:
+        eigvals = torch.nn.functional.pad(eigvals, (0, d - n))
+    return Spectrum(eigvals.clamp_min(0.0).masked_fill(~finite[..., None], torch.nan), tolerance)
+
+
+def unresolved(eigvals: Tensor, tolerance: Tensor) -> Tensor:
+    """(...,) where an eigenvalue is above the tolerance, or nearly, and a float64 Gram matrix knows it to less than
+    1 %."""
+    error = 4 * eigvals.shape[-1] ** 0.5 * torch.finfo(torch.float64).eps * eigvals.amax(-1, keepdim=True)
+    return ((eigvals + error > tolerance[..., None]) & (eigvals < 100 * error)).any(-1)
+
+
+def _squared_singular_values(centred: Tensor) -> Tensor:
+    """λ = σ(A)² by QR of the tall side, exact to eps64²·λ_max, from the centred features √n A."""
+    tall = centred.mH if centred.shape[-2] <= centred.shape[-1] else centred
+    return torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R.cpu()).square() / centred.shape[-1]
+
+
+def spectrum(X_or_P: Tensor, *, features: bool | None = None) -> Spectrum:
+    """The spectrum of the covariance of features, or of a covariance.
+
+    Args:
+        X_or_P: (..., d, n) features or (..., d, d) covariances, any floating or complex dtype; float64 work.
+        features: which of the two; ``None`` takes a square Hermitian tensor for covariances, all else for features.
+    """
+    require_matrix(X_or_P, "X_or_P")
+    if X_or_P.shape[-2] == 0:
+        raise ValueError(f"X_or_P of shape {tuple(X_or_P.shape)} has no channels, and so no spectrum")
+    if features is None:
+        square = X_or_P.shape[-1] == X_or_P.shape[-2]
+        features = not (square and torch.allclose(X_or_P, X_or_P.mH, rtol=1e-3, atol=0.0, equal_nan=True))
+    if not features:
+        with torch.no_grad():
+            return matrix_spectrum(X_or_P)
+    if X_or_P.shape[-1] == 0:
+        raise ValueError(f"X_or_P of shape {tuple(X_or_P.shape)} has no samples, and so no covariance")
+    if checks_values(X_or_P):
+        require_finite(X_or_P, "X_or_P")
+    return covariance_spectrum(X_or_P)
+
+
+def condition_number(X_or_P: Tensor, *, eps: float = 0.0, features: bool | None = None) -> Tensor:
+    """κ(P + εI) of covariances or of the covariance of features: λmax/λmin of eq. (1).
+
+    Args:
+        X_or_P: (..., d, n) features or (..., d, d) covariances, any floating or complex dtype; float64 work.
+        eps: ε ≥ 0. With 0, a numerically rank-deficient P has κ = inf (not some rounding figure).
+        features: which of the two is given; ``None`` takes a square Hermitian tensor for a covariance.
+
+    Returns:
+        (...,) float64, detached.
+
+    Raises:
+        TypeError, ValueError: what is given is not floating, not a matrix, empty, or not finite; a negative eps.
+
+    Values are read: give it the batch itself, not one matrix at a time under ``torch.func.vmap``.
+
+    Complexity: O(d n min(d, n)); see :func:`covariance_spectrum`. Source: eq. (1) of Song, Sebe and Wang, ECCV 2022.
+
+    Example:
+        >>> import torch
+        >>> condition_number(torch.diag(torch.tensor([100.0, 1.0])))
+        tensor(100., dtype=torch.float64)
+    """
+    require_nonnegative(eps, "eps")
+    return spectrum(X_or_P, features=features).condition_number(eps)
+
+
+def effective_rank(X_or_P: Tensor, *, features: bool | None = None) -> Tensor:
+    """The participation ratio (tr P)²/tr P² of covariances or of the covariance of features: d for P = I, 1 for rank
+    one.
+
+    Args:
+        X_or_P: (..., d, n) features or (..., d, d) covariances, any floating or complex dtype; float64 work.
+        features: which of the two is given; ``None`` takes a square Hermitian tensor for a covariance.
+
+    Returns:
+        (...,) float64, detached; 0 for P = 0.
+
+    Raises:
+        TypeError, ValueError: what is given is not floating, not a matrix, empty, or not finite.
+
+    Complexity: that of :func:`condition_number`. Source: Roy and Vetterli, EUSIPCO 2007, with the Rényi entropy of
+    order 2.
+
+    Example:
+        >>> import torch
+        >>> effective_rank(torch.eye(3))
+        tensor(3., dtype=torch.float64)
+    """
+    return spectrum(X_or_P, features=features).effective_rank
+
+
+def numerical_rank(X_or_P: Tensor, *, features: bool | None = None) -> Tensor:
+    """The number of eigenvalues above the tolerance of :func:`covariance_spectrum` or :func:`matrix_spectrum`.
+
+    Args:
+        X_or_P: (..., d, n) features or (..., d, d) covariances, any floating or complex dtype; float64 work.
+        features: which of the two is given; ``None`` takes a square Hermitian tensor for a covariance.
+
+    Returns:
+        (...,) int64, detached.
+
+    Raises:
+        TypeError, ValueError: what is given is not floating, not a matrix, empty, or not finite.
+
+    Complexity: that of :func:`condition_number`.
+
+    Example:
+        >>> import torch
+        >>> numerical_rank(torch.diag(torch.tensor([1.0, 1e-20])))
+        tensor(1)
+    """
+    return spectrum(X_or_P, features=features).numerical_rank

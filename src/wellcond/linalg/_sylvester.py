@@ -16,7 +16,7 @@ from wellcond._shared.autograd import BatchedFunction, differentiated_again
 from wellcond._shared.checks import require_matrix
 from wellcond._shared.precision import full_precision, working_dtype
 
-from ._eigenpairs import eigenpairs
+from ._rank import eigenpairs
 
 
 def reciprocal_or_zero(x: Tensor) -> Tensor:

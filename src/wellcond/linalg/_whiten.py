@@ -3,6 +3,11 @@
 ZCA takes (P + εI)^{-1/2}, the whitening nearest to the data; PCA the eigenvector coordinates Λ^{-1/2} Uᴴ; Cholesky
 the inverse of the triangular factor. They differ by a rotation (Kessy, Lewin and Strimmer, The American Statistician,
 2018).
+
+From the features themselves, without forming P, κ(P) counts with its square root only. With the tall T = Aᴴ (or A where
+there are fewer samples than channels) and B = [T; √ε I], BᴴB is the covariance on the smaller side plus ε. ZCA is the
+polar factor of B, cut to the rows of T: (A Aᴴ + εI)^{-1/2} A = A (Aᴴ A + εI)^{-1/2}. Cholesky is the orthonormal factor
+of a QR decomposition of B (Golub and Van Loan, Matrix Computations, 4th ed., sect. 5.3).
 """
 
 from __future__ import annotations
@@ -12,17 +17,24 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from wellcond._shared.checks import bad_indices, readable, require_finite, require_matrix, require_nonnegative
+from wellcond._shared.checks import (
+    bad_indices,
+    hermitian,
+    readable,
+    require_finite,
+    require_matrix,
+    require_nonnegative,
+)
 from wellcond._shared.errors import NotPositiveSemidefiniteError
 from wellcond._shared.events import place
-from wellcond._shared.precision import full_precision
+from wellcond._shared.names import require_known
+from wellcond._shared.precision import full_precision, widened, working_dtype
 
-from ._covariance import centred_factor
-from ._eigenpairs import eigenpairs
-from ._rank_policy import Rank, rank_tolerance, require_rank_policy
+from ._covariance import centred_factor, require_features
+from ._polar import Polar
+from ._rank import Rank, eigenpairs, feature_tolerance, matrix_tolerance, require_rank_policy
 from ._roots import invsqrtm
 from ._sylvester import reciprocal_or_zero
-from ._whiten_factor import cholesky_from_factor, zca_from_factor
 from .solvers import Eigh, Solver, choose_solver
 
 WhiteningMethod = Literal["zca", "pca", "cholesky"]
@@ -74,47 +86,127 @@ def whiten(
         >>> torch.allclose(torch.cov(Y, correction=0), torch.eye(3), atol=1e-5)
         True
     """
-    if method not in get_args(WhiteningMethod):
-        raise ValueError(f"method must be one of {', '.join(get_args(WhiteningMethod))}, got {method!r}")
-    require_nonnegative(eps, "eps")
-    require_rank_policy(rank, eps)
-    require_matrix(X, "X")
-    if method != "zca" and rank != "ridge":
-        raise ValueError(f"rank={rank!r} is for method='zca', not {method!r}")
-    if not isinstance(choose_solver(solver), Eigh) and method == "cholesky":
-        raise ValueError(f"method='cholesky' takes no solver, got {solver!r}")
+    _require_options(method, eps, rank, solver)
+    require_features(X, correction)
     by_factor = _goes_by_factor(X, via, method, eps, rank, solver)
     if X.shape[-2] == 0:
         return X.clone()
     with full_precision(X):
-        A = centred_factor(X, correction=correction)
+        # The features themselves are asked for their rank only without a ridge, and in double precision.
+        A = centred_factor(widened(X) if by_factor and eps == 0.0 else X, correction)
         root_n = (X.shape[-1] - correction) ** 0.5
+        scale: Tensor | float = 1.0
         if relative:
             # Nothing changes when the features are scaled, so any scale will do that keeps P in the range of the dtype.
             largest = A.detach().abs().amax((-2, -1), keepdim=True)
-            A = A / torch.where(largest > 0, largest, 1.0)
-            size = A.abs().square().sum((-2, -1), keepdim=True) / A.shape[-2]
-            A = A / torch.where(size > 0, size, 1.0).sqrt()
+            scale = torch.where(largest > 0, largest, 1.0)
+            size = (A / scale).abs().square().sum((-2, -1), keepdim=True) / A.shape[-2]
+            scale = scale * torch.where(size > 0, size, 1.0).sqrt()
+            A = A / scale
         if by_factor:
-            white = cholesky_from_factor(A, eps) if method == "cholesky" else zca_from_factor(A, eps, rank)
-            return (white * root_n).to(X.dtype)
-        P = A @ A.mH
-        if method == "zca":
-            white = invsqrtm(P, eps=eps, rank=rank, solver=solver) @ A
-        elif method == "cholesky":
-            eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
-            L, info = torch.linalg.cholesky_ex(P + eps * eye)
-            _require_definite(P, info)
-            white = torch.linalg.solve_triangular(L, A, upper=False)
+            white = _white_factor(X, A, scale, method, eps, rank)
         else:
-            white = _principal_axes(P).mH @ (invsqrtm(P, eps=eps, solver=solver) @ A)
+            white = _matrix(A @ A.mH, method, eps, rank, solver) @ A
         return (white * root_n).to(X.dtype)
+
+
+def whitening_matrix(
+    P: Tensor,
+    *,
+    eps: float = 0.0,
+    method: WhiteningMethod = "zca",
+    relative: bool = False,
+    rank: Rank = "ridge",
+    solver: str | Solver = "auto",
+) -> Tensor:
+    """The whitening matrix W of a covariance, W (P + εI) Wᴴ = I: what :func:`whiten` applies to features.
+
+    Args:
+        P: (..., d, d) Hermitian positive (semi)definite; any floating or complex dtype, half precision is computed
+            in float32.
+        eps: ε ≥ 0, added to every eigenvalue.
+        method: ``"zca"``, ``"pca"`` or ``"cholesky"``.
+        relative: take ε in units of the mean eigenvalue tr P/d.
+        rank: as in :func:`invsqrtm`; ZCA only.
+        solver: of the inverse root of ZCA, as in :func:`sqrtm`.
+
+    Returns:
+        (..., d, d) in the dtype of P: (P + εI)^{-1/2} for ``"zca"``, eigenvectors in rows by falling eigenvalue over
+        the roots of their eigenvalues for ``"pca"``, lower triangular for ``"cholesky"``.
+
+    Raises:
+        TypeError: P is not a floating or complex tensor.
+        ValueError: P is not square, finite, Hermitian or positive definite (read on the CPU by default); an unknown
+            method, solver or policy, or ones that do not go together.
+        DecompositionError: every step of the fall-back chain failed.
+
+    Complexity: O(d³) per matrix. ZCA and Cholesky differentiate to every order at any spectrum; PCA once, and only
+    where the eigenvalues are simple (tied pairs contribute 0).
+
+    Example:
+        >>> import torch
+        >>> whitening_matrix(torch.diag(torch.tensor([4.0, 16.0])), method="pca")
+        tensor([[0.0000, 0.2500],
+                [0.5000, 0.0000]])
+    """
+    _require_options(method, eps, rank, solver)
+    require_matrix(P, "P", square=True)
+    if P.shape[-1] == 0:
+        return P.clone()
+    with full_precision(P):
+        work = P.to(working_dtype(P.dtype))
+        if not relative:
+            return _matrix(work, method, eps, rank, solver).to(P.dtype)
+        scale = work.diagonal(dim1=-2, dim2=-1).real.mean(-1)[..., None, None]
+        scale = torch.where(scale > 0, scale, 1.0)
+        return (_matrix(work / scale, method, eps, rank, solver) / scale.sqrt()).to(P.dtype)
+
+
+def _require_options(method: str, eps: float, rank: str, solver: str | Solver) -> None:
+    """Refuse an unknown method, and options that the method would not use."""
+    require_known(method, get_args(WhiteningMethod), "whitening method")
+    require_nonnegative(eps, "eps")
+    require_rank_policy(rank, eps)
+    if method != "zca" and rank != "ridge":
+        raise ValueError(f"rank={rank!r} is for method='zca', not {method!r}")
+    if not isinstance(choose_solver(solver), Eigh) and method == "cholesky":
+        raise ValueError(f"method='cholesky' takes no solver, got {solver!r}")
+
+
+def _matrix(P: Tensor, method: WhiteningMethod, eps: float, rank: Rank, solver: str | Solver) -> Tensor:
+    if method != "cholesky":
+        S = invsqrtm(P, eps=eps, rank=rank, solver=solver)
+        return S if method == "zca" else _principal_axes((P + P.mH) / 2).mH @ S
+    P = hermitian(P) if readable(P) else (P + P.mH) / 2
+    eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+    L, info = torch.linalg.cholesky_ex(P + eps * eye)
+    if readable(P) and (info != 0).any():  # not under torch.func, where values are not read
+        raise NotPositiveSemidefiniteError(
+            f"P is singular up to rounding in {P.dtype}{bad_indices(info != 0)}{place()}: it has no Cholesky factor; "
+            "give eps > 0, or method='zca' with rank='pinv'"
+        )
+    return torch.linalg.solve_triangular(L, eye, upper=False)
+
+
+def _principal_axes(P: Tensor) -> Tensor:
+    """Eigenvectors in columns by falling eigenvalue, each with its largest entry positive.
+
+    Their first derivative is dU = U (F ∘ (Uᴴ dP U)) with F_ij = 1/(λj − λi), and 0 for pairs tied up to rounding.
+    """
+    eigvals, U = eigenpairs(P)
+    eigvals, U = eigvals.flip(-1), U.flip(-1)
+    gap = eigvals.unsqueeze(-2) - eigvals.unsqueeze(-1)
+    F = reciprocal_or_zero(torch.where(gap.abs() > matrix_tolerance(eigvals).unsqueeze(-1), gap, 0.0))
+    inside = U.mH @ P @ U
+    axes = U + U @ (F * (inside - inside.detach()))
+    # The phase is a function of P too.
+    top = axes.gather(-2, U.abs().argmax(-2, keepdim=True))
+    return axes * (top.conj() / top.abs())
 
 
 def _goes_by_factor(X: Tensor, via: str, method: WhiteningMethod, eps: float, rank: Rank, solver: str | Solver) -> bool:
     """Whether the covariance is not formed; refuses what cannot do without it."""
-    if via not in get_args(Via):
-        raise ValueError(f"via must be one of {', '.join(get_args(Via))}, got {via!r}")
+    require_known(via, get_args(Via), "way to whiten")
     taken = {
         "method": (method, method in ("zca", "cholesky")),
         "rank": (rank, rank in ("ridge", "pinv")),
@@ -130,28 +222,50 @@ def _goes_by_factor(X: Tensor, via: str, method: WhiteningMethod, eps: float, ra
     return via == "auto" and few and method == "zca" and all(fits for _, fits in taken.values())
 
 
-def _require_definite(P: Tensor, info: Tensor) -> None:
-    """Refuse what the Cholesky factorisation could not finish; not under ``torch.func``, where values are not read."""
-    if not readable(P) or not (info != 0).any():
+def _white_factor(
+    X: Tensor, A: Tensor, scale: Tensor | float, method: WhiteningMethod, eps: float, rank: Rank
+) -> Tensor:
+    """The whitened A = (X − mean)/(√n · scale), without its covariance."""
+    d, n = A.shape[-2:]
+    sigma = floor = None
+    if eps == 0.0:
+        mean_square = torch.linalg.vector_norm(X.detach() / scale, dim=(-2, -1), dtype=A.dtype).real.square() / n
+        floor = feature_tolerance(X, mean_square).sqrt()
+    if method == "cholesky":
+        if readable(A):
+            require_finite(A, "X")
+        Q, R = torch.linalg.qr(_with_ridge(A.mH, eps))
+        # LAPACK leaves the signs of the diagonal open.
+        white = (Q[..., :n, :] * R.diagonal(dim1=-2, dim2=-1).detach().sgn().unsqueeze(-2)).mH
+        if floor is not None and n > d and readable(R):
+            sigma = torch.linalg.svdvals(R.detach())
+    else:
+        T = A if n < d else A.mH
+        # A ridge leaves no singular value of B below √ε: nothing is cut then.
+        cut = floor.unsqueeze(-1) if floor is not None and rank == "pinv" else None
+        W, sigma, _ = Polar.call(_with_ridge(T, eps), 0.0, cut, "X")
+        W = W[..., : T.shape[-2], :]
+        white = W if n < d else W.mH
+    if floor is not None and rank == "ridge":
+        _require_full_rank(A, sigma, floor)
+    return white
+
+
+def _with_ridge(T: Tensor, eps: float) -> Tensor:
+    if eps == 0.0:
+        return T
+    eye = torch.eye(T.shape[-1], dtype=T.dtype, device=T.device)
+    return torch.cat([T, (eps**0.5 * eye).expand(*T.shape[:-2], *eye.shape)], -2)
+
+
+def _require_full_rank(A: Tensor, sigma: Tensor | None, floor: Tensor) -> None:
+    """Refuse a covariance that is singular up to the rounding of the features."""
+    few = A.shape[-1] <= A.shape[-2]  # centred features have at most n − 1 directions
+    if not few and not readable(A):
         return
-    require_finite(P, "P")
-    raise NotPositiveSemidefiniteError(
-        f"P is singular up to rounding in {P.dtype}{bad_indices(info != 0)}{place()}: it has no Cholesky factor; "
-        "give eps > 0, or method='zca' with rank='pinv'"
-    )
-
-
-def _principal_axes(P: Tensor) -> Tensor:
-    """Eigenvectors in columns by falling eigenvalue, each with its largest entry positive.
-
-    Their first derivative is dU = U (F ∘ (Uᴴ dP U)) with F_ij = 1/(λj − λi), and 0 for pairs tied up to rounding.
-    """
-    eigvals, U = eigenpairs(P)
-    eigvals, U = eigvals.flip(-1), U.flip(-1)
-    gap = eigvals.unsqueeze(-2) - eigvals.unsqueeze(-1)
-    F = reciprocal_or_zero(torch.where(gap.abs() > rank_tolerance(eigvals).unsqueeze(-1), gap, 0.0))
-    inside = U.mH @ P @ U
-    axes = U + U @ (F * (inside - inside.detach()))
-    # The phase is a function of P too.
-    top = axes.gather(-2, U.abs().argmax(-2, keepdim=True))
-    return axes * (top.conj() / top.abs())
+    singular = torch.ones_like(floor, dtype=torch.bool) if few or sigma is None else sigma.amin(-1) <= floor
+    if singular.any():
+        raise NotPositiveSemidefiniteError(
+            f"X of shape {tuple(A.shape)} has a covariance that is singular up to rounding"
+            f"{'' if few else bad_indices(singular)}{place()}; give eps > 0, or method='zca' with rank='pinv'"
+        )

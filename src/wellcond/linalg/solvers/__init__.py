@@ -10,6 +10,7 @@ from torch import Tensor
 from wellcond._shared.names import require_known
 
 from ._auto import auto_solver
+from ._minimax_polynomials import Coefficients
 from ._solver import Done, Root, Solved, Solver, Traced
 from .eigh import Eigh
 from .minimax import Minimax
@@ -25,6 +26,7 @@ SOLVERS: dict[str, type[Solver]] = {
 
 __all__ = [
     "SOLVERS",
+    "Coefficients",
     "Done",
     "Eigh",
     "Minimax",

@@ -12,7 +12,7 @@ from torch import Tensor
 from wellcond._shared.autograd import differentiated_again
 from wellcond._shared.torch_internals import along_many_directions
 
-from .._rank_policy import shifted_spectrum
+from .._rank import shifted_spectrum
 from .._sylvester import product, reciprocal_or_zero, reciprocal_or_zero_, sylvester
 from ..lapack import eigh
 from ._solver import Done, Root, Solver, Tensors

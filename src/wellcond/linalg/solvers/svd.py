@@ -14,7 +14,7 @@ from wellcond._shared.autograd import differentiated_again, once
 from wellcond._shared.events import count_call, count_failure
 from wellcond._shared.torch_internals import outside_the_compiler
 
-from .._rank_policy import shifted_spectrum
+from .._rank import shifted_spectrum
 from ..lapack import eigh, in_threads
 from ._solver import Done, Root, Solver, Tensors
 

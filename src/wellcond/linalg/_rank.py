@@ -1,4 +1,15 @@
-"""What is done with eigenvalues of a positive semidefinite matrix that are zero up to rounding: the rank policies.
+"""Which directions of a covariance are rounding, and what is done with them: the two tolerances and the rank policies.
+
+Of a matrix P (..., d, d) eigenvalues at or below d·eps of the largest are rounding: what forming it and decomposing it
+leave behind (Higham, Accuracy and Stability of Numerical Algorithms, 2002, ch. 3; the rule of ``matrix_rank``).
+
+Features X (..., d, n) know more. Rounding them to their dtype moves the factor A = (X − mean)/√n by E with
+‖E‖ ≤ eps/2 · ‖X‖_F/√n, so eigenvalues of P = A Aᴴ below eps² ‖X‖²_F/n can be that alone. (The customary max(d,
+n)·eps·σ_max would call everything above κ = 4,000 singular at n = 128·32·32 in single precision.) Decomposing A in
+double precision adds min(d, n)·eps64 ‖A‖, which matters for double features only: the larger of the two precisions
+counts.
+
+The policies for what is rounding:
 
 - ``"ridge"``: ε is added to every eigenvalue; with ε = 0 a singular matrix is refused where its inverse is needed.
 - ``"pinv"``: f(0) counts as 0, so the function acts on the range alone.
@@ -11,16 +22,20 @@ of the truncated function), so nothing leaks through.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from wellcond._shared.checks import bad_indices, checks_values
+from wellcond._shared.autograd import BatchedFunction
+from wellcond._shared.checks import bad_indices, checks_values, hermitian
 from wellcond._shared.errors import NotPositiveSemidefiniteError
 from wellcond._shared.events import place
+from wellcond._shared.names import require_known
+from wellcond._shared.precision import working_dtype
 
 from ._divided_differences import ScalarFunction, SpectralMap, pairs, triples
+from .lapack import eigh
 
 Rank = Literal["ridge", "pinv", "floor", "raise"]
 
@@ -34,21 +49,33 @@ def rounding_floor(d: int, dtype: torch.dtype) -> float:
     return 10 * d * torch.finfo(dtype).eps
 
 
-def rank_tolerance(eigvals: Tensor) -> Tensor:
-    """(..., 1): eigenvalues at or below d·eps of the largest are zero up to rounding, as in ``matrix_rank``."""
-    return eigvals.shape[-1] * torch.finfo(eigvals.dtype).eps * eigvals.amax(-1, keepdim=True).clamp_min(0.0)
+def matrix_tolerance(eigvals: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(..., 1): eigenvalues at or below it are rounding, of a matrix that was formed in ``dtype`` (theirs if None)."""
+    eps = torch.finfo(dtype or eigvals.dtype).eps
+    return eigvals.shape[-1] * eps * eigvals.amax(-1, keepdim=True).clamp_min(0.0)
+
+
+def feature_tolerance(X: Tensor, mean_square: Tensor) -> Tensor:
+    """(...,) eigenvalues of the covariance of X at or below it are rounding.
+
+    Args:
+        X: (..., d, n); only its shape and dtype are looked at. Half precision counts as what it is computed in.
+        mean_square: ‖X‖²_F/n, with the mean, in the units of the covariance.
+    """
+    own = torch.finfo(working_dtype(X.dtype)).eps
+    return max(own, min(X.shape[-2:]) * torch.finfo(torch.float64).eps) ** 2 * mean_square
 
 
 def require_rank_policy(rank: str, eps: float) -> None:
     """Refuse an unknown policy, and an ε that the policy would not use."""
-    if rank not in get_args(Rank):
-        raise ValueError(f"rank must be one of {', '.join(get_args(Rank))}, got {rank!r}")
+    require_known(rank, get_args(Rank), "rank policy")
     if rank != "ridge" and eps != 0.0:
         raise ValueError(f"eps={eps} is the ridge of rank='ridge'; rank={rank!r} takes none")
 
 
 def shifted_spectrum(eigvals: Tensor, eps: float, *, invertible: bool, rank: Rank = "ridge") -> Tensor:
-    """max(λ, 0) + ε, refusing an indefinite matrix and, where its inverse is needed, a singular one."""
+    """max(λ, 0) + ε, or 0 for all that is rounding ("pinv"); refuses an indefinite matrix and, where its inverse is
+    needed, a singular one."""
     if checks_values(eigvals) and eigvals.numel() and (rank == "raise" or eigvals.min().item() <= 0.0):
         lowest, largest = eigvals.amin(-1), eigvals.abs().amax(-1)
         indefinite = lowest < -rounding_floor(eigvals.shape[-1], eigvals.dtype) * largest
@@ -58,25 +85,31 @@ def shifted_spectrum(eigvals: Tensor, eps: float, *, invertible: bool, rank: Ran
                 f"{lowest.min().item():.3e} to {largest.max().item():.3e}, and the negative ones are larger than "
                 "rounding; a covariance has none"
             )
-        cut = rank_tolerance(eigvals).squeeze(-1) if rank == "raise" else torch.zeros_like(lowest)
+        cut = matrix_tolerance(eigvals).squeeze(-1) if rank == "raise" else torch.zeros_like(lowest)
         singular = lowest <= cut
         if (rank == "raise" or (rank == "ridge" and invertible and eps == 0.0)) and singular.any():
             raise NotPositiveSemidefiniteError(
                 f"P is singular{bad_indices(singular)}{place()}: its smallest eigenvalue is {lowest.min().item():.3e}, "
                 f"zero in {eigvals.dtype}; give eps > 0, or rank='pinv' or 'floor'"
             )
+    if rank == "pinv":
+        return torch.where(eigvals > matrix_tolerance(eigvals), eigvals, 0.0)
     return eigvals.clamp_min(0.0).add_(eps) if eps else eigvals.clamp_min(0.0)
 
 
 class Truncated(SpectralMap):
-    """f with the eigenvalues at or below the rank tolerance mapped to f(tolerance) ("floor") or to 0 ("pinv")."""
+    """f with the eigenvalues that are rounding mapped to f(tolerance) ("floor") or to 0 ("pinv").
 
-    def __init__(self, f: ScalarFunction, rank: Rank) -> None:
-        self.f, self.floor = f, rank == "floor"
+    Where the null space is the same for all matrices in question (``fixed_range``) nothing couples it to the range.
+    """
+
+    def __init__(self, f: ScalarFunction, rank: Rank, *, fixed_range: bool = False) -> None:
+        self.f, self.floor, self.fixed_range = f, rank == "floor", fixed_range
 
     def _split(self, eigvals: Tensor) -> tuple[Tensor, Tensor]:
         """Which eigenvalues are kept, and the spectrum with a harmless value in place of the others."""
-        cut = rank_tolerance(eigvals)
+        # For "pinv" what is rounding was set to zero, by whichever tolerance is the right one.
+        cut = matrix_tolerance(eigvals) if self.floor else torch.zeros_like(eigvals[..., :1])
         kept = eigvals > cut
         return kept, torch.where(kept, eigvals, torch.where(cut > 0, cut, 1.0))
 
@@ -108,9 +141,12 @@ class Truncated(SpectralMap):
             self.f.second(*triples(safe)), ki & kj & kk, ki | kj | kk, lam[2], lam[0], first(2, 1), first(1, 0)
         )
 
-    @staticmethod
-    def _mixed(whole: Tensor, every: Tensor, some: Tensor, a: Tensor, b: Tensor, fa: Tensor, fb: Tensor) -> Tensor:
+    def _mixed(
+        self, whole: Tensor, every: Tensor, some: Tensor, a: Tensor, b: Tensor, fa: Tensor, fb: Tensor
+    ) -> Tensor:
         """f's own difference where all are kept, 0 where none is, and the quotient across the cut."""
+        if self.fixed_range:
+            return torch.where(every, whole, 0.0)
         gap = torch.where(a == b, 1.0, a - b)
         return torch.where(every, whole, torch.where(some, (fa - fb) / gap, 0.0))
 
@@ -118,3 +154,39 @@ class Truncated(SpectralMap):
 def on_kept_eigenvalues(f: ScalarFunction, rank: Rank) -> SpectralMap:
     """The function that a rank policy makes of f."""
     return Truncated(f, rank) if rank in ("pinv", "floor") else f
+
+
+class Shift(NamedTuple):
+    """How the eigenvalues of a positive semidefinite matrix are made fit for a function."""
+
+    eps: float
+    rank: Rank
+    invertible: bool
+
+
+class _Eigenpairs(BatchedFunction):
+    """Decomposition, checks and policy in one function, so that they see real values under ``torch.func``."""
+
+    @staticmethod
+    def forward(P: Tensor, shift: Shift | None) -> tuple[Tensor, Tensor]:
+        eigvals, U = eigh(hermitian(P))
+        if shift is not None:
+            eigvals = shifted_spectrum(eigvals, shift.eps, invertible=shift.invertible, rank=shift.rank)
+        return eigvals, U
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, None
+
+
+def eigenpairs(P: Tensor, shift: Shift | None = None) -> tuple[Tensor, Tensor]:
+    """Checked eigenvalues (ascending, shifted if asked) and eigenvectors of Hermitian P, not differentiable."""
+    return _Eigenpairs.call(P, shift)
