@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from wellcond.linalg import _feature_spectrum as _spectrum
+from wellcond.linalg import _covariance
 from wellcond.linalg import condition_number, covariance_spectrum
 from wellcond.monitor import ConditionMonitor, ConditionRecord
 from wellcond.monitor._record import MEASURES, measure
@@ -83,7 +83,7 @@ def test_kappa_is_that_of_the_spectrum_beyond_what_a_float64_covariance_resolves
 
 def test_the_gram_matrix_alone_would_have_been_wrong_there() -> None:
     features = features_with(spread(16, 1e18), 500)
-    _, gram = _spectrum._mean_and_gram(features)
+    gram = _covariance.centred_gram(features)[0] / features.shape[-1]
     eigvals = torch.linalg.eigvalsh(gram)
     assert not 0.5e18 < eigvals[-1] / eigvals[0] < 2e18
 
@@ -152,7 +152,7 @@ def test_chunks_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     for shape in ((2, 5, 1000), (2, 300, 7)):
         features = torch.randn(shape, generator=torch.Generator().manual_seed(3)) + 2
         whole = covariance_spectrum(features)
-        monkeypatch.setitem(_spectrum._CHUNK, "cpu", 64)
+        monkeypatch.setitem(_covariance._PIECE, "cpu", 64)
         torch.testing.assert_close(covariance_spectrum(features).eigvals, whole.eigvals, rtol=1e-12, atol=1e-13)
         monkeypatch.undo()
 
