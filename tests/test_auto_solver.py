@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import wellcond.linalg as wl
 from helpers import eps_of, geometric, mp_derivative, mp_function, relative_error, with_spectrum
-from wellcond.linalg.solvers import _auto, choose_solver
+from wellcond.linalg.solvers import choose_solver
 
 
 def chosen(*shape, device="cuda", dtype=torch.float32):
@@ -62,34 +62,13 @@ def test_an_unknown_device_stays():
     assert chosen(500, 100, 100, device="meta") is wl.Eigh
 
 
-def test_a_measured_table_decides(monkeypatch):
-    """Nearest size, then nearest batch, on a logarithmic scale; a gain below 1.2 is none."""
-    table = {16: {1: 3.0, 64: 2.0}, 256: {1: 0.9, 64: 0.4}}
-    monkeypatch.setitem(_auto.MEASURED, ("cuda", torch.float32), table)
-    assert [_auto.nearest(table, d, b) for d, b in ((16, 1), (63, 64), (65, 9), (4000, 7), (65, 0))] == [
-        3.0,
-        2.0,
-        0.4,
-        0.9,
-        0.9,
-    ]
-    assert chosen(64, 256, 256) is wl.MinimaxOrEigh
-    monkeypatch.setattr(_auto, "_exact_float32_products", lambda: False)
-    assert chosen(64, 256, 256) is wl.Eigh
-    monkeypatch.setattr(_auto, "_exact_float32_products", lambda: True)
-    assert chosen(1, 256, 256) is wl.Eigh
-    assert chosen(500, 32, 32) is wl.Eigh
-
-
-def test_auto_takes_what_the_rule_says(monkeypatch):
-    monkeypatch.setattr(_auto, "_minimax_pays", lambda P: P.shape[-1] == 4)
-    assert isinstance(choose_solver("auto", torch.eye(4)), wl.MinimaxOrEigh)
+def test_auto_is_chosen_for_the_matrix_and_named_solvers_are_not():
+    with FakeTensorMode():
+        batch = torch.empty(64, 256, 256, device="cuda")
+    assert isinstance(choose_solver("auto", batch), wl.MinimaxOrEigh)
     assert isinstance(choose_solver("auto", torch.eye(3)), wl.Eigh)
-    assert isinstance(choose_solver("eigh", torch.eye(4)), wl.Eigh)
-    called = []
-    monkeypatch.setattr(wl.MinimaxOrEigh, "_resolved", lambda self, P, S, eps: called.append(P.shape) or True)
-    wl.sqrtm(torch.eye(4))
-    assert called == [(4, 4)]
+    assert isinstance(choose_solver("auto"), wl.Eigh)
+    assert isinstance(choose_solver("eigh", batch), wl.Eigh)
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(3), torch.zeros(2, 3)], ids=["vector", "oblong"])

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from wellcond.linalg import _covariance
-from wellcond.linalg import condition_number, covariance_spectrum
+from wellcond.linalg import _covariance, condition_number, covariance_spectrum
 from wellcond.monitor import ConditionMonitor, ConditionRecord
 from wellcond.monitor._record import MEASURES, measure
 from wellcond.nn import DecorrelatedBatchNorm2d, GlobalCovariancePool2d, SpectralLayer, WhiteningColoring

@@ -78,7 +78,7 @@ def factorise(X: Tensor, correction: int) -> Factor:
         mean_square = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1) + mean.abs().square().sum((-2, -1)) * (n / divisor)
         tolerance = feature_tolerance(X, mean_square)
         eigvals, basis = eigh((gram + gram.mH) / 2)
-        if not (checks_values(X) and unresolved(eigvals, tolerance).any()):
+        if not (checks_values(X) and unresolved(eigvals, tolerance, 1e-4).any()):
             eigvals = torch.where(eigvals > tolerance.unsqueeze(-1), eigvals, 0.0)
             if A is None:
                 return Factor(eigvals, basis, basis.new_empty(*X.shape[:-2], 0, 0))

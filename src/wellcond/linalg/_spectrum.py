@@ -122,11 +122,11 @@ def covariance_spectrum(features: Tensor) -> Spectrum:
     return Spectrum(eigvals.clamp_min(0.0).masked_fill(~finite[..., None], torch.nan), tolerance)
 
 
-def unresolved(eigvals: Tensor, tolerance: Tensor) -> Tensor:
-    """(...,) where an eigenvalue is above the tolerance, or nearly, and a float64 Gram matrix knows it to less than
-    1 %."""
+def unresolved(eigvals: Tensor, tolerance: Tensor, wanted: float = 0.01) -> Tensor:
+    """(...,) where an eigenvalue is above the tolerance, or nearly, and a float64 Gram matrix does not know it to the
+    relative accuracy that is wanted (nor, to as much in radians, its eigenvector)."""
     error = 4 * eigvals.shape[-1] ** 0.5 * torch.finfo(torch.float64).eps * eigvals.amax(-1, keepdim=True)
-    return ((eigvals + error > tolerance[..., None]) & (eigvals < 100 * error)).any(-1)
+    return ((eigvals + error > tolerance[..., None]) & (eigvals < error / wanted)).any(-1)
 
 
 def _squared_singular_values(centred: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from wellcond._shared.names import require_known
 
 from ._auto import auto_solver
 from ._minimax_polynomials import Coefficients
-from ._solver import Done, Root, Solved, Solver, Traced
+from ._solver import SOLVERS, Done, LyapunovSolver, Root, Solved, Solver, Traced
 from .eigh import Eigh
 from .minimax import Minimax
 from .minimax_or_eigh import MinimaxOrEigh
@@ -20,15 +20,12 @@ from .pade import Pade
 from .svd import Svd
 from .taylor import Taylor
 
-SOLVERS: dict[str, type[Solver]] = {
-    solver.name: solver for solver in (Eigh, Svd, NewtonSchulz, Minimax, MinimaxOrEigh, Pade, Taylor)
-}
-
 __all__ = [
     "SOLVERS",
     "Coefficients",
     "Done",
     "Eigh",
+    "LyapunovSolver",
     "Minimax",
     "MinimaxOrEigh",
     "NewtonSchulz",

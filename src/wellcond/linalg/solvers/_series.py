@@ -12,10 +12,10 @@ from wellcond._shared.events import count_call
 
 from ._lyapunov_iteration import lyapunov_iteration
 from ._minimax_polynomials import NEWTON_SCHULZ
-from ._solver import Done, Root, Solver, Tensors, frobenius_norm, require_scale
+from ._solver import Done, LyapunovSolver, Root, Tensors, frobenius_norm, require_scale
 
 
-class SeriesSolver(Solver):
+class SeriesSolver(LyapunovSolver):
     """Roots of P = ‖P‖_F (I − Z) from an expansion in Z, each matrix normalised by its own norm.
 
     Args:
@@ -50,23 +50,8 @@ class SeriesSolver(Solver):
         scale = {"sqrt": norm.sqrt(), "invsqrt": norm.rsqrt()}
         return tuple(self.expand(Z, root) * scale[root] for root in roots), ()
 
-    def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
-        total: Tensor | None = None
-        for root, output, grad in zip(done.roots, done.outputs, grads, strict=True):
-            if grad is not None:
-                term = self._derivative(root, output, (grad + grad.mH) / 2)
-                total = term if total is None else total + term
-        assert total is not None
-        return (total + total.mH) / 2
-
-    def jvp(self, done: Done, dP: Tensor) -> Tensors:
-        return tuple(self._derivative(root, out, dP) for root, out in zip(done.roots, done.outputs, strict=True))
-
-    def _derivative(self, root: Root, output: Tensor, direction: Tensor) -> Tensor:
-        if root == "sqrt":
-            return lyapunov_iteration(output, direction, [NEWTON_SCHULZ] * self.backward_steps)
-        S = output
-        return -S @ lyapunov_iteration(S, S @ direction @ S, [NEWTON_SCHULZ] * self.backward_steps) @ S
+    def lyapunov(self, Q: Tensor, G: Tensor, root: Root, done: Done) -> Tensor:
+        return lyapunov_iteration(Q, G, [NEWTON_SCHULZ] * self.backward_steps)
 
 
 def evaluate_polynomial(coefficients: list[float], Z: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""What a solver is: a way to compute matrix roots and their derivative. Adding one means adding one file beside this.
+"""What a solver is: a way to compute matrix roots and their derivative.
 
-A solver says how to go forward (values, and residuals kept for the derivative) and backward (the derivative, in
-differentiable operations of the inputs, outputs and incoming gradients, so that it can be differentiated again).
-:class:`Solved` makes an autograd function of the two, with vmap, forward mode and higher derivatives.
+Adding one means adding one file beside this, and importing it in ``__init__``. It has two methods: ``forward``, and
+``lyapunov`` (:class:`LyapunovSolver`) or, where the derivative is another, ``backward``. :class:`Solved` makes an
+autograd function of them, with vmap, forward mode and higher derivatives.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class Done(NamedTuple):
 class Solver(ABC):
     """One way to compute P^{1/2} and P^{-1/2} of Hermitian positive (semi)definite matrices.
 
+    A subclass with a ``name`` is known by it as soon as it is defined.
+
     Attributes:
         name: the word by which users choose it.
-        cost: what it costs and where it is exact, in a sentence for the documentation.
         keeps_input: whether :meth:`backward` wants P (it is saved only then).
         traceable: whether forward and backward are tensor operations that read no values, so that ``torch.compile``
             takes them whole (``fullgraph=True``).
@@ -48,26 +49,65 @@ class Solver(ABC):
     """
 
     name: ClassVar[str]
-    cost: ClassVar[str]
     keeps_input: ClassVar[bool] = False
     traceable: bool = False
     tolerance: float | None = None
     has_warned: bool = False
+
+    def __init_subclass__(cls) -> None:
+        if "name" in cls.__dict__:
+            SOLVERS[cls.name] = cls
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
     @abstractmethod
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
-        """The roots of P + εI, one tensor each, and the residuals that :meth:`backward` wants to see again."""
+        """The roots of P + εI, one tensor each, and the residuals that the derivative wants to see again."""
 
     @abstractmethod
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
-        """The gradient of P (Hermitian), from those of the roots (None: that root has none)."""
+        """The gradient of P (Hermitian), from those of the roots (None: that root has none), in operations that can be
+        differentiated again."""
 
-    @abstractmethod
     def jvp(self, done: Done, dP: Tensor) -> Tensors:
         """The change of every root along the Hermitian direction dP."""
+        raise NotImplementedError(f"solver '{self.name}' has reverse-mode derivatives only; take 'eigh'")
+
+
+SOLVERS: dict[str, type[Solver]] = {}
+"""Every solver by its name."""
+
+
+class LyapunovSolver(Solver):
+    """A solver of exact roots, whose derivatives solve a Lyapunov equation: it says how, and the rest follows."""
+
+    @abstractmethod
+    def lyapunov(self, Q: Tensor, G: Tensor, root: Root, done: Done) -> Tensor:
+        """X with QX + XQ = G, Q one of the roots that :meth:`forward` gave, in differentiable operations."""
+
+    def derivative(self, root: Root, output: Tensor, direction: Tensor, done: Done) -> Tensor:
+        """The derivative of a root along a Hermitian direction, which is its own adjoint (Higham 2008, ch. 6).
+
+        From Q Q = P: Q dQ + dQ Q = dP. From S P S = I: dS = −S Y S with S Y + Y S = S dP S.
+        """
+        if root == "sqrt":
+            return self.lyapunov(output, direction, root, done)
+        return -output @ self.lyapunov(output, output @ direction @ output, root, done) @ output
+
+    def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
+        """The gradient of P (Hermitian), from those of the roots (None: that root has none)."""
+        terms = [
+            self.derivative(root, output, (grad + grad.mH) / 2, done)
+            for root, output, grad in zip(done.roots, done.outputs, grads, strict=True)
+            if grad is not None
+        ]
+        total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+        return (total + total.mH) / 2
+
+    def jvp(self, done: Done, dP: Tensor) -> Tensors:
+        """The change of every root along the Hermitian direction dP."""
+        return tuple(self.derivative(*pair, dP, done) for pair in zip(done.roots, done.outputs, strict=True))
 
 
 class Solved(BatchedFunction):

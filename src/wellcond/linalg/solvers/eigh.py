@@ -15,14 +15,13 @@ from wellcond._shared.torch_internals import along_many_directions
 from .._rank import shifted_spectrum
 from .._sylvester import product, reciprocal_or_zero, reciprocal_or_zero_, sylvester
 from ..lapack import eigh
-from ._solver import Done, Root, Solver, Tensors
+from ._solver import Done, LyapunovSolver, Root, Tensors
 
 
-class Eigh(Solver):
+class Eigh(LyapunovSolver):
     """Exact roots and exact derivatives of every order from one eigendecomposition."""
 
     name = "eigh"
-    cost = "one eigendecomposition (about 9 d³ operations, one core a matrix) and one product; backward four products"
 
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
         eigvals, U = eigh(P)
@@ -33,22 +32,15 @@ class Eigh(Solver):
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
         if not differentiated_again() and not along_many_directions(*grads):
             return _gradient(done, grads)
-        terms = [
-            FRECHET[root](output, grad, *done.residuals)
-            for root, output, grad in zip(done.roots, done.outputs, grads, strict=True)
-            if grad is not None
-        ]
-        total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-        return (total + total.mH) / 2
+        return super().backward(done, grads)
 
-    def jvp(self, done: Done, dP: Tensor) -> Tensors:
-        return tuple(
-            FRECHET[root](output, dP, *done.residuals) for root, output in zip(done.roots, done.outputs, strict=True)
-        )
+    def lyapunov(self, Q: Tensor, G: Tensor, root: Root, done: Done) -> Tensor:
+        s, U = done.residuals
+        return sylvester(Q, G, s if root == "sqrt" else reciprocal_or_zero(s), U)
 
 
 def _gradient(done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
-    """The derivatives of :data:`FRECHET` in one pass through the eigenbasis, where nobody differentiates again.
+    """:meth:`Solver.backward` in one pass through the eigenbasis, where nobody differentiates again.
 
     Three arrays of the size of the batch hold everything in turn: fresh memory costs more than a product writes.
     """
@@ -68,20 +60,3 @@ def _gradient(done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
     assert inner is not None
     gradient = product(product(U, inner, out=left), U.mH, out=inner)
     return torch.add(gradient, gradient.mH, out=left)
-
-
-def frechet_sqrt(Q: Tensor, G: Tensor, s: Tensor, U: Tensor) -> Tensor:
-    """The derivative of P^{1/2} = Q along G, and its adjoint: K_ij = 1/(√λi + √λj)."""
-    return sylvester(Q, G, s, U)
-
-
-def frechet_invsqrt(S: Tensor, G: Tensor, s: Tensor, U: Tensor) -> Tensor:
-    """The derivative of P^{-1/2} = S along G, and its adjoint: K_ij = −1/(√λi √λj (√λi + √λj)).
-
-    From S P S = I: dS = −S Y S with SY + YS = S dP S, which autograd can differentiate again through
-    :func:`sylvester`.
-    """
-    return -S @ sylvester(S, S @ G @ S, reciprocal_or_zero(s), U) @ S
-
-
-FRECHET = {"sqrt": frechet_sqrt, "invsqrt": frechet_invsqrt}

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from wellcond._shared.checks import value_checks
 
-from ._solver import Done, Root, Solver, Tensors
+from ._solver import Done, LyapunovSolver, Root, Tensors
 from .eigh import Eigh
 from .minimax import Minimax
 
 
-class MinimaxOrEigh(Solver):
+class MinimaxOrEigh(LyapunovSolver):
     """Roots by :class:`Minimax`, verified; a batch in which some matrix fails goes to :class:`Eigh` as a whole.
 
     Args:
@@ -34,7 +34,6 @@ class MinimaxOrEigh(Solver):
     """
 
     name = "minimax_or_eigh"
-    cost = "that of minimax and two products; where the condition number is beyond reach, that of eigh on top"
 
     def __init__(self, kappa: float = 1e6, tolerated: float = 0.1) -> None:
         self.tolerated = tolerated
@@ -55,8 +54,8 @@ class MinimaxOrEigh(Solver):
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
         return self._chosen(done).backward(done, grads)
 
-    def jvp(self, done: Done, dP: Tensor) -> Tensors:
-        return self._chosen(done).jvp(done, dP)
+    def lyapunov(self, Q: Tensor, G: Tensor, root: Root, done: Done) -> Tensor:
+        return self._chosen(done).lyapunov(Q, G, root, done)
 
     def _resolved(self, P: Tensor, S: Tensor, eps: float) -> bool:
         if P.numel() == 0:
@@ -65,6 +64,6 @@ class MinimaxOrEigh(Solver):
         # NaN compares false.
         return torch.linalg.matrix_norm(S @ (P + eps * eye) @ S - eye).amax().item() <= self.tolerated
 
-    def _chosen(self, done: Done) -> Solver:
+    def _chosen(self, done: Done) -> LyapunovSolver:
         # Only the eigendecomposition leaves residuals.
         return self.eigh if done.residuals else self.minimax

@@ -45,7 +45,6 @@ class NewtonSchulz(Solver):
     """
 
     name = "newton_schulz"
-    cost = "three products a step forward, eight backward, no factorisation; exact only as far as the steps reach"
     keeps_input = True
 
     def __init__(self, steps: int = 5, tolerance: float | None = 0.1, *, adaptive: bool = False) -> None:

@@ -19,7 +19,6 @@ class Pade(SeriesSolver):
     """The diagonal Padé approximant [order, order], one linear solve; :class:`SeriesSolver` for the arguments."""
 
     name = "pade"
-    cost = "2 order − 1 products and a linear solve, backward six products a Lyapunov step; damped beyond κ = 1e2"
     default_order = 5
 
     def expand(self, Z: Tensor, root: Root) -> Tensor:

@@ -38,9 +38,6 @@ class Svd(Solver):
     """Roots by the singular value decomposition, with the gradient of the published SVD layer."""
 
     name = "svd"
-    cost = (
-        "a singular value decomposition, two to three times an eigendecomposition; its gradient is not finite at ties"
-    )
     keeps_input = True
 
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
@@ -72,6 +69,3 @@ class Svd(Solver):
         sources = [grad for grad in grads if grad is not None]
         assert done.P is not None
         return once(gradient, "solver 'svd' has first derivatives only; take 'eigh'", done.P, *sources)
-
-    def jvp(self, done: Done, dP: Tensor) -> Tensors:
-        raise NotImplementedError("solver 'svd' has reverse-mode derivatives only, as published; take 'eigh'")

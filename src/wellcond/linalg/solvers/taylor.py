@@ -12,7 +12,6 @@ class Taylor(SeriesSolver):
     """The Taylor polynomial of degree ``order``; :class:`SeriesSolver` for the arguments."""
 
     name = "taylor"
-    cost = "order − 1 products forward, six products a Lyapunov step backward; damped beyond κ = 1e2"
     default_order = 10
 
     def expand(self, Z: Tensor, root: Root) -> Tensor:

@@ -1,0 +1,140 @@
+"""One rule for the rank of features: values, gradients, layers, whitening, monitor and condition numbers keep the same.
+
+The truth is the singular value decomposition of the float32 features in 60 digits; a direction counts where its
+singular value is above what rounding the features can make, eps ‖X‖_F (the one of Weyl: |σi(X + E) − σi(X)| ≤ ‖E‖).
+"""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import pytest
+import torch
+
+import wellcond.linalg as wl
+from helpers import eps_of, relative_error
+from wellcond.monitor import ConditionMonitor
+from wellcond.nn import SpectralLayer
+
+D, N = 24, 17
+
+
+def features(exponent: float, d: int = D, n: int = N, offset: float = 0.0) -> torch.Tensor:
+    """Float32 features with n − 1 singular values from 1 to 10^exponent, and a mean."""
+    U = torch.linalg.qr(torch.randn(d, min(d, n - 1), dtype=torch.float64)).Q
+    noise = torch.randn(n, min(d, n - 1), dtype=torch.float64)
+    V = torch.linalg.qr(noise - noise.mean(0)).Q
+    return ((U * torch.logspace(0, exponent, U.shape[1], dtype=torch.float64)) @ V.mT + offset).float()
+
+
+def truth(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """U, σ, V of A = (X − mean)/√n in double precision from 60 digits, and how many σ are above eps ‖X‖_F/√n."""
+    n = X.shape[1]
+    with mpmath.workdps(60):
+        M = mpmath.matrix(X.double().tolist())
+        norm = mpmath.sqrt(sum(x * x for x in M))
+        for i in range(M.rows):
+            mean = mpmath.fsum(M[i, :]) / n
+            for j in range(n):
+                M[i, j] = (M[i, j] - mean) / mpmath.sqrt(n)
+        wide = M if M.rows <= n else M.T
+        U, S, V = mpmath.svd_r(wide)
+        kept = sum(s > eps_of(torch.float32) * norm / mpmath.sqrt(n) for s in S)
+        left, right = (torch.tensor(x.tolist(), dtype=torch.float64) for x in (U, V.T))
+        sigma = torch.tensor([float(s) for s in S], dtype=torch.float64)
+    U, V = (left, right) if M.rows <= n else (right, left)
+    return U[:, :kept], sigma[:kept], V[:, :kept], kept
+
+
+def root_gradient(X: torch.Tensor, G: torch.Tensor) -> torch.Tensor:
+    """2 [U (H ∘ R) + (I − U Uᵀ) G U] Vᵀ/√n over the range that counts, of the square root."""
+    U, sigma, V, _ = truth(X)
+    G = (G + G.mT) / 2
+    H, R = U.mT @ G @ U, sigma / (sigma.unsqueeze(-1) + sigma)
+    return 2 * (U @ (H * R) + G @ U - U @ H) @ V.mT / X.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize("exponent", [-2.0, -5.0, -6.5, -7.0, -8.0, -12.0])
+@pytest.mark.parametrize(("d", "n"), [(D, N), (N, D), (12, 12)])
+def test_everything_keeps_the_rank_that_the_rounding_of_the_features_permits(d, n, exponent):
+    X = features(exponent, d, n)
+    _, sigma, _, rank = truth(X)
+    assert wl.numerical_rank(X, features=True) == wl.covariance_spectrum(X).numerical_rank == rank
+    assert (wl.condition_number(X, features=True).item() == math.inf) == (rank < d)
+    with ConditionMonitor(layer := SpectralLayer("sqrt"), every=1) as monitor:
+        layer(X)
+    assert monitor.records[0].numerical_rank == rank
+
+    # Functions of the range alone show how large it is: whitened features are one there, and P⁻¹ has their trace.
+    whitened = wl.whiten(X, rank="pinv", via="factor").double()
+    assert whitened.square().sum().item() / n == pytest.approx(rank, rel=1e-4)
+    inverse = wl.covariance_powm(X, -1.0, rank="pinv").double()
+    # Its trace is Σ 1/σ², of which rounding the result leaves eps32, and the smallest σ² is known to 1e-4.
+    assert inverse.trace().item() == pytest.approx(sigma.pow(-2).sum().item(), rel=2e-4)
+
+
+@pytest.mark.parametrize("exponent", [-2.0, -5.0, -6.5, -7.0, -8.0, -12.0])
+@pytest.mark.parametrize(("d", "n"), [(D, N), (N, D), (12, 12)])
+def test_the_root_and_its_gradient_are_the_truth_by_every_road(d, n, exponent):
+    """The coefficients are bounded, so of the gradient what is left is 1e-4, to which the least known direction is kept."""
+    X, G = features(exponent, d, n), torch.randn(d, d)
+    U, sigma, _, _ = truth(X)
+    want = root_gradient(X, G.double())
+    roads = {
+        "sqrtm": lambda x: wl.covariance_sqrtm(x),
+        "powm": lambda x: wl.covariance_powm(x, 0.5),
+        "pinv": lambda x: wl.covariance_sqrtm(x, rank="pinv"),
+        "layer sqrt": SpectralLayer("sqrt"),
+        "layer power": SpectralLayer("power", exponent=0.5),
+    }
+    gradients = []
+    for road in roads.values():
+        x = X.clone().requires_grad_()
+        Q = road(x)
+        assert relative_error(Q, (U * sigma) @ U.mT) < 10 * eps_of(torch.float32)
+        gradients.append(torch.autograd.grad(Q, x, G)[0])
+        assert relative_error(gradients[-1], want) < 1e-4
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
+
+
+def test_the_case_of_the_issue():
+    """64 × 49, singular values logspace(0, −7, 48): rank 46."""
+    X = features(-7.0, 64, 49)
+    assert wl.numerical_rank(X) == 46
+    for f in (lambda x: wl.covariance_powm(x, -0.5, rank="pinv"), lambda x: wl.covariance_logm(x, rank="pinv")):
+        eigvals = torch.linalg.eigvalsh(f(X).double())
+        assert (eigvals.abs() > 1e-3 * eigvals.abs().max() * 1e-4).sum() == 46
+    assert torch.linalg.matrix_rank(wl.whiten(X, rank="pinv", via="factor").double(), rtol=0.5) == 46
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("d", "n"), [(6, 40), (40, 6), (7, 7)])
+def test_a_mean_makes_the_rounding_larger_and_a_constant_has_rank_zero(d, n, dtype):
+    X = torch.randn(d, n, dtype=dtype)
+    full = min(d, n - 1)
+    assert wl.numerical_rank(X, features=True) == full
+    assert wl.numerical_rank(X / 100 + 10 / eps_of(dtype), features=True) == 0
+    for constant in (0.1, 7.7):
+        still = torch.full((d, n), constant, dtype=dtype).requires_grad_()
+        Q = wl.covariance_sqrtm(still)
+        Q.sum().backward()
+        assert wl.numerical_rank(still, features=True) == 0
+        assert Q.abs().max() == 0 and still.grad.abs().max() == 0
+
+
+def test_refusals_are_by_the_same_rule():
+    X = features(-5.0, N, D)
+    wl.covariance_powm(X, -0.5)
+    wl.covariance_sqrtm(X, rank="raise")
+    wl.whiten(X, via="factor")
+    for beyond in (features(-8.0, N, D), features(-5.0, D, N)):
+        for call in (
+            lambda x: wl.covariance_powm(x, -0.5),
+            lambda x: wl.covariance_logm(x),
+            lambda x: wl.covariance_sqrtm(x, rank="raise"),
+            lambda x: wl.whiten(x, via="factor"),
+            lambda x: wl.whiten(x, via="factor", method="cholesky"),
+        ):
+            with pytest.raises(wl.NotPositiveSemidefiniteError, match="singular up to rounding"):
+                call(beyond)
