@@ -77,7 +77,7 @@ def test_everything_keeps_the_rank_that_the_rounding_of_the_features_permits(d, 
 @pytest.mark.parametrize("exponent", [-2.0, -5.0, -6.5, -7.0, -8.0, -12.0])
 @pytest.mark.parametrize(("d", "n"), [(D, N), (N, D), (12, 12)])
 def test_the_root_and_its_gradient_are_the_truth_by_every_road(d, n, exponent):
-    """The coefficients are bounded, so of the gradient what is left is 1e-4, to which the least known direction is kept."""
+    """Its coefficients are bounded: what is left is the 1e-4 to which the least known direction is kept."""
     X, G = features(exponent, d, n), torch.randn(d, d)
     U, sigma, _, _ = truth(X)
     want = root_gradient(X, G.double())

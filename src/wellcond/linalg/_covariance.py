@@ -71,13 +71,18 @@ def centred_gram(X: Tensor) -> tuple[Tensor, Tensor]:
     """The smaller of C Cᴴ and Cᴴ C, C = X − mean, and the mean (..., d, 1), both in double precision."""
     d, n = X.shape[-2:]
     side = min(d, n)
-    gram = X.new_zeros(*X.shape[:-2], side, side, dtype=wide_dtype(X))
-    means = X.new_zeros(*X.shape[:-1], 1, dtype=wide_dtype(X))
-    flat, flat_means = gram.reshape(-1, side, side), means.reshape(-1, d, 1)
+    flat = flat_means = X.new_empty(0)
     for batch, _, part, mean in _centred_pieces(X, whole=n < d):
-        flat[batch] += part.mH @ part if n < d else part @ part.mH
+        product = part.mH @ part if n < d else part @ part.mH
+        if part.numel() == X.numel():  # all of it
+            flat, flat_means = product, mean
+            break
+        if not flat.numel():
+            flat = product.new_zeros(X.shape[:-2].numel(), side, side)
+            flat_means = mean.new_zeros(len(flat), d, 1)
+        flat[batch] += product
         flat_means[batch] = mean
-    return gram, means
+    return flat.reshape(*X.shape[:-2], side, side), flat_means.reshape(*X.shape[:-1], 1)
 
 
 def times_centred(Y: Tensor, X: Tensor) -> Tensor:

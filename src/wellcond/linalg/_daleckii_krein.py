@@ -15,9 +15,9 @@ from torch import Tensor
 from wellcond._shared.autograd import BatchedFunction
 from wellcond._shared.precision import full_precision
 
-from ._divided_differences import Power, SpectralMap
+from ._divided_differences import Power, SpectralMap, reciprocal_or_zero
 from ._rank import Truncated
-from ._sylvester import in_eigenbasis, reciprocal_or_zero, sylvester
+from ._sylvester import in_eigenbasis, sylvester
 
 
 def apply_function(P: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:

@@ -26,6 +26,20 @@ def triples(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x[..., :, None, None], x[..., None, :, None], x[..., None, None, :]
 
 
+def reciprocal_or_zero(x: Tensor) -> Tensor:
+    """1/x, and 0 where x is 0: the pseudo-inverse of a diagonal. Not differentiated."""
+    return _zero_for_infinity(x.reciprocal())
+
+
+def reciprocal_or_zero_(x: Tensor) -> Tensor:
+    """The same in place."""
+    return _zero_for_infinity(x.reciprocal_())
+
+
+def _zero_for_infinity(x: Tensor) -> Tensor:
+    return x.nan_to_num_(nan=torch.nan, posinf=0.0, neginf=0.0)
+
+
 # With |x| ≤ SPREAD/2 the terms fall like (k+1)(k+2)/2 (SPREAD/2)^k: 24 of them reach 1e-21.
 SPREAD, TERMS = 0.2, 24
 
@@ -158,6 +172,14 @@ class Power(ScalarFunction):
         tied = p * torch.where(high == 0, 1.0, high).pow(p - 1.0)
         # At a double eigenvalue 0 the derivative is p 0^{p−1}; where that is infinite the pair contributes nothing.
         return torch.where(gap == 0, torch.where(high == 0, 1.0 if p == 1.0 else 0.0, tied), quotient)
+
+    def differences(self, eigvals: Tensor) -> Tensor:
+        if abs(self.exponent) != 0.5:
+            return super().differences(eigvals)
+        # 1/(√a + √b), or minus that over √a √b.
+        si, sj = pairs(eigvals.sqrt())
+        K = reciprocal_or_zero_(si + sj)
+        return K if self.exponent > 0 else K.div_(si).div_(sj).neg_()
 
     def second(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         # A triple eigenvalue 0 has no scale for the series: the limit is that of x², and 0 for every other power.

@@ -26,10 +26,10 @@ from wellcond._shared.precision import full_precision, wide_dtype, widened
 
 from ._covariance import centred_factor, centred_gram, times_centred
 from ._daleckii_krein import apply_function, derivative_along, root_exponent
-from ._divided_differences import Power, SpectralMap
+from ._divided_differences import Power, SpectralMap, reciprocal_or_zero
 from ._rank import Truncated, eigenpairs, feature_tolerance
 from ._spectrum import unresolved
-from ._sylvester import in_eigenbasis, product, reciprocal_or_zero
+from ._sylvester import in_eigenbasis, product
 from .lapack import eigh, thin_svd
 
 
@@ -75,9 +75,9 @@ def factorise(X: Tensor, correction: int) -> Factor:
         else:
             gram, mean = centred_gram(X)
             gram = gram / divisor
-        mean_square = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1) + mean.abs().square().sum((-2, -1)) * (n / divisor)
-        tolerance = feature_tolerance(X, mean_square)
         eigvals, basis = eigh((gram + gram.mH) / 2)
+        mean_square = eigvals.sum(-1) + mean.abs().square().sum((-2, -1)) * (n / divisor)
+        tolerance = feature_tolerance(X, mean_square)
         if not (checks_values(X) and unresolved(eigvals, tolerance, 1e-4).any()):
             eigvals = torch.where(eigvals > tolerance.unsqueeze(-1), eigvals, 0.0)
             if A is None:
@@ -107,11 +107,12 @@ class FactorFunction(BatchedFunction):
             _refuse_singular(X, eigvals)
         if _is_bounded(f) and V.numel():  # no product amplifies what rounding leaves: the working dtype will do
             U, V = U.to(X.dtype), V.to(X.dtype)
-        values = f.values((eigvals if _is_basis(U) else _with_null(eigvals)) + eps).to(U.real.dtype)
-        if _is_basis(U):
+        if _is_basis(U) or _vanishes_at_zero(options):
+            values = f.values(eigvals + eps if eps else eigvals).to(U.real.dtype)
             return product(U * values.unsqueeze(-2), U.mH).to(X.dtype), eigvals, U, V
+        values = f.values(_with_null(eigvals) + eps)
         base = values[..., -1:]
-        inside = (U * (values[..., :-1] - base).unsqueeze(-2)) @ U.mH
+        inside = product(U * (values[..., :-1] - base).to(U.real.dtype).unsqueeze(-2), U.mH)
         outside = torch.diag_embed(base.expand(*base.shape[:-1], U.shape[-2]))
         return (inside + outside).to(X.dtype), eigvals, U, V
 
@@ -160,6 +161,12 @@ def _is_bounded(f: SpectralMap) -> bool:
     return root_exponent(f) == 0.5
 
 
+def _vanishes_at_zero(options: Options) -> bool:
+    """Whether f(ε) = 0, so that nothing is added outside the range."""
+    f, eps, _, _ = options
+    return eps == 0.0 and (isinstance(f, Truncated) or (isinstance(f, Power) and f.exponent > 0.0))
+
+
 def _with_null(eigvals: Tensor) -> Tensor:
     """The spectrum with one more eigenvalue 0, which stands for all directions outside the range."""
     return torch.nn.functional.pad(eigvals, (0, 1))
@@ -186,18 +193,23 @@ def _gradient(X: Tensor, G: Tensor, options: Options, factor: Factor) -> Tensor:
     if not V.numel():
         # K grows like 1/σ² at most, and A shrinks as much: in float64 the product keeps eps64 σ_max/σ_min of its
         # digits, beyond the rounding of single precision for every σ that the Gram matrix resolves.
-        return times_centred(in_eigenbasis(U, f.differences(eigvals + eps) * (2 / divisor), G), X)
-    sigma = eigvals.sqrt()
-    GU = G @ U
+        return times_centred(in_eigenbasis(U, f.differences(eigvals + eps).mul_(2 / divisor), G), X)
+    # 2σ/√(n − correction), of which the coefficients are multiples.
+    right = (eigvals * (4 / divisor)).sqrt_().unsqueeze(-2)
+    GU = product(G, U)
     if _is_basis(U):
-        K = f.differences(eigvals + eps) * sigma.unsqueeze(-2)
-        half = U @ (K.to(U.real.dtype) * (U.mH @ GU))
+        C, c = f.differences(eigvals + eps).mul_(right), None
+    elif _vanishes_at_zero(options):
+        c = (f.values(eigvals) * reciprocal_or_zero(eigvals)).unsqueeze(-2) * right
+        C = f.differences(eigvals).mul_(right).sub_(c)
     else:
         K = f.differences(_with_null(eigvals) + eps)
-        k = K[..., -1:, :-1] * sigma.unsqueeze(-2)
-        K = K[..., :-1, :-1] * sigma.unsqueeze(-2) - k
-        half = U @ (K.to(U.real.dtype) * (U.mH @ GU)) + GU * k.to(U.real.dtype)
-    return ((2 / divisor**0.5) * half @ V.mH).to(X.dtype)
+        c = K[..., -1:, :-1] * right
+        C = K[..., :-1, :-1] * right - c
+    half = product(U, product(U.mH, GU).mul_(C.to(U.real.dtype)))
+    if c is not None:
+        half.addcmul_(GU, c.to(U.dtype))
+    return product(half, V.mH).to(X.dtype)
 
 
 def _differentiable_gradient(X: Tensor, G: Tensor, options: Options, factor: Factor) -> Tensor:

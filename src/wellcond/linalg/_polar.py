@@ -22,7 +22,8 @@ from wellcond._shared.autograd import BatchedFunction, differentiated_again, onc
 from wellcond._shared.checks import checks_values, readable, require_finite, require_matrix
 from wellcond._shared.precision import full_precision, working_dtype
 
-from ._sylvester import reciprocal_or_zero, sylvester
+from ._divided_differences import reciprocal_or_zero
+from ._sylvester import sylvester
 from .lapack import thin_svd
 from .solvers import Coefficients, Minimax
 

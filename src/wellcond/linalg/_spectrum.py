@@ -113,7 +113,7 @@ def covariance_spectrum(features: Tensor) -> Spectrum:
     mean_square = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1) + mean.abs().square().sum((-2, -1))
     tolerance = feature_tolerance(features, mean_square).masked_fill(~finite, torch.nan)
     eigvals = torch.linalg.eigvalsh(gram.masked_fill(~finite[..., None, None], 0.0)).flip(-1)
-    coarse = finite & unresolved(eigvals, tolerance)
+    coarse = finite & unresolved(eigvals, tolerance).any(-1)
     if coarse.any():
         chosen = coarse.to(features.device)
         eigvals[coarse] = _squared_singular_values(widened(features[chosen]) - mean.to(features.device)[chosen])
@@ -123,10 +123,12 @@ def covariance_spectrum(features: Tensor) -> Spectrum:
 
 
 def unresolved(eigvals: Tensor, tolerance: Tensor, wanted: float = 0.01) -> Tensor:
-    """(...,) where an eigenvalue is above the tolerance, or nearly, and a float64 Gram matrix does not know it to the
-    relative accuracy that is wanted (nor, to as much in radians, its eigenvector)."""
+    """Which eigenvalues (..., r) are above the tolerance (...,), or nearly, and not resolved by a float64 Gram matrix.
+
+    That is to the relative accuracy ``wanted`` (and, to as much in radians, their eigenvectors).
+    """
     error = 4 * eigvals.shape[-1] ** 0.5 * torch.finfo(torch.float64).eps * eigvals.amax(-1, keepdim=True)
-    return ((eigvals + error > tolerance[..., None]) & (eigvals < error / wanted)).any(-1)
+    return (eigvals + error > tolerance.unsqueeze(-1)) & (eigvals < error / wanted)
 
 
 def _squared_singular_values(centred: Tensor) -> Tensor:

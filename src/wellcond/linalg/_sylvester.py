@@ -16,21 +16,8 @@ from wellcond._shared.autograd import BatchedFunction, differentiated_again
 from wellcond._shared.checks import require_matrix
 from wellcond._shared.precision import full_precision, working_dtype
 
+from ._divided_differences import reciprocal_or_zero_
 from ._rank import eigenpairs
-
-
-def reciprocal_or_zero(x: Tensor) -> Tensor:
-    """1/x, and 0 where x is 0: the pseudo-inverse of a diagonal. Not differentiated."""
-    return _zero_for_infinity(x.reciprocal())
-
-
-def reciprocal_or_zero_(x: Tensor) -> Tensor:
-    """The same in place."""
-    return _zero_for_infinity(x.reciprocal_())
-
-
-def _zero_for_infinity(x: Tensor) -> Tensor:
-    return x.nan_to_num_(nan=torch.nan, posinf=0.0, neginf=0.0)
 
 
 def product(A: Tensor, B: Tensor, *, out: Tensor | None = None) -> Tensor:

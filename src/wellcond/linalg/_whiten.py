@@ -31,10 +31,10 @@ from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, widened, working_dtype
 
 from ._covariance import centred_factor, require_features
+from ._divided_differences import reciprocal_or_zero
 from ._polar import Polar
 from ._rank import Rank, eigenpairs, feature_tolerance, matrix_tolerance, require_rank_policy
 from ._roots import invsqrtm
-from ._sylvester import reciprocal_or_zero
 from .solvers import Eigh, Solver, choose_solver
 
 WhiteningMethod = Literal["zca", "pca", "cholesky"]

@@ -12,8 +12,9 @@ from torch import Tensor
 from wellcond._shared.autograd import differentiated_again
 from wellcond._shared.torch_internals import along_many_directions
 
+from .._divided_differences import reciprocal_or_zero, reciprocal_or_zero_
 from .._rank import shifted_spectrum
-from .._sylvester import product, reciprocal_or_zero, reciprocal_or_zero_, sylvester
+from .._sylvester import product, sylvester
 from ..lapack import eigh
 from ._solver import Done, LyapunovSolver, Root, Tensors
 
