@@ -29,6 +29,8 @@ ELSEWHERE = {
     "numerical_rank": "test_condition_numbers",
     "spectrum": "test_condition_numbers",
     "recording": "test_fallback_chain",
+    "parallel_batches_enabled": "test_threads",
+    "set_parallel_batches": "test_threads",
     "value_checks": "test_bad_matrices",
 }
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

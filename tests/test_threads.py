@@ -1,4 +1,4 @@
-"""A batch cut into chunks for several threads gives what the whole batch gives in one.
+"""A batch cut into chunks for several threads gives what the whole batch gives in one, and the team has an off switch.
 
 Decompositions bit for bit where a matrix is a multiple of 64 bytes: LAPACK's vectorised kernels depend on the alignment
 of a matrix in memory, and the first of a chunk starts at another offset than in the batch. The products after them
@@ -7,19 +7,19 @@ depend on the strides of the eigenvectors as well (chunks are put together row b
 
 from __future__ import annotations
 
-import multiprocessing
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+import warnings
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 
 import wellcond.linalg as wl
 from helpers import eps_of, relative_error, with_spectrum
-from wellcond.linalg.lapack import _batches, _openmp
+from wellcond.linalg.lapack import _batches, _openmp, _switch
 from wellcond.linalg.lapack._batches import chunk_count, in_threads
 
 needs_team = pytest.mark.skipif(_openmp._runtime() is None, reason="a PyTorch without OpenMP or MKL has no team")
@@ -35,17 +35,16 @@ def threads(monkeypatch):
     torch.set_num_threads(4)
     monkeypatch.setattr(_batches, "SMALLEST_CHUNK", 1)
     monkeypatch.setattr(_batches, "WAKING", 0)
+    monkeypatch.setattr(_switch, "_wanted", True)
+    monkeypatch.setattr(_switch, "_passed", None)
     yield 4
     torch.set_num_threads(before)
 
 
 def alone(f, *args, **kwargs):
     """The same call without chunks."""
-    before, _batches.LARGEST_MATRIX = _batches.LARGEST_MATRIX, 0
-    try:
+    with mock.patch.object(_batches, "LARGEST_MATRIX", 0):
         return f(*args, **kwargs)
-    finally:
-        _batches.LARGEST_MATRIX = before
 
 
 @needs_team
@@ -88,22 +87,14 @@ def test_functions_and_their_gradients_are_the_same(threads, name):
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_every_gradient_mode(threads, mode):
-    P = with_spectrum([3.0, 1.0, 0.1], torch.float64, (9,))
-    want = wl.sqrtm(P)
+def test_every_gradient_mode_views_and_expanded_batches(threads, mode):
+    P = with_spectrum([3.0, 1.0, 0.1], torch.float64, (12,))
+    want = alone(wl.sqrtm, P)
     with mode():
         got = wl.sqrtm(P)
-        inside = wl.sqrtm(P.clone())
-    assert torch.equal(got, want) and torch.equal(inside, want)
-    assert got.is_inference() == (mode is torch.inference_mode)
-
-
-def test_views_and_expanded_batches(threads):
-    P = with_spectrum([3.0, 1.0, 0.1])
-    many = wl.sqrtm(P.expand(6, 3, 3))
-    assert all(relative_error(Q, many[0]) < 1e-14 for Q in many)
-    strided = with_spectrum([3.0, 1.0, 0.1], torch.float64, (12,))[::2]
-    assert relative_error(wl.sqrtm(strided), alone(wl.sqrtm, strided.contiguous())) < 1e-14
+    assert relative_error(got, want) < 1e-14 and got.is_inference() == (mode is torch.inference_mode)
+    assert relative_error(wl.sqrtm(P[::2]), want[::2]) < 1e-14
+    assert relative_error(wl.sqrtm(P[:1].expand(6, 3, 3)), want[:1].expand(6, 3, 3)) < 1e-14
 
 
 @pytest.mark.parametrize("bad", [0, 4, 8])
@@ -129,30 +120,6 @@ def test_a_failure_in_any_chunk_reaches_the_caller_and_is_mended(threads, monkey
 
 
 @needs_team
-def test_another_error_in_a_chunk_is_not_swallowed_and_no_chunk_outlives_the_call(threads):
-    P = torch.zeros(8, 2, 2)
-    P[7] = 1
-    running = []
-
-    def decompose(M):
-        running.append(1)
-        try:
-            if M.any():
-                raise ZeroDivisionError("from the last chunk")
-            return (M,)
-        finally:
-            running.pop()
-
-    with pytest.raises(ZeroDivisionError, match="last chunk"):
-        in_threads(decompose, P)
-    assert not running
-    P[0] = 1
-    with pytest.raises(ZeroDivisionError):
-        in_threads(decompose, P)
-    assert not running
-
-
-@needs_team
 def test_tasks_really_run_side_by_side(threads):
     """Each waits for the three others, which one thread after the other could not do."""
     together = threading.Barrier(threads, timeout=20)
@@ -169,20 +136,35 @@ def test_tasks_really_run_side_by_side(threads):
 
 
 def in_a_process_of_its_own(code: str) -> str:
-    """What it prints; a minute for what takes seconds, so that threads that wait for each other fail the test."""
+    """The last line that it prints; a minute for what takes seconds, so that a deadlock fails the test."""
     setting = "import torch; from functools import partial; torch.set_num_threads(4); torch.manual_seed(0)\n"
-    done = subprocess.run([sys.executable, "-c", setting + code], timeout=60, check=True, stdout=subprocess.PIPE)
-    return done.stdout.decode().strip()
+    command = [sys.executable, "-c", setting + code]
+    printed = subprocess.run(command, timeout=60, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return (printed.splitlines() or [""])[-1]
 
 
-@needs_team
-def test_large_matrices_do_not_wait_for_each_other_once_the_number_of_threads_was_set():
-    """Then MKL's geqrf does not see by itself that it runs in a parallel region."""
+@pytest.mark.parametrize("d", [100, 200])
+def test_large_matrices_once_the_number_of_threads_was_set(d):
+    """MKL then no longer notices a parallel region: geqrf deadlocks, torch.linalg.solve does so or mixes up rows."""
     printed = in_a_process_of_its_own(
-        """
-from wellcond.linalg.lapack._batches import chunk_count, in_threads
-A = torch.randn(6, 768, 384, dtype=torch.float64)
-assert chunk_count(A) > 1
+        f"""
+from wellcond.linalg import sqrtm
+from wellcond.linalg.lapack import in_threads, solve
+from wellcond.orthogonality._stiefel_maps import cayley_map, exponential_map
+A = torch.randn(2, 3, {d}, {d}, dtype=torch.float64) + {d} * torch.eye({d})
+B = torch.randn(2, 3, {d}, 5, dtype=torch.float64)
+A.requires_grad_()
+for _ in range(5):
+    X = solve(A, B)
+    assert X.shape == B.shape and (A @ X - B).abs().max() < 1e-10
+    X.sum().backward()
+    P = A.detach() @ A.detach().mT
+    assert sqrtm(P, solver="pade").isfinite().all()
+    F = torch.linalg.qr(torch.randn(4, {d}, {d // 2}, dtype=torch.float64))[0]
+    for move in (cayley_map, exponential_map):
+        W = move(torch.randn_like(F), F)
+        assert (W.mT @ W - torch.eye({d // 2})).abs().max() < 1e-10
+A = torch.randn(6, {4 * d}, {2 * d}, dtype=torch.float64)
 for _ in range(2):
     U, sigma, Vh = in_threads(partial(torch.linalg.svd, full_matrices=False), A)
     assert ((U * sigma.unsqueeze(-2)) @ Vh - A).abs().max() < 1e-10
@@ -192,155 +174,173 @@ print(torch.get_num_threads())
     assert printed == "4"
 
 
-@pytest.mark.parametrize("d", [100, 200])
-def test_batches_are_solved_right_once_the_number_of_threads_was_set(d):
-    """torch.linalg.solve mixes up rows there, or waits for ever."""
-    in_a_process_of_its_own(
-        f"""
-from wellcond.linalg.lapack import solve
-A = torch.randn(2, 3, {d}, {d}, dtype=torch.float64) + {d} * torch.eye({d})
-B = torch.randn(2, 3, {d}, 5, dtype=torch.float64)
-A.requires_grad_()
-for _ in range(5):
-    X = solve(A, B)
-    assert X.shape == B.shape and (A @ X - B).abs().max() < 1e-10
-    X.sum().backward()
-    from wellcond.linalg import sqrtm
-    from wellcond.orthogonality._stiefel_maps import cayley_map, exponential_map
-    P = A.detach() @ A.detach().mT
-    assert sqrtm(P, solver="pade").isfinite().all()
-    F = torch.linalg.qr(torch.randn(4, {d}, {d // 2}, dtype=torch.float64))[0]
-    for move in (cayley_map, exponential_map):
-        W = move(torch.randn_like(F), F)
-        assert (W.mT @ W - torch.eye({d // 2})).abs().max() < 1e-10
-"""
-    )
-
-
 @needs_team
 def test_mkl_has_its_threads_again_afterwards(threads):
-    runtime = _openmp._runtime()
-    before = runtime.mkl_threads(3)
-    try:
-        inside = _openmp.side_by_side([lambda: runtime.mkl_threads(1)] * 20)
-        assert set(inside) == {1}
-        assert runtime.mkl_threads(3) == 3
-    finally:
-        runtime.mkl_threads(before)
+    mkl_threads = _openmp._runtime().mkl_threads
+    before = mkl_threads(3)
+    inside = _openmp.side_by_side([partial(mkl_threads, 1)] * 20)
+    assert set(inside) == {1} and mkl_threads(before) == 3
 
 
 @needs_team
-def test_a_task_may_give_none_and_there_may_be_more_tasks_than_threads(threads):
+def test_tasks_of_any_number_and_errors_anywhere(threads, monkeypatch):
+    """All other tasks end before an error in one, or an interrupt, reaches the caller; so does one around the tasks."""
     assert _openmp.side_by_side([lambda: None] * 50) == [None] * 50
     assert _openmp.side_by_side([partial(int, i) for i in range(50)]) == list(range(50))
     assert _openmp.side_by_side([]) == []
-
-
-@needs_team
-def test_an_interrupt_ends_all_tasks_and_reaches_the_caller(threads):
-    ended = []
-
-    def interrupted():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        _openmp.side_by_side([interrupted] + [lambda: ended.append(1)] * 9)
-    assert len(ended) == 9
-
-
-@needs_team
-def test_an_error_outside_of_the_tasks_reaches_the_caller_too(threads, monkeypatch):
-    @contextmanager
-    def broken(runtime):
-        raise MemoryError
-        yield
-
-    monkeypatch.setattr(_openmp._Runtime, "mkl_alone", broken)
+    for error in (KeyboardInterrupt, ZeroDivisionError):
+        fails, ended = mock.Mock(side_effect=error), []
+        with pytest.raises(error):
+            _openmp.side_by_side([fails, *[partial(ended.append, 1)] * 9, fails])
+        assert len(ended) == 9
+    monkeypatch.setattr(_openmp._Runtime, "mkl_alone", mock.Mock(side_effect=MemoryError))
     with pytest.raises(MemoryError):
         _openmp.side_by_side([int] * 9)
 
 
-@needs_team
-def test_small_or_single_work_stays_in_one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
-        assert chunk_count(torch.zeros(4, 3, 3)) == 1
-        assert chunk_count(torch.zeros(300, 300)) == 1
-        assert chunk_count(torch.zeros(1, 300, 300)) == 1
-        assert chunk_count(torch.zeros(0, 300, 300)) == 1
-        assert chunk_count(torch.zeros(4, 0, 0)) == 1
-        assert chunk_count(torch.zeros(3, 500, 500)) == 1  # LAPACK's own use of four cores is the better one
-        assert chunk_count(torch.zeros(4, 500, 500)) == 4
-        assert chunk_count(torch.zeros(4, 1100, 1100)) == 1
-        assert chunk_count(torch.zeros(64, 16, 16)) == 1
-        assert chunk_count(torch.zeros(72, 16, 16)) == 2
-        assert chunk_count(torch.zeros(64, 64, 64)) == 16
-        torch.set_num_threads(2)
-        assert chunk_count(torch.zeros(64, 16, 16)) == 2
-        torch.set_num_threads(1)
-        assert chunk_count(torch.zeros(64, 64, 64)) == 1
-    finally:
-        torch.set_num_threads(before)
+# With four threads. LAPACK itself uses four cores better than three chunks of 500 × 500 would.
+CHUNKS = {
+    1: [(4, 3, 3), (300, 300), (1, 300, 300), (0, 300, 300), (4, 0, 0), (3, 500, 500), (4, 1100, 1100), (64, 16, 16)],
+    2: [(72, 16, 16)],
+    4: [(4, 500, 500)],
+    16: [(64, 64, 64)],
+}
 
 
 @needs_team
-@pytest.mark.parametrize("missing", ["the backend", "MKL", "the function"])
-def test_without_openmp_the_batch_is_decomposed_as_it_is(threads, monkeypatch, missing):
+def test_small_or_single_work_stays_in_one_thread(threads, monkeypatch):
+    monkeypatch.undo()  # the chunks have their sizes again
+    monkeypatch.setattr(_switch, "_wanted", True)
+    for count, shapes in CHUNKS.items():
+        assert [chunk_count(torch.zeros(shape)) for shape in shapes] == [count] * len(shapes)
+    torch.set_num_threads(2)
+    assert chunk_count(torch.zeros(64, 16, 16)) == 2
+    torch.set_num_threads(1)
+    assert chunk_count(torch.zeros(64, 64, 64)) == 1
+
+
+@needs_team
+@pytest.mark.parametrize(
+    ("owner", "name", "instead"),
+    [
+        (torch.__config__, "parallel_info", lambda: "ATen parallel backend: native thread pool"),
+        (torch.backends.mkl, "is_available", lambda: False),
+        (_openmp.ctypes, "CDLL", lambda path: object()),
+    ],
+)
+def test_without_openmp_the_batch_is_decomposed_as_it_is(threads, monkeypatch, owner, name, instead):
     P = with_spectrum(ALIGNED, torch.float32, (9,))
     want = wl.sqrtm(P)
-    _openmp._runtime.cache_clear()
-    if missing == "the backend":
-        monkeypatch.setattr(torch.__config__, "parallel_info", lambda: "ATen parallel backend: native thread pool")
-    elif missing == "MKL":
-        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    else:
-        monkeypatch.setattr(_openmp.ctypes, "CDLL", lambda path: object())
-    try:
-        assert chunk_count(P) == 1
-        assert relative_error(wl.sqrtm(P), want) < 10 * eps_of(torch.float32)
-    finally:
-        monkeypatch.undo()
-        _openmp._runtime.cache_clear()
+    monkeypatch.setattr(_openmp, "_runtime", _openmp._runtime.__wrapped__)  # what is cached is not asked again
+    monkeypatch.setattr(owner, name, instead)
+    assert chunk_count(P) == 1 and not wl.parallel_batches_enabled()
+    assert relative_error(wl.sqrtm(P), want) < 10 * eps_of(torch.float32)
 
 
-def _in_child(connection, P, want):
-    try:
-        # OpenMP does not survive a fork with more than one thread: the batch must stay in one.
-        connection.send(bool(chunk_count(P) == 1 and torch.equal(wl.sqrtm(P), want)))
-    except Exception as error:
-        connection.send(repr(error))
+@pytest.mark.parametrize("imported", ["before the fork", "after the fork"])
+def test_a_forked_child_does_without_threads(imported):
+    """The team was made before the fork; its threads do not exist in the child, which would wait for them forever."""
+    decompose = """
+from wellcond.linalg.lapack import in_threads, parallel_batches_enabled
+eigvals, _ = in_threads(torch.linalg.eigh, torch.arange(1.0, 17.0).diag().expand(100, 16, 16))
+"""
+    printed = in_a_process_of_its_own(
+        f"""
+import os, signal, sys
+decompose = {decompose!r}
+torch.rand(10**7) * 2  # makes the team
+{decompose if imported == "before the fork" else ""}
+if os.fork() == 0:
+    signal.alarm(30)
+    exec(decompose)
+    print(parallel_batches_enabled(), eigvals.sum().item(), flush=True)
+    os._exit(0)
+sys.exit(os.wait()[1])
+"""
+    )
+    assert printed == "False 13600.0"
 
 
-def test_a_forked_child_does_without_threads(threads):
-    """A data loader forks after the team was made: its threads do not exist in the child."""
-    P = with_spectrum([3.0, 1.0, 0.1], torch.float64, (9,))
-    want = wl.sqrtm(P)
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    child = context.Process(target=_in_child, args=(theirs, P, want))
-    child.start()
-    try:
-        assert ours.poll(20), "the child hangs"
-        assert ours.recv() is True
-    finally:
-        child.join(1)
-        if child.is_alive():
-            child.kill()
+@needs_team
+def test_the_switch_while_several_threads_decompose(threads):
+    """Each caller has a team of its own, and the results stay the same whenever it is switched on or off."""
+    P = with_spectrum(ALIGNED, torch.float32, (9,))
+    for enabled in (False, False, True, True):
+        wl.set_parallel_batches(enabled)
+        assert wl.parallel_batches_enabled() is enabled and chunk_count(P) == (4 if enabled else 1)
+    want, same = torch.linalg.eigh(P), []
 
+    def decompose():
+        for _ in range(20):
+            same.extend(torch.equal(*pair) for pair in zip(in_threads(torch.linalg.eigh, P), want, strict=True))
 
-def test_calls_from_several_threads_at_once(threads):
-    """Each caller has a team of its own."""
-    batches = [with_spectrum([3.0, 1.0, 0.1], torch.float64, (9,)) for _ in range(6)]
-    want = [wl.sqrtm(P) for P in batches]
-    got: list = [None] * 6
-
-    def call(i):
-        got[i] = wl.sqrtm(batches[i])
-
-    callers = [threading.Thread(target=call, args=(i,)) for i in range(6)]
+    callers = [threading.Thread(target=decompose) for _ in range(6)]
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join(20)
-    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+        while caller.is_alive():
+            wl.set_parallel_batches(not wl.parallel_batches_enabled())
+            caller.join(0.001)
+    assert same == [True] * 240
+    with pytest.raises(TypeError, match="enabled must be True or False, got 1"):
+        wl.set_parallel_batches(1)
+
+
+@needs_team
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("", True), ("0", False), ("off", False)])
+def test_the_environment_variable(monkeypatch, value, on):
+    """Read at first use; what is neither 0 nor 1 is a warning, once, and off. The function overrides it."""
+    monkeypatch.setenv("WELLCOND_PARALLEL_BATCHES", value)
+    monkeypatch.setattr(_switch, "_wanted", None)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert [wl.parallel_batches_enabled() for _ in range(3)] == [on] * 3
+    assert ["must be 0 or 1, got 'off'" in str(w.message) for w in warned] == [True] * (value == "off")
+    wl.set_parallel_batches(not on)
+    assert wl.parallel_batches_enabled() is not on
+
+
+@needs_team
+@pytest.mark.parametrize(
+    ("call", "broken", "problem"),
+    [
+        (wl.sqrtm, (_switch, "side_by_side", lambda tasks: threading.Event().wait()), "did not return within 0.5 s"),
+        (torch.func.vmap(wl.sqrtm), (torch.linalg, "svd", lambda A, **_: (A, A[0], A[:24])), "gave a wrong result"),
+        (torch.compile(lambda P: wl.sqrtm(P * 1.0), backend="eager"), (torch.linalg, "svd", len), "raised TypeError"),
+    ],
+)
+def test_a_team_that_fails_its_self_test_is_not_used(threads, monkeypatch, call, broken, problem):
+    """One warning, which names the switch, and right results; switched on, the team is tested again."""
+    P = with_spectrum([3.0, 1.0, 0.1], torch.float64, (9,))
+    want = alone(wl.sqrtm, P)
+    with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", RuntimeWarning)
+        patch.setattr(*broken)
+        patch.setattr(_switch, "PATIENCE", 0.5 if "return" in problem else 30)
+        patch.setattr(_batches, "side_by_side", None)  # an error for whoever calls it
+        assert max(relative_error(call(P), want) for _ in range(3)) < 1e-14
+        assert not wl.parallel_batches_enabled() and chunk_count(P) == 1
+    (message,) = [str(w.message) for w in warned if w.category is RuntimeWarning]
+    assert all(part in message for part in (problem, "WELLCOND_PARALLEL_BATCHES=0", "set_parallel_batches(False)"))
+    wl.set_parallel_batches(True)
+    assert relative_error(call(P), want) < 1e-14 and _switch._passed
+
+
+@needs_team
+def test_the_self_test_at_first_use_sees_an_mkl_that_does_not_work_alone():
+    """The fault itself, not an imitation: LU factorisations in the region deadlock, mix up rows, or raise."""
+    printed = in_a_process_of_its_own(
+        """
+import contextlib, warnings
+import wellcond.linalg as wl
+from wellcond.linalg.lapack import _openmp, _switch
+_openmp._Runtime.mkl_alone = lambda self: contextlib.nullcontext()
+_switch.PATIENCE = 2
+assert _switch._passed is None
+P = 4 * torch.eye(16).expand(100, 16, 16)
+with warnings.catch_warnings(record=True) as warned:
+    assert torch.equal(wl.sqrtm(P), P / 2)
+print(len(warned), wl.parallel_batches_enabled())
+"""
+    )
+    assert printed == "1 False"

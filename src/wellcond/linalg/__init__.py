@@ -27,6 +27,7 @@ from ._spectrum import (
 from ._status import RootStatus, invsqrtm_ex, sqrtm_ex
 from ._sylvester import lyapunov
 from ._whiten import WhiteningMethod, whiten, whitening_matrix
+from .lapack import parallel_batches_enabled, set_parallel_batches
 from .solvers import SOLVERS, Eigh, Minimax, MinimaxOrEigh, NewtonSchulz, Pade, Solver, Svd, Taylor, auto_solver
 
 __all__ = [
@@ -63,9 +64,11 @@ __all__ = [
     "lyapunov",
     "matrix_spectrum",
     "numerical_rank",
+    "parallel_batches_enabled",
     "polar",
     "powm",
     "recording",
+    "set_parallel_batches",
     "spectrum",
     "sqrtm",
     "sqrtm_ex",

@@ -1,7 +1,8 @@
 """Batches of small matrices on all cores of the CPU.
 
 LAPACK decomposes a batch one matrix after another. Here a batch is cut into chunks, which run side by side on the
-threads of PyTorch's operations. ``benchmarks/when_do_threads_pay.py`` measures from where on it is faster.
+threads of PyTorch's operations. ``benchmarks/when_do_threads_pay.py`` measures from which size on that is faster, and
+docs/threads.md says when it is on.
 """
 
 from __future__ import annotations
@@ -12,25 +13,26 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ._openmp import side_by_side, threads
+from ._openmp import side_by_side
+from ._switch import passes_self_test, threads
 
-# Entries of a chunk below which its own call and the other threads' waking cost more than they save. A decomposition
+# Entries of a chunk below which its own call, and waking the other threads, cost more than they save. A decomposition
 # of a small matrix takes some 50 ns an entry (from 12 µs at 16 × 16 to 200 µs at 64 × 64).
 SMALLEST_CHUNK = 8_000
-# Entries that take as long as it does to wake one thread more, each of which runs some Python.
+# Entries that take as long as waking one more thread, which runs some Python.
 WAKING = 1_000
-# Entries of a chunk that is worth more than one a thread.
+# Entries of a chunk from which on a thread may have more than one.
 GOOD_CHUNK = 16_000
-# From this size on LAPACK itself uses the cores, if less well than a chunk for each of them does.
+# From this size on LAPACK itself uses the cores, though less well than one chunk per core does.
 LARGE_MATRIX = 384
-# The largest size that was measured: two of 1024 × 1024 took 1.3 times as long one after the other.
+# The largest size that was measured: two matrices of 1024 × 1024 took 1.3 times as long one after the other.
 LARGEST_MATRIX = 1024
 
 
 def in_threads(decompose: Callable[[Tensor], tuple[Tensor, ...]], P: Tensor) -> tuple[Tensor, ...]:
-    """``decompose(P)`` of a batch (..., m, n), in threads where that is faster; not differentiated."""
+    """``decompose(P)`` of a batch (..., m, n), on several threads where that is faster; not differentiated."""
     chunks = chunk_count(P)
-    if chunks < 2:
+    if chunks < 2 or not passes_self_test():
         return tuple(decompose(P))
     flat = P.detach().reshape(-1, *P.shape[-2:])
     parts = side_by_side([partial(decompose, part) for part in flat.tensor_split(chunks)])
@@ -56,5 +58,5 @@ def chunk_count(P: Tensor) -> int:
         return 1
     if count < team and max(rows, columns) >= LARGE_MATRIX:
         return 1
-    # More chunks than threads, where they are not too small, leave none idle when one is held up.
+    # More chunks than threads, where they are not too small, keep all of them busy when one is held up.
     return min(count, max(min(team, entries // SMALLEST_CHUNK), min(4 * team, entries // GOOD_CHUNK)))

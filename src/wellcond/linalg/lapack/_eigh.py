@@ -5,13 +5,13 @@ scaled by its largest entry → float64 → a diagonal shift relative to the tra
 NaN and infinity in the input are errors that name the layer; they never reach LAPACK.
 
 All of it works under ``torch.func.vmap``, where a failure is still that of one matrix, and inside ``torch.compile``,
-which breaks its graph here (see ``_compiler``).
+which breaks its graph here (see ``outside_the_compiler``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from wellcond._shared.checks import checks_values
 from wellcond._shared.errors import DecompositionError
-from wellcond._shared.events import count_call, count_failure, place
+from wellcond._shared.events import count_call
 from wellcond._shared.precision import widened
 from wellcond._shared.torch_internals import outside_the_compiler
 
 from ._batches import in_threads
+from ._chain import Chain, Index, one_by_one
 
 EigenPair = tuple[Tensor, Tensor]
 
@@ -52,60 +53,24 @@ def eigh(P: Tensor) -> EigenPair:
     try:
         eigvals, eigvecs = in_threads(torch.linalg.eigh, P)
     except torch.linalg.LinAlgError:
-        return _each_matrix(P)
+        return one_by_one(torch.linalg.eigh, _rescue, P.detach())  # pyright: ignore[reportReturnType]
     # Eigenvectors have entries up to 1, so their sum is finite exactly when they all are; that of the eigenvalues may
     # overflow, which only costs the closer look.
     if checks_values(P) and not math.isfinite(abs(eigvecs.sum().item()) + eigvals.sum().item()):
         good = torch.isfinite(eigvals).all(-1) & torch.isfinite(eigvecs).all(-1).all(-1)
-        if not good.all():
-            _mend(P, eigvals, eigvecs, good)
+        for index in map(tuple, (~good).nonzero().tolist()):
+            eigvals[index], eigvecs[index] = _rescue(P[index], index)
     return eigvals, eigvecs
 
 
-def _each_matrix(P: Tensor) -> EigenPair:
-    """Decompose a batch in which some matrix failed one by one, so that only the bad ones are retried."""
-    eigvals = P.new_zeros(P.shape[:-1], dtype=P.real.dtype)
-    eigvecs = torch.zeros_like(P)
-    good = torch.zeros(P.shape[:-2], dtype=torch.bool, device=P.device)
-    for index in _indices(good) if good.numel() > 1 else []:
-        try:
-            eigvals[index], eigvecs[index] = torch.linalg.eigh(P[index])
-        except torch.linalg.LinAlgError:
-            continue
-        good[index] = torch.isfinite(eigvals[index]).all() & torch.isfinite(eigvecs[index]).all()
-    _mend(P, eigvals, eigvecs, good)
+def _rescue(P: Tensor, index: Index) -> EigenPair:
+    try:
+        eigvals, eigvecs = CHAIN.rescue(P, index)
+    except DecompositionError:
+        if not _gives_nan.get():
+            raise
+        return torch.full_like(P[0].real, torch.nan), torch.full_like(P, torch.nan)
     return eigvals, eigvecs
-
-
-def _mend(P: Tensor, eigvals: Tensor, eigvecs: Tensor, good: Tensor) -> None:
-    """Replace, in place, the decompositions that are not good by the first step of the chain that succeeds."""
-    for index in _indices(good):
-        if good[index]:
-            continue
-        for step, decompose in CHAIN.items():
-            try:
-                pair = decompose(P[index])
-            except torch.linalg.LinAlgError:
-                continue
-            if torch.isfinite(pair[0]).all() and torch.isfinite(pair[1]).all():
-                count_failure(rescued_by=step)
-                eigvals[index], eigvecs[index] = pair[0].to(eigvals.dtype), pair[1].to(eigvecs.dtype)
-                break
-        else:
-            count_failure(rescued_by=None)
-            if _gives_nan.get():
-                eigvals[index], eigvecs[index] = torch.nan, torch.nan
-                continue
-            raise DecompositionError(
-                f"no eigendecomposition of a finite {P.shape[-1]} x {P.shape[-1]} matrix"
-                f"{f' at batch index {index}' if index else ''}{place()} converged, "
-                f"by torch.linalg.eigh or any of {', '.join(CHAIN)}; its largest entry is "
-                f"{P[index].abs().max().item():.3e}"
-            )
-
-
-def _indices(flags: Tensor) -> list[tuple[int, ...]]:
-    return [tuple(i) for i in torch.ones_like(flags).nonzero().tolist()] if flags.ndim else [()]
 
 
 def _scaled(P: Tensor) -> EigenPair:
@@ -135,9 +100,8 @@ def _by_svd(P: Tensor) -> EigenPair:
     return s.flip(-1) - shift, U.flip(-1)
 
 
-CHAIN: dict[str, Callable[[Tensor], EigenPair]] = {
-    "scaled": _scaled,
-    "float64": _float64,
-    "diagonal shift": _shifted,
-    "svd": _by_svd,
-}
+CHAIN = Chain(
+    "eigendecomposition",
+    "torch.linalg.eigh",
+    {"scaled": _scaled, "float64": _float64, "diagonal shift": _shifted, "svd": _by_svd},
+)

@@ -1,14 +1,14 @@
 """Python functions side by side on the threads that PyTorch's own operations run on.
 
-A thread pool beside them would compete with them: after every parallel operation the threads of OpenMP wait for the
-next one at full speed, for milliseconds, and a LAPACK routine that is called from a thread of its own starts yet
-another team. On OpenMP's own threads neither happens.
+A thread pool beside them would compete with them: after every parallel operation OpenMP's threads spin for
+milliseconds, waiting for the next one, and a LAPACK routine that is called from another thread starts yet another team.
+On OpenMP's own threads neither happens.
 
-The entry is the function that GNU's compiler calls for a parallel region, a stable interface that Intel's and LLVM's
-runtimes export on Linux as well; it is looked up in the very runtime that PyTorch is linked to. Inside of the region
-every thread tells MKL to work alone. That is not only faster: once ``torch.set_num_threads`` was called MKL does not
-see by itself that it is in a region, and the threads of several routines then wait for each other for ever (geqrf), or
-mix up their rows (getrf, PyTorch's issue 142815). With another LAPACK, where nobody has tried it, there is no team.
+The entry point is the function that GNU's compiler calls for a parallel region, a stable interface that Intel's and
+LLVM's runtimes export on Linux as well; it is looked up in the very runtime that PyTorch is linked to. Inside the
+region every thread tells MKL to work alone. That is not only faster: once ``torch.set_num_threads`` was called, MKL
+no longer notices that it is in a region, and the threads of several routines deadlock (geqrf), or mix up their rows
+(getrf, PyTorch's issue 142815). With another LAPACK, which is untested here, there is no team.
 """
 
 from __future__ import annotations
@@ -26,28 +26,20 @@ import torch
 
 T = TypeVar("T")
 _Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_in_forked_child = False  # where the threads of the team do not exist, and OpenMP would wait for them for ever
-
-
-def _forked() -> None:
-    global _in_forked_child
-    _in_forked_child = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+_loaded_by = os.getpid()
+_PF_FORKNOEXEC = 0x40  # the kernel's flag of a process that was forked and has not called exec since
 
 
 class _Runtime(NamedTuple):
-    """``GOMP_parallel(body, data, threads, flags)``; ``MKL_Set_Num_Threads_Local(count)``, which gives the former."""
+    """``GOMP_parallel(body, data, threads, flags)``; ``MKL_Set_Num_Threads_Local(count)``, which returns the former."""
 
     region: Callable[..., None]
     mkl_threads: Callable[[int], int]
 
     @contextmanager
     def mkl_alone(self) -> Iterator[None]:
-        """In this block MKL does not use other threads than the calling one."""
-        torch.get_num_threads()  # the first to ask in a thread has PyTorch set MKL's number there: not after us
+        """In this block MKL uses no thread but the calling one."""
+        torch.get_num_threads()  # the first call in a thread makes PyTorch set MKL's number: let it not undo ours
         before = self.mkl_threads(1)
         try:
             yield
@@ -62,7 +54,7 @@ def _runtime() -> _Runtime | None:
         return None
     try:
         found = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # and what it is linked to
-        everywhere = ctypes.CDLL(None)  # a runtime that was preloaded stands before that, for PyTorch too
+        everywhere = ctypes.CDLL(None)  # a preloaded runtime takes precedence, for PyTorch too
         region: Any = (everywhere if hasattr(everywhere, "GOMP_parallel") else found).GOMP_parallel
         mkl_threads: Any = found.MKL_Set_Num_Threads_Local
     except (OSError, AttributeError):
@@ -72,28 +64,41 @@ def _runtime() -> _Runtime | None:
     return _Runtime(region, mkl_threads)
 
 
-def threads() -> int:
-    """How many threads :func:`side_by_side` has: PyTorch's, or 1 where its team cannot be reached."""
-    return torch.get_num_threads() if not _in_forked_child and _runtime() is not None else 1
+@lru_cache(maxsize=1)
+def _forked_before_import() -> bool:
+    """Whether the process was forked before this library was imported, say by a server that had loaded PyTorch."""
+    try:
+        stat = Path("/proc/self/stat").read_text()
+        return bool(int(stat.rpartition(")")[2].split()[6]) & _PF_FORKNOEXEC)
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def available() -> bool:
+    """Whether :func:`side_by_side` can be called.
+
+    Not in a forked process: its OpenMP has the team's records, but not its threads, and would wait for them forever.
+    """
+    return os.getpid() == _loaded_by and _runtime() is not None and not _forked_before_import()
 
 
 def side_by_side(tasks: Sequence[Callable[[], T]]) -> list[T]:
-    """The results of the tasks, in order; without gradients and autocast. Each thread takes the next task that is left.
+    """The results of the tasks, in order; without gradients and autocast. An idle thread takes the next task.
 
     Raises:
-        BaseException: of a task that failed, when all have ended.
+        BaseException: that of the first task that failed, after all have ended.
     """
     runtime = _runtime()
     assert runtime is not None
     results: list[Any] = [None] * len(tasks)
     errors: list[BaseException] = []
-    left = deque(enumerate(tasks))
+    waiting = deque(enumerate(tasks))
 
     def work() -> None:
-        with torch.no_grad(), runtime.mkl_alone():  # both belong to a thread
+        with torch.no_grad(), runtime.mkl_alone():  # both are per thread
             while True:
                 try:
-                    i, task = left.popleft()
+                    i, task = waiting.popleft()
                 except IndexError:
                     return
                 try:
@@ -108,8 +113,8 @@ def side_by_side(tasks: Sequence[Callable[[], T]]) -> list[T]:
         except BaseException as error:  # an interrupt between two tasks; a callback cannot raise
             errors.append(error)
 
-    # Always the whole team: GNU's runtime ends the threads that a smaller one leaves out.
-    runtime.region(body, None, threads(), 0)
+    # Always the whole team: GNU's runtime ends the threads that a smaller one does not need.
+    runtime.region(body, None, torch.get_num_threads(), 0)
     if errors:
         raise errors[0]
     return results

@@ -6,17 +6,15 @@ factor first → the eigenpairs of the float64 Gram matrix (small singular value
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from wellcond._shared.errors import DecompositionError
-from wellcond._shared.events import count_call, count_failure, place
+from wellcond._shared.events import count_call
 from wellcond._shared.precision import widened
 from wellcond._shared.torch_internals import outside_the_compiler
 
 from ._batches import in_threads
+from ._chain import Chain, one_by_one
 
 Svd = tuple[Tensor, Tensor, Tensor]
 
@@ -28,12 +26,7 @@ def thin_svd(A: Tensor) -> Svd:
     try:
         return in_threads(_lapack, A)  # pyright: ignore[reportReturnType]
     except torch.linalg.LinAlgError:
-        flat = A.detach().reshape(-1, *A.shape[-2:])
-        parts = [_one_by_one(matrix, index, alone=len(flat) == 1) for index, matrix in enumerate(flat)]
-        dtypes = (A.dtype, A.real.dtype, A.dtype)
-        U, sigma, Vh = (torch.stack(x).to(dtype) for x, dtype in zip(zip(*parts, strict=True), dtypes, strict=True))
-        batch = A.shape[:-2]
-        return U.reshape(*batch, *U.shape[1:]), sigma.reshape(*batch, -1), Vh.reshape(*batch, *Vh.shape[1:])
+        return one_by_one(_lapack, CHAIN.rescue, A.detach())  # pyright: ignore[reportReturnType]
 
 
 def _lapack(A: Tensor) -> Svd:
@@ -59,25 +52,8 @@ def _gram(A: Tensor) -> Svd:
     return U * torch.where(signs == 0, torch.ones_like(signs), signs), eigvals.flip(-1).clamp_min(0).sqrt(), V.mH
 
 
-CHAIN: dict[str, Callable[[Tensor], Svd]] = {"float64": _float64, "triangular factor": _triangular, "gram": _gram}
-
-
-def _one_by_one(A: Tensor, index: int, *, alone: bool) -> Svd:
-    """One matrix of a batch that failed as a whole; one that was alone in it has failed already."""
-    if not alone:
-        try:
-            return _lapack(A)
-        except torch.linalg.LinAlgError:
-            pass
-    for step, decompose in CHAIN.items():
-        try:
-            parts = decompose(A)
-        except torch.linalg.LinAlgError:
-            continue
-        count_failure(rescued_by=step)
-        return parts
-    count_failure(rescued_by=None)
-    raise DecompositionError(
-        f"no singular value decomposition of a finite matrix of shape {tuple(A.shape)} (number {index} of its batch)"
-        f"{place()} converged, by torch.linalg.svd or any of {', '.join(CHAIN)}"
-    )
+CHAIN = Chain(
+    "singular value decomposition",
+    "torch.linalg.svd",
+    {"float64": _float64, "triangular factor": _triangular, "gram": _gram},
+)

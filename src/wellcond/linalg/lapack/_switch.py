@@ -1,0 +1,144 @@
+"""Whether batches are cut: the user's switch, and a self-test of the team before its first batch."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ._openmp import available, side_by_side
+
+VARIABLE = "WELLCOND_PARALLEL_BATCHES"
+# Seconds that the self-test may take; it takes milliseconds.
+PATIENCE = 10.0
+
+_lock = threading.RLock()
+_wanted: bool | None = None  # None until it is asked for
+_passed: bool | None = None  # None until it is tested
+
+
+def set_parallel_batches(enabled: bool) -> None:
+    """Switch the decomposition of a batch on several CPU threads on or off, for the whole process.
+
+    It is on by default, where it is supported, and the environment variable ``WELLCOND_PARALLEL_BATCHES`` (0 or 1, read
+    when the first batch is worth cutting) sets the default. Like ``torch.set_num_threads`` the switch is not inherited
+    by a process that is spawned; the variable is. Switched on, a team whose self-test failed is tested once more.
+
+    Args:
+        enabled: whether batches may be cut. ``True`` has no effect where there is no team: see
+            :func:`parallel_batches_enabled`.
+
+    Raises:
+        TypeError: ``enabled`` is not a bool.
+
+    Complexity: O(1).
+
+    Example:
+        >>> set_parallel_batches(False)
+        >>> parallel_batches_enabled()
+        False
+        >>> set_parallel_batches(True)
+    """
+    global _wanted, _passed
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled must be True or False, got {enabled!r}")
+    _wanted = enabled
+    if enabled and _passed is False:
+        _passed = None
+
+
+def parallel_batches_enabled() -> bool:
+    """Whether a batch on the CPU may be decomposed on several threads in this process.
+
+    Returns:
+        ``False`` if that was switched off, where PyTorch does not run on OpenMP and MKL on Linux, in a forked process,
+        and after the self-test failed. ``True`` does not mean that every batch is cut: little work never is, nor is
+        anything while ``torch.get_num_threads()`` is 1.
+
+    Complexity: O(1).
+    """
+    return _switched_on() and available() and _passed is not False
+
+
+def _switched_on() -> bool:
+    global _wanted
+    if _wanted is None:
+        value = os.environ.get(VARIABLE) or "1"
+        _wanted = value == "1"
+        if value not in ("0", "1"):
+            warnings.warn(
+                f"{VARIABLE} must be 0 or 1, got {value!r}: batches are not decomposed in parallel",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return _wanted
+
+
+def threads() -> int:
+    """How many threads a batch may be cut for."""
+    return torch.get_num_threads() if parallel_batches_enabled() else 1
+
+
+def passes_self_test() -> bool:
+    """Whether the team works. Tested once; a failure is a warning, and the team is not used again."""
+    global _passed
+    problem = None
+    if _passed is None:
+        with _lock:
+            if _passed is None:
+                problem = _problem()
+                _passed = problem is None
+    if problem is not None:
+        warnings.warn(
+            f"decomposing a batch on several threads {problem}: batches are decomposed one matrix after another from "
+            f"now on. Results are not affected. Set {VARIABLE}=0 or call wellcond.linalg.set_parallel_batches(False) "
+            "to skip this self-test",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return bool(_passed)
+
+
+def _problem() -> str | None:
+    """What is wrong with the team, found out by a thread that can be left behind if it never returns.
+
+    A thread from which a parallel region is entered gets a team of its own, made in the same way by the same runtime.
+    """
+    outcome: list[str | None] = []
+
+    def probe() -> None:
+        try:
+            outcome.append(None if _is_right() else "gave a wrong result")
+        except BaseException as error:
+            outcome.append(f"raised {error!r}")
+
+    watched = threading.Thread(target=probe, name="wellcond-self-test", daemon=True)
+    try:
+        watched.start()
+    except RuntimeError as error:
+        return f"raised {error!r}"
+    watched.join(PATIENCE)
+    return outcome[0] if outcome else f"did not return within {PATIENCE:g} seconds"
+
+
+def _is_right() -> bool:
+    """Whether decompositions on the team, one for each of its threads, give back the matrices."""
+    A = torch.arange(160 * 160, dtype=torch.float64, device="cpu").square().cos().reshape(160, 160)
+    count = max(4, torch.get_num_threads())
+    return all(side_by_side([partial(_gives_back, A * scale / count) for scale in range(1, 1 + count)]))
+
+
+def _gives_back(A: Tensor) -> bool:
+    """Decompose A (160, 160) and parts of it in three ways, and compare the products with what was decomposed."""
+    tall, symmetric, x = A[:48, :24], A[:24, :24] + A[:24, :24].mT, A[0]
+    U, sigma, Vh = torch.linalg.svd(tall, full_matrices=False)
+    eigvals, Q = torch.linalg.eigh(symmetric)
+    # If MKL does not work alone although it was told to, an LU factorisation of more than 150 rows shows it.
+    P, L, R = torch.linalg.lu(A)
+    pairs = ((U * sigma) @ Vh, tall), ((Q * eigvals) @ Q.mT, symmetric), (P @ (L @ (R @ x)), A @ x)
+    # Entries up to 1, norms up to 160, so errors are near eps · 160² < 1e-11.
+    return all(torch.allclose(got, want, rtol=0, atol=1e-9) for got, want in pairs)
