@@ -208,7 +208,7 @@ def _gradient(X: Tensor, G: Tensor, options: Options, factor: Factor) -> Tensor:
         C = K[..., :-1, :-1] * right - c
     half = product(U, product(U.mH, GU).mul_(C.to(U.real.dtype)))
     if c is not None:
-        half.addcmul_(GU, c.to(U.dtype))
+        half = half.add_(GU * c.to(U.dtype))
     return product(half, V.mH).to(X.dtype)
 
 
