@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from wellcond.linalg import NewtonSchulz, NonFiniteMatrixError, covariance, invsqrtm
-from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
+from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d, IterNorm2d
 
 SHAPES = [
     (DecorrelatedBatchNorm1d, (64, 6)),
@@ -196,6 +196,26 @@ def test_copies_and_pickles_keep_everything_but_observers():
 def test_a_channel_count_that_groups_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="divisible by groups"):
         DecorrelatedBatchNorm2d(10, groups=3)
+
+
+@pytest.mark.parametrize("layer", [DecorrelatedBatchNorm1d, IterNorm2d])
+@pytest.mark.parametrize("arguments", [(64, 1e-3), (64, 1e-3, 0.1), (64, True), (64, 1.0), (64, None)])
+def test_what_a_batch_norm_takes_second_is_refused_with_what_to_write(layer, arguments):
+    message = f"second argument of {layer.__name__} is groups, an integer, got {arguments[1]}"
+    with pytest.raises(TypeError, match=f"{message}.*write eps={arguments[1]}" if 1e-3 in arguments else message):
+        layer(*arguments)
+    assert layer(64, torch.tensor(4).item(), eps=1e-3).groups == 4
+
+
+def test_a_layer_made_on_meta_is_the_one_made_on_the_cpu_once_it_is_filled():
+    with torch.device("meta"):
+        lazy = DecorrelatedBatchNorm2d(4, groups=2, dtype=torch.float64)
+    assert all(t.is_meta and t.dtype != torch.float32 for t in (*lazy.parameters(), *lazy.buffers()))
+    lazy.to_empty(device="cpu").reset_parameters()
+    x = correlated((8, 4, 3, 3))
+    for mode in (True, False):
+        want = DecorrelatedBatchNorm2d(4, groups=2, dtype=torch.float64).train(mode)(x)
+        assert torch.equal(copy.deepcopy(lazy).train(mode)(x), want)
 
 
 @pytest.mark.parametrize(

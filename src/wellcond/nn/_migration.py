@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from wellcond._shared.precision import HALF
+
 KEYS = {"covariance": "running_cov", "whitening": "running_whitening"}
 
 
@@ -42,7 +44,7 @@ def upgrade(layer: Layer, state: dict[str, Any], prefix: str, version: int | Non
             state[prefix + "running_whitening"] = torch.diag_embed(_scale(layer, variance))
     for key in KEYS.values():
         saved = state.get(prefix + key)
-        if saved is not None and saved.dtype in (torch.float16, torch.bfloat16):
+        if saved is not None and saved.dtype in HALF:
             warnings.warn(
                 f"{prefix}{key} was saved in {saved.dtype}: eigenvalues below {torch.finfo(saved.dtype).eps:.0e} of "
                 "the largest are rounding, and so is the whitening along them; save the statistics in float32",

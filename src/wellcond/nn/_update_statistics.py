@@ -1,4 +1,4 @@
-"""Running statistics of a finished model: taken anew, of the weights as they are.
+"""Running statistics of a finished model, recomputed for the weights as they are.
 
 While a model trains, its running statistics are those of the weights of the last steps. Evaluation of a whitening layer
 feels that more than that of batch norm: along directions without variance it divides by √ε what the weights have moved.
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._running_statistics import RunningWhitening
+from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 
-NORMS = (RunningWhitening, nn.modules.batchnorm._BatchNorm)
+NORMS = (_DecorrelatedBatchNorm, nn.modules.batchnorm._BatchNorm)
 
 
 @torch.no_grad()
 def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch.device | str | None = None) -> int:
-    """Take the running statistics of every batch norm and decorrelated batch norm anew, averaged over the batches.
+    """Recompute the running statistics of every batch norm and decorrelated batch norm, averaged over the batches.
 
     Only the norms see the batches in training mode; everything else, such as dropout, is in evaluation. Modes and
     momenta are afterwards what they were.
@@ -77,7 +77,7 @@ def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch
         for module, mode in modes.items():
             module.training = mode
     for norm in norms:
-        if isinstance(norm, RunningWhitening) and not norm.training:
+        if isinstance(norm, _DecorrelatedBatchNorm) and not norm.training:
             norm.eval()  # compiled and exported graphs take the whitening matrix from a buffer
     return len(norms)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ._affine import ChannelAffine, absorbed, channel_convolution
-from .decorrelated_batchnorm import _DecorrelatedBatchNorm
+from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
 _PASSES_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
