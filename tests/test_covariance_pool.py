@@ -238,7 +238,7 @@ def test_input_of_the_wrong_form_is_refused(layer, shape, message):
         ({"function": "sqrt", "exponent": 0.3}, "exponent=0.3 is for function='power'"),
         ({"function": "power", "exponent": float("nan")}, "finite"),
         ({"function": "log", "solver": "pade"}, "solver='pade' is for sqrt and invsqrt"),
-        ({"normalisation": "max"}, "normalisation must be None, 'trace' or 'frobenius', got 'max'"),
+        ({"normalisation": "tracee"}, "unknown normalisation 'tracee'; did you mean 'trace'"),
         ({"isometric": True, "triu": False}, "needs triu=True"),
         ({"eps": -1.0}, "eps must be"),
         ({"reduction": 0}, "must be positive"),
@@ -249,6 +249,19 @@ def test_input_of_the_wrong_form_is_refused(layer, shape, message):
 def test_options_that_cannot_be_are_refused(layer, options, message):
     with pytest.raises(ValueError, match=message):
         layer(4, **options)
+
+
+@pytest.mark.parametrize("layer", [GlobalCovariancePool2d, TokenCovariancePool])
+def test_a_head_is_made_on_the_device_and_in_the_dtype_asked_for(layer):
+    head = layer(6, reduction=4, isometric=True, dtype=torch.float64)
+    assert {t.dtype for t in (*head.parameters(), *head.buffers()) if t.is_floating_point()} == {torch.float64}
+    lazy = layer(6, reduction=4, isometric=True, device="meta", dtype=torch.float64)
+    assert all(t.is_meta for t in (*lazy.parameters(), *lazy.buffers()))
+    lazy.to_empty(device="cpu").load_state_dict(head.state_dict())
+    lazy.reset_parameters()  # the indices of the triangle are not saved
+    x = torch.randn(2, 6, 6, 6, dtype=torch.float64)[:, :, : (6 if layer is GlobalCovariancePool2d else 1)]
+    x = x if layer is GlobalCovariancePool2d else x.squeeze(2)
+    assert torch.equal(lazy(x), head(x))
 
 
 def test_the_logarithm_of_a_rank_deficient_map_asks_for_eps_and_names_the_layer():

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from wellcond._shared.precision import widened
 from wellcond.linalg import Solver, SolverEvents, recording
 from wellcond.linalg.solvers import choose_solver
 
@@ -31,14 +30,6 @@ class Observation(NamedTuple):
 
     features: Tensor
     eps: float
-
-
-def features_of(P: Tensor) -> Tensor:
-    """Features (..., d, 2d) of zero mean in float64 whose covariance is P less the eigenvalues that are rounding."""
-    eigvals, U = torch.linalg.eigh(widened(P))
-    rounding = P.shape[-1] * torch.finfo(P.dtype).eps * eigvals.abs().amax(-1, keepdim=True)
-    A = U * torch.where(eigvals > rounding, eigvals, 0.0).sqrt().unsqueeze(-2)
-    return P.shape[-1] ** 0.5 * torch.cat([A, -A], -1)
 
 
 class SpectralModule(nn.Module):

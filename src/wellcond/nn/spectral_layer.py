@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from wellcond._shared.checks import require_nonnegative
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond.linalg import (
@@ -22,14 +23,16 @@ from wellcond.linalg import (
     expm,
     invsqrtm,
     logm,
+    matrix_spectrum,
     powm,
     sqrtm,
 )
 from wellcond.linalg.solvers import choose_solver
 
-from ._base import Observation, SpectralModule, features_of
-from ._normalise import Normalisation, normalised_features, normalised_matrix, require_normalisation
+from ._base import Observation, SpectralModule
 
+Takes = Literal["features", "covariance"]
+Normalisation = Literal["trace", "frobenius"]
 FUNCTIONS = ("sqrt", "invsqrt", "log", "power", "exp")
 _ROOTS: dict[str, Callable[..., Tensor]] = {"sqrt": sqrtm, "invsqrt": invsqrtm}
 
@@ -69,7 +72,7 @@ class SpectralLayer(SpectralModule):
     def __init__(
         self,
         function: str | Callable[[Tensor], Tensor] = "sqrt",
-        takes: Literal["features", "covariance"] = "features",
+        takes: Takes = "features",
         eps: float = 0.0,
         solver: str | Solver = "auto",
         *,
@@ -79,17 +82,16 @@ class SpectralLayer(SpectralModule):
         super().__init__()
         if not callable(function):
             require_known(function, FUNCTIONS, "function")
-        if takes not in ("features", "covariance"):
-            raise ValueError(f"takes must be 'features' or 'covariance', got {takes!r}")
+        require_known(takes, get_args(Takes), "takes")
+        if normalisation is not None:
+            require_known(normalisation, get_args(Normalisation), "normalisation")
+        require_nonnegative(eps, "eps")
         if exponent is not None and function != "power":
             raise ValueError(f"exponent={exponent} is for function='power', not {function!r}")
         if exponent is not None and not math.isfinite(exponent):
             raise ValueError(f"exponent must be a finite number, got {exponent}")
         if function not in _ROOTS and solver != "auto":
             raise ValueError(f"solver={solver!r} is for {' and '.join(_ROOTS)}, not {function!r}")
-        if not 0.0 <= eps < math.inf:
-            raise ValueError(f"eps must be a finite number >= 0, got {eps}")
-        require_normalisation(normalisation)
         self.function, self.takes, self.eps, self.solver = function, takes, eps, solver
         self.normalisation: Normalisation | None = normalisation
         self.exponent = (0.5 if exponent is None else float(exponent)) if function == "power" else None
@@ -100,14 +102,20 @@ class SpectralLayer(SpectralModule):
             return self._apply_function(self._normalised(x.to(working_dtype(x.dtype)))).to(x.dtype)
 
     def observed_features(self, x: Tensor) -> Observation:
-        """Features of the covariance that the function is taken of."""
+        """Features of the covariance that the function is taken of; of a given covariance, in its eigenbasis."""
         x = self._normalised(x.detach())
-        return Observation(x if self.takes == "features" else features_of(x), self.eps)
+        if self.takes == "covariance":
+            eigvals, tolerance = matrix_spectrum(x)
+            kept = torch.where(eigvals > tolerance.unsqueeze(-1), eigvals, 0.0)
+            # d pairs of samples of opposite sign, so that the mean is 0.
+            A = torch.diag_embed((x.shape[-1] * kept).sqrt())
+            x = torch.cat([A, -A], -1)
+        return Observation(x, self.eps)
 
     def _normalised(self, x: Tensor) -> Tensor:
         if self.normalisation is None:
             return x
-        return (normalised_features if self.takes == "features" else normalised_matrix)(x, self.normalisation)
+        return (_normalised_features if self.takes == "features" else _normalised_matrix)(x, self.normalisation)
 
     def _apply_function(self, x: Tensor) -> Tensor:
         if self.takes == "features":
@@ -137,3 +145,42 @@ class SpectralLayer(SpectralModule):
         power = "" if self.exponent is None else f", exponent={self.exponent}"
         size = "" if self.normalisation is None else f", normalisation={self.normalisation!r}"
         return f"{name!r}, takes={self.takes!r}, eps={self.eps}, solver={self.solver!r}{power}{size}"
+
+
+# iSQRT-COV (Li et al., CVPR 2018) divides by c = tr P or ‖P‖_F for its iteration and multiplies the root by √c
+# afterwards: √c (P/c)^{1/2} = P^{1/2}, so this pair is what a solver does inside and changes nothing. Left without the
+# second step, f(P/c) is the same for features of any scale. For the root, (P/tr P)^{1/2} = P^{1/2}/‖P^{1/2}‖_F is the
+# Frobenius normalisation of MPN-COV (Li et al., ICCV 2017).
+
+
+def _normalised_features(X: Tensor, kind: Normalisation) -> Tensor:
+    """Features (..., d, n) of zero mean and covariance P/c; features that are all equal become zero."""
+    X = _by_largest_entry(X - X.mean(-1, keepdim=True))
+    n = X.shape[-1]
+    if kind == "trace":
+        size = X.abs().square().sum((-2, -1), keepdim=True) / n
+    else:
+        size = _norm(X.mH @ X if n < X.shape[-2] else X @ X.mH) / n
+    return X / torch.where(size > 0, size, 1.0).sqrt()
+
+
+def _normalised_matrix(P: Tensor, kind: Normalisation) -> Tensor:
+    """P/c; a zero matrix stays zero."""
+    P = _by_largest_entry(P)
+    size = P.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None] if kind == "trace" else _norm(P)
+    return P / torch.where(size > 0, size, 1.0)
+
+
+def _by_largest_entry(X: Tensor) -> Tensor:
+    """X with largest entry 1, so that neither its squares nor its fourth powers leave the range of the dtype.
+
+    What follows divides by the size, so this scale has no derivative.
+    """
+    largest = X.detach().abs().amax((-2, -1), keepdim=True)
+    return X / torch.where(largest > 0, largest, 1.0)
+
+
+def _norm(M: Tensor) -> Tensor:
+    # The Frobenius norm has no derivative at 0, so the root is not taken there.
+    squares = M.abs().square().sum((-2, -1), keepdim=True)
+    return torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
