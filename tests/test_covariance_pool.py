@@ -9,14 +9,6 @@ from wellcond.nn import GlobalCovariancePool2d, SpectralLayer, TokenCovariancePo
 from wellcond.orthogonality import pre_spectral_layers
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 4, 4), (3, 20, 3, 3), (1, 1, 2, 2)])
-def test_matrix_output_squares_to_the_covariance(shape):
-    x = torch.randn(shape, dtype=torch.float64)
-    Q = GlobalCovariancePool2d(shape[1], triu=False)(x)
-    torch.testing.assert_close(Q @ Q, covariance(x.flatten(2)), rtol=0, atol=1e-12)
-    assert torch.linalg.eigvalsh(Q).min() > -1e-12
-
-
 def test_vector_output_is_the_upper_triangle():
     x = torch.randn(3, 5, 4, 4)
     Q = GlobalCovariancePool2d(5, triu=False)(x)
@@ -80,7 +72,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 4, 4), (2, 9, 2, 3)])
+@pytest.mark.parametrize("shape", [(2, 5, 4, 4), (2, 9, 2, 3), (2, 1, 2, 2)])
 @pytest.mark.parametrize("normalisation", [None, "trace", "frobenius"])
 @pytest.mark.parametrize("eps", [0.0, 1e-2])
 @pytest.mark.parametrize("function", FUNCTIONS)

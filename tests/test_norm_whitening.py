@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import eps_of, features_with, relative_error, unitary
+from helpers import channels_first, eps_of, features_with, relative_error, unitary
 from wellcond.linalg import Minimax, NewtonSchulz, covariance, invsqrtm
 from wellcond.nn import (
     DecorrelatedBatchNorm1d,
@@ -28,10 +28,6 @@ LAYERS = {
     4: DecorrelatedBatchNorm2d,
     5: DecorrelatedBatchNorm3d,
 }
-
-
-def channels_first(y):
-    return y.transpose(0, 1).flatten(1)
 
 
 def batch(shape, dtype=torch.float64, eigvals=SPECTRUM):
@@ -317,15 +313,6 @@ def test_derivatives_along_many_directions_at_once_are_those_one_by_one():
     one_by_one = [torch.autograd.grad(y, inputs, direction, retain_graph=True) for direction in directions]
     for got, want in zip(together, zip(*one_by_one, strict=True), strict=True):
         torch.testing.assert_close(got, torch.stack(want), rtol=1e-11, atol=1e-11)
-
-
-def test_the_cumulative_average_is_batch_norms_in_double_precision():
-    layer, reference = (c(3, momentum=None).double() for c in (DecorrelatedBatchNorm2d, nn.BatchNorm2d))
-    for _ in range(7):
-        x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
-        layer(x), reference(x)
-    torch.testing.assert_close(layer.running_mean, reference.running_mean, rtol=0, atol=1e-15)
-    torch.testing.assert_close(layer.running_cov[0].diagonal(), reference.running_var, rtol=0, atol=1e-14)
 
 
 def test_the_buffers_of_a_thread_serve_every_mode_shape_and_dtype():

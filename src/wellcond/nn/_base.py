@@ -32,6 +32,14 @@ class Observation(NamedTuple):
     eps: float
 
 
+def require_input(x: Tensor, dims: tuple[int, ...], channels: int) -> None:
+    """Refuse what is not (N, C, *spatial) of so many dimensions and channels, in the words of ``torch.nn``."""
+    if x.dim() not in dims:
+        raise ValueError(f"expected {' or '.join(f'{dim}D' for dim in dims)} input (got {x.dim()}D input)")
+    if x.shape[1] != channels:
+        raise ValueError(f"expected input with {channels} channels (got {x.shape[1]} channels)")
+
+
 class SpectralModule(nn.Module):
     """Base of the spectral layers.
 

@@ -17,7 +17,7 @@ from wellcond._shared.precision import HALF, full_precision, working_dtype
 from wellcond._shared.torch_internals import under_functorch
 from wellcond.linalg import Solver, WhiteningMethod, recording, value_checks, whitening_matrix
 
-from ._base import Observation, SpectralModule
+from ._base import Observation, SpectralModule, require_input
 from ._fused_passes import affine_map, moments
 from ._migration import upgrade
 from ._minimum_ridge import mean_ridge, with_ridge
@@ -111,8 +111,6 @@ class _DecorrelatedBatchNorm(SpectralModule):
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
-    # ------------------------------------------------------------------------------------------- the forward pass
-
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
         with full_precision(x):
@@ -158,21 +156,19 @@ class _DecorrelatedBatchNorm(SpectralModule):
         _, cov, _ = moments(x.detach(), self.groups)
         return Observation(features, mean_ridge(cov, self.eps, relative=self.relative))
 
-    # ------------------------------------------------------------------------------------- the running statistics
-
     def _register_statistics(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         d = self.num_features // self.groups
         kind = {"device": device, "dtype": working_dtype(dtype or torch.get_default_dtype())}
 
-        def buffer(name: str, *shape: int, wanted: bool = True, persistent: bool = True) -> None:
-            tensor = torch.empty(*shape, **kind) if self.track_running_stats and wanted else None
-            self.register_buffer(name, tensor, persistent=persistent)
-
-        buffer("running_mean", self.num_features)
-        buffer("running_cov", self.groups, d, d, wanted=self.running == "covariance")
-        buffer("running_whitening", self.groups, d, d, wanted=self.running == "whitening")
-        # Derived, hence not saved, but a buffer: compiled and exported graphs read it as one.
-        buffer("evaluation_whitening", self.groups, d, d, wanted=self.running == "covariance", persistent=False)
+        for name, shape, wanted in (
+            ("running_mean", (self.num_features,), True),
+            ("running_cov", (self.groups, d, d), self.running == "covariance"),
+            ("running_whitening", (self.groups, d, d), self.running == "whitening"),
+            ("evaluation_whitening", (self.groups, d, d), self.running == "covariance"),
+        ):
+            tensor = torch.empty(shape, **kind) if self.track_running_stats and wanted else None
+            # The last one is derived, hence not saved, but a buffer: compiled and exported graphs read it as one.
+            self.register_buffer(name, tensor, persistent=name != "evaluation_whitening")
         count = torch.tensor(0, dtype=torch.long, device=device) if self.track_running_stats else None
         self.register_buffer("num_batches_tracked", count)
         self._derived_from: tuple[Tensor, int] | None = None
@@ -223,8 +219,6 @@ class _DecorrelatedBatchNorm(SpectralModule):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *lists)
         if not self.training:
             self._derive()
-
-    # ------------------------------------------------------------------------------------------------- evaluation
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
@@ -285,18 +279,10 @@ class _DecorrelatedBatchNorm(SpectralModule):
                 require_finite(cov, "running_cov")
         return value_checks(False)
 
-    # ----------------------------------------------------------------------------------------- checks and display
-
     def _check_input(self, x: Tensor) -> None:
         if not x.is_floating_point():
             raise TypeError(f"expected input of a real floating dtype (got {x.dtype})")
-        if x.dim() not in self._dims:
-            expected = " or ".join(f"{dim}D" for dim in self._dims)
-            raise ValueError(f"expected {expected} input (got {x.dim()}D input)")
-        if x.shape[1] != self.num_features:
-            raise ValueError(
-                f"expected input with {self.num_features} channels (got {x.shape[1]} channels, shape {tuple(x.shape)})"
-            )
+        require_input(x, self._dims, self.num_features)
 
     def _check_count(self, count: int, x: Tensor) -> None:
         d = self.num_features // self.groups

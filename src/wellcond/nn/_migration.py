@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from wellcond._shared.precision import HALF
 
+if TYPE_CHECKING:
+    from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
+
 KEYS = {"covariance": "running_cov", "whitening": "running_whitening"}
 
 
-class Layer(Protocol):
-    """What is asked of a layer with running statistics."""
-
-    num_features: int
-    groups: int
-    eps: float
-    relative: bool
-    running: str
-    running_mean: Tensor | None
-    running_cov: Tensor | None
-
-
-def upgrade(layer: Layer, state: dict[str, Any], prefix: str, version: int | None) -> str | None:
+def upgrade(layer: _DecorrelatedBatchNorm, state: dict[str, Any], prefix: str, version: int | None) -> str | None:
     """Make the entries of ``state`` those that ``layer`` expects, in place; what cannot be done is returned as text.
 
     A running variance becomes the diagonal of the running covariance (or of the whitening matrix). Before version 2 a
@@ -62,7 +53,7 @@ def upgrade(layer: Layer, state: dict[str, Any], prefix: str, version: int | Non
     return None
 
 
-def _scale(layer: Layer, variance: Tensor) -> Tensor:
+def _scale(layer: _DecorrelatedBatchNorm, variance: Tensor) -> Tensor:
     """1/√(variance + ε), with ε relative to the group's mean variance if the layer has it so."""
     unit = variance.mean(-1, keepdim=True) if layer.relative else 1.0
     return (variance + layer.eps * unit).rsqrt()

@@ -23,7 +23,7 @@ def with_ridge(P: Tensor, eps: float, *, relative: bool) -> tuple[Tensor, float]
     minimum = torch.finfo(P.dtype).eps
     if relative:
         return P, max(eps, minimum * P.shape[-1])
-    lacking = (minimum * _trace(P) - eps).clamp_min(0.0)
+    lacking = (minimum * P.diagonal(dim1=-2, dim2=-1).sum(-1) - eps).clamp_min(0.0)
     if not torch.compiler.is_compiling() and readable(P) and not lacking.any():
         return P, eps
     return P + torch.diag_embed(lacking.unsqueeze(-1).expand(*P.shape[:-1])), eps
@@ -32,11 +32,6 @@ def with_ridge(P: Tensor, eps: float, *, relative: bool) -> tuple[Tensor, float]
 def mean_ridge(P: Tensor, eps: float, *, relative: bool) -> float:
     """The absolute ε that :func:`with_ridge` stands for, the mean over the groups."""
     minimum = torch.finfo(P.dtype).eps
-    traces = _trace(P).double()
+    traces = P.diagonal(dim1=-2, dim2=-1).sum(-1).double()
     ridges = max(eps / P.shape[-1], minimum) * traces if relative else (minimum * traces).clamp_min(eps)
     return ridges.mean().item()
-
-
-def _trace(P: Tensor) -> Tensor:
-    """(...,) tr P."""
-    return P.diagonal(dim1=-2, dim2=-1).sum(-1)

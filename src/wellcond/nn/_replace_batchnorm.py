@@ -61,18 +61,14 @@ def replace_batchnorm(model: nn.Module, which: Which = "first", **options: Any) 
         raise ValueError(f"which must be 'first', 'all' or a function of name and module, got {which!r}")
     if not chosen:
         raise ValueError(f"which chose none of the batch norms {', '.join(name for name, _ in norms)}")
-    new = {module: _decorrelated(module, **options) for _, module in chosen}
+    new: dict[nn.Module, nn.Module] = {}
+    for _, module in chosen:
+        old: Any = module
+        new[module] = norm = DECORRELATED[type(old)].from_batchnorm(old, **options)
+        if norm.weight is not None and old.weight is not None:
+            norm.weight, norm.bias = old.weight, old.bias
     for name, module in list(model.named_modules(remove_duplicate=False)):  # one norm may have several names
         if module in new:
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, new[module])
     return [name for name, _ in chosen]
-
-
-def _decorrelated(bn: nn.Module, **options: Any) -> nn.Module:
-    """The decorrelated batch norm that is ``bn`` as long as the channels are uncorrelated."""
-    old: Any = bn
-    new = DECORRELATED[type(bn)].from_batchnorm(old, **options)
-    if new.weight is not None and old.weight is not None:
-        new.weight, new.bias = old.weight, old.bias
-    return new

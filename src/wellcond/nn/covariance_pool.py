@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wellcond.linalg import Solver
 
+from ._base import require_input
 from .spectral_layer import Normalisation, SpectralLayer
 
 
@@ -126,10 +127,7 @@ class GlobalCovariancePool2d(_CovariancePool):
         return nn.Sequential(convolution, nn.BatchNorm2d(channels, **kind), nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4:
-            raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-        if x.shape[1] != self.in_channels:
-            raise ValueError(f"expected input with {self.in_channels} channels (got {x.shape[1]} channels)")
+        require_input(x, (4,), self.in_channels)
         return self._pool(self.reduction(x).flatten(2))
 
 

@@ -19,6 +19,7 @@ from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond._shared.torch_internals import under_functorch
 
+from ._base import require_input
 from ._operator_norm import skew_convolution_norm_bound
 
 
@@ -140,7 +141,9 @@ class SkewOrthogonalConv2d(nn.Module):
         return M - M.transpose(0, 1).flip(-1, -2)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
+        require_input(x, (4,), self.in_channels)
+        if x.shape[2] % self.stride or x.shape[3] % self.stride:
+            raise ValueError(f"expected a size divisible by stride={self.stride} (got {tuple(x.shape[2:])})")
         c = self.weight.shape[0]
         x = F.pixel_unshuffle(x, self.stride) if self.stride > 1 else x
         x = F.pad(x, (0, 0, 0, 0, 0, c - x.shape[1])) if x.shape[1] < c else x
@@ -165,14 +168,6 @@ class SkewOrthogonalConv2d(nn.Module):
             return F.conv2d(x, L, padding=self.padding)
         rows, columns = self.padding
         return F.conv2d(F.pad(x, (columns, columns, rows, rows), mode="circular"), L)
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() != 4:
-            raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-        if x.shape[1] != self.in_channels:
-            raise ValueError(f"expected input with {self.in_channels} channels (got {x.shape[1]} channels)")
-        if x.shape[2] % self.stride or x.shape[3] % self.stride:
-            raise ValueError(f"expected a size divisible by stride={self.stride} (got {tuple(x.shape[2:])})")
 
     def extra_repr(self) -> str:
         return (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -34,7 +33,7 @@ from ._base import Observation, SpectralModule
 Takes = Literal["features", "covariance"]
 Normalisation = Literal["trace", "frobenius"]
 FUNCTIONS = ("sqrt", "invsqrt", "log", "power", "exp")
-_ROOTS: dict[str, Callable[..., Tensor]] = {"sqrt": sqrtm, "invsqrt": invsqrtm}
+ROOTS = {"sqrt": sqrtm, "invsqrt": invsqrtm}
 
 
 class SpectralLayer(SpectralModule):
@@ -90,14 +89,14 @@ class SpectralLayer(SpectralModule):
             raise ValueError(f"exponent={exponent} is for function='power', not {function!r}")
         if exponent is not None and not math.isfinite(exponent):
             raise ValueError(f"exponent must be a finite number, got {exponent}")
-        if function not in _ROOTS and solver != "auto":
-            raise ValueError(f"solver={solver!r} is for {' and '.join(_ROOTS)}, not {function!r}")
+        if function not in ROOTS and solver != "auto":
+            raise ValueError(f"solver={solver!r} is for {' and '.join(ROOTS)}, not {function!r}")
         self.function, self.takes, self.eps, self.solver = function, takes, eps, solver
         self.normalisation: Normalisation | None = normalisation
         self.exponent = (0.5 if exponent is None else float(exponent)) if function == "power" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        solver = self.solver if self.function in _ROOTS else None
+        solver = self.solver if self.function in ROOTS else None
         with self._recording(solver), full_precision(x):
             return self._apply_function(self._normalised(x.to(working_dtype(x.dtype)))).to(x.dtype)
 
@@ -121,24 +120,20 @@ class SpectralLayer(SpectralModule):
         if self.takes == "features":
             if self.function == "sqrt" and self.eps == 0.0:
                 return covariance_sqrtm(x, solver=self.solver)
-            if self.function in _ROOTS and isinstance(choose_solver(self.solver), Eigh):
-                return covariance_powm(x, 0.5 if self.function == "sqrt" else -0.5, eps=self.eps)
             if self.function == "log":
                 return covariance_logm(x, eps=self.eps)
-            if self.exponent is not None:
-                return covariance_powm(x, self.exponent, eps=self.eps)
-        return self._of_matrix()(covariance(x) if self.takes == "features" else x)
-
-    def _of_matrix(self) -> Callable[[Tensor], Tensor]:
-        """f(· + εI), of a matrix."""
-        if isinstance(self.function, str) and self.function in _ROOTS:
-            return partial(_ROOTS[self.function], eps=self.eps, solver=self.solver)
+            exponent = {"sqrt": 0.5, "invsqrt": -0.5}.get(str(self.function), self.exponent)
+            if exponent is not None and isinstance(choose_solver(self.solver), Eigh):
+                return covariance_powm(x, exponent, eps=self.eps)
+            x = covariance(x)
+        if self.function in ROOTS:
+            return ROOTS[str(self.function)](x, eps=self.eps, solver=self.solver)
         if self.function == "log":
-            return partial(logm, eps=self.eps)
+            return logm(x, eps=self.eps)
         if self.exponent is not None:
-            return partial(powm, exponent=self.exponent, eps=self.eps)
-        inner = self.function if callable(self.function) else expm
-        return lambda P: inner(P + self.eps * torch.eye(P.shape[-1], dtype=P.dtype, device=P.device))
+            return powm(x, self.exponent, eps=self.eps)
+        function = self.function if callable(self.function) else expm
+        return function(x + self.eps * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
 
     def extra_repr(self) -> str:
         name = self.function if isinstance(self.function, str) else getattr(self.function, "__name__", "callable")
@@ -160,14 +155,15 @@ def _normalised_features(X: Tensor, kind: Normalisation) -> Tensor:
     if kind == "trace":
         size = X.abs().square().sum((-2, -1), keepdim=True) / n
     else:
-        size = _norm(X.mH @ X if n < X.shape[-2] else X @ X.mH) / n
+        size = torch.linalg.matrix_norm(X.mH @ X if n < X.shape[-2] else X @ X.mH, keepdim=True) / n
     return X / torch.where(size > 0, size, 1.0).sqrt()
 
 
 def _normalised_matrix(P: Tensor, kind: Normalisation) -> Tensor:
     """P/c; a zero matrix stays zero."""
     P = _by_largest_entry(P)
-    size = P.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None] if kind == "trace" else _norm(P)
+    trace = P.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None]
+    size = trace if kind == "trace" else torch.linalg.matrix_norm(P, keepdim=True)
     return P / torch.where(size > 0, size, 1.0)
 
 
@@ -178,9 +174,3 @@ def _by_largest_entry(X: Tensor) -> Tensor:
     """
     largest = X.detach().abs().amax((-2, -1), keepdim=True)
     return X / torch.where(largest > 0, largest, 1.0)
-
-
-def _norm(M: Tensor) -> Tensor:
-    # The Frobenius norm has no derivative at 0, so the root is not taken there.
-    squares = M.abs().square().sum((-2, -1), keepdim=True)
-    return torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
