@@ -91,7 +91,7 @@ def test_values_are_those_of_the_singular_values_of_the_features(function, eps, 
     eigvals[:, rank:] = 0
     size = {None: torch.ones(2, 1), "trace": eigvals.sum(-1, keepdim=True), "frobenius": eigvals.norm(dim=-1)[:, None]}
     expected = (U * FUNCTIONS[function](eigvals / size[normalisation] + eps).unsqueeze(-2)) @ U.mT
-    # The least well-conditioned is the inverse root of full rank here: κ^{3/2} eps64 of its size, κ < 1e4.
+    # The worst conditioned is the inverse root of full rank here: κ^{3/2} eps64 of its size, κ < 1e4.
     torch.testing.assert_close(pool(x), expected, rtol=1e-9, atol=1e-9)
 
 

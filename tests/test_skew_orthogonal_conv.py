@@ -83,9 +83,9 @@ def test_the_four_way_bound_holds_at_every_frequency(kernel, scale):
         L.permute(0, 2, 1, 3).reshape(4 * kernel[0], -1),
         L.permute(0, 3, 1, 2).reshape(4 * kernel[1], -1),
     ]
-    least = min(torch.linalg.matrix_norm(A, 2) for A in four) * (kernel[0] * kernel[1]) ** 0.5
+    smallest = min(torch.linalg.matrix_norm(A, 2) for A in four) * (kernel[0] * kernel[1]) ** 0.5
     # The Schatten norm of order 64 is above the spectral one by at most rank^{1/64}.
-    assert least * (1 - 1e-12) <= bound <= least * (4 * max(kernel)) ** (1 / 64) * (1 + 1e-12)
+    assert smallest * (1 - 1e-12) <= bound <= smallest * (4 * max(kernel)) ** (1 / 64) * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])

@@ -149,12 +149,11 @@ class _DecorrelatedBatchNorm(SpectralModule):
         return W, self.bias.to(dtype).view(self.groups, -1, 1) - W @ mean
 
     def observed_features(self, x: Tensor) -> Observation:
-        """(G, d, M) of (N, C, *spatial), in the working dtype: a copy; ε is what the ridge of this batch amounts to."""
+        """(G, d, M) of (N, C, *spatial), in the working dtype; ε is what the ridge of this batch amounts to."""
         self._check_input(x)
-        grouped = x.detach().to(working_dtype(x.dtype)).unflatten(1, (self.groups, -1))
-        features = grouped.flatten(3).permute(1, 2, 0, 3).flatten(2) if x.dim() > 2 else grouped.permute(1, 2, 0)
+        channels = x.detach().to(working_dtype(x.dtype)).transpose(0, 1).flatten(1)
         _, cov, _ = moments(x.detach(), self.groups)
-        return Observation(features, mean_ridge(cov, self.eps, relative=self.relative))
+        return Observation(channels.unflatten(0, (self.groups, -1)), mean_ridge(cov, self.eps, relative=self.relative))
 
     def _register_statistics(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         d = self.num_features // self.groups

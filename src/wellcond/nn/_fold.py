@@ -123,7 +123,8 @@ def _as_convolution(norm: _DecorrelatedBatchNorm) -> nn.Module:
     weight, bias = norm.evaluation_map(torch.float64)
     kind: Any = (_PointwiseConv1d, nn.Conv2d, nn.Conv3d)[weight.ndim - 3]
     like: Any = norm.running_mean if norm.weight is None else norm.weight
-    layer = kind(*(norm.num_features,) * 2, 1, groups=norm.groups, device=like.device, dtype=like.dtype)
+    C = norm.num_features
+    layer = kind(C, C, 1, groups=norm.groups, device=like.device, dtype=like.dtype)
     layer.weight.copy_(weight)
     layer.bias.copy_(bias)
     return layer

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from wellcond._shared.names import require_known
+
 from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
 
 DECORRELATED = {
@@ -55,10 +57,9 @@ def replace_batchnorm(model: nn.Module, which: Which = "first", **options: Any) 
         raise ValueError(f"{type(model).__name__} holds no nn.BatchNorm1d, 2d, 3d or SyncBatchNorm to replace{hint}")
     if callable(which):
         chosen = [(name, module) for name, module in norms if which(name, module)]
-    elif which in ("first", "all"):
-        chosen = norms[:1] if which == "first" else norms
     else:
-        raise ValueError(f"which must be 'first', 'all' or a function of name and module, got {which!r}")
+        require_known(which, ("first", "all"), "which", ", which may also be a function of name and module")
+        chosen = norms[:1] if which == "first" else norms
     if not chosen:
         raise ValueError(f"which chose none of the batch norms {', '.join(name for name, _ in norms)}")
     new: dict[nn.Module, nn.Module] = {}

@@ -51,9 +51,8 @@ def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch
     if not norms:
         return 0
     modes = {module: module.training for module in model.modules()}
-    before = {
-        norm: ({name: b.clone() for name, b in norm.named_buffers(recurse=False)}, norm.momentum) for norm in norms
-    }
+    momenta = {norm: norm.momentum for norm in norms}
+    before = {norm: {name: b.clone() for name, b in norm.named_buffers(recurse=False)} for norm in norms}
     count = 0
     try:
         model.eval()
@@ -65,14 +64,14 @@ def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch
             _call(model, batch, device)
             count += 1
         if not count:
-            raise ValueError("no batch was given, so there is nothing to take statistics of")
+            raise ValueError("no batch was given, so there is nothing to compute statistics of")
     except BaseException:
-        for norm, (buffers, _) in before.items():
+        for norm, buffers in before.items():
             for name, value in buffers.items():
                 getattr(norm, name).copy_(value)
         raise
     finally:
-        for norm, (_, momentum) in before.items():
+        for norm, momentum in momenta.items():
             norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode

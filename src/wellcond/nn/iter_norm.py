@@ -60,7 +60,7 @@ class _Iterated(_DecorrelatedBatchNorm):
 
 
 class IterNorm1d(_Iterated, DecorrelatedBatchNorm1d):
-    """:class:`IterNorm2d` for (N, C) or (N, C, L)."""
+    """:class:`IterNorm2d` for inputs (N, C) or (N, C, L), given out in the same shape."""
 
 
 class IterNorm2d(_Iterated, DecorrelatedBatchNorm2d):
@@ -80,6 +80,7 @@ class IterNorm2d(_Iterated, DecorrelatedBatchNorm2d):
     Shape: (N, C, H, W) to the same, in the same dtype and memory format; half precision is computed in float32.
 
     Raises:
+        TypeError: ``groups`` is no integer; input of no real floating dtype.
         ValueError: a ``solver``; groups not dividing num_features; wrong number of dimensions or channels; fewer than
             two values per channel in training; NaN or infinity in the input (checked on the CPU by default).
 
@@ -94,4 +95,4 @@ class IterNorm2d(_Iterated, DecorrelatedBatchNorm2d):
 
 
 class IterNorm3d(_Iterated, DecorrelatedBatchNorm3d):
-    """:class:`IterNorm2d` for (N, C, D, H, W)."""
+    """:class:`IterNorm2d` for inputs (N, C, D, H, W), given out in the same shape."""

@@ -46,7 +46,7 @@ class SpectralLayer(SpectralModule):
         eps: ε ≥ 0, added to the eigenvalues; the inverse root, the logarithm and negative powers want it positive. Of
             features, roots (by eigendecomposition), logarithm and powers take the factor form: it works on the smaller
             side, and the gradient of the square root is bounded at any condition number.
-        solver: of the two roots, as in :func:`wellcond.linalg.sqrtm`.
+        solver: of the two roots, a name of :data:`wellcond.linalg.SOLVERS`, ``"auto"`` or a solver object.
         exponent: of ``"power"``, any finite number; 1/2 if not given.
         normalisation: divide P by its ``"trace"`` or ``"frobenius"`` norm c first: f(P/c + εI), the same for features
             of any scale. ``None`` for f(P + εI). The root compensated by √c is P^{1/2} again, that is ``None``.
@@ -55,7 +55,8 @@ class SpectralLayer(SpectralModule):
 
     Raises:
         ValueError: an unknown function (the nearest right name is in the message); an exponent or a solver for a
-            function that takes none; what the function raises, naming the layer.
+            function that takes none; NaN or infinity in the input, or a singular covariance of which the function does
+            not exist (naming the layer; checked on the CPU by default).
 
     Complexity: O(d n min(d, n)) for the covariance and O(d³), or O(n³) in the factor form with n < d.
     Source: Song, Sebe and Wang, ECCV 2022, sect. 3; Ionescu, Vantzos and Sminchisescu, ICCV 2015, for the logarithm.

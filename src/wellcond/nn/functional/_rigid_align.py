@@ -35,7 +35,7 @@ def rigid_align(source: Tensor, target: Tensor, weights: Tensor | None = None) -
 
     Complexity: O(n d² + d⁶) per pair. Points and weights are differentiable twice, where R is unique: points not on a
     line (for d = 3), and no tie between the two smallest singular values where det(U Vᵀ) = −1.
-    Source: Kabsch 1976; Umeyama 1991; the derivative as for the polar factor, Higham 2008, ch. 8.
+    Source: Kabsch 1976; Umeyama 1991; the derivative of the polar factor, Higham 2008, ch. 8.
 
     Example:
         >>> import torch
