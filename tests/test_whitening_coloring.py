@@ -225,11 +225,12 @@ def test_what_does_not_fit_is_refused(content, style, options, message):
         whitening_coloring(torch.randn(content), torch.randn(style), **{"eps": 1e-3, **options})
 
 
-def test_a_singular_covariance_without_a_ridge_has_no_cholesky_factor():
-    content = torch.randn(4, 9)
-    content[2] = 0.0  # exactly: a rank that is lost by rounding alone may leave a tiny pivot
+@pytest.mark.parametrize("which", [0, 1], ids=["content", "style"])
+def test_a_singular_covariance_without_a_ridge_has_no_cholesky_factor(which):
+    pair = [torch.randn(4, 9), torch.randn(4, 9)]
+    pair[which][2] = 0.0  # exactly: a rank that is lost by rounding alone may leave a tiny pivot
     with pytest.raises(ValueError, match="no Cholesky factor"):
-        whitening_coloring(content, torch.randn(4, 9), eps=0.0, method="cholesky")
+        whitening_coloring(*pair, eps=0.0, method="cholesky")
 
 
 @pytest.mark.parametrize(

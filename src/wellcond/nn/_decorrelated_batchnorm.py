@@ -158,7 +158,6 @@ class _DecorrelatedBatchNorm(SpectralModule):
     def _register_statistics(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         d = self.num_features // self.groups
         kind = {"device": device, "dtype": working_dtype(dtype or torch.get_default_dtype())}
-
         for name, shape, wanted in (
             ("running_mean", (self.num_features,), True),
             ("running_cov", (self.groups, d, d), self.running == "covariance"),
@@ -180,7 +179,7 @@ class _DecorrelatedBatchNorm(SpectralModule):
                 self.num_batches_tracked.zero_()
             for matrix in (self.running_cov, self.running_whitening):
                 if matrix is not None:
-                    matrix.copy_(torch.eye(matrix.shape[-1]).expand_as(matrix))
+                    matrix.copy_(torch.eye(matrix.shape[-1], device=matrix.device).expand_as(matrix))
         self._derive()
 
     @torch.no_grad()
