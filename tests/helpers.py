@@ -62,6 +62,11 @@ def features_with(eigvals: Sequence[float], samples: int, dtype: torch.dtype = t
     return ((U * (values[values != 0] * samples).sqrt()) @ rows).to(dtype)
 
 
+def channels_first(y: Tensor) -> Tensor:
+    """(C, N·L) of (N, C, *spatial)."""
+    return y.transpose(0, 1).flatten(1)
+
+
 def relative_error(got: Tensor, truth: Tensor) -> float:
     """‖got − truth‖/‖truth‖ in the Frobenius norm over everything, in double precision; inf for NaN."""
     wide = torch.complex128 if truth.is_complex() or got.is_complex() else torch.float64

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of wellcond.linalg run and print what they say."""
+"""The examples in the docstrings of wellcond.linalg and wellcond.nn run and print what they say."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import pkgutil
 import pytest
 
 import wellcond.linalg
+import wellcond.nn
 
-MODULES = [m.name for m in pkgutil.walk_packages(wellcond.linalg.__path__, "wellcond.linalg.")]
+MODULES = [
+    module.name
+    for package in (wellcond.linalg, wellcond.nn)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

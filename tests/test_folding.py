@@ -98,70 +98,36 @@ def test_both_kinds_of_running_statistics_fold(running):
     assert_folded(trained(model, (8, 3, 6, 6)), (8, 3, 6, 6))
 
 
-class Twice(nn.Module):
-    """The output of the convolution goes to the norm and past it."""
+class Wired(nn.Module):
+    """Parts, and how the input goes through them."""
 
-    def __init__(self) -> None:
+    def __init__(self, wiring, **parts) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 6, 3), DecorrelatedBatchNorm2d(6)
+        self.wiring = wiring
+        for name, part in parts.items():
+            self.add_module(name, part)
 
     def forward(self, x):
-        y = self.conv(x)
-        return y + self.norm(y)
+        return self.wiring(self, x)
 
 
-class Shared(nn.Module):
-    """One convolution, called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(6, 6, 3, padding=1), DecorrelatedBatchNorm2d(6)
-
-    def forward(self, x):
-        return self.norm(self.conv(F.relu(self.conv(x))))
+def convolution(size=3):
+    return nn.Conv2d(6, 6, size, padding=size // 2)
 
 
-class SharedNorm(nn.Module):
-    """One norm after two convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.norm = nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3), DecorrelatedBatchNorm2d(6)
-
-    def forward(self, x):
-        return self.norm(self.a(x)) * self.norm(self.b(x))
+def opaque(part, x):
+    if x.shape[1] != 6:  # which tracing would not enter
+        raise ValueError("wrong channels")
+    return part.conv(x).relu()
 
 
-class WeightRead(nn.Module):
-    """The weight of the convolution is used in another place too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(6, 6, 1), DecorrelatedBatchNorm2d(6)
-
-    def forward(self, x):
-        return self.norm(self.conv(x)) + F.conv2d(x, self.conv.weight)
-
-
-class Hidden(nn.Module):
-    """The convolution is used once more inside a part that tracing does not enter."""
-
-    class Part(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(6, 6, 1)
-
-        def forward(self, x):
-            if x.shape[1] != 6:
-                raise ValueError("wrong channels")
-            return self.conv(x).relu()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.part, self.norm = self.Part(), DecorrelatedBatchNorm2d(6)
-
-    def forward(self, x):
-        return self.norm(self.part.conv(self.part(x)))
+NOT_TO_BE_FOLDED = {
+    "the output of the convolution goes past the norm too": lambda m, x: (y := m.conv(x)) + m.norm(y),
+    "one convolution, called twice": lambda m, x: m.norm(m.conv(F.relu(m.conv(x)))),
+    "one norm after two convolutions": lambda m, x: m.norm(m.conv(x)) * m.norm(m.other(x)),
+    "the weight is used in another place too": lambda m, x: m.norm(m.conv(x)) + F.conv2d(x, m.conv.weight, padding=1),
+    "the convolution is used once more out of sight": lambda m, x: m.norm(m.part.conv(m.part(x))),
+}
 
 
 class Scaled(nn.Conv2d):
@@ -171,30 +137,36 @@ class Scaled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
+@pytest.mark.parametrize("name", NOT_TO_BE_FOLDED)
+def test_where_folding_would_change_another_output_the_norm_becomes_pointwise(name):
+    part = Wired(opaque, conv=convolution())
+    parts = {"conv": convolution(), "other": convolution(), "part": part, "norm": DecorrelatedBatchNorm2d(6)}
+    model = Wired(NOT_TO_BE_FOLDED[name], **parts).double()
+    assert_folded(trained(model, (8, 6, 6, 6)), (8, 6, 6, 6), unfolded=1)
+
+
 @pytest.mark.parametrize(
-    "model",
+    "layers",
     [
-        Twice,
-        Shared,
-        SharedNorm,
-        WeightRead,
-        Hidden,
-        lambda: nn.Sequential(nn.Conv2d(6, 6, 3), nn.ReLU(), DecorrelatedBatchNorm2d(6)),
-        lambda: nn.Sequential(Scaled(6, 6, 3), DecorrelatedBatchNorm2d(6)),
-        lambda: nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(6, 6, 3)), DecorrelatedBatchNorm2d(6)),
-        lambda: nn.Sequential(DecorrelatedBatchNorm2d(6), nn.Conv2d(6, 6, 3)),
+        lambda norm: (nn.Conv2d(6, 6, 3), nn.ReLU(), norm),
+        lambda norm: (Scaled(6, 6, 3), norm),
+        lambda norm: (nn.utils.spectral_norm(nn.Conv2d(6, 6, 3)), norm),
+        lambda norm: (norm, nn.Conv2d(6, 6, 3)),
     ],
 )
-def test_where_folding_would_change_another_output_the_norm_becomes_pointwise(model):
-    module = model().double()
-    shape = (8, 3 if isinstance(module, Twice) else 6, 6, 6)
-    assert_folded(trained(module, shape), shape, unfolded=1)
+def test_after_what_is_no_plain_layer_the_norm_becomes_pointwise(layers):
+    model = nn.Sequential(*layers(DecorrelatedBatchNorm2d(6))).double()
+    assert_folded(trained(model, (8, 6, 6, 6)), (8, 6, 6, 6), unfolded=1)
 
 
 @pytest.mark.parametrize("shape", [(40, 6), (8, 6, 5)])
 def test_a_pointwise_layer_takes_both_inputs_of_a_one_dimensional_norm(shape):
     model = nn.Sequential(nn.Tanh(), DecorrelatedBatchNorm1d(6, groups=3, dtype=torch.float64))
     assert_folded(trained(model, shape), shape, unfolded=1)
+
+
+def test_a_pointwise_layer_has_the_dtype_of_the_norm():
+    assert fold(DecorrelatedBatchNorm2d(6, affine=False))(torch.randn(2, 6, 3, 3)).dtype == torch.float32
 
 
 def test_a_norm_alone_becomes_a_convolution():
@@ -238,19 +210,11 @@ def test_a_norm_without_running_statistics_has_no_fixed_map_and_stays():
     torch.testing.assert_close(folded(x), model.eval()(x))
 
 
-class Untraceable(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 6, 3), DecorrelatedBatchNorm2d(6)
-
-    def forward(self, x):
-        y = self.conv(x)
-        return self.norm(y) if y.mean() < 1e6 else y
-
-
 def test_a_model_that_cannot_be_traced_gets_pointwise_layers_and_says_so():
-    model = trained(Untraceable().double(), (8, 3, 6, 6))
-    with pytest.warns(UserWarning, match="Untraceable cannot be traced"):
+    wiring = lambda m, x: m.norm(m.conv(x)) if x.mean() < 1e6 else x  # noqa: E731
+    model = Wired(wiring, conv=nn.Conv2d(3, 6, 3), norm=DecorrelatedBatchNorm2d(6)).double()
+    trained(model, (8, 3, 6, 6))
+    with pytest.warns(UserWarning, match="Wired cannot be traced"):
         folded = fold(model)
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     assert not norms(folded)

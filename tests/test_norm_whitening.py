@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
 
-from helpers import eps_of, features_with, relative_error, unitary
-from wellcond.linalg import Minimax, covariance, invsqrtm
+from helpers import channels_first, eps_of, features_with, relative_error, unitary
+from wellcond.linalg import Minimax, NewtonSchulz, covariance, invsqrtm
 from wellcond.nn import (
     DecorrelatedBatchNorm1d,
     DecorrelatedBatchNorm2d,
@@ -15,9 +17,8 @@ from wellcond.nn import (
     IterNorm1d,
     IterNorm2d,
     IterNorm3d,
-    _buffers,
-    _pieces,
 )
+from wellcond.nn._fused_passes import layout, pieces
 
 SPECTRUM = [9.0, 4.0, 2.0, 1.0, 0.5, 0.25]
 METHODS = ["zca", "pca", "cholesky"]
@@ -27,10 +28,6 @@ LAYERS = {
     4: DecorrelatedBatchNorm2d,
     5: DecorrelatedBatchNorm3d,
 }
-
-
-def channels_first(y):
-    return y.transpose(0, 1).flatten(1)
 
 
 def batch(shape, dtype=torch.float64, eigvals=SPECTRUM):
@@ -281,6 +278,16 @@ def test_the_iterated_norm_is_the_published_iteration(ours, shape):
     assert relative_error(channels_first(ours(4, steps=30, dtype=torch.float64)(x)), exact) < 1e-10
 
 
+@pytest.mark.parametrize("solver", ["eigh", "newton_schulz", NewtonSchulz(7)])
+def test_the_iterated_norm_shows_its_own_arguments_and_refuses_a_solver(solver):
+    parameters = inspect.signature(IterNorm2d).parameters
+    assert list(parameters)[:6] == list(inspect.signature(DecorrelatedBatchNorm2d).parameters)[:6]
+    assert parameters["steps"].default == 5
+    assert set(inspect.signature(DecorrelatedBatchNorm2d).parameters) <= set(parameters)
+    with pytest.raises(ValueError, match=r"write steps= .* or DecorrelatedBatchNorm2d\(\.\.\., solver="):
+        IterNorm2d(4, solver=solver)
+
+
 def test_any_solver_of_exact_roots_gives_the_same_layer():
     x = batch((8, 6, 4, 5))
     want = DecorrelatedBatchNorm2d(6, dtype=torch.float64)(x)
@@ -308,19 +315,10 @@ def test_derivatives_along_many_directions_at_once_are_those_one_by_one():
         torch.testing.assert_close(got, torch.stack(want), rtol=1e-11, atol=1e-11)
 
 
-def test_the_cumulative_average_is_batch_norms_in_double_precision():
-    layer, reference = (c(3, momentum=None).double() for c in (DecorrelatedBatchNorm2d, nn.BatchNorm2d))
-    for _ in range(7):
-        x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
-        layer(x), reference(x)
-    torch.testing.assert_close(layer.running_mean, reference.running_mean, rtol=0, atol=1e-15)
-    torch.testing.assert_close(layer.running_cov[0].diagonal(), reference.running_var, rtol=0, atol=1e-14)
-
-
 def test_the_buffers_of_a_thread_serve_every_mode_shape_and_dtype():
     """They are kept between calls: one made in inference mode, or for a smaller batch, must do for the next."""
     layer, few = DecorrelatedBatchNorm2d(64, dtype=torch.float64), DecorrelatedBatchNorm2d(64)
-    _buffers._kept.slots.clear()
+    layout._scratch.slots.clear()
     with torch.device("meta"):  # a default device is not that of the buffers
         layer(torch.randn(4, 64, 3, 3, dtype=torch.float64, device="cpu"))
     for mode, shape, last in [
@@ -341,7 +339,7 @@ def test_the_buffers_of_a_thread_serve_every_mode_shape_and_dtype():
             g = torch.randn(shape, dtype=torch.float64)
             (got,), (expected,) = torch.autograd.grad(y, x, g), torch.autograd.grad(want, x, g)
             assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
-    assert _buffers._kept.slots
+    assert layout._scratch.slots
 
 
 def inverse_root_by_iteration(P):
@@ -373,11 +371,12 @@ def test_many_images_of_few_pixels_are_whitened_by_the_definition(shape, groups,
     assert (got - expected).abs().max() < 1e6 * 2.2e-16 * max(1.0, ratio)
 
 
-def test_a_reader_may_change_its_slot():
-    """As the one operand after it was both: it must not then share memory with the other."""
+def test_pieces_may_be_read_through_another_slot():
+    """As the one operand after they were both: they must not then share memory with the other."""
     X, Y = torch.randn(2, 5, 1, 3, 20, dtype=torch.float64)
-    reader = _pieces.Reader(X, torch.float64, torch.ones(1, 3, 1, dtype=torch.float64))
+    ones, zeros = (f(1, 3, 1, dtype=torch.float64) for f in (torch.ones, torch.zeros))
+    features = pieces.CentredPieces(X, torch.float64, ones)
     centred = X - 1
-    assert torch.allclose(_pieces.sum_of_products(reader, reader), (centred @ centred.mT).sum(0))
-    other = _pieces.Reader(Y, torch.float64, torch.zeros(1, 3, 1, dtype=torch.float64))
-    assert torch.allclose(_pieces.sum_of_products(other, reader), (Y @ centred.mT).sum(0))
+    assert torch.allclose(pieces.sum_of_products(features, features), (centred @ centred.mT).sum(0))
+    other = pieces.CentredPieces(Y, torch.float64, zeros)
+    assert torch.allclose(pieces.sum_of_products(other, features), (Y @ centred.mT).sum(0))

@@ -94,7 +94,7 @@ class ActivatedNorm(nn.BatchNorm2d):
         ),
         (lambda: nn.Sequential(ActivatedNorm(4)), "all", "ActivatedNorm are not replaced"),
         (lambda: nn.Sequential(nn.BatchNorm2d(4)), lambda *_: False, "chose none of the batch norms 0"),
-        (lambda: nn.Sequential(nn.BatchNorm2d(4)), "last", "which must be 'first', 'all' or a function"),
+        (lambda: nn.Sequential(nn.BatchNorm2d(4)), "last", "unknown which 'last', which may also be a function"),
         (lambda: nn.BatchNorm2d(4), "first", "is a batch norm itself"),
     ],
 )

@@ -43,7 +43,7 @@ def test_an_exact_pose_is_recovered_in_a_batch(d, dtype):
     R = torch.stack([rotation(d) for _ in range(4)]).to(dtype)
     x, t = torch.randn(4, 30, d, dtype=dtype), 3 * torch.randn(4, d, dtype=dtype)
     found_R, found_t = rigid_align(x, x @ R.mT + t.unsqueeze(-2), torch.rand(4, 30, dtype=dtype))
-    # Rounding of the centred points relative to the least singular value of their weighted covariance, above 1/50.
+    # Rounding of the centred points relative to the smallest singular value of their weighted covariance, above 1/50.
     torch.testing.assert_close(found_R, R, rtol=0, atol=1e3 * eps_of(dtype))
     torch.testing.assert_close(found_t, t, rtol=0, atol=1e4 * eps_of(dtype))
 
@@ -60,9 +60,9 @@ def test_the_result_is_a_rotation_and_no_other_one_is_better(name):
     others = R @ torch.matrix_exp(A - A.mT)  # near and far
     mean_x, mean_y = ((w[:, None] * p).sum(0) / w.sum() for p in (x, y))
     shifts = mean_y - (others @ mean_x.unsqueeze(-1)).squeeze(-1)  # the best for each of them
-    least = cost(R, t, x, y, w)
-    assert cost(others, shifts.unsqueeze(-2), x, y, w).min() >= least - 1e-12 * w.sum()
-    assert cost(R, t + 1e-3, x, y, w) > least
+    best = cost(R, t, x, y, w)
+    assert cost(others, shifts.unsqueeze(-2), x, y, w).min() >= best - 1e-12 * w.sum()
+    assert cost(R, t + 1e-3, x, y, w) > best
 
 
 def test_weights_are_multiplicities():

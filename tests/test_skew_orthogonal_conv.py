@@ -83,9 +83,9 @@ def test_the_four_way_bound_holds_at_every_frequency(kernel, scale):
         L.permute(0, 2, 1, 3).reshape(4 * kernel[0], -1),
         L.permute(0, 3, 1, 2).reshape(4 * kernel[1], -1),
     ]
-    least = min(torch.linalg.matrix_norm(A, 2) for A in four) * (kernel[0] * kernel[1]) ** 0.5
+    smallest = min(torch.linalg.matrix_norm(A, 2) for A in four) * (kernel[0] * kernel[1]) ** 0.5
     # The Schatten norm of order 64 is above the spectral one by at most rank^{1/64}.
-    assert least * (1 - 1e-12) <= bound <= least * (4 * max(kernel)) ** (1 / 64) * (1 + 1e-12)
+    assert smallest * (1 - 1e-12) <= bound <= smallest * (4 * max(kernel)) ** (1 / 64) * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
@@ -187,6 +187,13 @@ def test_half_precision_and_autocast(dtype):
         assert (y - expected).abs().max() <= 12 * eps_of(dtype) * expected.abs().max()
 
 
+def test_it_is_made_on_the_device_and_in_the_dtype_asked_for():
+    conv = SkewOrthogonalConv2d(2, 3, device="meta", dtype=torch.float64)
+    assert conv.weight.is_meta and conv.weight.dtype == conv.bias.dtype == torch.float64
+    conv.to_empty(device="cpu").reset_parameters()
+    assert distance_from_orthogonal(jacobian(conv.eval(), (2, 4, 4), torch.float64)) < 1e-12
+
+
 def test_it_is_a_layer_that_can_stand_before_a_spectral_layer():
     model = nn.Sequential(SkewOrthogonalConv2d(3, 6), DecorrelatedBatchNorm2d(6))
     assert list(pre_spectral_layers(model)) == ["0"]
@@ -199,7 +206,7 @@ def test_it_is_a_layer_that_can_stand_before_a_spectral_layer():
         ((4, 4, (3, 4)), {}, "kernel_size must be odd"),
         ((4, 4, 3, 1, 0), {}, r"padding must be 'same', which is \(1, 1\) here, got 0"),
         ((4, 4), {"padding": "valid"}, "padding must be 'same'"),
-        ((4, 4), {"padding_mode": "reflect"}, "padding_mode must be"),
+        ((4, 4), {"padding_mode": "reflect"}, "unknown padding_mode 'reflect'"),
         ((4, 0), {}, "must be positive"),
         ((4, 4), {"max_norm": 0.0}, "must be positive"),
     ],

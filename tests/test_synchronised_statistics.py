@@ -96,7 +96,7 @@ def worker(rank, folder):
             x = torch.linspace(-1, 1, 4 * 2 * 4 * 4, dtype=torch.float64).sin().view(4, 2, 4, 4)
             model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
             results["ddp"] = {name: p.grad for name, p in model.module.named_parameters()}
-            del model  # before its group, whose last holder's destructor may wait for ever
+            del model  # before its group, whose last holder's destructor may deadlock
             try:
                 DecorrelatedBatchNorm1d(2, sync=True, process_group=group)(torch.ones(1 - rank, 2))
             except ValueError as error:

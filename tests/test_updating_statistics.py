@@ -1,4 +1,4 @@
-"""Running statistics taken anew of a finished model: of every norm, over the batches given, and of nothing else."""
+"""Running statistics recomputed for a finished model: of every norm, over the batches given, and of nothing else."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ def test_non_finite_content_is_an_error_that_names_the_layer():
         ((4, 9), (4, 9), {"groups": 3}, "divisible by groups"),
         ((4, 9), (4, 9), {"alpha": 1.5}, "alpha must lie in"),
         ((4, 9), (4, 9), {"eps": -1.0}, "eps must be"),
-        ((4, 9), (4, 9), {"method": "pca"}, "method must be one of"),
+        ((4, 9), (4, 9), {"method": "pca"}, "unknown method 'pca'"),
         ((4, 9), (4, 9), {"content_mask": torch.ones(8, dtype=torch.bool)}, "content_mask must be boolean of shape"),
         ((4, 9), (4, 9), {"style_mask": torch.zeros(9, dtype=torch.bool)}, "style_mask chooses no position"),
     ],
@@ -225,18 +225,19 @@ def test_what_does_not_fit_is_refused(content, style, options, message):
         whitening_coloring(torch.randn(content), torch.randn(style), **{"eps": 1e-3, **options})
 
 
-def test_a_singular_covariance_without_a_ridge_has_no_cholesky_factor():
-    content = torch.randn(4, 9)
-    content[2] = 0.0  # exactly: a rank that is lost by rounding alone may leave a tiny pivot
+@pytest.mark.parametrize("which", [0, 1], ids=["content", "style"])
+def test_a_singular_covariance_without_a_ridge_has_no_cholesky_factor(which):
+    pair = [torch.randn(4, 9), torch.randn(4, 9)]
+    pair[which][2] = 0.0  # exactly: a rank that is lost by rounding alone may leave a tiny pivot
     with pytest.raises(ValueError, match="no Cholesky factor"):
-        whitening_coloring(content, torch.randn(4, 9), eps=0.0, method="cholesky")
+        whitening_coloring(*pair, eps=0.0, method="cholesky")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"alpha": 3.0}, r"alpha must lie in \[0, 1\], got 3.0"),
-        ({"method": "foo"}, "method must be one of zca, cholesky, got 'foo'"),
+        ({"method": "zcaa"}, "unknown method 'zcaa'; did you mean 'zca'"),
         ({"groups": 0}, "groups must be at least 1, got 0"),
         ({"eps": -1.0}, "eps must be a finite number >= 0, got -1.0"),
     ],

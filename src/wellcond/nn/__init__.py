@@ -2,6 +2,9 @@
 
 from . import functional
 from ._base import Observation, SpectralModule
+from ._fold import fold
+from ._replace_batchnorm import replace_batchnorm
+from ._update_statistics import update_statistics
 from .covariance_pool import GlobalCovariancePool2d, TokenCovariancePool
 from .decorrelated_batchnorm import (
     DecorrelatedBatchNorm1d,
@@ -9,12 +12,9 @@ from .decorrelated_batchnorm import (
     DecorrelatedBatchNorm3d,
     convert_sync,
 )
-from .fold import fold
 from .iter_norm import IterNorm1d, IterNorm2d, IterNorm3d
-from .replace_batchnorm import replace_batchnorm
 from .skew_orthogonal_conv import SkewOrthogonalConv2d
 from .spectral_layer import SpectralLayer
-from .update_statistics import update_statistics
 from .whitening_coloring import WhiteningColoring
 
 __all__ = [

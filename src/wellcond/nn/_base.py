@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from wellcond._shared.precision import widened
 from wellcond.linalg import Solver, SolverEvents, recording
 from wellcond.linalg.solvers import choose_solver
 
@@ -33,12 +32,12 @@ class Observation(NamedTuple):
     eps: float
 
 
-def features_of(P: Tensor) -> Tensor:
-    """Features (..., d, 2d) of zero mean in float64 whose covariance is P less the eigenvalues that are rounding."""
-    eigvals, U = torch.linalg.eigh(widened(P))
-    rounding = P.shape[-1] * torch.finfo(P.dtype).eps * eigvals.abs().amax(-1, keepdim=True)
-    A = U * torch.where(eigvals > rounding, eigvals, 0.0).sqrt().unsqueeze(-2)
-    return P.shape[-1] ** 0.5 * torch.cat([A, -A], -1)
+def require_input(x: Tensor, dims: tuple[int, ...], channels: int) -> None:
+    """Refuse what is not (N, C, *spatial) of so many dimensions and channels, in the words of ``torch.nn``."""
+    if x.dim() not in dims:
+        raise ValueError(f"expected {' or '.join(f'{dim}D' for dim in dims)} input (got {x.dim()}D input)")
+    if x.shape[1] != channels:
+        raise ValueError(f"expected input with {channels} channels (got {x.shape[1]} channels)")
 
 
 class SpectralModule(nn.Module):

@@ -1,31 +1,49 @@
-"""Decorrelated batch norm for any number of spatial dimensions: the arguments, the forward pass and its checks."""
+"""Decorrelated batch norm for any number of spatial dimensions: forward pass, running statistics and evaluation."""
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from wellcond._shared.checks import checks_values
-from wellcond._shared.precision import full_precision, working_dtype
-from wellcond.linalg import Solver, WhiteningMethod
+from wellcond._shared.checks import checks_values, require_finite
+from wellcond._shared.names import require_known
+from wellcond._shared.precision import HALF, full_precision, working_dtype
+from wellcond._shared.torch_internals import under_functorch
+from wellcond.linalg import Solver, WhiteningMethod, recording, value_checks, whitening_matrix
 
-from ._base import Observation
-from ._least_ridge import mean_ridge
-from ._running_statistics import Running, RunningWhitening
+from ._base import Observation, SpectralModule, require_input
+from ._fused_passes import affine_map, moments
+from ._migration import upgrade
+from ._minimum_ridge import mean_ridge, with_ridge
 from ._sync import joined_moments, processes
-from ._whitening_function import affine_map, moments
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+Running = Literal["covariance", "whitening"]
+STATISTICS = ("running_mean", "running_cov", "running_whitening", "evaluation_whitening")
 
-class _DecorrelatedBatchNorm(RunningWhitening):
-    """The layer; a subclass says for which dimensions. See :class:`DecorrelatedBatchNorm2d`."""
 
+class _DecorrelatedBatchNorm(SpectralModule):
+    """The layer; a subclass says for which dimensions. See :class:`DecorrelatedBatchNorm2d`.
+
+    Statistics stay in float32 where a module is converted to half precision: rounded to 8 or 11 bits a covariance is
+    indefinite as soon as its condition number exceeds 256 or 2048, and its whitening matrix noise.
+    """
+
+    _version = 2
     _dims: tuple[int, ...] = ()
+    running_mean: Tensor | None
+    running_cov: Tensor | None
+    running_whitening: Tensor | None
+    evaluation_whitening: Tensor | None
+    num_batches_tracked: Tensor | None
 
     def __init__(
         self,
@@ -45,12 +63,25 @@ class _DecorrelatedBatchNorm(RunningWhitening):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            num_features, groups, eps, momentum, track_running_stats, solver, running, method, relative, device, dtype
-        )
-        self.affine, self.sync, self.process_group = affine, sync, process_group
+        super().__init__()
+        _require_groups(type(self).__name__, num_features, groups)
+        require_known(running, get_args(Running), "running statistics")
+        if not 0 < eps < float("inf"):
+            raise ValueError(f"eps must be positive, got {eps}")
+        whitening_matrix(torch.eye(1, device="cpu"), method=method, solver=solver)  # refuses what does not go together
+        if running == "whitening" and method == "pca":
+            raise ValueError(
+                "running='whitening' averages matrices whose rows method='pca' reorders from batch to batch: take "
+                "running='covariance', or method 'zca' or 'cholesky'"
+            )
+        self.num_features, self.groups, self.eps, self.momentum = num_features, groups, eps, momentum
+        self.affine, self.track_running_stats = affine, track_running_stats
+        self.solver, self.running, self.relative = solver, running, relative
+        self.method: WhiteningMethod = method
+        self.sync, self.process_group = sync, process_group
         self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
         self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
+        self._register_statistics(device, dtype)
         self._warned = False
         self.reset_parameters()
 
@@ -93,7 +124,7 @@ class _DecorrelatedBatchNorm(RunningWhitening):
         together = self.sync and self.training and processes(self.process_group) > 1
         if not together:
             self._check_count(count, x)
-        mean, cov, passes = moments(x, self.groups)
+        mean, cov, context = moments(x, self.groups)
         if together:
             mean, cov, count = joined_moments(mean, cov, count, self.process_group)
             if checks_values(count):
@@ -101,8 +132,13 @@ class _DecorrelatedBatchNorm(RunningWhitening):
         whitening = self._whitening(cov)
         if self.training and self.track_running_stats:
             self._track(mean.detach(), cov.detach(), whitening.detach(), count)
-        away = mean if passes.origin is None else mean - passes.origin
-        return affine_map(x, *self._affine(whitening, away, cov.dtype), passes)
+        return affine_map(x, *self._affine(whitening, context.from_origin(mean), cov.dtype), context)
+
+    def _whitening(self, cov: Tensor) -> Tensor:
+        """The whitening matrices of covariances (G, d, d); errors name the layer."""
+        cov, eps = with_ridge(cov, self.eps, relative=self.relative)
+        with self._recording(self.solver):
+            return whitening_matrix(cov, eps=eps, method=self.method, relative=self.relative, solver=self.solver)
 
     def _affine(self, whitening: Tensor, mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W (G, d, d) and b (G, d, 1) with y = W x + b."""
@@ -111,6 +147,82 @@ class _DecorrelatedBatchNorm(RunningWhitening):
             return W, -(W @ mean)
         W = self.weight.to(dtype).view(self.groups, -1, 1) * W
         return W, self.bias.to(dtype).view(self.groups, -1, 1) - W @ mean
+
+    def observed_features(self, x: Tensor) -> Observation:
+        """(G, d, M) of (N, C, *spatial), in the working dtype; ε is what the ridge of this batch amounts to."""
+        self._check_input(x)
+        channels = x.detach().to(working_dtype(x.dtype)).transpose(0, 1).flatten(1)
+        _, cov, _ = moments(x.detach(), self.groups)
+        return Observation(channels.unflatten(0, (self.groups, -1)), mean_ridge(cov, self.eps, relative=self.relative))
+
+    def _register_statistics(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        d = self.num_features // self.groups
+        kind = {"device": device, "dtype": working_dtype(dtype or torch.get_default_dtype())}
+        for name, shape, wanted in (
+            ("running_mean", (self.num_features,), True),
+            ("running_cov", (self.groups, d, d), self.running == "covariance"),
+            ("running_whitening", (self.groups, d, d), self.running == "whitening"),
+            ("evaluation_whitening", (self.groups, d, d), self.running == "covariance"),
+        ):
+            tensor = torch.empty(shape, **kind) if self.track_running_stats and wanted else None
+            # The last one is derived, hence not saved, but a buffer: compiled and exported graphs read it as one.
+            self.register_buffer(name, tensor, persistent=name != "evaluation_whitening")
+        count = torch.tensor(0, dtype=torch.long, device=device) if self.track_running_stats else None
+        self.register_buffer("num_batches_tracked", count)
+        self._derived_from: tuple[Tensor, int] | None = None
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean to 0, the running covariance (or whitening) to I and the count to 0."""
+        with torch.no_grad():
+            if self.running_mean is not None and self.num_batches_tracked is not None:
+                self.running_mean.zero_()
+                self.num_batches_tracked.zero_()
+            for matrix in (self.running_cov, self.running_whitening):
+                if matrix is not None:
+                    matrix.copy_(torch.eye(matrix.shape[-1], device=matrix.device).expand_as(matrix))
+        self._derive()
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, cov: Tensor, whitening: Tensor, count: int | Tensor) -> None:
+        """Move the running statistics towards those of a batch of ``count`` samples."""
+        assert self.running_mean is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        count_so_far = self.num_batches_tracked.to(self.running_mean.dtype)  # 1/int64 would be float32
+        factor = count_so_far.reciprocal() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.flatten().to(self.running_mean.dtype), factor)
+        if self.running_cov is not None:
+            # The unbiased estimate, as torch.nn.BatchNorm2d tracks it.
+            self.running_cov.lerp_((cov * (count / (count - 1))).to(self.running_cov.dtype), factor)
+        if self.running_whitening is not None:
+            self.running_whitening.lerp_(whitening.to(self.running_whitening.dtype), factor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {name: self._buffers.get(name) for name in STATISTICS}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers.get(name)
+            if old is not None and new is not None and new.dtype in HALF:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # In a copy the versions of tensors count from zero again.
+        super().__setstate__({**state, "_derived_from": None})
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: Any, local_metadata: Any, *lists: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        error = upgrade(self, state_dict, prefix, local_metadata.get("version"))
+        if error:
+            lists[-1].append(f"{self.describe()}: {error}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *lists)
+        if not self.training:
+            self._derive()
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if not mode:
+            self._derive()
+        return self
 
     def evaluation_map(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The affine map that the layer is in evaluation: (C, C/groups, 1, …) weight of a convolution and its bias (C).
@@ -127,24 +239,48 @@ class _DecorrelatedBatchNorm(RunningWhitening):
         W, b = self._affine(self._running_whitening(), mean.view(self.groups, -1, 1), dtype or mean.dtype)
         return W.flatten(0, 1).view(self.num_features, -1, *(1,) * (self._dims[-1] - 2)), b.flatten()
 
-    def observed_features(self, x: Tensor) -> Observation:
-        """(G, d, M) of (N, C, *spatial), in the working dtype: a copy; ε is what the ridge of this batch amounts to."""
-        self._check_input(x)
-        grouped = x.detach().to(working_dtype(x.dtype)).unflatten(1, (self.groups, -1))
-        features = grouped.flatten(3).permute(1, 2, 0, 3).flatten(2) if x.dim() > 2 else grouped.permute(1, 2, 0)
-        _, cov, _ = moments(x.detach(), self.groups)
-        return Observation(features, mean_ridge(cov, self.eps, relative=self.relative))
+    def _running_whitening(self) -> Tensor:
+        """(G, d, d) of evaluation. In a graph (compiled, exported, traced) it is the buffer as it is then."""
+        if self.running_whitening is not None:
+            return self.running_whitening
+        assert self.running_cov is not None and self.evaluation_whitening is not None
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.evaluation_whitening
+        if under_functorch():
+            return self._whitening(self.running_cov)
+        self._derive()
+        return self.evaluation_whitening
+
+    def _derive(self) -> None:
+        """Recompute the whitening matrix of evaluation if the running covariance has changed since."""
+        cov = self.running_cov
+        if cov is None or cov.is_meta:
+            return
+        version = -1 if cov.is_inference() else cov._version
+        if self._derived_from is not None and self._derived_from[0] is cov and self._derived_from[1] == version != -1:
+            return
+        # A new tensor each time: graphs that are still to be differentiated keep the old one.
+        with torch.inference_mode(False), torch.no_grad(), self._accepting_rounding(cov):
+            self.evaluation_whitening = self._whitening(cov)
+        self._derived_from = (cov, version)
+
+    def _accepting_rounding(self, cov: Tensor) -> AbstractContextManager[None]:
+        """A context in which negative eigenvalues of a running covariance count as 0.
+
+        An average of covariances has them by rounding alone, but maybe by that of a shorter dtype than it is in now (a
+        model trained in single precision and evaluated in double): ε outweighs what the checks would refuse.
+        """
+        if self.method == "cholesky":  # which sees P + εI only, and has nothing but the check against a failure
+            return nullcontext()
+        if checks_values(cov):
+            with recording(self.solver_events, self.describe):
+                require_finite(cov, "running_cov")
+        return value_checks(False)
 
     def _check_input(self, x: Tensor) -> None:
         if not x.is_floating_point():
             raise TypeError(f"expected input of a real floating dtype (got {x.dtype})")
-        if x.dim() not in self._dims:
-            expected = " or ".join(f"{dim}D" for dim in self._dims)
-            raise ValueError(f"expected {expected} input (got {x.dim()}D input)")
-        if x.shape[1] != self.num_features:
-            raise ValueError(
-                f"expected input with {self.num_features} channels (got {x.shape[1]} channels, shape {tuple(x.shape)})"
-            )
+        require_input(x, self._dims, self.num_features)
 
     def _check_count(self, count: int, x: Tensor) -> None:
         d = self.num_features // self.groups
@@ -160,7 +296,7 @@ class _DecorrelatedBatchNorm(RunningWhitening):
             warnings.warn(
                 f"{self.describe()}: {count} values per channel give a covariance of rank at most {count - 1} for "
                 f"{d} channels; eps={self.eps} keeps it finite, but take more samples or groups={enough} or more",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def extra_repr(self) -> str:
@@ -168,4 +304,15 @@ class _DecorrelatedBatchNorm(RunningWhitening):
             f"{self.num_features}, groups={self.groups}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, solver={self.solver!r}, "
             f"running={self.running!r}, sync={self.sync}, method={self.method!r}, relative={self.relative}"
+        )
+
+
+def _require_groups(layer: str, num_features: int, groups: int) -> None:
+    """Refuse what is no number of groups, such as the ε that a batch norm takes in this place."""
+    if isinstance(groups, bool) or not isinstance(groups, Integral):
+        hint = f"; for ε, the second argument of a batch norm, write eps={groups}" if isinstance(groups, float) else ""
+        raise TypeError(f"the second argument of {layer} is groups, an integer, got {groups!r}{hint}")
+    if num_features < 1 or groups < 1 or num_features % groups:
+        raise ValueError(
+            f"num_features must be divisible by groups, got num_features={num_features} and groups={groups}"
         )

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from wellcond._shared.precision import HALF
+
+if TYPE_CHECKING:
+    from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
+
 KEYS = {"covariance": "running_cov", "whitening": "running_whitening"}
 
 
-class Layer(Protocol):
-    """What is asked of a layer with running statistics."""
-
-    num_features: int
-    groups: int
-    eps: float
-    relative: bool
-    running: str
-    running_mean: Tensor | None
-    running_cov: Tensor | None
-
-
-def upgrade(layer: Layer, state: dict[str, Any], prefix: str, version: int | None) -> str | None:
-    """Make the entries of ``state`` those that ``layer`` expects, in place; what cannot be done is returned as text.
+def upgrade(layer: _DecorrelatedBatchNorm, state: dict[str, Any], prefix: str, version: int | None) -> str | None:
+    """Make the entries of ``state`` those that ``layer`` expects, in place; returns why if that is impossible.
 
     A running variance becomes the diagonal of the running covariance (or of the whitening matrix). Before version 2 a
     missing batch count is 0, as ``torch.nn.BatchNorm2d`` has it.
@@ -40,9 +33,10 @@ def upgrade(layer: Layer, state: dict[str, Any], prefix: str, version: int | Non
             state[prefix + "running_cov"] = torch.diag_embed(variance)
         else:
             state[prefix + "running_whitening"] = torch.diag_embed(_scale(layer, variance))
+    mine, other = layer.running, "whitening" if layer.running == "covariance" else "covariance"
     for key in KEYS.values():
         saved = state.get(prefix + key)
-        if saved is not None and saved.dtype in (torch.float16, torch.bfloat16):
+        if saved is not None and saved.dtype in HALF:
             warnings.warn(
                 f"{prefix}{key} was saved in {saved.dtype}: eigenvalues below {torch.finfo(saved.dtype).eps:.0e} of "
                 "the largest are rounding, and so is the whitening along them; save the statistics in float32",
@@ -51,16 +45,15 @@ def upgrade(layer: Layer, state: dict[str, Any], prefix: str, version: int | Non
     count = prefix + "num_batches_tracked"
     if count not in state and (version is None or version < 2):
         state[count] = torch.tensor(0, dtype=torch.long)
-    for mine, other in (("covariance", "whitening"), ("whitening", "covariance")):
-        if layer.running == mine and prefix + KEYS[other] in state and prefix + KEYS[mine] not in state:
-            return (
-                f"the checkpoint holds the running {other} of a layer made with running={other!r}, this one has "
-                f"running={mine!r}; make it with running={other!r}, or train it further from new statistics"
-            )
+    if prefix + KEYS[other] in state and prefix + KEYS[mine] not in state:
+        return (
+            f"the checkpoint holds the running {other} of a layer made with running={other!r}, this one has "
+            f"running={mine!r}; make it with running={other!r}, or train it further from new statistics"
+        )
     return None
 
 
-def _scale(layer: Layer, variance: Tensor) -> Tensor:
-    """1/√(variance + ε), with ε relative to the group's mean variance if the layer has it so."""
+def _scale(layer: _DecorrelatedBatchNorm, variance: Tensor) -> Tensor:
+    """1/√(variance + ε), with ε in units of the group's mean variance if the layer's is relative."""
     unit = variance.mean(-1, keepdim=True) if layer.relative else 1.0
     return (variance + layer.eps * unit).rsqrt()

@@ -3,13 +3,12 @@
 For a kernel L (out, in, kh, kw) the convolution acts on a wave of frequency (u, v) as Σ L_{kl} e^{i(ku + lv)}, and its
 norm is the largest of these over the frequencies; zero padding only restricts it. Each is one of the four reshapes of L
 (out × in·kh·kw, out·kh·kw × in, out·kh × in·kw, out·kw × in·kh) between two factors of waves, whose norms multiply to
-√(kh·kw): the bound is √(kh·kw) times the least of the four spectral norms (Singla and Feizi, Fantastic Four, ICLR
+√(kh·kw): the bound is √(kh·kw) times the smallest of the four spectral norms (Singla and Feizi, Fantastic Four, ICLR
 2021).
 
 The spectral norms themselves are bounded by Schatten norms of high order, ‖A‖ ≤ (tr (AAᵀ)^{2^m})^{1/2^{m+1}}, which is
 m − 1 squarings of a Gram matrix and above ‖A‖ by a factor of at most rank^{1/2^{m+1}} (Delattre et al., Gram iteration,
-ICML 2023). Unlike a power iteration it never gives too little, keeps no state, and has a derivative where norms are
-tied.
+ICML 2023). Unlike a power iteration it never underestimates, keeps no state, and has a derivative where norms are tied.
 """
 
 from __future__ import annotations

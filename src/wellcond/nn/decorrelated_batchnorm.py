@@ -16,7 +16,7 @@ from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 
 
 class DecorrelatedBatchNorm1d(_DecorrelatedBatchNorm):
-    """:class:`DecorrelatedBatchNorm2d` for (N, C) or (N, C, L)."""
+    """:class:`DecorrelatedBatchNorm2d` for inputs (N, C) or (N, C, L), given out in the same shape."""
 
     _dims = (2, 3)
 
@@ -33,15 +33,16 @@ class DecorrelatedBatchNorm2d(_DecorrelatedBatchNorm):
         eps: ε > 0, added to the eigenvalues of P; not less than the rounding of P, eps · tr P in the dtype of the
             statistics. Where P is short of rank the directions without variance turn with the weights, and evaluation
             agrees with training only if ε is large against what they pick up within the memory of the running
-            covariance: ``relative=True, eps=1e-2`` is safe there; with 1e-5, take the statistics anew before
-            evaluation (:func:`update_statistics`).
-        momentum: of the running statistics as in :class:`torch.nn.BatchNorm2d`; ``None`` for the cumulative average.
+            covariance: ``relative=True, eps=1e-2`` is safe there; with 1e-5, recompute the statistics before evaluation
+            (:func:`update_statistics`).
+        momentum: weight of the new batch in the running statistics; ``None`` for the cumulative average.
         affine: learn γ and β (C each).
         track_running_stats: keep running statistics for evaluation; without, evaluation uses the batch's.
-        solver: of the inverse square root, as in :func:`wellcond.linalg.invsqrtm` (:class:`IterNorm2d` has its own).
+        solver: of the inverse square root, a name of :data:`wellcond.linalg.SOLVERS`, ``"auto"`` or a solver object
+            (:class:`IterNorm2d` has its own).
         running: ``"covariance"`` or ``"whitening"``, see the module's page; the buffer is ``running_cov`` or
             ``running_whitening``, (groups, C / groups, C / groups).
-        sync: in training, take the statistics over all processes of ``process_group``, as
+        sync: in training, compute the statistics over all processes of ``process_group``, as
             :class:`torch.nn.SyncBatchNorm` does; local where no process group is initialised. Shares may be empty.
         method: ``"zca"``; ``"cholesky"``, the inverse of the triangular factor; or ``"pca"``, the principal axes in
             the order of falling variance, the largest entry of each positive. In training PCA axes change places from
@@ -56,6 +57,7 @@ class DecorrelatedBatchNorm2d(_DecorrelatedBatchNorm):
     float32. Float32 input may have any mean: statistics do not lose digits to it.
 
     Raises:
+        TypeError: ``groups`` is no integer (a batch norm has ε in this place); input of no real floating dtype.
         ValueError: groups not dividing num_features; arguments that do not go together; wrong number of dimensions or
             channels; fewer than two values per channel in training; NaN or infinity in the input (naming the layer;
             checked on the CPU by default).
@@ -80,13 +82,13 @@ class DecorrelatedBatchNorm2d(_DecorrelatedBatchNorm):
 
 
 class DecorrelatedBatchNorm3d(_DecorrelatedBatchNorm):
-    """:class:`DecorrelatedBatchNorm2d` for (N, C, D, H, W)."""
+    """:class:`DecorrelatedBatchNorm2d` for inputs (N, C, D, H, W), given out in the same shape."""
 
     _dims = (5,)
 
 
 def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
-    """Let every decorrelated batch norm in a model take its statistics over all processes, as
+    """Let every decorrelated batch norm in a model compute its statistics over all processes, as
     :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does for batch norms.
 
     Args:

@@ -4,22 +4,63 @@ from __future__ import annotations
 
 from typing import Any
 
-from wellcond.linalg import NewtonSchulz
+import torch
 
+from wellcond.linalg import NewtonSchulz, WhiteningMethod
+
+from ._decorrelated_batchnorm import Running, _DecorrelatedBatchNorm
 from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
 
 
-class _Iterated:
+class _Iterated(_DecorrelatedBatchNorm):
     """Puts the iteration in the place of the solver."""
 
-    def __init__(self, num_features: int, *arguments: Any, steps: int = 5, **options: Any) -> None:
-        # A damped root is what is asked for here, so it is no cause for a warning.
-        options["solver"] = NewtonSchulz(steps, tolerance=None)
-        super().__init__(num_features, *arguments, **options)  # pyright: ignore[reportCallIssue]
+    def __init__(
+        self,
+        num_features: int,
+        groups: int = 1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        steps: int = 5,
+        running: Running = "covariance",
+        sync: bool = False,
+        method: WhiteningMethod = "zca",
+        relative: bool = False,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        solver: None = None,
+    ) -> None:
+        if solver is not None:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} has a solver of its own, the Newton–Schulz iteration: write steps= for its length, or "
+                f"{name.replace('IterNorm', 'DecorrelatedBatchNorm')}(..., solver={solver!r}) for another one"
+            )
+        super().__init__(
+            num_features,
+            groups,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            # A damped root is what is asked for here, so it is no cause for a warning.
+            solver=NewtonSchulz(steps, tolerance=None),
+            running=running,
+            sync=sync,
+            method=method,
+            relative=relative,
+            process_group=process_group,
+            device=device,
+            dtype=dtype,
+        )
 
 
 class IterNorm1d(_Iterated, DecorrelatedBatchNorm1d):
-    """:class:`IterNorm2d` for (N, C) or (N, C, L)."""
+    """:class:`IterNorm2d` for inputs (N, C) or (N, C, L), given out in the same shape."""
 
 
 class IterNorm2d(_Iterated, DecorrelatedBatchNorm2d):
@@ -29,11 +70,21 @@ class IterNorm2d(_Iterated, DecorrelatedBatchNorm2d):
     compromise between batch norm and full whitening. Its evaluation iterates on the running covariance.
 
     Args:
-        num_features, groups, eps, momentum, affine, track_running_stats: as of :class:`DecorrelatedBatchNorm2d`, in
-            this order; all other arguments of it but ``solver`` by name.
+        num_features: C, channels of the input.
+        groups, eps, momentum, affine, track_running_stats, running, sync, method, relative, process_group, device,
+            dtype: have the meaning that they have in :class:`DecorrelatedBatchNorm2d`; ``method`` is ``"zca"`` or
+            ``"pca"``.
         steps: of the iteration.
+        solver: not to be given; the error says what to write instead.
 
-    Shape, errors: as of :class:`DecorrelatedBatchNorm2d`. Complexity: its products, and 3 ``steps`` of (C/groups)³.
+    Shape: (N, C, H, W) to the same, in the same dtype and memory format; half precision is computed in float32.
+
+    Raises:
+        TypeError: ``groups`` is no integer; input of no real floating dtype.
+        ValueError: a ``solver``; groups not dividing num_features; wrong number of dimensions or channels; fewer than
+            two values per channel in training; NaN or infinity in the input (checked on the CPU by default).
+
+    Complexity: two products of C × C/groups by C × N·L forward and three backward, and 3 ``steps`` of (C/groups)³.
     Source: Huang et al., Iterative Normalization, CVPR 2019.
 
     Example:
@@ -44,4 +95,4 @@ class IterNorm2d(_Iterated, DecorrelatedBatchNorm2d):
 
 
 class IterNorm3d(_Iterated, DecorrelatedBatchNorm3d):
-    """:class:`IterNorm2d` for (N, C, D, H, W)."""
+    """:class:`IterNorm2d` for inputs (N, C, D, H, W), given out in the same shape."""

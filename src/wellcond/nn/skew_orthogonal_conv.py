@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wellcond._shared.names import require_known
+from wellcond._shared.precision import full_precision, working_dtype
 from wellcond._shared.torch_internals import under_functorch
 
+from ._base import require_input
 from ._operator_norm import skew_convolution_norm_bound
 
 
@@ -32,7 +35,7 @@ class SkewOrthogonalConv2d(nn.Module):
     they make it smaller, an embedding (JᵀJ = I); else both.
 
     Args:
-        in_channels, out_channels: as in :class:`torch.nn.Conv2d`; the smaller side is filled up with zero channels.
+        in_channels, out_channels: of the images; the smaller side is filled up with zero channels.
         kernel_size: odd, an integer or a pair. The receptive field is that of all powers in the series together.
         stride: s ≥ 1; s × s pixels become s² channels first (space to depth), so it must divide the size of the image.
         padding: ``"same"``, or the number that is (kernel_size − 1)/2; nothing else is skew-symmetric.
@@ -42,6 +45,7 @@ class SkewOrthogonalConv2d(nn.Module):
             rounding of the input's dtype (12 in float32 at the default ``max_norm``).
         max_norm: bound of ‖J‖. The Jacobian's singular values are within max_norm^{K+1}/(K+1)! of 1 in training: at
             the defaults 0.016, at max_norm 1 and K = 5 0.0014. The rotation angles of the layer are at most max_norm.
+        device, dtype: of the parameters; the kernel is computed in float32 or better.
 
     Shape: (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride).
 
@@ -90,8 +94,7 @@ class SkewOrthogonalConv2d(nn.Module):
         same = (kernel[0] // 2, kernel[1] // 2)
         if padding != "same" and (isinstance(padding, str) or _pair(padding) != same):
             raise ValueError(f"padding must be 'same', which is {same} here, got {padding!r}")
-        if padding_mode not in ("zeros", "circular"):
-            raise ValueError(f"padding_mode must be 'zeros' or 'circular', got {padding_mode!r}")
+        require_known(padding_mode, ("zeros", "circular"), "padding_mode")
         self.in_channels, self.out_channels, self.kernel_size, self.stride = in_channels, out_channels, kernel, stride
         self.padding, self.padding_mode, self.terms, self.max_norm = same, padding_mode, terms, max_norm
         c = max(in_channels * stride**2, out_channels)
@@ -104,8 +107,7 @@ class SkewOrthogonalConv2d(nn.Module):
         """M random and Gaussian, scaled so that L reaches the bound ``max_norm``; the bias 0."""
         with torch.no_grad():
             self.weight.normal_()
-            L = _skew(self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)))
-            bound = skew_convolution_norm_bound(L)
+            bound = skew_convolution_norm_bound(self._skew_kernel())
             # One channel with a 1 × 1 kernel has no skew part at all.
             self.weight.mul_(torch.where(bound > 0, self.max_norm / bound, 1.0))
             if self.bias is not None:
@@ -128,13 +130,20 @@ class SkewOrthogonalConv2d(nn.Module):
         return self._kept[2]
 
     def _computed_kernel(self) -> Tensor:
-        with torch.autocast(self.weight.device.type, enabled=False):
-            L = _skew(self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)))
+        with full_precision(self.weight):
+            L = self._skew_kernel()
             bound = skew_convolution_norm_bound(L)
             return L * (self.max_norm / bound.clamp_min(self.max_norm))
 
+    def _skew_kernel(self) -> Tensor:
+        """M − Mᵀ, the transpose as a convolution."""
+        M = self.weight.to(working_dtype(self.weight.dtype))
+        return M - M.transpose(0, 1).flip(-1, -2)
+
     def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
+        require_input(x, (4,), self.in_channels)
+        if x.shape[2] % self.stride or x.shape[3] % self.stride:
+            raise ValueError(f"expected a size divisible by stride={self.stride} (got {tuple(x.shape[2:])})")
         c = self.weight.shape[0]
         x = F.pixel_unshuffle(x, self.stride) if self.stride > 1 else x
         x = F.pad(x, (0, 0, 0, 0, 0, c - x.shape[1])) if x.shape[1] < c else x
@@ -160,25 +169,12 @@ class SkewOrthogonalConv2d(nn.Module):
         rows, columns = self.padding
         return F.conv2d(F.pad(x, (columns, columns, rows, rows), mode="circular"), L)
 
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() != 4:
-            raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-        if x.shape[1] != self.in_channels:
-            raise ValueError(f"expected input with {self.in_channels} channels (got {x.shape[1]} channels)")
-        if x.shape[2] % self.stride or x.shape[3] % self.stride:
-            raise ValueError(f"expected a size divisible by stride={self.stride} (got {tuple(x.shape[2:])})")
-
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"bias={self.bias is not None}, padding_mode={self.padding_mode!r}, terms={self.terms}, "
             f"max_norm={self.max_norm}"
         )
-
-
-def _skew(M: Tensor) -> Tensor:
-    """M − Mᵀ, the transpose as a convolution."""
-    return M - M.transpose(0, 1).flip(-1, -2)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

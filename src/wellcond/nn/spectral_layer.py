@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from wellcond._shared.checks import require_nonnegative
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond.linalg import (
@@ -22,16 +22,18 @@ from wellcond.linalg import (
     expm,
     invsqrtm,
     logm,
+    matrix_spectrum,
     powm,
     sqrtm,
 )
 from wellcond.linalg.solvers import choose_solver
 
-from ._base import Observation, SpectralModule, features_of
-from ._normalise import Normalisation, normalised_features, normalised_matrix, require_normalisation
+from ._base import Observation, SpectralModule
 
+Takes = Literal["features", "covariance"]
+Normalisation = Literal["trace", "frobenius"]
 FUNCTIONS = ("sqrt", "invsqrt", "log", "power", "exp")
-_ROOTS: dict[str, Callable[..., Tensor]] = {"sqrt": sqrtm, "invsqrt": invsqrtm}
+ROOTS = {"sqrt": sqrtm, "invsqrt": invsqrtm}
 
 
 class SpectralLayer(SpectralModule):
@@ -44,7 +46,7 @@ class SpectralLayer(SpectralModule):
         eps: ε ≥ 0, added to the eigenvalues; the inverse root, the logarithm and negative powers want it positive. Of
             features, roots (by eigendecomposition), logarithm and powers take the factor form: it works on the smaller
             side, and the gradient of the square root is bounded at any condition number.
-        solver: of the two roots, as in :func:`wellcond.linalg.sqrtm`.
+        solver: of the two roots, a name of :data:`wellcond.linalg.SOLVERS`, ``"auto"`` or a solver object.
         exponent: of ``"power"``, any finite number; 1/2 if not given.
         normalisation: divide P by its ``"trace"`` or ``"frobenius"`` norm c first: f(P/c + εI), the same for features
             of any scale. ``None`` for f(P + εI). The root compensated by √c is P^{1/2} again, that is ``None``.
@@ -53,7 +55,8 @@ class SpectralLayer(SpectralModule):
 
     Raises:
         ValueError: an unknown function (the nearest right name is in the message); an exponent or a solver for a
-            function that takes none; what the function raises, naming the layer.
+            function that takes none; NaN or infinity in the input, or a singular covariance of which the function does
+            not exist (naming the layer; checked on the CPU by default).
 
     Complexity: O(d n min(d, n)) for the covariance and O(d³), or O(n³) in the factor form with n < d.
     Source: Song, Sebe and Wang, ECCV 2022, sect. 3; Ionescu, Vantzos and Sminchisescu, ICCV 2015, for the logarithm.
@@ -69,7 +72,7 @@ class SpectralLayer(SpectralModule):
     def __init__(
         self,
         function: str | Callable[[Tensor], Tensor] = "sqrt",
-        takes: Literal["features", "covariance"] = "features",
+        takes: Takes = "features",
         eps: float = 0.0,
         solver: str | Solver = "auto",
         *,
@@ -79,61 +82,96 @@ class SpectralLayer(SpectralModule):
         super().__init__()
         if not callable(function):
             require_known(function, FUNCTIONS, "function")
-        if takes not in ("features", "covariance"):
-            raise ValueError(f"takes must be 'features' or 'covariance', got {takes!r}")
+        require_known(takes, get_args(Takes), "takes")
+        if normalisation is not None:
+            require_known(normalisation, get_args(Normalisation), "normalisation")
+        require_nonnegative(eps, "eps")
         if exponent is not None and function != "power":
             raise ValueError(f"exponent={exponent} is for function='power', not {function!r}")
         if exponent is not None and not math.isfinite(exponent):
             raise ValueError(f"exponent must be a finite number, got {exponent}")
-        if function not in _ROOTS and solver != "auto":
-            raise ValueError(f"solver={solver!r} is for {' and '.join(_ROOTS)}, not {function!r}")
-        if not 0.0 <= eps < math.inf:
-            raise ValueError(f"eps must be a finite number >= 0, got {eps}")
-        require_normalisation(normalisation)
+        if function not in ROOTS and solver != "auto":
+            raise ValueError(f"solver={solver!r} is for {' and '.join(ROOTS)}, not {function!r}")
         self.function, self.takes, self.eps, self.solver = function, takes, eps, solver
         self.normalisation: Normalisation | None = normalisation
         self.exponent = (0.5 if exponent is None else float(exponent)) if function == "power" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        solver = self.solver if self.function in _ROOTS else None
+        solver = self.solver if self.function in ROOTS else None
         with self._recording(solver), full_precision(x):
             return self._apply_function(self._normalised(x.to(working_dtype(x.dtype)))).to(x.dtype)
 
     def observed_features(self, x: Tensor) -> Observation:
-        """Features of the covariance that the function is taken of."""
+        """Features of the covariance that the function is taken of; of a given covariance, in its eigenbasis."""
         x = self._normalised(x.detach())
-        return Observation(x if self.takes == "features" else features_of(x), self.eps)
+        if self.takes == "covariance":
+            eigvals, tolerance = matrix_spectrum(x)
+            kept = torch.where(eigvals > tolerance.unsqueeze(-1), eigvals, 0.0)
+            # d pairs of samples of opposite sign, so that the mean is 0.
+            A = torch.diag_embed((x.shape[-1] * kept).sqrt())
+            x = torch.cat([A, -A], -1)
+        return Observation(x, self.eps)
 
     def _normalised(self, x: Tensor) -> Tensor:
         if self.normalisation is None:
             return x
-        return (normalised_features if self.takes == "features" else normalised_matrix)(x, self.normalisation)
+        return (_normalised_features if self.takes == "features" else _normalised_matrix)(x, self.normalisation)
 
     def _apply_function(self, x: Tensor) -> Tensor:
         if self.takes == "features":
             if self.function == "sqrt" and self.eps == 0.0:
                 return covariance_sqrtm(x, solver=self.solver)
-            if self.function in _ROOTS and isinstance(choose_solver(self.solver), Eigh):
-                return covariance_powm(x, 0.5 if self.function == "sqrt" else -0.5, eps=self.eps)
             if self.function == "log":
                 return covariance_logm(x, eps=self.eps)
-            if self.exponent is not None:
-                return covariance_powm(x, self.exponent, eps=self.eps)
-        return self._of_matrix()(covariance(x) if self.takes == "features" else x)
-
-    def _of_matrix(self) -> Callable[[Tensor], Tensor]:
-        """f(· + εI), of a matrix."""
-        if isinstance(self.function, str) and self.function in _ROOTS:
-            return partial(_ROOTS[self.function], eps=self.eps, solver=self.solver)
+            exponent = {"sqrt": 0.5, "invsqrt": -0.5}.get(str(self.function), self.exponent)
+            if exponent is not None and isinstance(choose_solver(self.solver), Eigh):
+                return covariance_powm(x, exponent, eps=self.eps)
+            x = covariance(x)
+        if self.function in ROOTS:
+            return ROOTS[str(self.function)](x, eps=self.eps, solver=self.solver)
         if self.function == "log":
-            return partial(logm, eps=self.eps)
+            return logm(x, eps=self.eps)
         if self.exponent is not None:
-            return partial(powm, exponent=self.exponent, eps=self.eps)
-        inner = self.function if callable(self.function) else expm
-        return lambda P: inner(P + self.eps * torch.eye(P.shape[-1], dtype=P.dtype, device=P.device))
+            return powm(x, self.exponent, eps=self.eps)
+        function = self.function if callable(self.function) else expm
+        return function(x + self.eps * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
 
     def extra_repr(self) -> str:
         name = self.function if isinstance(self.function, str) else getattr(self.function, "__name__", "callable")
         power = "" if self.exponent is None else f", exponent={self.exponent}"
         size = "" if self.normalisation is None else f", normalisation={self.normalisation!r}"
         return f"{name!r}, takes={self.takes!r}, eps={self.eps}, solver={self.solver!r}{power}{size}"
+
+
+# iSQRT-COV (Li et al., CVPR 2018) divides by c = tr P or ‖P‖_F for its iteration and multiplies the root by √c
+# afterwards: √c (P/c)^{1/2} = P^{1/2}, so this pair is what a solver does inside and changes nothing. Left without the
+# second step, f(P/c) is the same for features of any scale. For the root, (P/tr P)^{1/2} = P^{1/2}/‖P^{1/2}‖_F is the
+# Frobenius normalisation of MPN-COV (Li et al., ICCV 2017).
+
+
+def _normalised_features(X: Tensor, kind: Normalisation) -> Tensor:
+    """Features (..., d, n) of zero mean and covariance P/c; features that are all equal become zero."""
+    X = _by_largest_entry(X - X.mean(-1, keepdim=True))
+    n = X.shape[-1]
+    if kind == "trace":
+        size = X.abs().square().sum((-2, -1), keepdim=True) / n
+    else:
+        size = torch.linalg.matrix_norm(X.mH @ X if n < X.shape[-2] else X @ X.mH, keepdim=True) / n
+    return X / torch.where(size > 0, size, 1.0).sqrt()
+
+
+def _normalised_matrix(P: Tensor, kind: Normalisation) -> Tensor:
+    """P/c; a zero matrix stays zero."""
+    P = _by_largest_entry(P)
+    trace = P.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None]
+    size = trace if kind == "trace" else torch.linalg.matrix_norm(P, keepdim=True)
+    return P / torch.where(size > 0, size, 1.0)
+
+
+def _by_largest_entry(X: Tensor) -> Tensor:
+    """X with largest entry 1, so that neither its squares nor its fourth powers leave the range of the dtype.
+
+    What follows divides by the size, so this scale has no derivative.
+    """
+    largest = X.detach().abs().amax((-2, -1), keepdim=True)
+    return X / torch.where(largest > 0, largest, 1.0)

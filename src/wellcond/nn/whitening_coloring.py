@@ -7,9 +7,10 @@ from torch import Tensor
 from ._base import Observation, SpectralModule
 from .functional._whitening_coloring import (
     Method,
-    factor,
+    chosen,
     flat_mask,
     grouped,
+    mean_eigenvalue,
     require_options,
     whitening_coloring,
 )
@@ -19,16 +20,19 @@ class WhiteningColoring(SpectralModule):
     """Give content features the mean and covariance of style features.
 
     Args:
-        eps: ε ≥ 0 of the content's covariance.
+        eps: ε ≥ 0, added to the eigenvalues of the content's covariance (for Cholesky, of both covariances).
         alpha: share of the transformed features in the result, from 0 to 1.
-        method, groups, relative: as in :func:`wellcond.nn.functional.whitening_coloring`, which says what is matched
-            at which rank, and to what error.
+        method: ``"zca"`` or ``"cholesky"``; :func:`wellcond.nn.functional.whitening_coloring` says what is matched at
+            which rank, and to what error.
+        groups: transform channels in this many groups, each by itself.
+        relative: take ε in units of the mean eigenvalue.
 
     Shape: content (N, C, *spatial) and style (N or 1, C, *any spatial) to the shape of the content; boolean masks
     (N, *spatial) choose the positions that count and change.
 
     Raises:
-        ValueError: as the function, naming the layer where a decomposition is at fault.
+        ValueError: an unknown method, ε < 0, α outside [0, 1]; shapes that do not fit, a mask that chooses nothing, NaN
+            or infinity, a singular covariance for Cholesky (naming the layer where a decomposition is at fault).
 
     Example:
         >>> import torch
@@ -70,8 +74,8 @@ class WhiteningColoring(SpectralModule):
     ) -> Observation:
         """Features whose covariance is the one that is whitened, in the units of ε."""
         mask = flat_mask(content_mask, content, "content_mask")
-        _, A, _ = factor(grouped(content.detach(), self.groups), mask, self.relative)
-        return Observation(A * A.shape[-1] ** 0.5, self.eps)
+        features = chosen(grouped(content.detach(), self.groups), mask).features
+        return Observation(features / mean_eigenvalue(features).sqrt() if self.relative else features, self.eps)
 
     def extra_repr(self) -> str:
         relative = ", relative=True" if self.relative else ""

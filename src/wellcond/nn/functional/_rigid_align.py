@@ -1,4 +1,4 @@
-"""Rigid alignment of two point sets: the rotation and translation of least weighted squares, differentiable.
+"""Rigid alignment of two point sets: the rotation and translation of weighted least squares, differentiable.
 
 With H = Σ w (y − ȳ)(x − x̄)ᵀ = U Σ Vᵀ the rotation is R = U diag(1, …, 1, s) Vᵀ, s = det(U Vᵀ) (Kabsch 1976; Umeyama,
 PAMI 1991). It is the factor in H = R S with S = V diag(σ1, …, s σd) Vᵀ symmetric, a polar factor with one sign turned,
@@ -13,12 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wellcond._shared.torch_internals import under_functorch
+from wellcond._shared.checks import readable
+from wellcond._shared.precision import full_precision, working_dtype
 from wellcond.linalg import NonFiniteMatrixError, powm
 
 
 def rigid_align(source: Tensor, target: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The rotation R and translation t for which Σ w ‖R x + t − y‖² is least: ``target ≈ source @ R.mT + t``.
+    """The rotation R and translation t that minimise Σ w ‖R x + t − y‖²: ``target ≈ source @ R.mT + t``.
 
     Args:
         source, target: (..., n, d) corresponding points x and y; batches broadcast. Half precision is computed in
@@ -34,7 +35,7 @@ def rigid_align(source: Tensor, target: Tensor, weights: Tensor | None = None) -
 
     Complexity: O(n d² + d⁶) per pair. Points and weights are differentiable twice, where R is unique: points not on a
     line (for d = 3), and no tie between the two smallest singular values where det(U Vᵀ) = −1.
-    Source: Kabsch 1976; Umeyama 1991; the derivative as for the polar factor, Higham 2008, ch. 8.
+    Source: Kabsch 1976; Umeyama 1991; the derivative of the polar factor, Higham 2008, ch. 8.
 
     Example:
         >>> import torch
@@ -46,10 +47,10 @@ def rigid_align(source: Tensor, target: Tensor, weights: Tensor | None = None) -
     """
     _require_points(source, target, weights)
     dtype = source.dtype
-    with torch.autocast(source.device.type, enabled=False):
-        wide = torch.promote_types(torch.promote_types(dtype, target.dtype), torch.float32)
-        x, y = source.to(wide), target.to(wide)
-        w = x.new_ones(x.shape[:-1]) if weights is None else weights.to(wide)
+    with full_precision(source):
+        work = working_dtype(torch.promote_types(dtype, target.dtype))
+        x, y = source.to(work), target.to(work)
+        w = x.new_ones(x.shape[:-1]) if weights is None else weights.to(work)
         total = w.sum(-1, keepdim=True)
         w = (w / torch.where(total > 0, total, 1.0)).unsqueeze(-1)
         x_mean, y_mean = (w * x).sum(-2, keepdim=True), (w * y).sum(-2, keepdim=True)
@@ -62,7 +63,7 @@ def _nearest_rotation(H: Tensor) -> Tensor:
     """The rotation R that maximises tr(Rᵀ H)."""
     # R does not depend on the size of H, and its derivative through this scale is 0.
     size = H.detach().abs().amax((-2, -1), keepdim=True)
-    if size.device.type == "cpu" and not under_functorch() and not size.isfinite().all():
+    if readable(size) and not size.isfinite().all():
         raise NonFiniteMatrixError("source, target or weights hold NaN or infinite entries")
     H = H / torch.where(size > 0, size, 1.0)
     with torch.no_grad():

@@ -13,18 +13,27 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from wellcond._shared.torch_internals import under_functorch
-from wellcond.linalg import NonFiniteMatrixError, NotPositiveSemidefiniteError, covariance_sqrtm, invsqrtm
+from wellcond._shared.checks import readable, require_finite, require_nonnegative
+from wellcond._shared.names import require_known
+from wellcond._shared.precision import full_precision, working_dtype
+from wellcond.linalg import NotPositiveSemidefiniteError, covariance, covariance_sqrtm, whiten
 
 Method = Literal["zca", "cholesky"]
 
 
-class Factor(NamedTuple):
-    """Mean (..., d, 1) of the chosen samples, A (..., d, n) of zero mean with P = A Aᵀ, and √n of the chosen ones."""
+class Chosen(NamedTuple):
+    """The samples that count.
+
+    Attributes:
+        mean: (..., d, 1) of them.
+        features: (..., d, n) whose covariance is theirs: x, or under a mask ``stretch`` · (x − mean) at the chosen
+            samples and 0 elsewhere.
+        stretch: √(n/number of them).
+    """
 
     mean: Tensor
-    A: Tensor
-    root_n: Tensor | float
+    features: Tensor
+    stretch: Tensor | float
 
 
 def whitening_coloring(
@@ -44,7 +53,7 @@ def whitening_coloring(
     With ε = 0 ("zca") the covariance of the result at α = 1 is P_s^{1/2} Π P_s^{1/2}, where Π projects on the range of
     the content's covariance: that of the style exactly where the content has full rank. With fewer content samples
     than channels its eigenvalues are those of the style on the content's range, Π P_s Π. An ε > 0 changes it by at most
-    ε/(λ + ε) of the largest eigenvalue of P_s, λ the least nonzero eigenvalue of P_c. With "cholesky" P_s + εI takes
+    ε/(λ + ε) of the largest eigenvalue of P_s, λ the smallest nonzero eigenvalue of P_c. With "cholesky" P_s + εI takes
     the place of P_s. A style of any rank is matched; its gradient through P_s^{1/2} is bounded.
 
     Args:
@@ -79,15 +88,16 @@ def whitening_coloring(
     """
     require_options(eps, alpha, method, groups)
     _require_fitting(content, style, groups)
-    with torch.autocast(content.device.type, enabled=False):
+    with full_precision(content):
         c, c_mask = grouped(content, groups), flat_mask(content_mask, content, "content_mask")
         s, s_mask = grouped(style.to(c.dtype), groups), flat_mask(style_mask, style, "style_mask")
-        of_content, of_style = factor(c, c_mask, relative), factor(s, s_mask, False)
-        if method == "zca":
-            white, colour = _range_whitened(of_content.A, eps), _root(of_style.A)
+        of_content, of_style = chosen(c, c_mask), chosen(s, s_mask)
+        if method == "cholesky":
+            colour = _cholesky(of_style.features, eps, relative)
         else:
-            white, colour = _triangular_whitened(of_content.A, eps), _cholesky(of_style.A, eps, relative)
-        y = (colour * of_content.root_n) @ white + of_style.mean
+            colour = covariance_sqrtm(of_style.features)
+        white = _whitened(of_content.features, eps, method, relative)
+        y = (colour / of_content.stretch) @ white + of_style.mean
         y = torch.lerp(c.expand_as(y), y, alpha) if alpha < 1.0 else y
         if c_mask is not None:
             y = torch.where(c_mask, y, c)
@@ -96,10 +106,8 @@ def whitening_coloring(
 
 def require_options(eps: float, alpha: float, method: str, groups: int) -> None:
     """Refuse values that no content and style could go with."""
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
-    if not 0.0 <= eps < float("inf"):
-        raise ValueError(f"eps must be a finite number >= 0, got {eps}")
+    require_known(method, get_args(Method), "method")
+    require_nonnegative(eps, "eps")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     if groups < 1:
@@ -108,63 +116,46 @@ def require_options(eps: float, alpha: float, method: str, groups: int) -> None:
 
 def grouped(x: Tensor, groups: int) -> Tensor:
     """(N, groups, C/groups, n) of (N, C, *spatial), without N of (C, n); in float32 or better."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
     channels = 1 if x.ndim > 2 else 0
-    return x.flatten(channels + 1).unflatten(channels, (groups, -1))
+    return x.to(working_dtype(x.dtype)).flatten(channels + 1).unflatten(channels, (groups, -1))
 
 
-def factor(x: Tensor, mask: Tensor | None, relative: bool) -> Factor:
-    """Mean and factor of features (..., d, n) under a mask (..., 1, n), A in units of its size if ``relative``."""
+def chosen(x: Tensor, mask: Tensor | None) -> Chosen:
+    """The samples of features (..., d, n) that a mask (..., 1, n) chooses; all without one."""
     if mask is None:
-        root_n: Tensor | float = x.shape[-1] ** 0.5
-        mean = x.mean(-1, keepdim=True)
-        A = (x - mean) / root_n
-    else:
-        count = mask.sum(-1, keepdim=True).clamp_min(1)
-        root_n = count.to(x.dtype).sqrt()
-        mean = torch.where(mask, x, 0.0).sum(-1, keepdim=True) / count
-        A = torch.where(mask, x - mean, 0.0) / root_n
-    return Factor(mean, A / _size(A).sqrt() if relative else A, root_n)
+        return Chosen(x.mean(-1, keepdim=True), x, 1.0)
+    count = mask.sum(-1, keepdim=True).clamp_min(1)
+    stretch = (x.shape[-1] / count.to(x.dtype)).sqrt()
+    mean = torch.where(mask, x, 0.0).sum(-1, keepdim=True) / count
+    return Chosen(mean, torch.where(mask, x - mean, 0.0) * stretch, stretch)
 
 
-def _size(A: Tensor) -> Tensor:
-    """The mean eigenvalue tr P/d as (..., 1, 1); 1 for a zero matrix."""
-    size = A.square().sum((-2, -1), keepdim=True) / A.shape[-2]
+def mean_eigenvalue(features: Tensor) -> Tensor:
+    """tr P/d as (..., 1, 1); 1 for a zero matrix."""
+    size = features.var(-1, correction=0, keepdim=True).mean(-2, keepdim=True)
     return torch.where(size > 0, size, 1.0)
 
 
-def _range_whitened(A: Tensor, eps: float) -> Tensor:
-    """(P + εI)^{-1/2} A; with ε = 0 on the range of P."""
-    if eps > 0.0:
-        return invsqrtm(A @ A.mT, eps=eps) @ A
-    # In float64 the rounding of P = A Aᵀ lies below that of float32 features, so the rank is theirs.
-    wide = A.double()
-    return (invsqrtm(wide @ wide.mT, rank="pinv") @ wide).to(A.dtype)
+def _whitened(features: Tensor, eps: float, method: Method, relative: bool) -> Tensor:
+    """W times the features; with ε = 0 ZCA acts on the range of P."""
+    if eps > 0.0 or method == "cholesky":
+        return whiten(features, eps=eps, method=method, relative=relative)
+    # In float64 the rounding of P lies below that of float32 features, so the rank is theirs.
+    return whiten(features.double(), rank="pinv", via="covariance").to(features.dtype)
 
 
-def _root(A: Tensor) -> Tensor:
-    """P^{1/2} by the factor form, which divides by the number of columns once more."""
-    return covariance_sqrtm(A * A.shape[-1] ** 0.5)
-
-
-def _triangular_whitened(A: Tensor, eps: float) -> Tensor:
-    """L⁻¹ A with L Lᵀ = P + εI."""
-    return torch.linalg.solve_triangular(_cholesky(A, eps, False), A, upper=False)
-
-
-def _cholesky(A: Tensor, eps: float, relative: bool) -> Tensor:
-    """The lower triangular factor of P + εI."""
-    P = A @ A.mT
-    ridge = eps * _size(A) if relative else eps
-    try:
-        return torch.linalg.cholesky(P + ridge * torch.eye(P.shape[-1], dtype=P.dtype, device=P.device))
-    except torch.linalg.LinAlgError as error:
-        if not P.isfinite().all():
-            raise NonFiniteMatrixError(f"features of shape {tuple(A.shape)} hold NaN or infinite entries") from error
+def _cholesky(features: Tensor, eps: float, relative: bool) -> Tensor:
+    """The lower triangular factor of P + εI. (From ``whitening_matrix`` it would come as the inverse of an inverse.)"""
+    P = covariance(features)
+    ridge = eps * mean_eigenvalue(features) if relative else eps
+    factor, info = torch.linalg.cholesky_ex(P + ridge * torch.eye(P.shape[-1], dtype=P.dtype, device=P.device))
+    if readable(P) and info.any():
+        require_finite(features, "style")
         raise NotPositiveSemidefiniteError(
-            f"a covariance of {A.shape[-2]} channels over at most {A.shape[-1]} samples is singular up to rounding "
-            f"with eps={eps}: it has no Cholesky factor; give a larger eps, or method='zca'"
-        ) from error
+            f"the style's covariance of {P.shape[-1]} channels over at most {features.shape[-1]} samples is singular "
+            f"up to rounding with eps={eps}: it has no Cholesky factor; give a larger eps, or method='zca'"
+        )
+    return factor
 
 
 def flat_mask(mask: Tensor | None, x: Tensor, name: str) -> Tensor | None:
@@ -178,7 +169,7 @@ def flat_mask(mask: Tensor | None, x: Tensor, name: str) -> Tensor | None:
             f"got {mask.dtype} of shape {tuple(mask.shape)}"
         )
     flat = mask.reshape(1, 1, -1) if x.ndim == 2 else mask.reshape(x.shape[0], 1, 1, -1)
-    if mask.device.type == "cpu" and not under_functorch() and not flat.any(-1).all():
+    if readable(mask) and not flat.any(-1).all():
         raise ValueError(f"{name} chooses no position in some image; leave that image out")
     return flat
 

@@ -11,7 +11,7 @@ from wellcond._shared.torch_internals import is_exporting, under_forward_mode, u
 
 
 def needs_plain_operations() -> bool:
-    """Whether someone is tracing, or transforming in a way that our autograd functions have no rule for."""
+    """Whether this is being traced, or transformed in a way that our autograd functions have no rule for."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or under_functorch() or under_forward_mode()
 
 

@@ -1,4 +1,4 @@
-"""The least ridge that a covariance can do with in its own precision.
+"""The smallest ridge that a covariance can do with in its own precision.
 
 Forming P = Σ x xᵀ/M and decomposing it each leave errors of about eps·λmax on every eigenvalue. A smaller ε is no
 ridge: along directions without variance P + εI is that rounding, and the derivative of its inverse root, of size
@@ -20,10 +20,10 @@ def with_ridge(P: Tensor, eps: float, *, relative: bool) -> tuple[Tensor, float]
 
     A relative ε is in units of the mean variance, of which eps·tr P is d·eps.
     """
-    least = torch.finfo(P.dtype).eps
+    minimum = torch.finfo(P.dtype).eps
     if relative:
-        return P, max(eps, least * P.shape[-1])
-    lacking = (least * trace(P) - eps).clamp_min(0.0)
+        return P, max(eps, minimum * P.shape[-1])
+    lacking = (minimum * P.diagonal(dim1=-2, dim2=-1).sum(-1) - eps).clamp_min(0.0)
     if not torch.compiler.is_compiling() and readable(P) and not lacking.any():
         return P, eps
     return P + torch.diag_embed(lacking.unsqueeze(-1).expand(*P.shape[:-1])), eps
@@ -31,12 +31,7 @@ def with_ridge(P: Tensor, eps: float, *, relative: bool) -> tuple[Tensor, float]
 
 def mean_ridge(P: Tensor, eps: float, *, relative: bool) -> float:
     """The absolute ε that :func:`with_ridge` stands for, the mean over the groups."""
-    least = torch.finfo(P.dtype).eps
-    traces = trace(P).double()
-    ridges = max(eps / P.shape[-1], least) * traces if relative else (least * traces).clamp_min(eps)
+    minimum = torch.finfo(P.dtype).eps
+    traces = P.diagonal(dim1=-2, dim2=-1).sum(-1).double()
+    ridges = max(eps / P.shape[-1], minimum) * traces if relative else (minimum * traces).clamp_min(eps)
     return ridges.mean().item()
-
-
-def trace(P: Tensor) -> Tensor:
-    """(...,) tr P."""
-    return P.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from wellcond._shared.names import require_known
+
 from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
 
 DECORRELATED = {
@@ -55,24 +57,19 @@ def replace_batchnorm(model: nn.Module, which: Which = "first", **options: Any) 
         raise ValueError(f"{type(model).__name__} holds no nn.BatchNorm1d, 2d, 3d or SyncBatchNorm to replace{hint}")
     if callable(which):
         chosen = [(name, module) for name, module in norms if which(name, module)]
-    elif which in ("first", "all"):
-        chosen = norms[:1] if which == "first" else norms
     else:
-        raise ValueError(f"which must be 'first', 'all' or a function of name and module, got {which!r}")
+        require_known(which, ("first", "all"), "which", ", which may also be a function of name and module")
+        chosen = norms[:1] if which == "first" else norms
     if not chosen:
         raise ValueError(f"which chose none of the batch norms {', '.join(name for name, _ in norms)}")
-    new = {module: _decorrelated(module, **options) for _, module in chosen}
+    new: dict[nn.Module, nn.Module] = {}
+    for _, module in chosen:
+        old: Any = module
+        new[module] = norm = DECORRELATED[type(old)].from_batchnorm(old, **options)
+        if norm.weight is not None and old.weight is not None:
+            norm.weight, norm.bias = old.weight, old.bias
     for name, module in list(model.named_modules(remove_duplicate=False)):  # one norm may have several names
         if module in new:
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, new[module])
     return [name for name, _ in chosen]
-
-
-def _decorrelated(bn: nn.Module, **options: Any) -> nn.Module:
-    """The decorrelated batch norm that is ``bn`` as long as the channels are uncorrelated."""
-    old: Any = bn
-    new = DECORRELATED[type(bn)].from_batchnorm(old, **options)
-    if new.weight is not None and old.weight is not None:
-        new.weight, new.bias = old.weight, old.bias
-    return new

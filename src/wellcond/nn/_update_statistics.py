@@ -1,4 +1,4 @@
-"""Running statistics of a finished model: taken anew, of the weights as they are.
+"""Running statistics of a finished model, recomputed for the weights as they are.
 
 While a model trains, its running statistics are those of the weights of the last steps. Evaluation of a whitening layer
 feels that more than that of batch norm: along directions without variance it divides by √ε what the weights have moved.
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._running_statistics import RunningWhitening
+from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 
-NORMS = (RunningWhitening, nn.modules.batchnorm._BatchNorm)
+NORMS = (_DecorrelatedBatchNorm, nn.modules.batchnorm._BatchNorm)
 
 
 @torch.no_grad()
 def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch.device | str | None = None) -> int:
-    """Take the running statistics of every batch norm and decorrelated batch norm anew, averaged over the batches.
+    """Recompute the running statistics of every batch norm and decorrelated batch norm, averaged over the batches.
 
     Only the norms see the batches in training mode; everything else, such as dropout, is in evaluation. Modes and
     momenta are afterwards what they were.
@@ -51,9 +51,8 @@ def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch
     if not norms:
         return 0
     modes = {module: module.training for module in model.modules()}
-    before = {
-        norm: ({name: b.clone() for name, b in norm.named_buffers(recurse=False)}, norm.momentum) for norm in norms
-    }
+    momenta = {norm: norm.momentum for norm in norms}
+    before = {norm: {name: b.clone() for name, b in norm.named_buffers(recurse=False)} for norm in norms}
     count = 0
     try:
         model.eval()
@@ -65,19 +64,19 @@ def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch
             _call(model, batch, device)
             count += 1
         if not count:
-            raise ValueError("no batch was given, so there is nothing to take statistics of")
+            raise ValueError("no batch was given, so there is nothing to compute statistics of")
     except BaseException:
-        for norm, (buffers, _) in before.items():
+        for norm, buffers in before.items():
             for name, value in buffers.items():
                 getattr(norm, name).copy_(value)
         raise
     finally:
-        for norm, (_, momentum) in before.items():
+        for norm, momentum in momenta.items():
             norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
     for norm in norms:
-        if isinstance(norm, RunningWhitening) and not norm.training:
+        if isinstance(norm, _DecorrelatedBatchNorm) and not norm.training:
             norm.eval()  # compiled and exported graphs take the whitening matrix from a buffer
     return len(norms)
 

@@ -12,15 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._buffers import LARGEST_KEPT, room
+from .layout import LARGEST_KEPT, scratch_buffer
 
 # Entries of one piece: 1 MB in float32.
 CACHED_ENTRIES = 1 << 18
 # Of a joined piece, which is copied anyway, so that one wide product is worth more.
 JOINED_ENTRIES = LARGEST_KEPT
-# Off the CPU a piece only bounds the memory of its copy; few large kernels are quicker.
+# Off the CPU a piece only bounds the memory of its copy; few large kernels are faster.
 PIECES_ELSEWHERE = 8
-# Matrices from this size on, of which only as much is computed as symmetry does not give.
+# From this matrix size on, only one of the two off-diagonal quarters of a symmetric product is computed.
 HALVED = 256
 
 
@@ -59,25 +59,26 @@ def pieces(blocks: Tensor) -> Iterator[Piece]:
         yield Piece(axis, start, min(step, total - start), joined)
 
 
-class Reader:
-    """Pieces of blocks in the working dtype, minus an origin (G, d, 1) if there is one, through one small buffer.
-
-    The buffer is that of a slot; what is read through it is overwritten by the next reading in the same slot.
-    """
+class CentredPieces:
+    """Blocks to be read piece by piece in the working dtype, minus an origin (G, d, 1) if there is one."""
 
     def __init__(self, blocks: Tensor, dtype: torch.dtype, origin: Tensor | None = None) -> None:
         self.blocks, self.dtype = blocks, dtype
-        self.origin = None if origin is None else Repeated(origin)
+        self.origin = None if origin is None else PerImage(origin)
         self._buffer: Tensor | None = None
         self._slot = 0
 
-    def __call__(self, piece: Piece, slot: int = 0) -> Tensor:
+    def read(self, piece: Piece, slot: int = 0) -> Tensor:
+        """The piece itself where nothing is to be done to it, else a copy in the scratch buffer of this slot.
+
+        The next reading with the same slot overwrites the copy.
+        """
         part = piece.of(self.blocks)
         if self.origin is None and part.dtype == self.dtype and not piece.joined:
             return part
         if self._buffer is None or self._buffer.shape != part.shape or self._slot != slot:
-            self._slot, self._buffer = slot, room(part, self.dtype, slot, contiguous=piece.joined)
-        origin = None if self.origin is None else self.origin(part)
+            self._slot, self._buffer = slot, scratch_buffer(part, self.dtype, slot, contiguous=piece.joined)
+        origin = None if self.origin is None else self.origin.of(part)
         if origin is not None and piece.joined:
             origin = origin.unsqueeze(-1)
         if origin is not None and part.dtype == self.dtype:
@@ -89,57 +90,56 @@ class Reader:
         return self._buffer.flatten(2) if piece.joined else self._buffer
 
 
-class Repeated:
-    """One matrix or vector a group, (G, …), for every image of a piece: (k·G, …). Of one group no copy is made."""
+class PerImage:
+    """One matrix or vector a group, (G, …), repeated for every image of a piece: (k·G, …). One group is not copied."""
 
     def __init__(self, groupwise: Tensor) -> None:
-        self.groupwise, self._wide = groupwise, groupwise
+        self.groupwise, self._repeated = groupwise, groupwise
 
-    def __call__(self, part: Tensor) -> Tensor:
-        if part.shape[0] > self._wide.shape[0]:
+    def of(self, part: Tensor) -> Tensor:
+        if part.shape[0] > self._repeated.shape[0]:
             count = part.shape[0] // self.groupwise.shape[0]
-            self._wide = self.groupwise.expand(count, *self.groupwise.shape).flatten(0, 1)
-        return self._wide[: part.shape[0]]
+            self._repeated = self.groupwise.expand(count, *self.groupwise.shape).flatten(0, 1)
+        return self._repeated[: part.shape[0]]
 
 
-def write(out: Tensor, start: Tensor | None, *terms: tuple[Tensor, Reader]) -> None:
+def write_products(out: Tensor, start: Tensor | None, *terms: tuple[Tensor, CentredPieces]) -> None:
     """``out`` = start + Σ A B: A (G, d, d) and start (G, d, 1) by groups, B and ``out`` (K, G, d, n)."""
-    begin = None if start is None else Repeated(start)
-    factors = [(Repeated(A), read) for A, read in terms]
-    # Along the samples the product takes the start up at no cost; across short rows of channels it is added later.
+    begin = None if start is None else PerImage(start)
+    factors = [(PerImage(A), B) for A, B in terms]
+    # Along the samples the product adds the start at no cost; across short rows of channels it is added later.
     along = out.stride(-1) == 1
     dtype, direct = terms[0][1].dtype, out.dtype == terms[0][1].dtype
     for piece in pieces(out):
         target = into = piece.of(out)
         if piece.joined:
-            into = room(target, dtype, len(terms), contiguous=True).flatten(2)
+            into = scratch_buffer(target, dtype, len(terms), contiguous=True).flatten(2)
         elif not direct:
-            into = room(target, dtype, len(terms), contiguous=False)
+            into = scratch_buffer(target, dtype, len(terms), contiguous=False)
         total = None
-        for slot, (A, read) in enumerate(factors):
-            B = read(piece, slot)
+        for slot, (A, features) in enumerate(factors):
+            B = features.read(piece, slot)
             if total is not None:
-                total.baddbmm_(A(B), B)
+                total.baddbmm_(A.of(B), B)
             elif begin is not None and along:
-                total = torch.baddbmm(begin(B), A(B), B, out=into)
+                total = torch.baddbmm(begin.of(B), A.of(B), B, out=into)
             else:
-                total = torch.bmm(A(B), B, out=into)
+                total = torch.bmm(A.of(B), B, out=into)
         assert total is not None
         if begin is not None and not along:
-            total += begin(total)
+            total += begin.of(total)
         if into is not target:
             target.copy_(total.view(target.shape) if piece.joined else total)
 
 
-def sum_of_products(left: Reader, right: Reader) -> Tensor:
+def sum_of_products(left: CentredPieces, right: CentredPieces) -> Tensor:
     """Σ A Bᵀ over all samples, by groups: (G, d, d)."""
     G, d = left.blocks.shape[1:3]
-    # Of a symmetric sum the lower left quarter is not computed, once the products are so large that it shows.
     half = d // 2 if right is left and d >= HALVED else 0
     total: Tensor | None = None
     for piece in pieces(left.blocks):
-        A = left(piece, 0)
-        B = A if right is left else right(piece, 1)
+        A = left.read(piece, 0)
+        B = A if right is left else right.read(piece, 1)
         if total is None:  # the first piece is the longest, and has as many matrices as any
             total = A.new_zeros(A.shape[0], d, d) if half else torch.bmm(A, B.mT)
             if not half:
@@ -164,7 +164,7 @@ def sum_of_samples(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     if blocks.dtype == dtype:
         return blocks.sum(3).sum(0).unsqueeze(-1)  # in this order twice as fast as over both at once
     G, d = blocks.shape[1:3]
-    read, total = Reader(blocks, dtype), blocks.new_zeros(G, d, dtype=dtype)
+    features, total = CentredPieces(blocks, dtype), blocks.new_zeros(G, d, dtype=dtype)
     for piece in pieces(blocks):
-        total += read(piece).sum(-1).view(-1, G, d).sum(0)
+        total += features.read(piece).sum(-1).view(-1, G, d).sum(0)
     return total.unsqueeze(-1)

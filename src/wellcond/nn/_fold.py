@@ -7,18 +7,22 @@ kind of layer, with the weight M W and the bias M b + β − M μ, whatever its 
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
-from typing import TypeVar
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
-from ._affine import ChannelAffine, absorbed, channel_convolution
-from .decorrelated_batchnorm import _DecorrelatedBatchNorm
+from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
-_PASSES_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-"""What does nothing in evaluation."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# These do nothing in evaluation.
+PASSED_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
 def fold(model: Model) -> Model:
@@ -56,11 +60,10 @@ def fold(model: Model) -> Model:
     before = {} if model in norms else _layers_before(model)
     plain: dict[nn.Module, nn.Module] = {}
     for norm in norms:
-        affine = _affine_map(norm)
         layer = before.get(norm)
-        folded = None if layer is None else absorbed(layer, affine)
+        folded = None if layer is None else _absorbed(layer, norm)
         if layer is None or folded is None:
-            plain[norm] = channel_convolution(affine, dims=max(norm._dims) - 2)
+            plain[norm] = _as_convolution(norm)
         else:
             plain[layer], plain[norm] = folded, nn.Identity()
     for module in plain.values():
@@ -75,11 +78,63 @@ def fold(model: Model) -> Model:
 
 
 @torch.no_grad()
-def _affine_map(norm: _DecorrelatedBatchNorm) -> ChannelAffine:
-    """M (groups, d, d) and the shift (C,), in float64."""
+def _absorbed(layer: nn.Module, norm: _DecorrelatedBatchNorm) -> nn.Module | None:
+    """A new layer that is ``layer`` followed by the norm, or None where that is no layer of the same kind.
+
+    Only torch's own classes are taken, without hooks: a subclass or a hook may do anything. A parametrised layer is
+    read through its parametrisation; it is not changed, since its class is shared with the layer it was copied from.
+    """
+    kind: Any = type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
+    if kind not in (*CONVOLUTIONS, *TRANSPOSED, nn.Linear) or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    source: Any = layer
+    weight, bias = source.weight.detach().double(), source.bias
+    groups = 1 if kind is nn.Linear else source.groups
+    channels = weight.shape[1] * groups if kind in TRANSPOSED else weight.shape[0]
+    if channels != norm.num_features or (channels // groups) % (channels // norm.groups):
+        return None
+    matrix, shift = (tensor.to(weight.device) for tensor in norm.evaluation_map(torch.float64))
+    M = matrix.reshape(norm.groups, -1, channels // norm.groups)
+    if kind in TRANSPOSED:
+        # (in, out/groups, *kernel): rows that are output channels come second, in each group of inputs.
+        rows = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        mixed = _times(M, rows).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    else:
+        mixed = _times(M, weight)
+    if bias is not None:
+        shift = shift + _times(M, bias.detach().double())
+    # The names of torch's own arguments are those of the attributes.
+    form = [name for name in inspect.signature(kind).parameters if name not in ("bias", "device", "dtype")]
+    where = {"device": source.weight.device, "dtype": source.weight.dtype}
+    new: Any = kind(**{name: getattr(source, name) for name in form}, **where)
+    new.weight.copy_(mixed)
+    new.bias.copy_(shift)
+    return new.requires_grad_(source.weight.requires_grad)
+
+
+def _times(M: Tensor, rows: Tensor) -> Tensor:
+    """Diagonal blocks (groups, d, d) times a tensor whose first dimension is the channels."""
+    return (M @ rows.reshape(M.shape[0], M.shape[1], -1)).reshape(rows.shape)
+
+
+@torch.no_grad()
+def _as_convolution(norm: _DecorrelatedBatchNorm) -> nn.Module:
+    """The norm as a convolution of kernel 1."""
     weight, bias = norm.evaluation_map(torch.float64)
-    dtype = bias.dtype if norm.weight is None else norm.weight.dtype
-    return ChannelAffine(weight.reshape(norm.groups, -1, weight.shape[1]), bias, dtype)
+    kind: Any = (_PointwiseConv1d, nn.Conv2d, nn.Conv3d)[weight.ndim - 3]
+    like: Any = norm.running_mean if norm.weight is None else norm.weight
+    C = norm.num_features
+    layer = kind(C, C, 1, groups=norm.groups, device=like.device, dtype=like.dtype)
+    layer.weight.copy_(weight)
+    layer.bias.copy_(bias)
+    return layer
+
+
+class _PointwiseConv1d(nn.Conv1d):
+    """A convolution of kernel 1 that also takes (N, C), as batch norm does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.unsqueeze(-1)).squeeze(-1) if input.dim() == 2 else super().forward(input)
 
 
 class _Tracer(fx.Tracer):
@@ -104,24 +159,15 @@ def _layers_before(model: nn.Module) -> dict[nn.Module, nn.Module]:
         return {}
     calls = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
     used: list[nn.Module] = [module for called in calls.values() for module in called.modules()]
-    read = {id(_tensor_at(model, str(node.target))) for node in graph.nodes if node.op == "get_attr"}
+    read = {id(attrgetter(str(node.target))(model)) for node in graph.nodes if node.op == "get_attr"}
     found: dict[nn.Module, nn.Module] = {}
     for node, norm in calls.items():
         if not isinstance(norm, _DecorrelatedBatchNorm) or used.count(norm) != 1:
             continue
         source = node.all_input_nodes[0]
-        while len(source.users) == 1 and type(calls.get(source)) in _PASSES_ON:
+        while len(source.users) == 1 and type(calls.get(source)) in PASSED_THROUGH:
             source = source.all_input_nodes[0]
         layer = calls.get(source) if len(source.users) == 1 else None
-        if (
-            layer is not None
-            and used.count(layer) == 1
-            and not any(id(tensor) in read for tensor in layer.parameters())
-        ):
+        if layer is not None and used.count(layer) == 1 and not any(id(p) in read for p in layer.parameters()):
             found[norm] = layer
     return found
-
-
-def _tensor_at(model: nn.Module, target: str) -> Tensor | None:
-    path, _, name = target.rpartition(".")
-    return getattr(model.get_submodule(path), name, None)

@@ -1,0 +1,17 @@
+"""The two passes over the activations of decorrelated batch norm, and their common derivative in five products.
+
+Forward: the moments μ, P (one product x xᵀ), then y = W x + b (one product). Between them, on small matrices and by
+ordinary autograd, W and b are made of μ and P. Backward, with M = N·L and g = ∂l/∂y: ∂l/∂W = Σ g xᵀ (one product), and
+
+    ∂l/∂x = Wᵀ g + D (x − μ) + (∂l/∂μ)/M,    D = (2/M) ∂l/∂P symmetrised,
+
+in one pass (two products) that writes the gradient once. For W = S it is S g + D (x − μ) − S ḡ (Huang et al., CVPR
+2018).
+
+``layout`` says how activations lie in memory, ``pieces`` works on them in parts that fit the cache, ``passes`` makes
+autograd functions of that, and ``plain`` has the same in ordinary operations.
+"""
+
+from .passes import PassContext, affine_map, moments
+
+__all__ = ["PassContext", "affine_map", "moments"]

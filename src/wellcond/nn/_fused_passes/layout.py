@@ -1,0 +1,85 @@
+"""Feature maps as blocks, (K, G, d, n) views of (N, C, *spatial) whichever way they lie in memory, and scratch buffers.
+
+With the channels before the space every image is a block (K = N, n = L); with the channels last, or without space, the
+whole batch is one (K = 1, n = N·L). Neither is copied to the other: BLAS takes both.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+# Entries of the largest scratch buffer that is kept: 2 MB in float32.
+LARGEST_KEPT = 1 << 19
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether the channels of (N, C, *spatial) are the innermost in memory."""
+    return x.dim() == 2 or (not x.is_contiguous() and x.movedim(1, -1).is_contiguous())
+
+
+def as_blocks(x: Tensor, groups: int, last: bool) -> Tensor:
+    """(K, G, d, n) of (N, C, *spatial): a view wherever x is laid out as ``last`` says, else a copy."""
+    d = x.shape[1] // groups
+    if last:
+        # The last size of an empty batch cannot be inferred.
+        rows = x.movedim(1, -1).contiguous()
+        return rows.view(rows.numel() // max(x.shape[1], 1), groups, d).permute(1, 2, 0).unsqueeze(0)
+    return x.reshape(x.shape[0], groups, d, x.shape[2:].numel())
+
+
+def new_like(x: Tensor, last: bool) -> Tensor:
+    """An empty tensor of the shape and dtype of x in that layout."""
+    if not last:
+        return x.new_empty(x.shape)
+    return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1)
+
+
+def from_blocks(blocks: Tensor, like: Tensor, last: bool) -> Tensor:
+    """The inverse of :func:`as_blocks`: (N, C, *spatial) of the shape of ``like``; differentiable."""
+    if not last:
+        return blocks.reshape(like.shape)
+    return blocks.squeeze(0).permute(2, 0, 1).reshape(like.movedim(1, -1).shape).movedim(-1, 1)
+
+
+class _ScratchBuffers(threading.local):
+    """The buffers of one thread by slot and dtype, each as large as the largest request so far.
+
+    Fresh memory costs a page fault for each 4 KB, which takes longer than the copy into it.
+    """
+
+    def __init__(self) -> None:
+        self.slots: dict[tuple[int, torch.dtype], Tensor] = {}
+
+
+_scratch = _ScratchBuffers()
+
+
+def scratch_buffer(part: Tensor, dtype: torch.dtype, slot: int, *, contiguous: bool) -> Tensor:
+    """An uninitialised tensor of the shape of ``part``, and of its strides unless ``contiguous``.
+
+    On the CPU every call with the same slot returns the same memory and overwrites what was there, so nothing of it may
+    be handed to a caller or saved for the backward pass.
+    """
+    layout = torch.contiguous_format if contiguous else torch.preserve_format
+    if type(part) is not Tensor or part.device.type != "cpu" or part.numel() > LARGEST_KEPT:
+        return torch.empty_like(part, dtype=dtype, memory_format=layout)
+    kept = _scratch.slots.get((slot, dtype))
+    if kept is None or kept.numel() < part.numel():
+        with torch.inference_mode(False):  # a tensor made in inference mode cannot be written to outside of it
+            kept = _scratch.slots[slot, dtype] = torch.empty(part.numel(), dtype=dtype, device=part.device)
+    if not contiguous and _is_dense(part):
+        return kept.as_strided(part.shape, part.stride())
+    return kept[: part.numel()].view(part.shape)
+
+
+def _is_dense(part: Tensor) -> bool:
+    """Whether the strides are those of a contiguous tensor whose dimensions were permuted."""
+    expected = 1
+    for stride, size in sorted(zip(part.stride(), part.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True

@@ -1,0 +1,188 @@
+"""The moments and the affine map as a pair of autograd functions that share one backward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wellcond._shared.precision import full_precision, working_dtype
+from wellcond._shared.torch_internals import along_many_directions
+
+from .layout import as_blocks, channels_last, from_blocks, new_like
+from .pieces import CentredPieces, sum_of_products, sum_of_samples, write_products
+from .plain import needs_plain_operations, plain_affine_map, plain_moments
+
+# Σ x xᵀ − M μ μᵀ loses the digits of 1 + (μ/σ)²: up to here that is left to rounding, beyond it x is centred first.
+HARMLESS_RATIO = 4.0
+# Samples from which that is guessed at first; the covariance itself shows afterwards whether the guess was right.
+SAMPLED = 1024
+
+
+@dataclass
+class PassContext:
+    """What the two functions of one forward pass share.
+
+    Attributes:
+        groups, last: how the activations lie in memory, see :mod:`.layout`.
+        dtype: of the work.
+        origin: (G, d, 1) subtracted from the activations as they are read, or None where that is not needed.
+        alias_of_x: a view of x, an output of the first function and an input of the second. As its gradient the second
+            hands ∂l/∂y back as it is, and the first, which runs last, writes ∂l/∂x in a single pass.
+        deferred_weight: the W by whose transpose that ∂l/∂y is still to be multiplied.
+    """
+
+    groups: int
+    last: bool
+    dtype: torch.dtype
+    origin: Tensor | None = None
+    alias_of_x: Tensor | None = None
+    deferred_weight: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, groups: int) -> PassContext:
+        return cls(groups, channels_last(x), working_dtype(x.dtype))
+
+    def blocks(self, x: Tensor) -> Tensor:
+        return as_blocks(x, self.groups, self.last)
+
+    def pieces(self, x: Tensor) -> CentredPieces:
+        """The activations, to be read minus the origin."""
+        return CentredPieces(self.blocks(x), self.dtype, self.origin)
+
+    def from_origin(self, mean: Tensor) -> Tensor:
+        """The mean of the activations as they are read."""
+        return mean if self.origin is None else mean - self.origin
+
+
+def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor, PassContext]:
+    """Mean (G, d, 1) and covariance (G, d, d; divisor M) of (N, C, *spatial), and the context for :func:`affine_map`.
+
+    The covariance is accurate to rounding whatever the mean. Of an empty x both are zero.
+    """
+    context = PassContext.of(x, groups)
+    if needs_plain_operations():
+        mean, cov = plain_moments(context.blocks(x).to(context.dtype))
+        context.origin = mean
+        return mean, cov, context
+    mean, cov, context.alias_of_x = _Moments.apply(x, context)  # pyright: ignore[reportGeneralTypeIssues]
+    return mean, cov, context
+
+
+def affine_map(x: Tensor, W: Tensor, b: Tensor, context: PassContext | None = None) -> Tensor:
+    """W (x − origin) + b by groups: W (G, d, d), b (G, d, 1), x (N, C, *spatial), in the dtype and layout of x.
+
+    With the context of the :func:`moments` of x the two share one backward pass; without, the origin is 0.
+    """
+    if needs_plain_operations():
+        return plain_affine_map(x, W, b, None if context is None else context.origin)
+    context = context or PassContext.of(x, W.shape[0])
+    alias, context.alias_of_x = context.alias_of_x, None  # kept here it would close a reference cycle
+    return _AffineMap.apply(x, alias, W, b, context)  # pyright: ignore[reportReturnType]
+
+
+class _Moments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: PassContext) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        blocks = context.blocks(x)
+        mean = sum_of_samples(blocks, context.dtype) / _samples(blocks)
+        # Off the CPU the host would have to wait for the variance: there x is always centred.
+        centre = x.device.type != "cpu" or _cancels(mean, _sampled_variance(blocks, mean))
+        cov = _covariance(blocks, mean, mean if centre else None)
+        if not centre and _cancels(mean, cov.diagonal(dim1=-2, dim2=-1)):  # the sample did not show it
+            centre, cov = True, _covariance(blocks, mean, mean)
+        context.origin = mean.detach() if centre else None
+        ctx.save_for_backward(x, mean)
+        ctx.context = context
+        ctx.set_materialize_grads(False)
+        return mean, cov, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor | None, grad_cov: Tensor | None, grad_y: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, mean = ctx.saved_tensors
+        context: PassContext = ctx.context
+        W, context.deferred_weight = context.deferred_weight, None
+        with full_precision(x):
+            blocks = context.blocks(x)
+            count = _samples(blocks)
+            shift = torch.zeros_like(mean) if grad_mean is None else grad_mean / count
+            D = mean.new_zeros(*mean.shape[:2], mean.shape[1]) if grad_cov is None else (grad_cov + grad_cov.mT) / count
+            if _in_plain_operations(grad_mean, grad_cov):
+                work = blocks.to(context.dtype)
+                grad_x = D @ (work - work.mean((0, 3), keepdim=True)) + shift
+                return from_blocks(grad_x, x, context.last).to(x.dtype), None
+            shift = shift - D @ context.from_origin(mean)
+            grad_x = new_like(x, context.last)
+            terms = [(D, CentredPieces(blocks, context.dtype, context.origin))]
+            if grad_y is not None:
+                assert W is not None
+                terms.insert(0, (W.mT, CentredPieces(context.blocks(grad_y), context.dtype)))
+            write_products(context.blocks(grad_x), shift, *terms)
+            return grad_x, None
+
+
+class _AffineMap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alias: Tensor | None, W: Tensor, b: Tensor, context: PassContext) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x, W)
+        ctx.context, ctx.joined = context, alias is not None
+        y = new_like(x, context.last)
+        write_products(context.blocks(y), b, (W, context.pieces(x)))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, W = ctx.saved_tensors
+        context: PassContext = ctx.context
+        with full_precision(x):
+            if _in_plain_operations(grad_y):
+                return _differentiable_backward(x, W, grad_y, context)
+            g = context.blocks(grad_y)
+            grad_W = grad_b = grad_x = grad_alias = None
+            if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+                grad_W = sum_of_products(CentredPieces(g, context.dtype), context.pieces(x))
+                grad_b = sum_of_samples(g, context.dtype)
+            if ctx.joined:
+                context.deferred_weight, grad_alias = W.detach(), grad_y
+            elif ctx.needs_input_grad[0]:
+                grad_x = new_like(x, context.last)
+                write_products(context.blocks(grad_x), None, (W.mT, CentredPieces(g, context.dtype)))
+            return grad_x, grad_alias, grad_W, grad_b, None
+
+
+def _in_plain_operations(*grads: Tensor | None) -> bool:
+    """Whether the derivative will be differentiated again, or is taken along many directions at once."""
+    return torch.is_grad_enabled() or along_many_directions(*grads)
+
+
+def _differentiable_backward(x: Tensor, W: Tensor, grad_y: Tensor, context: PassContext) -> tuple[Tensor | None, ...]:
+    """The same derivative in operations that autograd differentiates again; nothing is left to the moments."""
+    work, g = (context.blocks(t).to(context.dtype) for t in (x, grad_y))
+    if context.origin is not None:
+        work = work - context.origin
+    grad_x = from_blocks(W.mT @ g, x, context.last).to(x.dtype)
+    return grad_x, None, (g @ work.mT).sum(0), g.sum((0, 3)).unsqueeze(-1), None
+
+
+def _samples(blocks: Tensor) -> int:
+    """M, to divide by."""
+    return max(blocks.shape[0] * blocks.shape[-1], 1)
+
+
+def _covariance(blocks: Tensor, mean: Tensor, origin: Tensor | None) -> Tensor:
+    features = CentredPieces(blocks, mean.dtype, origin)
+    P = sum_of_products(features, features) / _samples(blocks)
+    return P - mean @ mean.mT if origin is None else P
+
+
+def _sampled_variance(blocks: Tensor, mean: Tensor) -> Tensor:
+    """The variance (G, d) of the first samples, to guess from."""
+    first = blocks[:1, :, :, :SAMPLED].to(mean.dtype)
+    return (first - mean).square_().mean((0, 3)) if first.numel() else torch.zeros_like(mean).squeeze(-1)
+
+
+def _cancels(mean: Tensor, variance: Tensor) -> bool:
+    """Whether Σ x xᵀ − M μ μᵀ loses digits in some channel."""
+    return bool((mean.squeeze(-1).square() > HARMLESS_RATIO * variance).any())
