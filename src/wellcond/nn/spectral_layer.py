@@ -13,12 +13,10 @@ from wellcond._shared.checks import require_nonnegative
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond.linalg import (
-    Eigh,
     Solver,
     covariance,
     covariance_logm,
     covariance_powm,
-    covariance_sqrtm,
     expm,
     invsqrtm,
     logm,
@@ -26,7 +24,6 @@ from wellcond.linalg import (
     powm,
     sqrtm,
 )
-from wellcond.linalg.solvers import choose_solver
 
 from ._base import Observation, SpectralModule
 
@@ -119,13 +116,11 @@ class SpectralLayer(SpectralModule):
 
     def _apply_function(self, x: Tensor) -> Tensor:
         if self.takes == "features":
-            if self.function == "sqrt" and self.eps == 0.0:
-                return covariance_sqrtm(x, solver=self.solver)
+            exponent = {"sqrt": 0.5, "invsqrt": -0.5}.get(str(self.function), self.exponent)
+            if exponent is not None:
+                return covariance_powm(x, exponent, eps=self.eps, solver=self.solver)
             if self.function == "log":
                 return covariance_logm(x, eps=self.eps)
-            exponent = {"sqrt": 0.5, "invsqrt": -0.5}.get(str(self.function), self.exponent)
-            if exponent is not None and isinstance(choose_solver(self.solver), Eigh):
-                return covariance_powm(x, exponent, eps=self.eps)
             x = covariance(x)
         if self.function in ROOTS:
             return ROOTS[str(self.function)](x, eps=self.eps, solver=self.solver)
