@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from wellcond.experiments.models import build_model
+from wellcond.experiments.run.models import build_model
 from wellcond.orthogonality import treat
 
 TREATMENTS = ("sn", "ol", "ow", "nog", "olr", "nog+ow+olr")

@@ -19,7 +19,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from wellcond.experiments.models import build_model
+from wellcond.experiments.run.models import build_model
 from wellcond.monitor import ConditionMonitor
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from wellcond.experiments.files import read_csv
-from wellcond.experiments.recipes import RunConfig, recipe
+from wellcond.experiments.run.config import RunConfig, recipe
 
 
 def small(**options: Any) -> RunConfig:

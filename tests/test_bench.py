@@ -11,17 +11,22 @@ from typer.testing import CliRunner
 
 import wellcond.linalg as wl
 from helpers import eps_of, geometric, mp_derivative, mp_function, with_spectrum
+from wellcond.bench import contestants as who
+from wellcond.bench import report
+from wellcond.bench.cases import TASKS, Case, cases, make_input, parse_shapes
+from wellcond.bench.contestants import AUTO, REFERENCE, Contestant, contestants
+from wellcond.bench.gauges import count_operations, peak_bytes, saved_bytes, seconds_of, take_turns
+from wellcond.bench.measure import measure_case
+from wellcond.bench.references import (
+    exact_function,
+    exact_root,
+    relative_error,
+    root_by_eigh,
+    root_by_isqrt,
+    root_by_svd,
+    truth_of_the_truth,
+)
 from wellcond.cli import app
-from wellcond.experiments.bench import contestants as bench_contestants
-from wellcond.experiments.bench import peers, report
-from wellcond.experiments.bench.cases import TASKS, Case, cases, make_input, parse_shapes
-from wellcond.experiments.bench.contestants import AUTO, REFERENCE, Contestant, contestants
-from wellcond.experiments.bench.limits import count_operations
-from wellcond.experiments.bench.measure import measure_case
-from wellcond.experiments.bench.memory import peak_bytes, saved_bytes
-from wellcond.experiments.bench.references import root_by_eigh, root_by_isqrt, root_by_svd
-from wellcond.experiments.bench.timing import seconds_of, take_turns
-from wellcond.experiments.bench.truth import exact_function, exact_root, relative_error, truth_of_the_truth
 
 CPU = torch.device("cpu")
 SMALL = ["--shapes", "2x4x4,2x4x3x3", "--seconds", "0"]
@@ -121,7 +126,7 @@ def test_files_that_no_benchmark_made_are_never_touched(tmp_path):
         (["--shapes", "2x4x4,big"], "shape 'big' is not of the form 128x64x64"),
         (["--task", "sqrtt"], "unknown task 'sqrtt'; did you mean 'sqrt'?"),
         (["--task", "pooling_layer", "--shapes", "2x4x4"], "none of the shapes is for pooling_layer"),
-        (["--dtype", "float16"], "unknown dtype 'float16' (known: float32, float64)"),
+        (["--dtype", "float16"], "unknown dtype 'float16'; did you mean 'float64'? (known: float32, float64)"),
         (["--device", "gpu"], "unknown device 'gpu'; give cpu or cuda"),
         (["--device", "cuda:99"], "this PyTorch sees"),
         (["--device", "meta"], "device 'meta' is not supported"),
@@ -142,7 +147,7 @@ def test_missing_peers_are_named(monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
         for loaded in [name for name in sys.modules if name.startswith(f"{module}.")]:
             monkeypatch.delitem(sys.modules, loaded)
-    missing = peers.missing_peers()
+    missing = who.missing_peers()
     assert missing["spd-learn"].startswith("not installed (no module 'spd_learn")
     assert missing["kornia"].startswith("not installed (no module 'kornia")
     assert "torch.optim.Muon" not in missing or not hasattr(torch.optim, "Muon")
@@ -156,8 +161,8 @@ def test_a_peer_at_hand_takes_part(monkeypatch):
     class Module:
         matrix_sqrth = staticmethod(lambda P: 1.5 * root_by_eigh(P, 0.5))
 
-    real = peers._import
-    monkeypatch.setattr(peers, "_import", lambda name: Module if name.endswith("matrix_sqrth") else real(name))
+    real = who._import
+    monkeypatch.setattr(who, "_import", lambda name: Module if name.endswith("matrix_sqrth") else real(name))
     row = measure_case(Case("sqrt", (2, 3, 3)), torch.float64, CPU, seconds=0.0)["torch.linalg.matrix_sqrth"]
     assert row.error == pytest.approx(0.5)
     assert row.gradient_error == pytest.approx(0.5)
@@ -172,14 +177,14 @@ def test_one_that_fails_does_not_stop_the_others(monkeypatch):
 
     plain = [Contestant(REFERENCE, lambda P: root_by_eigh(P, 0.5)), Contestant(AUTO, wl.sqrtm, ours=True)]
     broken = [Contestant("broken", no_forward), Contestant("flat", no_gradient)]
-    monkeypatch.setattr("wellcond.experiments.bench.measure.contestants", lambda *_: [*broken, *plain])
+    monkeypatch.setattr("wellcond.bench.measure.contestants", lambda *_: [*broken, *plain])
     result = measure_case(Case("sqrt", (2, 3, 3)), torch.float64, CPU, seconds=0.0)
     assert result["broken"].failure == "RuntimeError: it broke" and result["broken"].forward is None
     assert result["flat"].failure.startswith("no gradient: ") and result["flat"].forward is not None
     assert result["flat"].both is None and result["flat"].error < 1e-12
     assert result[AUTO].both is not None
     assert "broken on sqrt 2×3×3: RuntimeError: it broke" in report.remarks([result], {}, {})
-    assert report.ratio_cells([result])[1:3] == [["broken", "—"], ["flat", "—"]]
+    assert report.ratio_table([result]).rows[:2] == [["broken", "—"], ["flat", "—"]]
 
 
 # ------------------------------------------------------------------------------------------- is the measure right
@@ -327,5 +332,5 @@ def test_every_solver_is_a_contestant_and_none_warns(recwarn):
         if contestant.ours:
             contestant.f(make_input(Case("sqrt", (2, 6, 6)), torch.float32, CPU))
     assert [str(w.message) for w in recwarn if issubclass(w.category, wl.ApproximateRootWarning)] == []
-    names = [c.name for c in bench_contestants.contestants(Case("sqrt", (1, 2, 2)), torch.float32, CPU)]
+    names = [c.name for c in contestants(Case("sqrt", (1, 2, 2)), torch.float32, CPU)]
     assert [f"{AUTO}, {name}" for name in wl.SOLVERS] == [name for name in names if name.startswith(f"{AUTO}, ")]

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from wellcond.experiments._sampling import stratified_split
-from wellcond.experiments.data import DataError, ImageData, ImageSet, load_images
+from wellcond.experiments.data.draws import stratified_split
+from wellcond.experiments.data.images import ImageSet
+from wellcond.experiments.data.load import ImageData, load_images
+from wellcond.experiments.errors import DataError
 
 datasets = pytest.importorskip("datasets")
 CLASSES = ("cat", "dog", "owl")
@@ -471,7 +473,7 @@ def broken(kind: str, root: Path) -> Any:
     [
         ("missing", r"no such path.*did you mean '.*cifar100'"),
         ("relative", r"no such path: 'nowhere/at/all'"),
-        ("typo", r"unknown data set 'cifra10'; did you mean 'cifar10'\?.*digits, cifar10, cifar100"),
+        ("typo", r"unknown data set 'cifra10'; did you mean 'cifar10'\?.*cifar10, cifar100, digits"),
         ("no name", r"'two words' is not the name of a data set"),
         ("empty folder", r"neither parquet files .* nor images.*it holds: nothing"),
         ("no label", r"no label column.*names label, .*found the columns image \(.*\), kind \(int64\)"),

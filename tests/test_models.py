@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wellcond.experiments.models import MODELS, build_model
+from wellcond.experiments.run.models import MODELS, build_model
 from wellcond.linalg import NewtonSchulz
 from wellcond.nn import DecorrelatedBatchNorm2d, GlobalCovariancePool2d, IterNorm2d
 from wellcond.orthogonality import pre_spectral_layers

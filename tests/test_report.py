@@ -19,15 +19,16 @@ import wellcond.cli
 from small_runs import checkpoint, small
 from test_cli import SMALL, call, one_line
 from wellcond.experiments import folders
-from wellcond.experiments._page import command
 from wellcond.experiments.compare import compare
-from wellcond.experiments.data import ImageDataModule, load_images
+from wellcond.experiments.data.batches import ImageDataModule
+from wellcond.experiments.data.load import load_images
 from wellcond.experiments.errors import FolderError, RunError
 from wellcond.experiments.files import read_csv
 from wellcond.experiments.inspect import inspect, newest_run
-from wellcond.experiments.recipes import RunConfig, recipe
-from wellcond.experiments.report import labels, report
-from wellcond.experiments.training import Classifier
+from wellcond.experiments.report import command, report
+from wellcond.experiments.results.summary import labels
+from wellcond.experiments.run.config import RunConfig, recipe
+from wellcond.experiments.run.training import Classifier
 
 VOID = {"meta", "img"}
 
@@ -167,7 +168,7 @@ def test_the_command_on_the_page_is_that_of_the_run(config: RunConfig, monkeypat
         asked.append(config)
         raise FolderError("enough")
 
-    monkeypatch.setattr("wellcond.experiments.runs.run", run)
+    monkeypatch.setattr("wellcond.experiments.run.train.run", run)
     words = shlex.split(command(config))
     assert words[0] == "wellcond"
     assert call(*words[1:]).exit_code == 2
@@ -204,7 +205,7 @@ def test_inspect_measures_the_covariances_and_weights_of_the_checkpoint(done: Pa
     """Against numpy, on the input of the layer in the same network."""
     run = done / "runs" / "zca+ow+nog-seed1"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    found = inspect(run, batches=3, writers=[tmp_path / "found.csv"])
+    found = inspect(run, batches=3, out=tmp_path / "found.csv")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     config = RunConfig.from_dict(folders.read_config(run, "run"))
     module = Classifier(config, num_classes=10, in_channels=1)

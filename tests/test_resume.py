@@ -16,11 +16,10 @@ import pytest
 import torch
 
 from small_runs import checkpoint, differences, differences_of_runs, full_disk_after, small
-from wellcond.experiments.checkpoints import CheckpointError
-from wellcond.experiments.errors import FolderError
+from wellcond.experiments.errors import CheckpointError, FolderError
 from wellcond.experiments.files import read_csv
-from wellcond.experiments.runs import run
-from wellcond.experiments.training import Classifier
+from wellcond.experiments.run.train import run
+from wellcond.experiments.run.training import Classifier
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +107,9 @@ def test_ctrl_c_in_mid_epoch_leaves_a_resumable_run(whole, tmp_path):
     result, folder = whole
     out = tmp_path / "run"
     slowed = (
-        "import time, torch, sys; torch.set_num_threads(1)\n"
-        "from wellcond.experiments.training import Classifier as C\n"
+        "import signal, time, torch; torch.set_num_threads(1)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in what runs in the background
+        "from wellcond.experiments.run.training import Classifier as C\n"
         "real = C.training_step\n"
         "C.training_step = lambda self, *a: (time.sleep(0.3 if self.current_epoch else 0), real(self, *a))[1]\n"
         "from wellcond.cli import main; main()"
@@ -215,7 +215,7 @@ def test_a_run_stopped_before_its_test_is_tested_only(whole, tmp_path, monkeypat
     result, folder = whole
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("wellcond.experiments.runs.evaluate", lambda *_: interrupt())
+        patch.setattr("wellcond.experiments.run.train.evaluate", lambda *_: interrupt())
         with pytest.raises(KeyboardInterrupt):
             run(result.config, out)
     stop_at(12, lambda: pytest.fail("trained beyond the end"), monkeypatch)

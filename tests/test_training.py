@@ -12,15 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from small_runs import checkpoint, differences, fail_in_rank_1, small
-from wellcond.experiments import models, recipes
-from wellcond.experiments._sampling import EpochSampler
-from wellcond.experiments.data import ImageData, ImageDataModule, load_images
+from wellcond.experiments.data.batches import EpochSampler, ImageDataModule
+from wellcond.experiments.data.load import ImageData, load_images
 from wellcond.experiments.errors import FolderError, NonFiniteLossError, RunError
 from wellcond.experiments.files import read_csv
-from wellcond.experiments.models import build_model
-from wellcond.experiments.processes import interruptible, spawn
-from wellcond.experiments.runs import observed_layers, run
-from wellcond.experiments.training import Classifier, decay, first_non_finite_layer
+from wellcond.experiments.run.models import build_model
+from wellcond.experiments.run.processes import interruptible, spawn
+from wellcond.experiments.run.train import observed_layers, run
+from wellcond.experiments.run.training import Classifier, decay, first_non_finite_layer
 from wellcond.orthogonality import treat
 
 
@@ -246,12 +245,6 @@ def test_what_cannot_be_built_writes_nothing(options, tmp_path):
     with pytest.raises(ValueError):
         run(small(**options), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_names_of_the_recipes_are_those_of_the_models():
-    """They are listed twice so that `--help` need not import torch."""
-    assert set(recipes.NORMS) == set(models.NORMS)
-    assert set(recipes.HEADS) == set(models.HEADS)
 
 
 def test_ctrl_c_works_again_after_lightning_ignored_it():
