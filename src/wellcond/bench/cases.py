@@ -58,11 +58,6 @@ class Case:
         pixels = math.prod(self.shape[2:])
         return self.shape[0] * pixels if self.task == "whitening_layer" else pixels
 
-    @property
-    def matrices(self) -> int:
-        """How many matrix functions one call takes."""
-        return 1 if self.task == "whitening_layer" else self.shape[0]
-
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
     """Shapes from ``128x64x64,32x256x7x7``.

@@ -130,18 +130,20 @@ def measure_case(
         times = take_turns({**calls, **limits}, device, seconds=seconds)
     for row in rows:
         row.forward, row.both = times.get(_key(row, "forward")), times.get(_key(row, "both"))
-    peak = large_product_operations(device) / times[LARGE_PRODUCT].least
+    peak = count_operations(limits[LARGE_PRODUCT]) / times[LARGE_PRODUCT].least
     return CaseResult(case, X.numel() * X.element_size(), rows, {name: times[name] for name in limits}, peak)
 
 
 def limit_calls(case: Case, X: Tensor) -> dict[str, Call]:
     """What bounds a case from below, to be timed with the contestants.
 
-    Always a product large enough to run at the machine's peak (:func:`large_product`). On matrices also their
+    Always a product large enough to run at the machine's peak. On matrices also their
     decomposition, and five d × d products (one forward, four backward). On features the decomposition of the smaller
     Gram matrix, in double precision as it is done, and five products of d × d by d × n.
     """
-    found: dict[str, Call] = {LARGE_PRODUCT: large_product(X.dtype, X.device)}
+    size = 8192 if X.device.type == "cuda" else 1024
+    large = torch.randn(size, size, dtype=X.dtype, device=X.device)
+    found: dict[str, Call] = {LARGE_PRODUCT: lambda: large @ large}
     if case.task == "polar":
         return found
     if X.ndim == 3:
@@ -162,21 +164,6 @@ def limit_calls(case: Case, X: Tensor) -> dict[str, Call]:
     if X.device.type == "cpu":
         found[EIGH_IN_THREADS] = lambda: in_threads(torch.linalg.eigh, P)
     return found
-
-
-def large_product(dtype: torch.dtype, device: torch.device) -> Call:
-    """A product large enough to run at the peak."""
-    A = torch.randn(_large(device), _large(device), dtype=dtype, device=device)
-    return lambda: A @ A
-
-
-def large_product_operations(device: torch.device) -> int:
-    """Its floating-point operations."""
-    return 2 * _large(device) ** 3
-
-
-def _large(device: torch.device) -> int:
-    return 8192 if device.type == "cuda" else 1024
 
 
 def _key(row: Measured, what: str) -> str:

@@ -53,7 +53,7 @@ def open_source(source: Any) -> Source:
 def _from_name(name: str) -> Source:
     """A data set of `NAMED`, an existing path, or any other name on the hub, in this order."""
     if name in NAMED:
-        return NAMED[name].load()
+        return from_hub(NAMED[name].HUB, name) if hasattr(NAMED[name], "HUB") else NAMED[name].load()
     path = Path(name).expanduser()
     if (name and path.exists()) or re.match(r"[./~]|[A-Za-z]:[\\/]|.*\\", name) or name.count("/") > 1:
         return _from_path(path)

@@ -53,12 +53,7 @@ class Classifier(pl.LightningModule):
             config.model,
             num_classes=num_classes,
             in_channels=in_channels,
-            norm=config.norm,
-            head=config.head,
-            width=config.width,
-            stem_kernel=config.stem_kernel,
-            groups=config.groups,
-            eps=config.eps,
+            **{name: getattr(config, name) for name in ("norm", "head", "width", "stem_kernel", "groups", "eps")},
         )
         self.sgd = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay

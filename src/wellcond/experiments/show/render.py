@@ -42,7 +42,7 @@ def for_markdown(table: Table) -> str:
 
 
 def page(**parts: Any) -> str:
-    """The page that needs nothing else; `parts` are the variables of its template."""
+    """The page, in well-formed HTML that needs nothing else; `parts` are the variables of its template."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     templates = Environment(

@@ -1,7 +1,7 @@
-"""Data sets by name, a module each: ``load() -> Source`` and, where its training departs from the paper's, ``RECIPE``.
+"""Data sets by name, a module each; a new data set is a new module here and nothing else.
 
-A new data set is a new module here and nothing else. None of them imports torch before it is loaded, so that the
-names and recipes are known to ``wellcond --help``.
+A module has ``HUB``, the name on the Hugging Face hub, or ``load() -> Source``; and, where the training departs from
+the paper's, ``RECIPE``. It imports torch in ``load`` only, so that ``wellcond --help`` knows the names and is quick.
 """
 
 from importlib import import_module
