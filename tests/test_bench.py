@@ -1,4 +1,4 @@
-"""``wellcond bench``: it runs to the end, its errors and bytes are what they say, and it says clearly what is amiss."""
+"""``wellcond bench``: it runs to the end, its errors and bytes are what they say, and it says clearly what is wrong."""
 
 from __future__ import annotations
 

@@ -471,7 +471,7 @@ BROKEN = {
     "other columns in test": (other_columns_in_test, r"cannot be read together|no column 'label'"),
     "new class in test": (
         lambda root: (image_folder(root) / "test" / "cat").rename(root / "test" / "cow") and None,
-        r"test' has folders of classes that training has not: cow",
+        r"test' has folders of classes that training lacks: cow",
     ),
     "corrupt file": (
         lambda root: (image_folder(root) / "train/dog/test-1.png").write_bytes(b"\x89PNG\r\n\x1a\n garbage") and None,

@@ -1,1 +1,1 @@
-"""How fast, how frugal and how exact: every solver and layer beside autograd, the published iterations and peers."""
+"""How fast, how lean and how accurate: every solver and layer beside autograd, the published iterations and peers."""

@@ -1,4 +1,4 @@
-"""Who runs: our solvers, plain autograd, the published iteration, and other packages that offer the same functions.
+"""Who takes part: our solvers, plain autograd, the published iteration, and other packages with the same functions.
 
 Each of those is optional: taken where it can be imported, named where not.
 """
@@ -59,7 +59,7 @@ class Contestant:
 def contestants(
     case: Case, dtype: torch.dtype, device: torch.device, names: Collection[str] | None = None
 ) -> list[Contestant]:
-    """Everybody for a case (or those of these names), the reference first, then ours."""
+    """All contestants of a case (or those of these names), the reference first, then ours."""
     found = [c for c in (*_references(case), *_ours(case)) if names is None or c.name in names]
     for name in PEERS:
         if (names is None or name in names) and not isinstance(module := _import(name), str):

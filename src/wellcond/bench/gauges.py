@@ -36,7 +36,7 @@ MOST_REPEATS = 50
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of one call: the least and the median of so many timings."""
+    """Seconds of one call: the minimum and the median of that many timings."""
 
     least: float
     median: float
@@ -44,7 +44,7 @@ class Time:
 
 
 def seconds_of(call: Call, device: torch.device, repeats: int = 1) -> float:
-    """Seconds of one of so many calls in a row; on CUDA by events, which the device itself sets."""
+    """Seconds of one of several calls in a row; on CUDA by events, which the device itself sets."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
@@ -63,13 +63,13 @@ def seconds_of(call: Call, device: torch.device, repeats: int = 1) -> float:
 def take_turns(
     calls: Mapping[str, Call], device: torch.device, *, seconds: float, rounds: tuple[int, int] = (3, 40)
 ) -> dict[str, Time]:
-    """The time of every call, from rounds in which each is timed once, in an order drawn anew.
+    """The time of every call, from rounds in which each is timed once, in a new random order.
 
     Args:
         calls: what to time; each has been called before (compiled, cached, its memory paged in).
         device: where they run.
         seconds: go on with rounds until this much time is used up.
-        rounds: but at least and at most so many.
+        rounds: but at least and at most this many.
     """
     order = random.Random(0)
     repeats = {}

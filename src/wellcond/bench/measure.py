@@ -48,7 +48,7 @@ class Measured:
 
 @dataclass
 class CaseResult:
-    """Everybody on one case; `peak` is the FLOP/s of a large product in between."""
+    """All contestants on one case; `peak` is the FLOP/s of a large product in between."""
 
     case: Case
     input_bytes: int
@@ -108,7 +108,7 @@ def measure_case(
     seconds: float,
     names: Collection[str] | None = None,
 ) -> CaseResult:
-    """Measure everybody (or those of these names) on a case in about this many seconds of timing.
+    """Measure all contestants (or those of these names) on a case in about this many seconds of timing.
 
     A contestant that fails says why in its row; the others go on.
     """

@@ -20,7 +20,6 @@ from wellcond._shared.names import require_known
 from wellcond.bench import report
 from wellcond.bench.cases import FEATURE_SHAPES, MATRIX_SHAPES, QUICK_SHAPES, TASKS, Shape, cases
 from wellcond.bench.contestants import missing_peers
-from wellcond.bench.figure import speed_figure
 from wellcond.bench.measure import CaseResult, measure_case
 from wellcond.bench.references import truth_of_the_truth
 from wellcond.experiments import folders
@@ -135,7 +134,7 @@ def _write(out: Path, found: Bench, config: dict[str, Any]) -> None:
         },
     )
     write_atomically(out / TABLES, markdown(found).encode())
-    save_figure(speed_figure(found.results, found.environment), out / FIGURE)
+    save_figure(report.speed_figure(found.results, found.environment), out / FIGURE)
 
 
 def markdown(found: Bench) -> str:

@@ -20,7 +20,7 @@ from wellcond.experiments import folders
 from wellcond.experiments.data.batches import ImageDataModule
 from wellcond.experiments.data.load import load_images
 from wellcond.experiments.errors import CheckpointError, ConfigError, FolderError, RunError
-from wellcond.experiments.results.table import Table, number, rank, short
+from wellcond.experiments.results.table import SPACE, Table, number, rank, short
 from wellcond.experiments.run.checkpoints import newest_readable, read_checkpoint
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.train import CHECKPOINTS, KIND, observed_layers
@@ -87,17 +87,7 @@ class Inspection:
         ]
         batches = len({record.step for record in self.records})
         return Table(
-            [
-                "layer",
-                "κ(P)",
-                "largest",
-                "κ(P+εI)",
-                "rank",
-                "eff. rank",
-                "λ\N{NO-BREAK SPACE}max",
-                "λ\N{NO-BREAK SPACE}min",
-                "fails",
-            ],
+            ["layer", "κ(P)", "largest", "κ(P+εI)", "rank", "eff. rank", f"λ{SPACE}max", f"λ{SPACE}min", "fails"],
             rows,
             caption=f"Medians over {batches} batches in training mode, of the covariance P of the layer's input.",
             title=f"{self.config.model}, {self.config.label}, after {self.epoch} epochs; {self.images} {self.split} "

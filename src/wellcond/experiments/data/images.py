@@ -72,7 +72,7 @@ class EncodedImages:
         return next(self._headers(torch.tensor([0])))[2]
 
     def check_sizes(self, most: int) -> None:
-        """Raise a `DataError` if any of `most` images spread over the set has not the size of the set."""
+        """Raise a `DataError` if any of `most` images spread over the set is not of the size of the set."""
         some = torch.linspace(0, len(self.index) - 1, min(most, len(self.index))).long()
         for row, _, size in self._headers(some):
             self._check_size(row, size)

@@ -157,5 +157,5 @@ def _hold_out(name: str, images: ImageSet, fraction: float, seed: int) -> tuple[
 def _limited(images: ImageSet, limit: int, seed: int) -> ImageSet:
     if limit >= len(images):
         return images
-    # Of the kept part, since that has every class as long as there is room.
+    # Of the kept part, since that has every class as long as the limit allows.
     return images.subset(stratified_split(images.labels, 1 - limit / len(images), seed)[0][:limit])

@@ -182,7 +182,7 @@ def _image_folder(path: Path) -> dict[str, datasets.Dataset]:
     tables = {}
     for split, root in by_split.items():
         if unknown := sorted({folder.name for folder in _subfolders(root)} - set(classes)):
-            raise DataError(f"'{root}' has folders of classes that training has not: {', '.join(unknown[:5])}")
+            raise DataError(f"'{root}' has folders of classes that training lacks: {', '.join(unknown[:5])}")
         found = [
             (str(file), label)
             for label, name in enumerate(classes)

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+SPACE = "\N{NO-BREAK SPACE}"
+"""At which no heading is broken."""
+
 
 class Strong(str):
     """A cell in bold, such as the best of its column."""
@@ -15,7 +18,7 @@ class Strong(str):
 
 
 class Column(NamedTuple):
-    """A heading, whether its cells are text (flush left), and whether there is room for it on pages only."""
+    """A heading, whether its cells are text (flush left), and whether it is too much for the terminal's 80 columns."""
 
     head: str
     text: bool = False

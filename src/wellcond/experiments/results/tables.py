@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import fields
 
 from wellcond.experiments.results.summary import Label, Row
-from wellcond.experiments.results.table import Column, Strong, Table, number, percent, rank, short
+from wellcond.experiments.results.table import SPACE, Column, Strong, Table, number, percent, rank, short
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.result import RunResult
 
@@ -42,49 +43,50 @@ def run_table(result: RunResult) -> Table:
 
 
 def comparison_table(rows: Sequence[Row], title: str = "") -> Table:
-    """A line for each configuration and observed layer; the best of a column is bold."""
-    first = {row.label: row for row in reversed(rows)}  # the error is that of the configuration, not of a layer
-    several = len(first) < len(rows)
+    """A line for each configuration, and for each of its observed layers where there are several; the best is bold."""
     best = {name: min(getattr(row, name) for row in rows) for name in ("test_error_mean", "test_error_min", "kappa")}
+    groups = [list(layers) for _, layers in itertools.groupby(rows, key=lambda row: row.label)]
+    one_layer_each = len(groups) == len(rows)
 
     def cell(text: str, row: Row, name: str) -> str:
         return Strong(text) if getattr(row, name) == best[name] < math.inf else text
 
-    body = []
-    for row in rows:
-        spread = "" if math.isnan(row.test_error_std) else f" ± {percent(row.test_error_std)}"
-        head = (
-            row.label,
-            cell(f"{percent(row.test_error_mean)}{spread}", row, "test_error_mean"),
-            cell(percent(row.test_error_min), row, "test_error_min"),
-        )
-        measures = (
-            short(row.layer),
+    def measures(row: Row) -> list[str]:
+        return [
+            *([short(row.layer)] if one_layer_each else []),
             cell(number(row.kappa), row, "kappa"),
             number(row.kappa_eps),
             rank(row.numerical_rank, row.dim),
             number(row.effective_rank),
             str(row.failures),
-            f"{row.seconds_per_step:.4f}",
-        )
-        body.append((*(head if first[row.label] is row else ("", "", "")), *measures))
+        ]
+
+    body = []
+    for layers in groups:
+        first = layers[0]
+        spread = "" if math.isnan(first.test_error_std) else f" ± {percent(first.test_error_std)}"
+        head = [
+            first.label,
+            cell(f"{percent(first.test_error_mean)}{spread}", first, "test_error_mean"),
+            cell(percent(first.test_error_min), first, "test_error_min"),
+        ]
+        time = f"{first.seconds_per_step:.4f}"
+        if len(layers) == 1:
+            body.append([*head, *measures(first), time])
+        else:
+            body.append([*head, *[""] * 5, time])
+            body += [[f"{2 * SPACE}{short(row.layer)}", "", "", *measures(row), ""] for row in layers]
+    several_seeds = any(row.seeds > 1 for row in rows)
     return Table(
         [
             "configuration",
-            "test error\N{NO-BREAK SPACE}%",
+            f"test error{SPACE}%",
             "min",
-            Column("layer", text=True, wide=not several),
-            "κ(P)",
-            "κ(P+εI)",
-            "rank",
-            "eff. rank",
-            "fails",
-            Column("s\N{NO-BREAK SPACE}per step", wide=several),
+            *([Column("layer", text=True, wide=True)] if one_layer_each else []),
+            *("κ(P)", "κ(P+εI)", "rank", "eff. rank", "fails", f"s{SPACE}per step"),
         ],
         body,
-        caption=(
-            "± is the sample standard deviation over the seeds (n − 1). " if any(row.seeds > 1 for row in rows) else ""
-        )
+        caption=("± is the sample standard deviation over the seeds (n − 1). " if several_seeds else "")
         + "κ and ranks: medians over steps, then over seeds, of the layer's batch covariance P. Fails: decompositions "
         "that failed at first, all seeds together. Time: median step.",
         title=title,

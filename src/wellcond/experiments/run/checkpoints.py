@@ -19,12 +19,12 @@ from wellcond.experiments.files import write_atomically
 with needs_train_extra():
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import Checkpoint
-    from lightning.pytorch.plugins.io import CheckpointIO
+    from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 
-class AtomicCheckpointIO(CheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's way to the disk: whole files or none, and the last good one kept beside the new one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -53,10 +53,6 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint to the CPU; always with `weights_only=True`, whatever Lightning asks."""
         return torch.load(path, map_location="cpu", weights_only=True)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove the file."""
-        Path(path).unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def spawn(work: Callable[..., None], count: int, *arguments: Any) -> None:
 
 
 def _end(processes: Any) -> None:
-    """Pass Ctrl-C on to whoever has not had it, and wait; after ten seconds end them."""
+    """Pass Ctrl-C on to those that did not get it, and wait; after ten seconds kill them."""
     for process in processes:
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signal.SIGINT)
@@ -114,7 +114,7 @@ def _end(processes: Any) -> None:
 def _in_process(
     rank: int, count: int, port: int, failures: Any, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
-    """The life of one process."""
+    """What one process does."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -9,7 +9,7 @@ from wellcond.experiments.results.table import Strong, Table
 
 
 def for_terminal(table: Table) -> Any:
-    """A `rich.table.Table` without the columns for which there is no room in 80 columns; headings break at spaces."""
+    """A `rich.table.Table` without the wide columns, so that it fits 80 columns; headings break at spaces."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table as RichTable
