@@ -1,6 +1,6 @@
 """Is wellcond faster than autograd through eigh, by how much, and how far is it from the decomposition alone?
 
-Forward and backward of the default solver on every shape of ``wellcond bench``, the contestants in turn, least times:
+Forward and backward of the default solver on every shape of ``wellcond bench``, the contestants in turn, minimum times:
 
 - never slower than autograd through ``torch.linalg.eigh``;
 - at least 1.7 times as fast on batches of matrices;
@@ -16,10 +16,12 @@ import argparse
 
 import torch
 
-from wellcond.experiments.bench import report
-from wellcond.experiments.bench.cases import FEATURE_SHAPES, MATRIX_SHAPES, QUICK_SHAPES, cases
-from wellcond.experiments.bench.contestants import AUTO, ISQRT, REFERENCE
-from wellcond.experiments.bench.measure import measure_case
+from wellcond.bench import report
+from wellcond.bench.cases import FEATURE_SHAPES, MATRIX_SHAPES, QUICK_SHAPES, cases
+from wellcond.bench.contestants import AUTO, ISQRT, REFERENCE
+from wellcond.bench.measure import measure_case
+from wellcond.experiments.results.table import Table
+from wellcond.experiments.show.render import for_markdown
 
 TASKS = ("sqrt", "invsqrt", "covariance_sqrt", "pooling_layer", "whitening_layer")
 ON_MATRICES = ("sqrt", "invsqrt")
@@ -46,7 +48,8 @@ def main() -> None:
     device = torch.device(options.device)
     results = [measure_case(case, torch.float32, device, seconds=seconds, names=names) for case in cases(TASKS, shapes)]
     print(f"{device}, float32, {torch.get_num_threads()} threads\n")
-    cells = [["task", "shape", "vs eigh", f"vs {ISQRT}", "over eigh and 5 products"]]
+    heads = ["task", "shape", "vs eigh", f"vs {ISQRT}", "over eigh and 5 products"]
+    rows = []
     eigh, isqrt, over = {}, {}, {}
     for result in results:
         where = f"{result.case.task} {result.case.size}"
@@ -56,8 +59,8 @@ def main() -> None:
         if result.case.task in ON_MATRICES and result.overhead is not None:
             over[where] = result.overhead
         overhead = f"{over[where]:+.0%}" if where in over else "—"
-        cells.append([*where.split(), report.ratio(eigh[where]), report.ratio(isqrt[where]), overhead])
-    print(report.markdown_table(cells), "\n")
+        rows.append([*where.split(), report.ratio(eigh[where]), report.ratio(isqrt[where]), overhead])
+    print(for_markdown(Table(heads, rows)), "\n")
     batches = {f"{r.case.task} {r.case.size}" for r in results if r.case.task in ON_MATRICES and r.case.shape[0] > 1}
     pooling = {f"{task} {'×'.join(map(str, POOLING_SHAPE))}" for task in ("covariance_sqrt", "pooling_layer")}
     print(verdict("times as fast as autograd through eigh", eigh, 1.0, at_least=True))

@@ -18,12 +18,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from wellcond.experiments.bench import report
-from wellcond.experiments.bench.cases import Case
-from wellcond.experiments.bench.contestants import AUTO, REFERENCE
-from wellcond.experiments.bench.measure import measure_case
-from wellcond.experiments.bench.peers import MODULES, missing_peers
-from wellcond.experiments.bench.timing import take_turns
+from wellcond.bench import report
+from wellcond.bench.cases import Case
+from wellcond.bench.contestants import AUTO, PEERS, REFERENCE, missing_peers
+from wellcond.bench.gauges import take_turns
+from wellcond.bench.measure import measure_case
+from wellcond.experiments.results.table import Table
+from wellcond.experiments.show.render import for_markdown
 from wellcond.orthogonality import orthogonal_weight
 
 CASES = (
@@ -40,7 +41,7 @@ QUICK_CASES = (
 )
 
 
-def orthogonal_weights(size: int, device: torch.device, seconds: float) -> list[list[str]]:
+def orthogonal_weights(size: int, device: torch.device, seconds: float) -> Table:
     """A linear layer whose weight is kept orthogonal: time of the weight and its gradient, and how orthogonal it is."""
     makers: dict[str, Callable[[nn.Linear], object]] = {
         AUTO: lambda layer: orthogonal_weight(layer),
@@ -67,7 +68,7 @@ def orthogonal_weights(size: int, device: torch.device, seconds: float) -> list[
         calls[name] = call
     times = take_turns(calls, device, seconds=seconds)
     body = [[name, f"{times[AUTO].least / times[name].least:.2g}", f"{gaps[name]:.1e}"] for name in calls]
-    return [[f"{size}×{size}", f"times as fast as {AUTO}", "‖WWᵀ − I‖"], *body]
+    return Table([f"{size}×{size}", f"times as fast as {AUTO}", "‖WWᵀ − I‖"], body)
 
 
 def main() -> None:
@@ -77,16 +78,16 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     seconds = 0.5 if options.quick else 8.0
-    names = (REFERENCE, AUTO, *MODULES)
+    names = (REFERENCE, AUTO, *PEERS)
     print(f"{device}, float32, {torch.get_num_threads()} threads\n")
     results = []
     for case in QUICK_CASES if options.quick else CASES:
         results.append(measure_case(case, torch.float32, device, seconds=seconds, names=names))
         print(f"{case.task} {case.size}\n")
-        print(report.markdown_table(report.detail_cells(results[-1])), "\n")
+        print(for_markdown(report.detail_table(results[-1])), "\n")
     for line in report.remarks(results, missing_peers(), {}):
         print(f"{line}\n")
-    print(report.markdown_table(orthogonal_weights(16 if options.quick else 128, device, seconds)))
+    print(for_markdown(orthogonal_weights(16 if options.quick else 128, device, seconds)))
 
 
 if __name__ == "__main__":

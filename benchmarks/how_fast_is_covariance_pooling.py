@@ -3,7 +3,7 @@
 The reference is iSQRT-COV as published (Li et al., CVPR 2018), differentiated by autograd: the covariance through the
 centring matrix, divided by its trace, five coupled Newton–Schulz steps, compensated by the root of the trace, upper
 triangle by a boolean mask's indices. Forward and backward of both take turns on the same input, and the ratio is that
-of their least times. The gradients are compared with those of the exact root in float64, so that speed is not read
+of their minimum times. The gradients are compared with those of the exact root in float64, so that speed is not read
 without accuracy.
 
     python benchmarks/how_fast_is_covariance_pooling.py --rounds 15
@@ -12,12 +12,13 @@ without accuracy.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from wellcond.bench.gauges import take_turns
 from wellcond.nn import GlobalCovariancePool2d
 
 
@@ -45,24 +46,6 @@ def gradient(head: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) -> 
     return torch.autograd.grad(head(x), x, direction.to(x.dtype))[0]
 
 
-def least_seconds(heads: dict[str, Callable[[Tensor], Tensor]], x: Tensor, rounds: int) -> dict[str, float]:
-    """Least time of a forward and backward of each head, the heads taking turns."""
-    d = x.shape[1]
-    direction = torch.randn(x.shape[0], d * (d + 1) // 2, device=x.device)
-    least = dict.fromkeys(heads, float("inf"))
-    for round_ in range(rounds + 1):
-        for name, head in heads.items():
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            gradient(head, x, direction)
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            if round_:  # the first one warms up
-                least[name] = min(least[name], time.perf_counter() - start)
-    return least
-
-
 def gradient_error(head: Callable[[Tensor], Tensor], x: Tensor) -> float:
     """Relative to the exact root in float64, on the first two images."""
     x = x[:2].detach().requires_grad_()
@@ -85,7 +68,10 @@ def main() -> None:
     for shape in shapes[: 1 if options.quick else None]:
         x = torch.randn(shape, device=options.device, requires_grad=True)
         heads = {"ours": GlobalCovariancePool2d(shape[1]).to(options.device), "iSQRT-COV": isqrt_cov}
-        least = least_seconds(heads, x, rounds)
+        direction = torch.randn(shape[0], shape[1] * (shape[1] + 1) // 2, device=options.device)
+        calls = {name: partial(gradient, head, x, direction) for name, head in heads.items()}
+        times = take_turns(calls, x.device, seconds=0.0, rounds=(rounds, rounds))
+        least = {name: time.least for name, time in times.items()}
         errors = {name: gradient_error(head, x) for name, head in heads.items()}
         columns = ", ".join(f"{name} {1e3 * least[name]:.1f} ms (gradient off by {errors[name]:.0e})" for name in heads)
         print(f"{shape}: {columns}; ratio {least['iSQRT-COV'] / least['ours']:.1f}", flush=True)

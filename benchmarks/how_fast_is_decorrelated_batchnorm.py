@@ -1,6 +1,6 @@
 """How fast is decorrelated batch norm, and how much memory does it take?
 
-Everything is a ratio, measured in one run: the contestants take turns in random order, and of each the least time
+Everything is a ratio, measured in one run: the contestants take turns in random order, and of each the minimum
 counts, because whatever else the machine does only lengthens it. For training (forward and backward with ∂l/∂y given):
 
 - to ``torch.nn.BatchNorm2d``;
@@ -19,14 +19,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import random
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
+from wellcond.bench.gauges import Call, peak_bytes, take_turns
 from wellcond.nn import DecorrelatedBatchNorm2d
 
 SHAPES = [(128, 64, 32, 32), (256, 256, 14, 14)]
@@ -76,39 +74,15 @@ def five_products(x: Tensor, groups: int) -> Callable[[], None]:
     return run
 
 
-def least_seconds(contestants: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
-    least = dict.fromkeys(contestants, float("inf"))
-    for round_ in range(rounds + 2):
-        for name in random.sample(list(contestants), len(contestants)):
-            start = time.perf_counter()
-            contestants[name]()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if round_ >= 2:  # the first two warm up
-                least[name] = min(least[name], time.perf_counter() - start)
-    return least
-
-
-def peak_memory(run: Callable[[], None], x: Tensor) -> float:
-    """The peak above the start, in units of x."""
-    if x.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / x.nbytes
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    total = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            total += event.nbytes()
-            peak = max(peak, total)
-    return peak / x.nbytes
+def minimum(calls: dict[str, Call], rounds: int, device: torch.device) -> dict[str, float]:
+    """Seconds of each, all of them called twice before to warm up."""
+    for call in 2 * [*calls.values()]:
+        call()
+    return {name: time.least for name, time in take_turns(calls, device, seconds=0.0, rounds=(rounds, rounds)).items()}
 
 
 def compare(shape: tuple[int, ...], dtype: torch.dtype, options: argparse.Namespace) -> None:
-    device, C = options.device, shape[1]
+    device, C = torch.device(options.device), shape[1]
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     x, grad = (torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout) for _ in range(2))
     x = (x + options.mean).requires_grad_()
@@ -119,23 +93,24 @@ def compare(shape: tuple[int, ...], dtype: torch.dtype, options: argparse.Namesp
         "batch norm": training(batchnorm, x, grad),
         "five products": five_products(x, options.groups),
     }
-    seconds = least_seconds(contestants, options.rounds, device)
+    seconds = minimum(contestants, options.rounds, device)
     slow = {"svd": training(by_svd, x, grad), "ours": contestants["ours"]}
-    plain = least_seconds(slow, max(2, options.rounds // 5), device)
+    plain = minimum(slow, max(2, options.rounds // 5), device)
 
     conv = nn.Conv2d(C, C, 1, groups=options.groups).to(device, dtype)
     evaluated = copy.deepcopy(ours).eval()
     with torch.no_grad():
         inference = {"ours": lambda: evaluated(x), "convolution": lambda: conv(x)}
-        still = least_seconds(inference, options.rounds, device)
+        still = minimum(inference, options.rounds, device)
+    measured = (contestants["ours"], contestants["batch norm"], slow["svd"])
+    peaks = [peak_bytes(call, device) / x.nbytes for call in measured]
     floor = seconds["five products"] + seconds["batch norm"]
     print(
         f"{shape} {str(dtype).removeprefix('torch.')}, {options.groups} groups: training {1e3 * seconds['ours']:.1f} ms"
         f" = {seconds['ours'] / seconds['batch norm']:.2f} x batch norm, {seconds['ours'] / floor:.2f} x products and"
         f" batch norm, 1/{plain['svd'] / plain['ours']:.1f} of autograd through the SVD;"
         f" evaluation {1e3 * still['ours']:.1f} ms = {still['ours'] / still['convolution']:.2f} x a 1x1 convolution;"
-        f" peak memory {peak_memory(contestants['ours'], x):.2f} x the input"
-        f" (batch norm {peak_memory(contestants['batch norm'], x):.2f}, SVD {peak_memory(slow['svd'], x):.2f})",
+        f" peak memory {peaks[0]:.2f} x the input (batch norm {peaks[1]:.2f}, SVD {peaks[2]:.2f})",
         flush=True,
     )
 

@@ -7,7 +7,7 @@ A CIFAR ResNet-18 with decorrelated batch norm, SGD with momentum, batch 128, ra
 - whole training steps of a treated and an untreated copy of the network in turn; on a CPU the treatments are far
   below the spread of a step there.
 
-Least times of all repeats: whatever else the machine does only lengthens them.
+Minimum times of all repeats: whatever else the machine does only lengthens them.
 
     python benchmarks/how_much_do_treatments_cost.py --rounds 5
     python benchmarks/how_much_do_treatments_cost.py --quick
@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from wellcond.experiments.models import build_model
+from wellcond.bench.gauges import Call, take_turns
+from wellcond.experiments.run.models import build_model
 from wellcond.orthogonality import treat
 
 TREATMENTS = ("sn", "ol", "ow", "nog", "olr", "nog+ow+olr")
@@ -33,18 +33,11 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
 
-def least_seconds(works: list[Callable[[], object]], rounds: int, device: str) -> list[float]:
-    """The least time of each piece of work, which take turns."""
-    best = [float("inf")] * len(works)
-    for round_ in range(rounds + 1):
-        for i, work in enumerate(works):
-            start = time.perf_counter()
-            work()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            if round_:  # the first one warms up
-                best[i] = min(best[i], time.perf_counter() - start)
-    return best
+def minimum(works: list[Call], rounds: int, device: str) -> list[float]:
+    """Seconds of each piece of work, which take turns."""
+    calls = {str(index): work for index, work in enumerate(works)}
+    times = take_turns(calls, torch.device(device), seconds=0.0, rounds=(rounds, rounds))
+    return [time.least for time in times.values()]
 
 
 def training_step(model: nn.Module, treatments: str | None, size: int, device: str) -> Callable[[], object]:
@@ -93,14 +86,14 @@ def main() -> None:
     device = options.device
     model = build_model(options.model, num_classes=100, norm="zca").to(device)
     steps = [training_step(copy.deepcopy(model), names, options.batch, device) for names in (None, "nog+ow+olr")]
-    untreated, treated = least_seconds(steps, options.rounds, device)
+    untreated, treated = minimum(steps, options.rounds, device)
     print(f"{options.model}, batch {options.batch}, {device}, {options.threads} threads", flush=True)
     print(
         f"whole steps in turn: untreated {untreated:.3f} s, nog+ow+olr {treated:.3f} s, {treated / untreated - 1:+.2%}"
     )
     layer = model.get_submodule("conv1")
     works = [weight_step(copy.deepcopy(layer), names) for names in (None, *TREATMENTS)]
-    plain, *others = least_seconds(works, 200, device)
+    plain, *others = minimum(works, 200, device)
     print(f"the weight alone, untreated: {1e3 * plain:.3f} ms")
     for names, seconds in zip(TREATMENTS, others, strict=True):
         print(f"{names:<12} {1e3 * (seconds - plain):+.3f} ms, {(seconds - plain) / untreated:.3%} of a step")

@@ -2,8 +2,8 @@
 
 A CIFAR ResNet-8 with decorrelated batch norm after its first convolution, SGD with momentum, batch 128, random images
 of 32 × 32. Three kinds of step take turns in random order: unwatched, watched between records, and with a record; of
-their least times u, b and r the share is ((every − 1) b + r) / (every u) − 1. On a CPU the time is that of one thread
-on the processor, on a GPU the clock's; whatever else the machine does only lengthens it, hence the least. With 64
+their minimum times u, b and r the share is ((every − 1) b + r) / (every u) − 1. On a CPU the time is that of one thread
+on the processor, on a GPU the clock's; whatever else the machine does only lengthens it, hence the minimum. With 64
 channels the covariance behind the 3 × 3 × 3 filters has rank 27, with 16 it is regular.
 
     python benchmarks/how_much_does_the_monitor_cost.py --rounds 15
@@ -19,7 +19,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from wellcond.experiments.models import build_model
+from wellcond.experiments.run.models import build_model
 from wellcond.monitor import ConditionMonitor
 
 
@@ -36,7 +36,7 @@ def seconds(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor,
 
 
 def measure(width: int, rounds: int, device: str) -> dict[str, float]:
-    """Least seconds of a step of each kind."""
+    """Minimum seconds of a step of each kind."""
     torch.manual_seed(0)
     model = build_model("resnet8", num_classes=10, norm="zca", width=width).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

@@ -61,10 +61,10 @@ def main() -> None:
         shutil.copy(out / "speed.svg", FIGURE)
     parts = [
         "# Benchmarks",
-        f"Every table was printed by the command above it; all of them, and this page, are made anew by\n\n"
+        f"Every table was printed by the command above it; all of them, and this page, are remade by\n\n"
         f"```\npip install kornia spd-learn pyriemann geotorch\n{REMAKE}{' --quick' if options.quick else ''}\n```",
         f"Measured on {environment['device']}, {environment['threads']} threads, with PyTorch {environment['torch']}. "
-        f"{how_busy} Contestants take turns in random order; a time is the least of all turns. "
+        f"{how_busy} Contestants take turns in random order; a time is the minimum of all turns. "
         "Nothing has been measured on CUDA in this version.",
         "## Every solver and layer",
         f"```\nwellcond bench {size}\n```",

@@ -18,17 +18,17 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from wellcond.experiments.data import load_images
+from wellcond.experiments.data.load import load_images
 from wellcond.experiments.files import read_csv
-from wellcond.experiments.recipes import NO_TREATMENT, RunConfig, grid
-from wellcond.experiments.results import CONDITION, RunResult
-from wellcond.experiments.runs import run
+from wellcond.experiments.run.config import NO_TREATMENT, RunConfig, grid
+from wellcond.experiments.run.result import CONDITION, RunResult
+from wellcond.experiments.run.train import run
 
 TABLES_2_TO_4 = (
     *("sn", "ol", "ow", "nog", "olr"),
     *("nog+sn", "nog+ol", "nog+ow", "nog+olr", "ow+olr", "nog+ow+olr"),
 )
-HEADINGS = f"{'treatment':<12} {'median κ(P)':>12} {'least':>9} {'greatest':>9} {'lower by':>9} {'test error':>11}"
+HEADINGS = f"{'treatment':<12} {'median κ(P)':>12} {'minimum':>9} {'maximum':>9} {'lower by':>9} {'test error':>11}"
 
 
 def kappas(result: RunResult) -> list[float]:

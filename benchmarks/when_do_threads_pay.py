@@ -14,9 +14,10 @@ from unittest import mock
 
 import torch
 
-from wellcond.experiments.bench.cases import Case, make_input
-from wellcond.experiments.bench.report import markdown_table
-from wellcond.experiments.bench.timing import take_turns
+from wellcond.bench.cases import Case, make_input
+from wellcond.bench.gauges import take_turns
+from wellcond.experiments.results.table import Table
+from wellcond.experiments.show.render import for_markdown
 from wellcond.linalg.lapack import _batches
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = (16, 64, 256) if options.quick else (8, 16, 32, 64, 128, 256, 384, 512)
     batches = (2, 16, 128) if options.quick else (2, 4, 8, 16, 64, 256)
-    cells = [["size", *(f"batch {batch}" for batch in batches)]]
+    cells: list[list[str]] = []
     cut: list[float] = []
     for d in sizes:
         row = [str(d)]
@@ -55,9 +56,9 @@ def main() -> None:
             cut += [faster] if starred else []
         cells.append(row)
     print(f"{options.dtype}, {torch.get_num_threads()} threads: times as fast in threads; * is cut by the library\n")
-    print(markdown_table(cells))
+    print(for_markdown(Table(["size", *(f"batch {batch}" for batch in batches)], cells)))
     if cut:
-        print(f"\nleast and greatest gain where it is cut: {min(cut):.2f}, {max(cut):.2f}")
+        print(f"\nminimum and maximum gain where it is cut: {min(cut):.2f}, {max(cut):.2f}")
 
 
 if __name__ == "__main__":

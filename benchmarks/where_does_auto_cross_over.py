@@ -14,9 +14,10 @@ import argparse
 
 import torch
 
-from wellcond.experiments.bench.cases import MATRIX_SHAPES, Case, make_input
-from wellcond.experiments.bench.report import markdown_table
-from wellcond.experiments.bench.timing import Time, take_turns
+from wellcond.bench.cases import MATRIX_SHAPES, Case, make_input
+from wellcond.bench.gauges import Time, take_turns
+from wellcond.experiments.results.table import Table
+from wellcond.experiments.show.render import for_markdown
 from wellcond.linalg import auto_solver, sqrtm
 
 # Those whose value and gradient are right on these matrices: κ = 1e4 and simple eigenvalues.
@@ -55,14 +56,14 @@ def main() -> None:
     print(f"{device}, float32, {torch.get_num_threads()} threads: time of minimax_or_eigh over that of eigh\n")
     heading = ["size", *(f"batch {batch}" for batch in batches)]
     cells = [[str(d), *(f"{row[b]:.2g}" if b in row else "—" for b in batches)] for d, row in ratios.items()]
-    print(markdown_table([heading, *cells]))
+    print(for_markdown(Table(heading, cells)))
     print("\nfor MEASURED:\n")
     print(f'    ("{device.type}", torch.float32): {{')
     for d, row in ratios.items():
         print(f"        {d}: {{{', '.join(f'{batch}: {value:.2g}' for batch, value in row.items())}}},")
     print("    },\n")
     shapes = MATRIX_SHAPES[:3] if options.quick else MATRIX_SHAPES
-    cells = [["shape", "auto takes", "auto / best"]]
+    cells = []
     worst = 0.0
     for shape in shapes:
         t = times(shape, device, seconds)
@@ -71,7 +72,7 @@ def main() -> None:
         lost = min(t["auto"].least, t[taken].least) / min(time.least for time in t.values())
         worst = max(worst, lost)
         cells.append(["×".join(map(str, shape)), taken, f"{lost:.2f}"])
-    print(markdown_table(cells))
+    print(for_markdown(Table(["shape", "auto takes", "auto / best"], cells)))
     print(f"\nauto is within {worst:.2f} of the best (to keep: 1.2)")
 
 

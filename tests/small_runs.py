@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from wellcond.experiments.files import read_csv
-from wellcond.experiments.recipes import RunConfig, recipe
+from wellcond.experiments.run.config import RunConfig, recipe
 
 
 def small(**options: Any) -> RunConfig:
@@ -67,14 +67,14 @@ def differences_of_runs(one: Path, other: Path) -> list[str]:
 
 
 def full_disk_after(bytes_free: int, monkeypatch: Any) -> None:
-    """Let `os.write` write so many bytes, then fail as a full disk does: a short write, then ENOSPC."""
-    room, real = [bytes_free], os.write
+    """Let `os.write` write that many bytes, then fail as a full disk does: a short write, then ENOSPC."""
+    left, real = [bytes_free], os.write
 
     def write(descriptor: int, data: Any) -> int:
-        if room[0] <= 0:
+        if left[0] <= 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written = real(descriptor, bytes(data[: room[0]]))
-        room[0] -= written
+        written = real(descriptor, bytes(data[: left[0]]))
+        left[0] -= written
         return written
 
     monkeypatch.setattr(os, "write", write)

@@ -1,4 +1,4 @@
-"""``wellcond bench``: it runs to the end, its errors and bytes are what they say, and it says clearly what is amiss."""
+"""``wellcond bench``: it runs to the end, its errors and bytes are what they say, and it says clearly what is wrong."""
 
 from __future__ import annotations
 
@@ -7,34 +7,31 @@ import sys
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
+import test_cli
 import wellcond.linalg as wl
 from helpers import eps_of, geometric, mp_derivative, mp_function, with_spectrum
-from wellcond.cli import app
-from wellcond.experiments.bench import contestants as bench_contestants
-from wellcond.experiments.bench import peers, report
-from wellcond.experiments.bench.cases import TASKS, Case, cases, make_input, parse_shapes
-from wellcond.experiments.bench.contestants import AUTO, REFERENCE, Contestant, contestants
-from wellcond.experiments.bench.limits import count_operations
-from wellcond.experiments.bench.measure import measure_case
-from wellcond.experiments.bench.memory import peak_bytes, saved_bytes
-from wellcond.experiments.bench.references import root_by_eigh, root_by_isqrt, root_by_svd
-from wellcond.experiments.bench.timing import seconds_of, take_turns
-from wellcond.experiments.bench.truth import exact_function, exact_root, relative_error, truth_of_the_truth
+from wellcond.bench import contestants as who
+from wellcond.bench import report
+from wellcond.bench.cases import TASKS, Case, cases, make_input, parse_shapes
+from wellcond.bench.contestants import AUTO, REFERENCE, Contestant, contestants
+from wellcond.bench.gauges import count_operations, peak_bytes, saved_bytes, seconds_of, take_turns
+from wellcond.bench.measure import measure_case
+from wellcond.bench.references import (
+    exact_function,
+    exact_root,
+    relative_error,
+    root_by_eigh,
+    root_by_isqrt,
+    truth_of_the_truth,
+)
 
 CPU = torch.device("cpu")
 SMALL = ["--shapes", "2x4x4,2x4x3x3", "--seconds", "0"]
 
 
 def call(*arguments):
-    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
-
-
-def one_line(result):
-    assert "Traceback" not in result.output
-    (line,) = [line for line in result.stderr.splitlines() if line.strip()]
-    return line
+    return test_cli.call("bench", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -94,22 +91,13 @@ def test_an_occupied_folder_is_refused_and_overwritten_on_request(small):
     out, _, before = small
     refused = call(*SMALL, "--out", out)
     assert refused.exit_code == 2
-    assert "holds another benchmark; delete it by --overwrite, or choose another --out" in one_line(refused)
+    assert "holds another benchmark; delete it by --overwrite, or choose another --out" in test_cli.one_line(refused)
     assert json.loads((out / "bench.json").read_text()) == before
     (out / "mine.txt").write_text("kept")
     again = call("--shapes", "1x3x3", "--task", "sqrt", "--seconds", "0", "--out", out, "--overwrite")
     assert again.exit_code == 0, again.output
     assert [r["shape"] for r in json.loads((out / "bench.json").read_text())["results"]] == [[1, 3, 3]]
     assert (out / "mine.txt").read_text() == "kept"
-
-
-def test_files_that_no_benchmark_made_are_never_touched(tmp_path):
-    (tmp_path / "thesis.tex").write_text("42")
-    for flag in ([], ["--overwrite"]):
-        refused = call(*SMALL, "--out", tmp_path, *flag)
-        assert refused.exit_code == 2
-        assert "holds files that no benchmark made" in one_line(refused)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +109,7 @@ def test_files_that_no_benchmark_made_are_never_touched(tmp_path):
         (["--shapes", "2x4x4,big"], "shape 'big' is not of the form 128x64x64"),
         (["--task", "sqrtt"], "unknown task 'sqrtt'; did you mean 'sqrt'?"),
         (["--task", "pooling_layer", "--shapes", "2x4x4"], "none of the shapes is for pooling_layer"),
-        (["--dtype", "float16"], "unknown dtype 'float16' (known: float32, float64)"),
+        (["--dtype", "float16"], "unknown dtype 'float16'; did you mean 'float64'? (known: float32, float64)"),
         (["--device", "gpu"], "unknown device 'gpu'; give cpu or cuda"),
         (["--device", "cuda:99"], "this PyTorch sees"),
         (["--device", "meta"], "device 'meta' is not supported"),
@@ -133,7 +121,7 @@ def test_files_that_no_benchmark_made_are_never_touched(tmp_path):
 def test_a_wrong_option_is_one_line_and_writes_nothing(options, says, tmp_path):
     result = call("--seconds", "0", *options, "--out", tmp_path / "out")
     assert result.exit_code == 2
-    assert says in one_line(result)
+    assert says in test_cli.one_line(result)
     assert not (tmp_path / "out").exists()
 
 
@@ -142,7 +130,7 @@ def test_missing_peers_are_named(monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
         for loaded in [name for name in sys.modules if name.startswith(f"{module}.")]:
             monkeypatch.delitem(sys.modules, loaded)
-    missing = peers.missing_peers()
+    missing = who.missing_peers()
     assert missing["spd-learn"].startswith("not installed (no module 'spd_learn")
     assert missing["kornia"].startswith("not installed (no module 'kornia")
     assert "torch.optim.Muon" not in missing or not hasattr(torch.optim, "Muon")
@@ -156,8 +144,8 @@ def test_a_peer_at_hand_takes_part(monkeypatch):
     class Module:
         matrix_sqrth = staticmethod(lambda P: 1.5 * root_by_eigh(P, 0.5))
 
-    real = peers._import
-    monkeypatch.setattr(peers, "_import", lambda name: Module if name.endswith("matrix_sqrth") else real(name))
+    real = who._import
+    monkeypatch.setattr(who, "_import", lambda name: Module if name.endswith("matrix_sqrth") else real(name))
     row = measure_case(Case("sqrt", (2, 3, 3)), torch.float64, CPU, seconds=0.0)["torch.linalg.matrix_sqrth"]
     assert row.error == pytest.approx(0.5)
     assert row.gradient_error == pytest.approx(0.5)
@@ -172,14 +160,14 @@ def test_one_that_fails_does_not_stop_the_others(monkeypatch):
 
     plain = [Contestant(REFERENCE, lambda P: root_by_eigh(P, 0.5)), Contestant(AUTO, wl.sqrtm, ours=True)]
     broken = [Contestant("broken", no_forward), Contestant("flat", no_gradient)]
-    monkeypatch.setattr("wellcond.experiments.bench.measure.contestants", lambda *_: [*broken, *plain])
+    monkeypatch.setattr("wellcond.bench.measure.contestants", lambda *_: [*broken, *plain])
     result = measure_case(Case("sqrt", (2, 3, 3)), torch.float64, CPU, seconds=0.0)
     assert result["broken"].failure == "RuntimeError: it broke" and result["broken"].forward is None
     assert result["flat"].failure.startswith("no gradient: ") and result["flat"].forward is not None
     assert result["flat"].both is None and result["flat"].error < 1e-12
     assert result[AUTO].both is not None
     assert "broken on sqrt 2×3×3: RuntimeError: it broke" in report.remarks([result], {}, {})
-    assert report.ratio_cells([result])[1:3] == [["broken", "—"], ["flat", "—"]]
+    assert report.ratio_table([result]).rows[:2] == [["broken", "—"], ["flat", "—"]]
 
 
 # ------------------------------------------------------------------------------------------- is the measure right
@@ -296,11 +284,6 @@ def test_timing_repeats_fast_calls_and_takes_turns():
     assert seconds_of(lambda: None, CPU, 3) > 0
 
 
-def test_autograd_through_the_singular_vectors_is_the_published_layer():
-    P = make_input(Case("sqrt", (3, 6, 6)), torch.float64, CPU)
-    assert relative_error(root_by_svd(P, -0.5), exact_root(P, -0.5)) < 10 * eps_of(torch.float64) * 1e4
-
-
 # --------------------------------------------------------------------------------------------------------- cases
 
 
@@ -318,7 +301,7 @@ def test_cases_pair_tasks_with_the_shapes_they_take():
     assert shapes == ((2, 4, 4), (3, 5, 2, 2))
     found = cases(["sqrt", "whitening_layer"], shapes)
     assert [(case.task, case.shape) for case in found] == [("sqrt", (2, 4, 4)), ("whitening_layer", (3, 5, 2, 2))]
-    assert found[1].samples == 12 and found[1].matrices == 1
+    assert found[1].samples == 12
     assert Case("pooling_layer", (3, 5, 2, 2)).samples == 4
 
 
@@ -327,5 +310,5 @@ def test_every_solver_is_a_contestant_and_none_warns(recwarn):
         if contestant.ours:
             contestant.f(make_input(Case("sqrt", (2, 6, 6)), torch.float32, CPU))
     assert [str(w.message) for w in recwarn if issubclass(w.category, wl.ApproximateRootWarning)] == []
-    names = [c.name for c in bench_contestants.contestants(Case("sqrt", (1, 2, 2)), torch.float32, CPU)]
+    names = [c.name for c in contestants(Case("sqrt", (1, 2, 2)), torch.float32, CPU)]
     assert [f"{AUTO}, {name}" for name in wl.SOLVERS] == [name for name in names if name.startswith(f"{AUTO}, ")]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from wellcond.experiments.bench.cases import Case
+from wellcond.bench.cases import Case
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = [

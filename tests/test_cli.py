@@ -66,6 +66,8 @@ def test_without_out_a_run_goes_to_a_folder_named_after_it(tmp_path, monkeypatch
         (["--norm", "batch", "--treat", "nog"], "acts before a spectral layer"),
         (["--groups", "3"], "divisible by groups"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--lr", "nan"], "lr must be positive and finite, got nan"),
+        (["--seed", "-1"], "seed must not be negative, got -1"),
         (["--batch-size", "4000"], "does not fit into"),
         (["--data", "no/such/folder/here"], "no/such/folder/here"),
         (["--resume"], "holds no run to resume"),

@@ -11,10 +11,9 @@ import pytest
 from small_runs import small
 from test_cli import SMALL, call, one_line
 from wellcond.experiments.compare import compare
-from wellcond.experiments.errors import FolderError
+from wellcond.experiments.errors import ConfigError, FolderError
 from wellcond.experiments.files import read_csv
-from wellcond.experiments.recipes import ConfigError
-from wellcond.experiments.training import Classifier
+from wellcond.experiments.run.training import Classifier
 
 GRID = [*SMALL, "--treat", "none,nog", "--seeds", "2"]
 

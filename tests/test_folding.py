@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from wellcond.experiments.models import build_model
+from wellcond.experiments.run.models import build_model
 from wellcond.nn import (
     DecorrelatedBatchNorm1d,
     DecorrelatedBatchNorm2d,

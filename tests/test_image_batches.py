@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wellcond.experiments._sampling import EpochSampler, mixed_seed
-from wellcond.experiments.augmentation import BatchAugmentation
-from wellcond.experiments.data import DataError, ImageData, ImageDataModule, ImageSet, load_images
+from wellcond.experiments.data.batches import BatchAugmentation, EpochSampler, ImageDataModule
+from wellcond.experiments.data.draws import mixed_seed
+from wellcond.experiments.data.images import ImageSet
+from wellcond.experiments.data.load import ImageData, load_images
+from wellcond.experiments.errors import DataError
 
 pl = pytest.importorskip("lightning.pytorch")
 

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from wellcond.experiments._sampling import stratified_split
-from wellcond.experiments.data import DataError, ImageData, ImageSet, load_images
+from wellcond.experiments.data.draws import stratified_split
+from wellcond.experiments.data.images import ImageSet
+from wellcond.experiments.data.load import ImageData, load_images
+from wellcond.experiments.errors import DataError
 
 datasets = pytest.importorskip("datasets")
 CLASSES = ("cat", "dog", "owl")
@@ -397,112 +399,102 @@ def test_no_code_of_a_data_set_is_run_and_nothing_is_unpickled(tmp_path: Path):
     assert not trap.exists()
 
 
-def broken(kind: str, root: Path) -> Any:
-    """A source with one thing wrong."""
-    good = as_files(TRAIN)
-    train = root / "train.parquet"
-    if kind == "missing":
-        (root / "cifar100").mkdir()
-        return root / "cifar10O"
-    if kind == "relative":
-        return "./nowhere/at/all"
-    if kind == "typo":
-        return "cifra10"
-    if kind == "no name":
-        return "two words"
-    if kind == "empty folder":
-        return root
-    if kind == "no label":
-        write_parquet(train, good, TRAIN_LABELS, label="kind", described=False)
-    elif kind == "float label":
-        write_parquet(train, good, [0.5] * 30, described=False)
-    elif kind == "no image":
-        write_parquet(train, good, TRAIN_LABELS, image="pic", described=False)
-    elif kind == "null label":
-        write_parquet(train, good, [None, *TRAIN_LABELS[1:]])
-    elif kind == "label out of range":
-        write_parquet(train, good, [7, *TRAIN_LABELS[1:]])
-    elif kind == "one class":
-        write_parquet(train, good, ["cat"] * 30, described=False)
-    elif kind == "null image":
-        write_parquet(train, [*good[:4], None, *good[5:]], TRAIN_LABELS)
-    elif kind == "corrupt image":
-        write_parquet(train, [*good[:4], good[4][: len(good[4]) // 2], *good[5:]], TRAIN_LABELS)
-    elif kind == "not an image":
-        write_parquet(train, [*good[:4], b"hello", *good[5:]], TRAIN_LABELS)
-    elif kind == "other size":
-        write_parquet(train, [*good[:4], picture_file(pictures(1, 0, (5, 7))[0]), *good[5:]], TRAIN_LABELS)
-    elif kind == "16 bits":
-        deep = np.arange(36, dtype=np.uint16).reshape(6, 6) * 1000
-        write_parquet(train, [*good[:4], picture_file(deep), *good[5:]], TRAIN_LABELS)
-    elif kind == "truncated parquet":
-        hub_layout(root)
-        file = root / "train-00000-of-00001.parquet"
-        file.write_bytes(file.read_bytes()[:200])
-    elif kind == "no train":
-        write_parquet(root / "test.parquet", good, TRAIN_LABELS)
-    elif kind == "two data sets":
-        hub_layout(root / "a")
-        hub_layout(root / "b")
-    elif kind == "empty":
-        return {"train": table(TRAIN, TRAIN_LABELS).select([])}
-    elif kind == "other columns in test":
-        write_parquet(train, good, TRAIN_LABELS)
-        write_parquet(root / "test.parquet", good, TRAIN_LABELS, label="other")
-    elif kind == "new class in test":
-        image_folder(root)
-        (root / "test" / "cat").rename(root / "test" / "cow")
-    elif kind == "corrupt file":
-        (image_folder(root) / "train/dog/test-1.png").write_bytes(b"\x89PNG\r\n\x1a\n garbage")
-    elif kind == "floats":
-        return TRAIN / 255.0, TRAIN_LABELS
-    elif kind == "channels last":
-        return TRAIN.transpose(0, 2, 3, 1), TRAIN_LABELS
-    elif kind == "labels too few":
-        return TRAIN, TRAIN_LABELS[1:]
-    elif kind == "too few":
-        return TRAIN[:2], [0, 1]
-    return root
+GOOD = as_files(TRAIN)
+DEEP = np.arange(36, dtype=np.uint16).reshape(6, 6) * 1000
+
+
+def with_labels(labels: Any, **options: Any):
+    """A source of good images under other labels or columns."""
+    return lambda root: write_parquet(root / "train.parquet", GOOD, labels, **options)
+
+
+def with_image(data: bytes | None):
+    """A source whose image 4 is another."""
+    return lambda root: write_parquet(root / "train.parquet", [*GOOD[:4], data, *GOOD[5:]], TRAIN_LABELS)
+
+
+def truncated(root: Path) -> None:
+    file = hub_layout(root) / "train-00000-of-00001.parquet"
+    file.write_bytes(file.read_bytes()[:200])
+
+
+def two_data_sets(root: Path) -> None:
+    hub_layout(root / "a")
+    hub_layout(root / "b")
+
+
+def other_columns_in_test(root: Path) -> None:
+    with_labels(TRAIN_LABELS)(root)
+    write_parquet(root / "test.parquet", GOOD, TRAIN_LABELS, label="other")
+
+
+BROKEN = {
+    # what is wrong: how to make it (the source, or None where it is the folder), what is said
+    "missing": (
+        lambda root: (root / "cifar100").mkdir() or root / "cifar10O",
+        r"no such path.*did you mean 'cifar100'",
+    ),
+    "relative": (lambda root: "./nowhere/at/all", r"no such path: 'nowhere/at/all'"),
+    "typo": (
+        lambda root: "cifra10",
+        r"unknown data set 'cifra10'; did you mean 'cifar10'\?.*cifar10, cifar100, digits",
+    ),
+    "no name": (lambda root: "two words", r"'two words' is not the name of a data set"),
+    "empty folder": (lambda root: root, r"neither parquet files .* nor images.*it holds: nothing"),
+    "no label": (
+        with_labels(TRAIN_LABELS, label="kind", described=False),
+        r"no label column.*names label, .*found the columns image \(.*\), kind \(int64\)",
+    ),
+    "float label": (with_labels([0.5] * 30, described=False), r"no label column.*label \((double|float64)\)"),
+    "no image": (with_labels(TRAIN_LABELS, image="pic", described=False), r"no image column.*names image, img.*pic"),
+    "null label": (with_labels([None, *TRAIN_LABELS[1:]]), r"split 'train': 1 rows have no label"),
+    "label out of range": (with_labels([7, *TRAIN_LABELS[1:]]), r"split 'train': label 7 is outside the 3 classes"),
+    "one class": (with_labels(["cat"] * 30, described=False), r"one class only"),
+    "null image": (with_image(None), r"split 'train': row 4 has no image"),
+    "corrupt image": (
+        with_image(GOOD[4][: len(GOOD[4]) // 2]),
+        r"split 'train': image 4 \('4.png'\) cannot be decoded",
+    ),
+    "not an image": (with_image(b"hello"), r"split 'train': image 4 \('4.png'\) cannot be decoded"),
+    "other size": (
+        with_image(picture_file(pictures(1, 0, (5, 7))[0])),
+        r"image 4 is 5×7 pixels .*6×6.*give image_size",
+    ),
+    "16 bits": (with_image(picture_file(DEEP)), r"image 4 has pixels of mode 'I;16'.*8 bits"),
+    "truncated parquet": (truncated, r"parquet files cannot be read"),
+    "no train": (
+        lambda root: write_parquet(root / "test.parquet", GOOD, TRAIN_LABELS),
+        r"no split 'train', only: test",
+    ),
+    "two data sets": (two_data_sets, r"several data sets; name one: '.*a', '.*b'"),
+    "empty": (lambda root: {"train": table(TRAIN, TRAIN_LABELS).select([])}, r"split 'train' is empty"),
+    "other columns in test": (other_columns_in_test, r"cannot be read together|no column 'label'"),
+    "new class in test": (
+        lambda root: (image_folder(root) / "test" / "cat").rename(root / "test" / "cow") and None,
+        r"test' has folders of classes that training lacks: cow",
+    ),
+    "corrupt file": (
+        lambda root: (image_folder(root) / "train/dog/test-1.png").write_bytes(b"\x89PNG\r\n\x1a\n garbage") and None,
+        r"image \d+ \('.*test-1.png'\) cannot be decoded",
+    ),
+    "floats": (lambda root: (TRAIN / 255.0, TRAIN_LABELS), r"must be uint8 with values 0 to 255, got torch.float64"),
+    "channels last": (
+        lambda root: (TRAIN.transpose(0, 2, 3, 1), TRAIN_LABELS),
+        r"got \(30, 6, 6, 3\); move the channels",
+    ),
+    "labels too few": (lambda root: (TRAIN, TRAIN_LABELS[1:]), r"labels must be 30 integers"),
+    "too few": (lambda root: (TRAIN[:2], [0, 1]), r"too few"),
+}
 
 
 @pytest.mark.parametrize("budget", [2**30, 0])
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("missing", r"no such path.*did you mean '.*cifar100'"),
-        ("relative", r"no such path: 'nowhere/at/all'"),
-        ("typo", r"unknown data set 'cifra10'; did you mean 'cifar10'\?.*digits, cifar10, cifar100"),
-        ("no name", r"'two words' is not the name of a data set"),
-        ("empty folder", r"neither parquet files .* nor images.*it holds: nothing"),
-        ("no label", r"no label column.*names label, .*found the columns image \(.*\), kind \(int64\)"),
-        ("float label", r"no label column.*label \((double|float64)\)"),
-        ("no image", r"no image column.*names image, img.*pic"),
-        ("null label", r"split 'train': 1 rows have no label"),
-        ("label out of range", r"split 'train': label 7 is outside the 3 classes"),
-        ("one class", r"one class only"),
-        ("null image", r"split 'train': row 4 has no image"),
-        ("corrupt image", r"split 'train': image 4 \('4.png'\) cannot be decoded"),
-        ("not an image", r"split 'train': image 4 \('4.png'\) cannot be decoded"),
-        ("other size", r"image 4 is 5×7 pixels .*6×6.*give image_size"),
-        ("16 bits", r"image 4 has pixels of mode 'I;16'.*8 bits"),
-        ("truncated parquet", r"parquet files cannot be read"),
-        ("no train", r"no split 'train', only: test"),
-        ("two data sets", r"several data sets; name one: '.*a', '.*b'"),
-        ("empty", r"split 'train' is empty"),
-        ("other columns in test", r"cannot be read together|no column 'label'"),
-        ("new class in test", r"test' has folders of classes that training has not: cow"),
-        ("corrupt file", r"image \d+ \('.*test-1.png'\) cannot be decoded"),
-        ("floats", r"must be uint8 with values 0 to 255, got torch.float64"),
-        ("channels last", r"got \(30, 6, 6, 3\); move the channels"),
-        ("labels too few", r"labels must be 30 integers"),
-        ("too few", r"too few"),
-    ],
-)
-def test_bad_images_are_named_before_training_or_when_read(kind: str, message: str, budget: int, tmp_path: Path):
-    root = tmp_path / "source"
-    root.mkdir()
+@pytest.mark.parametrize("kind", BROKEN)
+def test_bad_images_are_named_before_training_or_when_read(kind: str, budget: int, tmp_path: Path):
+    make, message = BROKEN[kind]
+    (root := tmp_path / "source").mkdir()
+    made = make(root)
     with pytest.raises(DataError, match=message):
-        everything(load_images(broken(kind, root), memory_budget=budget))
+        everything(load_images(root if made is None else made, memory_budget=budget))
 
 
 def everything(data: ImageData) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wellcond.experiments.models import MODELS, build_model
+from wellcond.experiments.data.load import load_images
+from wellcond.experiments.data.named import NAMED
+from wellcond.experiments.run import parts
+from wellcond.experiments.run.config import grid
+from wellcond.experiments.run.models import MODELS, build_model
 from wellcond.linalg import NewtonSchulz
 from wellcond.nn import DecorrelatedBatchNorm2d, GlobalCovariancePool2d, IterNorm2d
 from wellcond.orthogonality import pre_spectral_layers
@@ -151,15 +156,6 @@ def test_weights_begin_as_he_et_al_draw_them():
             assert (module.bias == 0).all()
 
 
-def test_the_same_seed_builds_the_same_network():
-    def state(seed: int) -> list[Tensor]:
-        torch.manual_seed(seed)
-        return list(build_model("resnet8", num_classes=10, norm="zca", head="gcp").state_dict().values())
-
-    assert all(torch.equal(a, b) for a, b in zip(state(3), state(3), strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(state(3), state(4), strict=True))
-
-
 @pytest.mark.parametrize("norm", ["batch", "zca"])
 def test_channels_last_gives_the_same_logits(norm: str):
     torch.manual_seed(0)
@@ -215,3 +211,17 @@ def test_what_cannot_be_built_is_named(options: dict[str, Any], message: str):
     arguments = {"name": "resnet8", "num_classes": 10, **options}
     with pytest.raises(ValueError, match=message):
         build_model(arguments.pop("name"), **arguments)
+
+
+def test_a_new_norm_or_data_set_is_one_entry(monkeypatch: pytest.MonkeyPatch):
+    """Configuration, grid, network and loader read the same tables."""
+    norm = parts.Norm(lambda channels, groups, eps: DecorrelatedBatchNorm2d(channels, eps=2 * eps))
+    monkeypatch.setitem(parts.NORMS, "mine", norm)
+    data = SimpleNamespace(load=NAMED["digits"].load, RECIPE={"model": "resnet8", "epochs": 7})
+    monkeypatch.setitem(NAMED, "scans", data)
+    (config,) = grid(["mine"], ["avg"], ["nog"], [0], data="scans")
+    assert (config.label, config.model, config.epochs) == ("mine+nog", "resnet8", 7)
+    assert build_model("resnet8", num_classes=2, norm="mine", eps=1e-3).norm1.eps == 2e-3
+    assert load_images("scans").num_classes == 10
+    with pytest.raises(ValueError, match="did you mean 'scans'"):
+        load_images("scan")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from wellcond.experiments.models import build_model
+from wellcond.experiments.run.models import build_model
 from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d, replace_batchnorm
 
 KINDS = [

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import html.parser
 import json
 import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -19,17 +19,16 @@ import wellcond.cli
 from small_runs import checkpoint, small
 from test_cli import SMALL, call, one_line
 from wellcond.experiments import folders
-from wellcond.experiments._page import command
 from wellcond.experiments.compare import compare
-from wellcond.experiments.data import ImageDataModule, load_images
+from wellcond.experiments.data.batches import ImageDataModule
+from wellcond.experiments.data.load import load_images
 from wellcond.experiments.errors import FolderError, RunError
 from wellcond.experiments.files import read_csv
 from wellcond.experiments.inspect import inspect, newest_run
-from wellcond.experiments.recipes import RunConfig, recipe
-from wellcond.experiments.report import labels, report
-from wellcond.experiments.training import Classifier
-
-VOID = {"meta", "img"}
+from wellcond.experiments.report import command, report
+from wellcond.experiments.results.summary import labels
+from wellcond.experiments.run.config import RunConfig, recipe
+from wellcond.experiments.run.training import Classifier
 
 
 @pytest.fixture(scope="module")
@@ -40,44 +39,22 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-class Page(html.parser.HTMLParser):
-    """Tables as lists of rows, images, and whether every tag is closed in order."""
+class Page:
+    """A well-formed page: its tables as lists of rows of cells, its images, its tags."""
 
     def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tables: list[list[list[str]]] = []
-        self.images: list[dict[str, Any]] = []
-        self.tags: set[str] = set()
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.add(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "img":
-            self.images.append(dict(attrs))
-        elif tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if {"td", "th"} & {*self.open}:
-            self.tables[-1][-1][-1] += data
+        root = ElementTree.fromstring(text)
+        self.tables = [
+            [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")] for table in root.iter("table")
+        ]
+        self.images = [image.attrib for image in root.iter("img")]
+        self.tags = {element.tag for element in root.iter()}
 
 
 def test_the_page_says_what_the_runs_found_and_needs_nothing_else(done: Path, tmp_path: Path) -> None:
     path, notes = report([done], tmp_path / "report")
     text = path.read_text()
     page = Page(text)
-    assert page.open == []
     assert notes == []
     assert not page.tags & {"script", "link", "iframe", "object"}
     assert not re.search(r"(src|href|url)\s*[=(]\s*['\"]?(?!data:)[\w/.]", text.split("</style>")[1])
@@ -167,7 +144,7 @@ def test_the_command_on_the_page_is_that_of_the_run(config: RunConfig, monkeypat
         asked.append(config)
         raise FolderError("enough")
 
-    monkeypatch.setattr("wellcond.experiments.runs.run", run)
+    monkeypatch.setattr("wellcond.experiments.run.train.run", run)
     words = shlex.split(command(config))
     assert words[0] == "wellcond"
     assert call(*words[1:]).exit_code == 2
@@ -204,7 +181,7 @@ def test_inspect_measures_the_covariances_and_weights_of_the_checkpoint(done: Pa
     """Against numpy, on the input of the layer in the same network."""
     run = done / "runs" / "zca+ow+nog-seed1"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    found = inspect(run, batches=3, writers=[tmp_path / "found.csv"])
+    found = inspect(run, batches=3, out=tmp_path / "found.csv")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     config = RunConfig.from_dict(folders.read_config(run, "run"))
     module = Classifier(config, num_classes=10, in_channels=1)

@@ -16,27 +16,25 @@ import pytest
 import torch
 
 from small_runs import checkpoint, differences, differences_of_runs, full_disk_after, small
-from wellcond.experiments.checkpoints import CheckpointError
-from wellcond.experiments.errors import FolderError
+from wellcond.experiments.errors import CheckpointError, FolderError
 from wellcond.experiments.files import read_csv
-from wellcond.experiments.runs import run
-from wellcond.experiments.training import Classifier
+from wellcond.experiments.run.processes import threads
+from wellcond.experiments.run.train import run
+from wellcond.experiments.run.training import Classifier
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """One uninterrupted run of the default configuration of these tests, and its folder."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole") / "run"
-    return run(small(treat="nog+ow+olr", augment=True), folder), folder
+    with threads(1):
+        return run(small(treat="nog+ow+olr", augment=True), folder), folder
 
 
 def stop_at(step, stop, monkeypatch):
@@ -55,14 +53,19 @@ def interrupt():
     raise KeyboardInterrupt
 
 
+def run_until(step, config, folder, monkeypatch):
+    """A run that is interrupted in the middle of training step `step`."""
+    with monkeypatch.context() as patch:
+        stop_at(step, interrupt, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, folder)
+
+
 @pytest.mark.parametrize("step", [2, 4, 6, 11])
 def test_an_interrupted_run_equals_an_uninterrupted_one(whole, step, tmp_path, monkeypatch):
     """In the first epoch (nothing saved yet), at the start and in the middle of one, at the very last step."""
     result, folder = whole
-    with monkeypatch.context() as patch:
-        stop_at(step, interrupt, patch)
-        with pytest.raises(KeyboardInterrupt):
-            run(result.config, tmp_path / "run")
+    run_until(step, result.config, tmp_path / "run", monkeypatch)
     assert not (tmp_path / "run" / "result.json").exists()
     again = run(result.config, tmp_path / "run", resume=True)
     assert differences_of_runs(folder, tmp_path / "run") == []
@@ -84,10 +87,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(whole, step, tmp_path, m
 def test_every_kind_of_run_resumes_exactly(options, tmp_path, monkeypatch):
     config = small(epochs=2, **options)
     steps = run(config, tmp_path / "whole").steps
-    with monkeypatch.context() as patch:
-        stop_at(steps - 1, interrupt, patch)
-        with pytest.raises(KeyboardInterrupt):
-            run(config, tmp_path / "part")
+    run_until(steps - 1, config, tmp_path / "part", monkeypatch)
     run(config, tmp_path / "part", resume=True)
     assert differences_of_runs(tmp_path / "whole", tmp_path / "part") == []
 
@@ -108,8 +108,9 @@ def test_ctrl_c_in_mid_epoch_leaves_a_resumable_run(whole, tmp_path):
     result, folder = whole
     out = tmp_path / "run"
     slowed = (
-        "import time, torch, sys; torch.set_num_threads(1)\n"
-        "from wellcond.experiments.training import Classifier as C\n"
+        "import signal, time, torch; torch.set_num_threads(1)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in what runs in the background
+        "from wellcond.experiments.run.training import Classifier as C\n"
         "real = C.training_step\n"
         "C.training_step = lambda self, *a: (time.sleep(0.3 if self.current_epoch else 0), real(self, *a))[1]\n"
         "from wellcond.cli import main; main()"
@@ -152,10 +153,7 @@ def test_a_full_disk_while_saving_keeps_the_last_good_checkpoint(whole, tmp_path
 def test_a_damaged_last_checkpoint_is_said_and_the_one_before_used(whole, damage, tmp_path, monkeypatch, caplog):
     result, folder = whole
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_at(9, interrupt, patch)
-        with pytest.raises(KeyboardInterrupt):
-            run(result.config, out)
+    run_until(9, result.config, out, monkeypatch)
     last = out / "checkpoints" / "last.ckpt"
     content = last.read_bytes()
     last.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "garbage": b"\x80\x04K\x01."}[damage])
@@ -169,10 +167,7 @@ def test_a_damaged_last_checkpoint_is_said_and_the_one_before_used(whole, damage
 def test_without_a_readable_checkpoint_nothing_is_touched(whole, tmp_path, monkeypatch):
     result, _ = whole
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_at(6, interrupt, patch)
-        with pytest.raises(KeyboardInterrupt):
-            run(result.config, out)
+    run_until(6, result.config, out, monkeypatch)
     for path in (out / "checkpoints").glob("*.ckpt"):
         path.write_bytes(path.read_bytes()[:1000])
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -185,10 +180,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(whole, tmp_path, monkeypatc
     """A pickle that calls a function on loading is not loaded: `weights_only`."""
     result, _ = whole
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_at(5, interrupt, patch)
-        with pytest.raises(KeyboardInterrupt):
-            run(result.config, out)
+    run_until(5, result.config, out, monkeypatch)
     fired = tmp_path / "fired"
 
     class Bomb:
@@ -215,7 +207,7 @@ def test_a_run_stopped_before_its_test_is_tested_only(whole, tmp_path, monkeypat
     result, folder = whole
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("wellcond.experiments.runs.evaluate", lambda *_: interrupt())
+        patch.setattr("wellcond.experiments.run.train.evaluate", lambda *_: interrupt())
         with pytest.raises(KeyboardInterrupt):
             run(result.config, out)
     stop_at(12, lambda: pytest.fail("trained beyond the end"), monkeypatch)

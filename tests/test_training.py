@@ -12,15 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from small_runs import checkpoint, differences, fail_in_rank_1, small
-from wellcond.experiments import models, recipes
-from wellcond.experiments._sampling import EpochSampler
-from wellcond.experiments.data import ImageData, ImageDataModule, load_images
+from wellcond.experiments.data.batches import EpochSampler, ImageDataModule
+from wellcond.experiments.data.load import ImageData, load_images
 from wellcond.experiments.errors import FolderError, NonFiniteLossError, RunError
 from wellcond.experiments.files import read_csv
-from wellcond.experiments.models import build_model
-from wellcond.experiments.processes import interruptible, spawn
-from wellcond.experiments.runs import observed_layers, run
-from wellcond.experiments.training import Classifier, decay, first_non_finite_layer
+from wellcond.experiments.run.models import build_model
+from wellcond.experiments.run.processes import interruptible, spawn, threads
+from wellcond.experiments.run.train import observed_layers, run
+from wellcond.experiments.run.training import Classifier, decay, first_non_finite_layer
 from wellcond.orthogonality import treat
 
 
@@ -71,12 +70,8 @@ def test_lightning_takes_the_steps_of_a_plain_loop(options, digits, tmp_path):
     start = Classifier(config, num_classes=digits.num_classes, in_channels=1).model.state_dict()
     run(config, tmp_path / "run", data=digits)
     trained = {k.removeprefix("model."): v for k, v in checkpoint(tmp_path / "run")["state_dict"].items()}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the recipe of the digits has it
-    try:
+    with threads(1):  # as the recipe of the digits has it
         expected = plain_loop(config, digits, start)
-    finally:
-        torch.set_num_threads(threads)
     assert differences(trained, dict(expected)) == []
 
 
@@ -241,19 +236,6 @@ def test_a_folder_of_something_else_is_never_overwritten(digits, tmp_path):
         run(small(), tmp_path, overwrite=True, data=digits)
 
 
-@pytest.mark.parametrize("options", [{"model": "vgg"}, {"treat": "gno"}, {"data": "digit"}, {"groups": 3}], ids=str)
-def test_what_cannot_be_built_writes_nothing(options, tmp_path):
-    with pytest.raises(ValueError):
-        run(small(**options), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_names_of_the_recipes_are_those_of_the_models():
-    """They are listed twice so that `--help` need not import torch."""
-    assert set(recipes.NORMS) == set(models.NORMS)
-    assert set(recipes.HEADS) == set(models.HEADS)
-
-
 def test_ctrl_c_works_again_after_lightning_ignored_it():
     def as_lightning_does():
         try:
@@ -316,12 +298,8 @@ def test_two_processes_average_their_gradients(digits, tmp_path):
     assert result.steps == 2 * (len(digits.train) // 2 // 16)
     assert [int(row["epoch"]) for row in read_csv(tmp_path / "metrics.csv")] == [0, 1]
     assert [int(row["step"]) for row in read_csv(tmp_path / "condition.csv")] == list(range(0, result.steps, 2))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         expected = plain_loop_of_two(config, digits)
-    finally:
-        torch.set_num_threads(threads)
     trained = checkpoint(tmp_path)["state_dict"]
     # The all-reduce may add the two halves in either order, which is exact; nothing else differs.
     assert differences(trained, dict(expected)) == []

@@ -6,13 +6,15 @@ and is exit status 130. What needs torch is imported inside the commands, so tha
 
 from __future__ import annotations
 
+import inspect as introspection
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 try:
     import typer
@@ -27,7 +29,8 @@ except ModuleNotFoundError as missing:
 
 import wellcond
 from wellcond.experiments.errors import RunError
-from wellcond.experiments.recipes import HEADS, NO_TREATMENT, NORMS, PRECISIONS, RunConfig, grid, recipe
+from wellcond.experiments.folders import read_config
+from wellcond.experiments.run.config import NO_TREATMENT, RunConfig, grid, recipe
 
 app = typer.Typer(
     help="Spectral layers that stay well-conditioned: train, measure and compare.",
@@ -39,70 +42,81 @@ console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of the processes 
 stderr = Console(stderr=True)
 
 DEFAULT_COMPARISON = Path("comparison")
-DEFAULT_BENCHMARK = Path("benchmark")
-DEFAULT_REPORT = Path("report")
 DEFAULT_TREATS = (NO_TREATMENT, "nog", "olr", "ow", "nog+ow+olr")
 
-# -- options that both commands share ----------------------------------------------------------------------------
-
-Data = Annotated[str | None, typer.Option(help="digits, a data set's name (cifar10, cifar100, NAME) or a path")]
-Limit = Annotated[int | None, typer.Option(help="use this many images of each split at most")]
-Model = Annotated[str | None, typer.Option(help="resnet8, resnet18, resnet50, …")]
-Width = Annotated[int | None, typer.Option(help="channels after the stem")]
-StemKernel = Annotated[int | None, typer.Option(help="size of the first convolution")]
-Groups = Annotated[int | None, typer.Option(help="groups of the decorrelated batch norm")]
-Eps = Annotated[float | None, typer.Option(help="ε added to the covariance")]
-Epochs = Annotated[int | None, typer.Option(help="passes over the training images; the schedule scales with them")]
-BatchSize = Annotated[int | None, typer.Option(help="images a step (of each process)")]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="learning rate at the start")]
-Augment = Annotated[bool | None, typer.Option("--augment/--no-augment", help="random crops and flips")]
-Precision = Annotated[str | None, typer.Option(help=", ".join(PRECISIONS))]
-Devices = Annotated[int | None, typer.Option(help="processes, on as many GPUs or CPU shares")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads of a process")]
-MonitorEvery = Annotated[int | None, typer.Option(help="steps between condition numbers")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with what the output folder holds")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete what the output folder holds")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+def say(line: str, to: Console = console) -> None:
+    """Print a line as it is."""
+    to.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 class _Lines(logging.Handler):
     """What the library has to say, a line each on the standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        stderr.print(record.getMessage(), soft_wrap=True, markup=False, highlight=False)
+        say(record.getMessage(), stderr)
 
 
 @contextmanager
 def reporting(debug: bool, level: int, how_to_go_on: list[str]) -> Iterator[None]:
     """Turn what goes wrong inside into one line and an exit status; `how_to_go_on` may be filled inside."""
-    log = logging.getLogger("wellcond")
-    handler = _Lines()
+    log, handler = logging.getLogger("wellcond"), _Lines()
     log.addHandler(handler)
     log.setLevel(level)
     try:
         yield
     except KeyboardInterrupt:
         again = "".join(f"; go on with: {command}" for command in how_to_go_on)
-        kept = "; finished epochs are kept" if how_to_go_on else ""
-        stderr.print(f"interrupted{kept}{again}", soft_wrap=True, markup=False, highlight=False)
+        say(f"interrupted{'; finished epochs are kept' if how_to_go_on else ''}{again}", stderr)
         raise typer.Exit(130) from None
     except (RunError, ValueError, OSError, ImportError) as error:
         if debug:
             raise
-        stderr.print(f"error: {_message(error)}", soft_wrap=True, markup=False, highlight=False)
+        if isinstance(error, ModuleNotFoundError):
+            said = f"the package '{error.name}' is not installed: pip install \"wellcond[train]\""
+        else:
+            said = str(error) or type(error).__name__
+        say(f"error: {said}", stderr)
         raise typer.Exit(2) from None
     finally:
         log.removeHandler(handler)
 
 
-def _message(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"the package '{error.name}' is not installed: pip install \"wellcond[train]\""
-    return str(error) or type(error).__name__
+def takes_run_options(**instead: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make every field of `RunConfig` an option of a command, which gets those that were given as a dictionary.
+
+    `instead` has the annotations of options that differ from the field, or that come in addition.
+    """
+    kinds = get_type_hints(RunConfig)
+    options = {
+        f.name: Annotated[kinds[f.name] | None, typer.Option(help=f.metadata["help"])] for f in fields(RunConfig)
+    }
+    options |= instead
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def called(**given: Any) -> None:
+            asked = {name: value for name in options if (value := given.pop(name, None)) is not None}
+            command(asked, **given)
+
+        _, *own = introspection.signature(command, eval_str=True).parameters.values()
+        kind = introspection.Parameter.KEYWORD_ONLY
+        shared = [introspection.Parameter(name, kind, default=None, annotation=a) for name, a in options.items()]
+        called.__signature__ = introspection.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+            [*shared, *(parameter.replace(kind=kind) for parameter in own)]
+        )
+        called.__name__, called.__doc__ = command.__name__, command.__doc__
+        return called
+
+    return decorate
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+def _listed(values: list[str]) -> list[str]:
+    """Of an option that is repeated or has commas, every value."""
+    return [one.strip() for many in values for one in many.split(",")]
 
 
 @app.callback(invoke_without_command=True)
@@ -111,110 +125,73 @@ def common(
 ) -> None:
     """Spectral layers that stay well-conditioned: train, measure and compare."""
     if version:
-        console.print(f"wellcond {wellcond.__version__}", highlight=False)
+        say(f"wellcond {wellcond.__version__}")
         raise typer.Exit
 
 
 @app.command()
+@takes_run_options()
 def train(
-    data: Data = None,
-    model: Model = None,
-    norm: Annotated[str | None, typer.Option(help=f"of the stem: {', '.join(NORMS)}")] = None,
-    head: Annotated[str | None, typer.Option(help=", ".join(HEADS))] = None,
-    treat: Annotated[str | None, typer.Option(help="none, or of sn, ol, ow, nog, olr, as nog+ow+olr")] = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    seed: Annotated[int | None, typer.Option(help="of weights, order and augmentation")] = None,
-    limit: Limit = None,
-    width: Width = None,
-    stem_kernel: StemKernel = None,
-    groups: Groups = None,
-    eps: Eps = None,
-    augment: Augment = None,
-    precision: Precision = None,
-    devices: Devices = None,
-    threads: Threads = None,
-    monitor_every: MonitorEvery = None,
+    asked: dict[str, Any],
     out: Annotated[Path | None, typer.Option(help="the run's folder; by default runs/…")] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
     """Train one network: weights, metrics, condition numbers and logs in one folder, and the test error."""
-    asked = _given({name: value for name, value in locals().items() if name in RunConfig.__dataclass_fields__})
     again: list[str] = []
     with reporting(debug, logging.WARNING if console.is_terminal else logging.INFO, again):
         config = recipe(**asked)
         folder = out or _run_folder(config)
-        if resume:
-            from wellcond.experiments import folders
-
-            folders.check(folder, "run", resume=resume, overwrite=overwrite)
-            held = folders.read_config(folder, "run")
-            folders.refuse_conflicts(held, asked, folder)
-            config = RunConfig.from_dict(held)
-        from wellcond.experiments.runs import run
-        from wellcond.experiments.tables import run_table
+        if resume and not overwrite:  # what is held there; `run` refuses what was asked beside it
+            config = RunConfig.from_dict({**read_config(folder, "run"), **asked})
+        from wellcond.experiments.results.tables import run_table
+        from wellcond.experiments.run.train import run
+        from wellcond.experiments.show.render import for_terminal
 
         again.append(f"wellcond train --out {folder} --resume")
         result = run(config, folder, resume=resume, overwrite=overwrite, progress=console.is_terminal)
-        console.print(run_table(result))
-        console.print(f"in {folder}", highlight=False, soft_wrap=True)
+        console.print(for_terminal(run_table(result)))
+        say(f"in {folder}")
 
 
 @app.command()
+@takes_run_options(
+    norm=Annotated[list[str] | None, typer.Option(help="repeat, or separate by commas; default batch,zca")],
+    head=Annotated[list[str] | None, typer.Option(help="as --norm; default avg")],
+    treat=Annotated[list[str] | None, typer.Option(help=f"as --norm; default {','.join(DEFAULT_TREATS)}")],
+    seed=Annotated[int | None, typer.Option("--seeds", help="runs of each configuration, seeded 0, 1, …; default 2")],
+)
 def compare(
-    data: Data = None,
-    model: Model = None,
-    norm: Annotated[list[str] | None, typer.Option(help="repeat, or separate by commas; default batch,zca")] = None,
-    head: Annotated[list[str] | None, typer.Option(help="likewise; default avg")] = None,
-    treat: Annotated[list[str] | None, typer.Option(help=f"likewise; default {','.join(DEFAULT_TREATS)}")] = None,
-    seeds: Annotated[int | None, typer.Option(help="runs of each configuration, seeded 0, 1, …; default 2")] = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    limit: Limit = None,
-    width: Width = None,
-    stem_kernel: StemKernel = None,
-    groups: Groups = None,
-    eps: Eps = None,
-    augment: Augment = None,
-    precision: Precision = None,
-    devices: Devices = None,
-    threads: Threads = None,
-    monitor_every: MonitorEvery = None,
+    asked: dict[str, Any],
     out: Annotated[Path, typer.Option(help="the comparison's folder")] = DEFAULT_COMPARISON,
     resume: Resume = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
     """Train a grid of configurations × seeds; a table as the paper's with condition numbers, and the figure."""
-    fields = {**RunConfig.__dataclass_fields__, "seeds": None}
-    asked = _given({name: value for name, value in locals().items() if name in fields})
     again: list[str] = []
     with reporting(debug, logging.WARNING, again):
         configs = _configs(asked, out, resume)
         from wellcond.experiments.compare import compare as compare_runs
-        from wellcond.experiments.tables import comparison_table
+        from wellcond.experiments.results.tables import comparison_table
+        from wellcond.experiments.show.render import for_terminal
 
         again.append(f"wellcond compare --out {out} --resume")
 
         def finished(index: int, result: Any) -> None:
-            console.print(
-                f"[{index + 1}/{len(configs)}] {result.config.label}, seed {result.config.seed}: "
-                f"test error {100 * result.test_error:.2f} %, {result.seconds:.1f} s",
-                markup=False,
-                highlight=False,
+            config = result.config
+            say(
+                f"[{index + 1}/{len(configs)}] {config.label}, seed {config.seed}: "
+                f"test error {100 * result.test_error:.2f} %, {result.seconds:.1f} s"
             )
 
         rows = compare_runs(
             configs, out, resume=resume, overwrite=overwrite, progress=console.is_terminal, finished=finished
         )
-        config = configs[0]
-        title = f"{config.model} on {config.data}, {config.epochs} epochs"
-        console.print(comparison_table(rows, title))
-        console.print(f"in {out}: results.csv, results.json, condition.png, condition.svg", highlight=False)
+        title = f"{configs[0].model} on {configs[0].data}, {configs[0].epochs} epochs"
+        console.print(for_terminal(comparison_table(rows, title)))
+        say(f"in {out}: results.csv, results.json, condition.png, condition.svg")
 
 
 @app.command()
@@ -233,31 +210,24 @@ def inspect(
     """
     again: list[str] = []
     with reporting(debug, logging.INFO, again):
-        if out is not None and out.exists():
-            raise ValueError(f"'{out}' is there already; choose another --out")
         from wellcond.experiments.inspect import inspect as inspect_run
         from wellcond.experiments.inspect import newest_run
-        from wellcond.experiments.tables import inspection_table, weight_lines
+        from wellcond.experiments.show.render import for_terminal
 
-        run = run or newest_run((Path("runs"), DEFAULT_COMPARISON / "runs"))
-        if run is None:
-            run = _train_default(again)
-        found = inspect_run(
-            run, data=data, split=split, batches=batches, batch_size=batch_size, writers=() if out is None else out
-        )
-        console.print(inspection_table(found))
-        for line in weight_lines(found):
-            console.print(line, highlight=False, soft_wrap=True)
-        console.print(f"of {found.checkpoint}", highlight=False, soft_wrap=True)
+        run = run or newest_run((Path("runs"), DEFAULT_COMPARISON / "runs")) or _train_default(again)
+        found = inspect_run(run, data=data, split=split, batches=batches, batch_size=batch_size, out=out)
+        console.print(for_terminal(found.table()))
+        for line in (*found.weight_lines(), f"of {found.checkpoint}"):
+            say(line)
 
 
 def _train_default(again: list[str]) -> Path:
-    from wellcond.experiments.runs import run as run_training
+    from wellcond.experiments.run.train import run as run_training
 
     config = recipe()
     folder = _run_folder(config)
     again.append(f"wellcond train --out {folder} --resume")
-    console.print(f"there is no run yet: training the default into {folder}", highlight=False)
+    say(f"there is no run yet: training the default into {folder}")
     run_training(config, folder, progress=console.is_terminal)
     return folder
 
@@ -265,7 +235,7 @@ def _train_default(again: list[str]) -> Path:
 @app.command()
 def report(
     runs: Annotated[list[Path] | None, typer.Argument(help="folders of runs or comparisons, or that hold such")] = None,
-    out: Annotated[Path, typer.Option(help="the report's folder; one that is there is replaced")] = DEFAULT_REPORT,
+    out: Annotated[Path, typer.Option(help="the report's folder; one that is there is replaced")] = Path("report"),
     debug: Debug = False,
 ) -> None:
     """One page of HTML that needs nothing else, and its figures as PNG and SVG.
@@ -281,10 +251,8 @@ def report(
 
         page, notes = write_report(runs, out)
         for note in notes:
-            stderr.print(note, soft_wrap=True, markup=False, highlight=False)
-        console.print(
-            f"in {out}: {page.name}, condition.png, condition.svg, learning.png, learning.svg", highlight=False
-        )
+            say(note, stderr)
+        say(f"in {out}: {page.name}, condition.png, condition.svg, learning.png, learning.svg")
 
 
 def _run_folder(config: RunConfig) -> Path:
@@ -294,17 +262,13 @@ def _run_folder(config: RunConfig) -> Path:
 def _configs(asked: dict[str, Any], out: Path, resume: bool) -> list[RunConfig]:
     """The grid as asked, or, when nothing is asked of a comparison that is resumed, the one it holds."""
     if resume and not asked:
-        from wellcond.experiments import folders
-
-        return [RunConfig.from_dict(run) for run in folders.read_config(out, "comparison")["runs"]]
+        return [RunConfig.from_dict(run) for run in read_config(out, "comparison")["runs"]]
     options = dict(asked)
-    seeds = options.pop("seeds", 2)
+    seeds = options.pop("seed", 2)
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
-    axes = [
-        [one.strip() for many in options.pop(name, default) for one in many.split(",")]
-        for name, default in (("norm", ("batch", "zca")), ("head", ("avg",)), ("treat", DEFAULT_TREATS))
-    ]
+    defaults = {"norm": ["batch", "zca"], "head": ["avg"], "treat": list(DEFAULT_TREATS)}
+    axes = [_listed(options.pop(name, default)) for name, default in defaults.items()]
     return grid(*axes, seeds=range(seeds), **options)
 
 
@@ -316,37 +280,35 @@ def bench(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda where there is one")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float32",
     seconds: Annotated[float | None, typer.Option(help="of timing each case; default 1.5, with --full 8")] = None,
-    threads: Threads = None,
-    out: Annotated[Path, typer.Option(help="the benchmark's folder")] = DEFAULT_BENCHMARK,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a process")] = None,
+    out: Annotated[Path, typer.Option(help="the benchmark's folder")] = Path("benchmark"),
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
     """Measure speed, memory and error of every solver and layer here, beside autograd and what else is installed."""
     with reporting(debug, logging.WARNING, []):
-        from wellcond.experiments.bench import report
-        from wellcond.experiments.bench.cases import parse_shapes
-        from wellcond.experiments.bench.run import bench as run_bench
-
-        def finished(index: int, count: int, result: Any) -> None:
-            console.print(f"[{index + 1}/{count}] {report.line(result)}", markup=False, highlight=False)
+        from wellcond.bench import report
+        from wellcond.bench.cases import parse_shapes
+        from wellcond.bench.run import bench as run_bench
+        from wellcond.experiments.show.render import for_terminal
 
         found = run_bench(
             out,
             full=full,
-            tasks=[one.strip() for many in task for one in many.split(",")] if task else None,
+            tasks=_listed(task) if task else None,
             shapes=parse_shapes(shapes) if shapes else None,
             device=device,
             dtype=dtype,
             seconds=seconds,
             threads=threads,
             overwrite=overwrite,
-            finished=finished,
+            finished=lambda index, count, result: say(f"[{index + 1}/{count}] {report.line(result)}"),
         )
         for table in report.tables(found.results):
-            console.print(table)
+            console.print(for_terminal(table))
         for line in report.remarks(found.results, found.missing, found.truths):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        console.print(f"in {out}: bench.json, tables.md, speed.png, speed.svg", highlight=False, soft_wrap=True)
+            say(line)
+        say(f"in {out}: bench.json, tables.md, speed.png, speed.svg")
 
 
 def main() -> None:

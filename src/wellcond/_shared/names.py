@@ -8,11 +8,13 @@ from difflib import get_close_matches
 MOST_SHOWN = 20
 
 
-def require_known(name: object, known: Iterable[str], kind: str, where: str = "") -> None:
-    """Refuse a name that is not among ``known``, offering the nearest right one."""
+def require_known(
+    name: object, known: Iterable[str], kind: str, where: str = "", error: type[Exception] = ValueError
+) -> None:
+    """Refuse a name that is not among ``known`` with an ``error`` that offers the nearest right one."""
     known = list(known)
     if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}{where}{did_you_mean(name, known)} (known: {listed(known)})")
+        raise error(f"unknown {kind} {name!r}{where}{did_you_mean(name, known)} (known: {listed(known)})")
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

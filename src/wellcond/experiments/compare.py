@@ -14,17 +14,17 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from wellcond.experiments import folders
-from wellcond.experiments.data import load_images
-from wellcond.experiments.errors import FolderError
-from wellcond.experiments.figures import condition_figure, save_figure
+from wellcond.experiments.data.load import load_images
+from wellcond.experiments.errors import ConfigError, FolderError
 from wellcond.experiments.files import write_csv, write_json
-from wellcond.experiments.recipes import ConfigError, RunConfig
-from wellcond.experiments.results import RESULT, Row, RunResult, summarise
-from wellcond.experiments.runs import MADE as MADE_BY_RUN
-from wellcond.experiments.runs import build, run
+from wellcond.experiments.results.summary import COMPARISON, RUNS, Row, by_label, configs_in, summarise
+from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.result import RunResult
+from wellcond.experiments.run.train import MADE as MADE_BY_RUN
+from wellcond.experiments.run.train import build, run
+from wellcond.experiments.show.figures import condition_figure, save_figure
 
-KIND = "comparison"
-RUNS, TABLE, EVERYTHING, FIGURE = "runs", "results.csv", "results.json", "condition"
+TABLE, EVERYTHING, FIGURE = "results.csv", "results.json", "condition"
 MADE = (
     folders.CONFIG,
     TABLE,
@@ -65,15 +65,14 @@ def compare(
         raise ConfigError("the same configuration and seed is in the grid twice")
     if len({(config.data, config.limit) for config in configs}) > 1:
         raise ConfigError("a comparison is on one data set")
-    listed = {"runs": [config.to_dict() for config in configs]}
-    folders.check(out, KIND, resume=resume, overwrite=overwrite)
+    held = folders.check(out, COMPARISON, resume=resume, overwrite=overwrite)
     if resume:
-        _refuse_another_grid(out, configs)
+        _refuse_another_grid(out, configs_in(held), configs)
     data = load_images(configs[0].data, limit=configs[0].limit)
     for config in {config.label: config for config in configs}.values():  # find what is wrong before writing
         build(config, data)
     if not resume:
-        folders.prepare(out, KIND, listed, MADE)
+        folders.prepare(out, COMPARISON, {"runs": [config.to_dict() for config in configs]}, MADE)
     results = []
     for index, config in enumerate(configs):
         folder = out / RUNS / config.folder_name
@@ -83,18 +82,7 @@ def compare(
     return _write(out, results)
 
 
-def held_configs(out: Path) -> list[RunConfig]:
-    """The grid of the comparison in `out`."""
-    return [RunConfig.from_dict(values) for values in folders.read_config(out, KIND)["runs"]]
-
-
-def count_finished(out: Path, configs: Sequence[RunConfig]) -> int:
-    """How many of the runs have a result."""
-    return sum((out / RUNS / config.folder_name / RESULT).exists() for config in configs)
-
-
-def _refuse_another_grid(out: Path, configs: Sequence[RunConfig]) -> None:
-    held = held_configs(out)
+def _refuse_another_grid(out: Path, held: Sequence[RunConfig], configs: Sequence[RunConfig]) -> None:
     if held != list(configs):
         labels = ", ".join(dict.fromkeys(config.label for config in held))
         seeds = len({config.seed for config in held})
@@ -105,7 +93,7 @@ def _refuse_another_grid(out: Path, configs: Sequence[RunConfig]) -> None:
 
 
 def _write(out: Path, results: Sequence[RunResult]) -> list[Row]:
-    """Table, runs and figure."""
+    """Write table, runs and figure."""
     rows = summarise(results)
     columns = [field.name for field in fields(Row)]
     write_csv(out / TABLE, columns, (asdict(row) for row in rows))
@@ -113,11 +101,9 @@ def _write(out: Path, results: Sequence[RunResult]) -> list[Row]:
         out / EVERYTHING,
         {"rows": [asdict(row) for row in rows], "runs": [asdict(result) for result in results]},
     )
-    folders_of = {row.label: [Path(r.folder) for r in results if r.config.label == row.label] for row in rows}
-    layers = {row.label: row.layer for row in reversed(rows)}  # the first of each configuration
     config = results[0].config
     seeds = len({result.config.seed for result in results})
-    band = f"median of {seeds} seeds, band from least to greatest" if seeds > 1 else f"seed {config.seed}"
-    figure = condition_figure(folders_of, layers, f"{config.model} on {Path(config.data).name}: {band}")
+    band = f"median of {seeds} seeds, band from minimum to maximum" if seeds > 1 else f"seed {config.seed}"
+    figure = condition_figure(by_label(results), f"{config.model} on {Path(config.data).name}: {band}")
     save_figure(figure, out / FIGURE)
     return rows

@@ -70,16 +70,3 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as stream:
         return list(csv.DictReader(stream))
-
-
-def keep_rows_before(path: Path, column: str, bound: int) -> None:
-    """Drop the rows whose `column` is not below `bound`: what was written after the checkpoint of a resume.
-
-    A last line that was cut short (power loss while appending) is dropped too.
-    """
-    if not path.exists():
-        return
-    rows = [row for row in read_csv(path) if None not in row.values() and row[column].isdigit()]
-    with path.open(newline="") as stream:
-        columns = next(csv.reader(stream), [])
-    write_csv(path, columns, [row for row in rows if int(row[column]) < bound])

@@ -63,21 +63,26 @@ def refuse_conflicts(held: Mapping[str, Any], asked: Mapping[str, Any], folder: 
         )
 
 
-def check(folder: Path, kind: str, *, resume: bool = False, overwrite: bool = False, resumable: bool = True) -> None:
-    """Raise `FolderError` unless the folder is free, or holds a `kind` and the user said what to do with it."""
+def check(
+    folder: Path, kind: str, *, resume: bool = False, overwrite: bool = False, resumable: bool = True
+) -> dict[str, Any]:
+    """The configuration held in the folder, {} where it is free.
+
+    Raises:
+        FolderError: it holds something else than a `kind`, or one and the user did not say what to do with it; or
+            there is none to resume.
+    """
     if resume and overwrite:
         raise FolderError("--resume and --overwrite exclude each other")
-    if resume:
-        read_config(folder, kind)
-    elif is_occupied(folder):
-        if not (folder / CONFIG).exists():
-            raise FolderError(f"'{folder}' holds files that no {kind} made; choose another --out")
-        read_config(folder, kind)
-        if not overwrite:
-            go_on = "go on with it by --resume, " if resumable else ""
-            raise FolderError(
-                f"'{folder}' holds another {kind}; {go_on}delete it by --overwrite, or choose another --out"
-            )
+    if not resume and not is_occupied(folder):
+        return {}
+    if not resume and not (folder / CONFIG).exists():
+        raise FolderError(f"'{folder}' holds files that no {kind} made; choose another --out")
+    held = read_config(folder, kind)
+    if not (resume or overwrite):
+        go_on = "go on with it by --resume, " if resumable else ""
+        raise FolderError(f"'{folder}' holds another {kind}; {go_on}delete it by --overwrite, or choose another --out")
+    return held
 
 
 def prepare(folder: Path, kind: str, config: Mapping[str, Any], made: Iterable[str]) -> None:

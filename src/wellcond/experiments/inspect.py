@@ -6,6 +6,7 @@ is taken. With each comes the weight of the layer before it, whose singular valu
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wellcond._shared.names import require_known
 from wellcond.experiments import folders
-from wellcond.experiments.checkpoints import CheckpointError, newest_readable
-from wellcond.experiments.data import ImageDataModule, load_images
-from wellcond.experiments.errors import FolderError, RunError
-from wellcond.experiments.recipes import ConfigError, RunConfig, choose
-from wellcond.experiments.runs import CHECKPOINTS, KIND, observed_layers
-from wellcond.experiments.training import Classifier, spectral_layers
-from wellcond.monitor import ConditionMonitor, ConditionRecord
-from wellcond.monitor._writers import as_writers
+from wellcond.experiments.data.batches import ImageDataModule
+from wellcond.experiments.data.load import load_images
+from wellcond.experiments.errors import CheckpointError, ConfigError, FolderError, RunError
+from wellcond.experiments.results.table import SPACE, Table, number, rank, short
+from wellcond.experiments.run.checkpoints import newest_readable, read_checkpoint
+from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.train import CHECKPOINTS, KIND, observed_layers
+from wellcond.experiments.run.training import Classifier, spectral_layers
+from wellcond.monitor import ConditionMonitor, ConditionRecord, CSVWriter, JSONLinesWriter
 from wellcond.orthogonality import pre_spectral_layers
-from wellcond.orthogonality._matrix import layer_target
 
 SPLITS = ("train", "validation", "test")
+WRITERS = {".csv": CSVWriter, ".jsonl": JSONLinesWriter}
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,35 @@ class Inspection:
     layers: dict[str, dict[str, float]]
     weights: tuple[WeightSpectrum, ...]
 
+    def table(self) -> Table:
+        """A line for each observed layer."""
+        rows = [
+            [
+                short(name),
+                *(number(layer[key]) for key in ("kappa", "kappa_max", "kappa_eps")),
+                rank(layer["numerical_rank"], int(layer["dim"])),
+                *(number(layer[key]) for key in ("effective_rank", "eig_max", "eig_min")),
+                f"{layer['failures']:g}",
+            ]
+            for name, layer in self.layers.items()
+        ]
+        batches = len({record.step for record in self.records})
+        return Table(
+            ["layer", "κ(P)", "largest", "κ(P+εI)", "rank", "eff. rank", f"λ{SPACE}max", f"λ{SPACE}min", "fails"],
+            rows,
+            caption=f"Medians over {batches} batches in training mode, of the covariance P of the layer's input.",
+            title=f"{self.config.model}, {self.config.label}, after {self.epoch} epochs; {self.images} {self.split} "
+            f"images of {self.data}",
+        )
+
+    def weight_lines(self) -> list[str]:
+        """The singular values of the weights before the spectral layers, a line each."""
+        return [
+            f"weight of {w.layer}, {w.rows} × {w.columns}: singular values from {w.smallest:.6g} to {w.largest:.6g}, "
+            f"κ {number(w.largest / w.smallest if w.smallest else math.inf)}"
+            for w in self.weights
+        ]
+
 
 def newest_run(places: tuple[Path, ...]) -> Path | None:
     """The run with the newest checkpoint among the folders directly inside ``places``; None if there is none."""
@@ -85,7 +117,7 @@ def inspect(
     split: str = "train",
     batches: int = 10,
     batch_size: int | None = None,
-    writers: Any = (),
+    out: Path | None = None,
 ) -> Inspection:
     """Measure the condition numbers of a run's network.
 
@@ -95,15 +127,18 @@ def inspect(
         split: ``"train"``, ``"validation"`` or ``"test"``.
         batches: how many batches at most.
         batch_size: images in each; that of the run when left out.
-        writers: as for the monitor.
+        out: write every batch's numbers here too; a path ending in .csv or .jsonl that is not there yet.
 
     Raises:
         RunError: there is no run, no checkpoint that can be read, or its weights are not those of the run.
         ValueError: an unknown split, a number below 1, or images that the network does not take.
-        OSError: a file of ``writers`` cannot be written.
+        OSError: ``out`` cannot be written.
     """
-    choose("split", split, SPLITS)
-    written = as_writers(writers)
+    require_known(split, SPLITS, "split", error=ConfigError)
+    if out is not None and out.suffix not in WRITERS:
+        raise ConfigError(f"the format of '{out}' is unknown: the path must end in {' or '.join(WRITERS)}")
+    if out is not None and out.exists():
+        raise ConfigError(f"'{out}' is there already; choose another --out")
     if batches < 1:
         raise ConfigError(f"batches must be at least 1, got {batches}")
     run, path, checkpoint = _open(Path(place))
@@ -126,7 +161,8 @@ def inspect(
             module.model(inputs)
             monitor.step += 1  # the model is a part of the module that is watched
             seen += len(inputs)
-    for writer in written:  # not by the monitor, which only warns of a file that it cannot write
+    if out is not None:  # not by the monitor, which only warns of a file that it cannot write
+        writer = WRITERS[out.suffix](out)
         for record in monitor.records:
             writer(record)
     return Inspection(
@@ -151,12 +187,9 @@ def _open(place: Path) -> tuple[Path, Path, dict[str, Any]]:
         path, checkpoint, _ = newest_readable(run / CHECKPOINTS)
         return run, path, checkpoint
     try:
-        checkpoint = torch.load(place, map_location="cpu", weights_only=True)
-        if not {"state_dict", "epoch"} <= checkpoint.keys():
-            raise ValueError("it has no weights and epoch")
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"'{place}' is not a checkpoint of a run ({str(error).splitlines()[0][:100]})") from error
-    return run, place, checkpoint
+        return run, place, read_checkpoint(place)
+    except ValueError as error:
+        raise CheckpointError(f"'{place}' is not a checkpoint of a run ({error})") from error
 
 
 def _restored(config: RunConfig, state: dict[str, Tensor], path: Path) -> Classifier:
@@ -175,8 +208,8 @@ def _weights(model: nn.Module) -> tuple[WeightSpectrum, ...]:
         return ()
     found = []
     for name, layer in pre_spectral_layers(model).items():
-        weight: Any = layer.weight  # the one in use
-        matrix = layer_target(layer, name).view.matrix(weight.detach().double())
+        weight: Any = layer.weight  # the one in use, (out, in/groups, …)
+        matrix = weight.detach().double().unflatten(0, (getattr(layer, "groups", 1), -1)).flatten(2)
         values = torch.linalg.svdvals(matrix)
         rows, columns = matrix.shape[-2:]
         found.append(WeightSpectrum(name, rows, columns, values.max().item(), values.min().item()))

@@ -7,24 +7,28 @@ It is made from what the runs left in their folders, and can be made again at an
 
 from __future__ import annotations
 
+import base64
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
-from wellcond.experiments import _page, folders
-from wellcond.experiments.compare import KIND as COMPARISON
-from wellcond.experiments.compare import RUNS, held_configs
-from wellcond.experiments.errors import FolderError, RunError
-from wellcond.experiments.figures import condition_figure, learning_figure, save_figure
+import wellcond
+from wellcond.experiments import folders
 from wellcond.experiments.files import write_atomically
-from wellcond.experiments.recipes import RunConfig
-from wellcond.experiments.results import RunResult, load_result, summarise
-from wellcond.experiments.runs import KIND as RUN
+from wellcond.experiments.results.summary import by_label, collect, labels, summarise
+from wellcond.experiments.results.tables import comparison_table, configuration_table, runs_table
+from wellcond.experiments.run.config import RunConfig, recipe
+from wellcond.experiments.show.figures import condition_figure, learning_figure, save_figure
+from wellcond.experiments.show.render import page
 
 KIND = "report"
 PAGE = "report.html"
-FIGURES = ("condition", "learning")
+FIGURES = {
+    "condition": "Condition number of the covariance that the layer sees, over the training steps, without and with "
+    "its ε. A gap is where κ(P) is infinite: the covariance did not have full rank there.",
+    "learning": "Training loss and validation error over the epochs.",
+}
 MADE = (folders.CONFIG, PAGE, *(f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")))
 
 
@@ -43,69 +47,44 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     """
     out = Path(out)
     results, notes = collect([Path(run) for run in runs])
-    folders.check(out, KIND, resume=False, overwrite=folders.is_occupied(out))
-    label = labels([result.config for result in results])
-    rows = summarise(results, label)
-    of = {row.label: [Path(r.folder) for r in results if label(r.config) == row.label] for row in rows}
-    layers = {row.label: row.layer for row in reversed(rows)}  # the first of each configuration
+    folders.check(out, KIND, overwrite=folders.is_occupied(out))
+    configs = [result.config for result in results]
+    label = labels(configs)
+    groups = by_label(results, label)
     folders.prepare(out, KIND, {"runs": [result.folder for result in results]}, MADE)
-    seeds = len({result.config.seed for result in results})
-    band = f"median of {seeds} seeds, band from least to greatest" if seeds > 1 else "one seed"
-    pictures = {
-        "condition": condition_figure(of, layers, f"condition number of the covariance: {band}"),
-        "learning": learning_figure(of, f"training: {band}"),
+    data, models, seeds = (sorted({str(getattr(c, f)) for c in configs}) for f in ("data", "model", "seed"))
+    band = f"median of {len(seeds)} seeds, band from minimum to maximum" if len(seeds) > 1 else "one seed"
+    drawn = {
+        "condition": condition_figure(groups, f"condition number of the covariance: {band}"),
+        "learning": learning_figure(groups, f"training: {band}"),
     }
-    saved = {name: save_figure(pictures[name], out / name)[1] for name in FIGURES}
-    page = _page.page(results, rows, label, notes, saved)
-    write_atomically(out / PAGE, page.encode())
+    svgs = {name: save_figure(figure, out / name)[1] for name, figure in drawn.items()}
+    text = page(
+        title=f"{', '.join(models)} on {', '.join(Path(name).name for name in data)}",
+        about=f"{len(results)} run{'s' if len(results) > 1 else ''}, seeds {', '.join(seeds)}; "
+        f"wellcond {wellcond.__version__}",
+        notes=notes,
+        comparison=comparison_table(summarise(results, label)),
+        figures=[(FIGURES[name], base64.b64encode(svg.read_bytes()).decode()) for name, svg in svgs.items()],
+        runs=runs_table(results, label),
+        configuration=configuration_table(configs),
+        commands=[command(config) for config in configs],
+        machines=dict.fromkeys("; ".join(f"{k} {v}" for k, v in result.environment.items()) for result in results),
+    )
+    write_atomically(out / PAGE, text.encode())
     return out / PAGE, notes
 
 
-def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
-    """The results of all finished runs in the folders, each once, and a line for each that is not finished.
-
-    Raises:
-        RunError: a folder without a run, or no finished run at all.
-    """
-    found = dict.fromkeys(path.resolve() for place in places for path in _runs_in(place))
-    results, notes = [], []
-    here = Path.cwd()
-    for path in found:
-        folder = path.relative_to(here) if path.is_relative_to(here) else path
-        if (result := load_result(folder)) is not None:
-            results.append(result)
+def command(config: RunConfig) -> str:
+    """The command line that trains ``config`` again: what departs from the recipe of its data."""
+    default = recipe(data=config.data).to_dict()
+    words = ["wellcond", "train", "--data", config.data]
+    for name, value in config.to_dict().items():
+        if name == "data" or value == default[name]:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            notes.append(f"'{folder}' is not finished and left out; go on with: {_how_to_go_on(folder)}")
-    if not results:
-        raise RunError("; ".join(["there is no finished run to report", *notes]))
-    return results, notes
-
-
-def _how_to_go_on(run: Path) -> str:
-    if folders.kind_of(run) == RUN:
-        return f"wellcond train --out {run} --resume"
-    return f"wellcond compare --out {run.parents[1]} --resume"  # which has not begun it yet
-
-
-def _runs_in(place: Path) -> list[Path]:
-    kind = folders.kind_of(place)
-    if kind == RUN:
-        return [place]
-    if kind == COMPARISON:
-        return [place / RUNS / config.folder_name for config in held_configs(place)]
-    inside = sorted(p for p in place.glob("*") if folders.kind_of(p) in (RUN, COMPARISON)) if kind is None else []
-    if not inside:
-        raise FolderError(f"'{place}' holds no run; give the folder of a run or a comparison")
-    return [path for p in inside for path in _runs_in(p)]
-
-
-def labels(configs: Sequence[RunConfig]) -> Callable[[RunConfig], str]:
-    """A name for each configuration whatever its seed: the short one, and what else tells these apart."""
-    named = {"norm", "head", "treat", "seed"}
-    names = [field.name for field in fields(RunConfig) if field.name not in named]
-    varying = [name for name in names if len({getattr(config, name) for config in configs}) > 1]
-
-    def label(config: RunConfig) -> str:
-        return ", ".join([config.label, *(f"{name} {getattr(config, name)}" for name in varying)])
-
-    return label
+            words += [f"--{flag}", str(value)]
+    return shlex.join(words)

@@ -1,0 +1,1 @@
+"""How fast, how lean and how accurate: every solver and layer beside autograd, the published iterations and peers."""

@@ -1,0 +1,113 @@
+"""What is measured: a task (which function of which input), a shape, and the input made for it.
+
+Matrices are covariances of condition number 1e4 in random bases, square matrices for the polar factor have one of
+1e2, and features are mixed so that the singular values of the mixing fall over two decades.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wellcond._shared.names import require_known
+
+Shape = tuple[int, ...]
+
+ON_MATRICES = ("sqrt", "invsqrt", "polar")
+ON_FEATURES = ("covariance_sqrt", "pooling_layer", "whitening_layer")
+TASKS = (*ON_MATRICES, *ON_FEATURES)
+# The ε of the tasks that need one: that of torch.nn.BatchNorm2d.
+LAYER_EPS = 1e-5
+
+MATRIX_SHAPES: tuple[Shape, ...] = (
+    (64, 16, 16),
+    (256, 32, 32),
+    (1, 64, 64),
+    (128, 64, 64),
+    (16, 128, 128),
+    (8, 256, 256),
+    (1, 512, 512),
+)
+FEATURE_SHAPES: tuple[Shape, ...] = ((32, 256, 7, 7), (8, 256, 14, 14), (128, 64, 32, 32))
+QUICK_SHAPES: tuple[Shape, ...] = ((64, 16, 16), (64, 64, 64), (4, 128, 128), (16, 64, 7, 7))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One task on one shape: (batch, d, d) matrices or (N, C, H, W) features."""
+
+    task: str
+    shape: Shape
+
+    @property
+    def size(self) -> str:
+        """The shape as people write it: ``128×64×64``."""
+        return "×".join(map(str, self.shape))
+
+    @property
+    def channels(self) -> int:
+        return self.shape[1]
+
+    @property
+    def samples(self) -> int:
+        """Columns of the matrix whose covariance is taken: of one image, or of the batch for a norm layer."""
+        pixels = math.prod(self.shape[2:])
+        return self.shape[0] * pixels if self.task == "whitening_layer" else pixels
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """Shapes from ``128x64x64,32x256x7x7``.
+
+    Raises:
+        ValueError: not whole positive numbers; neither (batch, d, d) nor (N, C, H, W).
+    """
+    shapes = []
+    for part in text.replace("×", "x").split(","):
+        try:
+            shape = tuple(int(number) for number in part.strip().split("x"))
+        except ValueError:
+            raise ValueError(f"shape '{part.strip()}' is not of the form 128x64x64 or 32x256x7x7") from None
+        if min(shape) < 1 or not (len(shape) == 4 or (len(shape) == 3 and shape[1] == shape[2])):
+            raise ValueError(
+                f"shape '{part.strip()}' is neither batch x d x d (square) nor N x C x H x W, all positive"
+            )
+        shapes.append(shape)
+    return tuple(dict.fromkeys(shapes))
+
+
+def cases(tasks: Sequence[str], shapes: Sequence[Shape]) -> list[Case]:
+    """Every task on every shape that it takes, task by task.
+
+    Raises:
+        ValueError: an unknown task, or nothing left to measure.
+    """
+    for task in tasks:
+        require_known(task, TASKS, "task")
+    found = [Case(task, s) for task in tasks for s in shapes if (len(s) == 3) == (task in ON_MATRICES)]
+    if not found:
+        raise ValueError(
+            f"none of the shapes is for {', '.join(tasks)}: {', '.join(ON_MATRICES)} take batch x d x d, "
+            f"{', '.join(ON_FEATURES)} take N x C x H x W"
+        )
+    return found
+
+
+def make_input(case: Case, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The input of a case, made on the CPU in double precision and rounded once; the same at every call."""
+    generator = torch.Generator().manual_seed(20)
+    d, on_matrices, polar = case.channels, case.task in ON_MATRICES, case.task == "polar"
+    first, second = (
+        torch.randn(*size, dtype=torch.float64, generator=generator)
+        for size in (case.shape, case.shape if on_matrices else (d, d))
+    )
+    falling = torch.logspace(0.0, -2.0 if polar or not on_matrices else -4.0, d, dtype=torch.float64)
+    basis = torch.linalg.qr(second).Q
+    if not on_matrices:
+        return ((basis * falling) @ first.flatten(2)).reshape(case.shape).to(device, dtype)
+    U = torch.linalg.qr(first).Q
+    X = ((U * falling) @ (basis if polar else U).mT).to(dtype)
+    return (X if polar else (X + X.mT) / 2).to(device)

@@ -1,0 +1,198 @@
+"""What one would write without this library, and the truth that all are measured against.
+
+Through ``torch.linalg.eigh`` and ``torch.linalg.svd`` the derivative divides by the differences of eigenvalues; the
+iteration is that of iSQRT-COV (Li et al., CVPR 2018), coupled Newton–Schulz on P/tr P, and keeps every step.
+
+The truth is double precision with derivatives by Daleckii and Krein's quotients, written out here once more, apart from
+``wellcond.linalg``; on one small matrix it is held against 50 digits of mpmath and against ``scipy.linalg.sqrtm``
+(:func:`truth_of_the_truth`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wellcond.bench.cases import LAYER_EPS, Case, make_input
+
+Root = Callable[[Tensor], Tensor]
+
+ISQRT_STEPS = 5
+
+
+def root_by_eigh(P: Tensor, power: float) -> Tensor:
+    """P^power through the eigendecomposition."""
+    eigvals, U = torch.linalg.eigh(P)
+    # A covariance of fewer samples than channels has eigenvalues of about −eps.
+    return (U * eigvals.clamp_min(0.0).pow(power).unsqueeze(-2)) @ U.mT
+
+
+def root_by_svd(P: Tensor, power: float) -> Tensor:
+    """P^power through the singular value decomposition, as the published SVD layers."""
+    U, sigma, _ = torch.linalg.svd(P)
+    return (U * sigma.pow(power).unsqueeze(-2)) @ U.mT
+
+
+def root_by_isqrt(P: Tensor, power: float, steps: int = ISQRT_STEPS) -> Tensor:
+    """P^{±1/2} by coupled Newton–Schulz, differentiated step by step."""
+    trace = P.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device).expand_as(P)
+    Y, Z = P / trace, eye
+    for _ in range(steps):
+        M = (3 * eye - Z @ Y) / 2
+        Y, Z = Y @ M, M @ Z
+    return Y * trace.sqrt() if power > 0 else Z / trace.sqrt()
+
+
+def covariance_of(X: Tensor) -> Tensor:
+    """The covariance of (..., d, n) features."""
+    centred = X - X.mean(-1, keepdim=True)
+    return centred @ centred.mT / X.shape[-1]
+
+
+def polar_by_svd(G: Tensor) -> Tensor:
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    return U @ Vh
+
+
+def polar_by_root(G: Tensor, root: Root) -> Tensor:
+    """G (GᵀG)^{-1/2}, given the inverse root."""
+    return G @ root(G.mT @ G)
+
+
+class CovariancePool(nn.Module):
+    """The upper triangle of the root of each image's covariance: global covariance pooling with any root."""
+
+    def __init__(self, root: Root) -> None:
+        super().__init__()
+        self.root = root
+
+    def forward(self, x: Tensor) -> Tensor:
+        Q = self.root(covariance_of(x.flatten(2)))
+        rows, columns = torch.triu_indices(*Q.shape[-2:], device=Q.device)
+        return Q[:, rows, columns]
+
+
+class WhiteningBatchNorm2d(nn.Module):
+    """Decorrelated batch norm in its plainest form, with any inverse root: for timing in training mode only.
+
+    The output lies in memory as every norm layer's and as the published one's: image after image.
+    """
+
+    def __init__(self, num_features: int, inverse_root: Root, eps: float, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.inverse_root, self.eps, self.momentum = inverse_root, eps, momentum
+        self.weight, self.bias = nn.Parameter(torch.ones(num_features)), nn.Parameter(torch.zeros(num_features))
+        self.running_mean: Tensor
+        self.running_cov: Tensor
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_cov", torch.eye(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = x.transpose(0, 1).flatten(1)
+        mean = columns.mean(1, keepdim=True)
+        centred = columns - mean
+        P = centred @ centred.mT / columns.shape[1]
+        eye = torch.eye(P.shape[0], dtype=P.dtype, device=P.device)
+        white = self.inverse_root(P + self.eps * eye) @ centred
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_cov.lerp_(P, self.momentum)
+        y = self.weight[:, None] * white + self.bias[:, None]
+        return y.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1).contiguous()
+
+
+class ExactRoot(torch.autograd.Function):
+    """P^{1/2} or P^{-1/2} in double precision; what is zero up to rounding stays zero and has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, P: Tensor, power: float) -> Tensor:
+        eigvals, U = torch.linalg.eigh((P + P.mT) / 2)
+        cut = 10 * P.shape[-1] * torch.finfo(torch.float64).eps * eigvals.amax(-1, keepdim=True)
+        s = torch.where(eigvals > cut, eigvals, 0.0).sqrt()
+        values = s if power > 0 else torch.where(s > 0, 1 / s, 0.0)
+        ctx.power = power
+        ctx.save_for_backward(s, U)
+        return (U * values.unsqueeze(-2)) @ U.mT
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        s, U = ctx.saved_tensors
+        row, column = s.unsqueeze(-1), s.unsqueeze(-2)
+        divisor = row + column if ctx.power > 0 else -(row + column) * row * column
+        inside = U.mT @ ((grad + grad.mT) / 2) @ U
+        return U @ torch.where(divisor != 0, inside / divisor, 0.0) @ U.mT, None
+
+
+def exact_root(P: Tensor, power: float) -> Tensor:
+    """:class:`ExactRoot` as a function."""
+    return ExactRoot.apply(P, power)  # pyright: ignore[reportReturnType]
+
+
+def with_root(case: Case, root: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function of a task, with ``root(P, power)`` for the root in it; a module where it has parameters."""
+    sqrt, invsqrt = partial(root, power=0.5), partial(root, power=-0.5)
+    return {
+        "sqrt": lambda: sqrt,
+        "invsqrt": lambda: invsqrt,
+        "polar": lambda: partial(polar_by_root, root=invsqrt),
+        "covariance_sqrt": lambda: lambda X: sqrt(covariance_of(X.flatten(2))),
+        "pooling_layer": lambda: CovariancePool(sqrt),
+        "whitening_layer": lambda: WhiteningBatchNorm2d(case.channels, invsqrt, LAYER_EPS),
+    }[case.task]()
+
+
+def exact_function(case: Case) -> Callable[[Tensor], Tensor]:
+    """The function of a task with the exact root in it; takes and gives double precision."""
+    f = with_root(case, exact_root)
+    return f.double() if isinstance(f, nn.Module) else f
+
+
+def value_and_gradient(f: Callable[[Tensor], Tensor], X: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """f(X), and the gradient in X of its inner product with a direction."""
+    X = X.detach().requires_grad_()
+    out = f(X)
+    (grad,) = torch.autograd.grad(out, X, direction)
+    return out.detach(), grad
+
+
+def symmetric_part(gradient: Tensor, case: Case) -> Tensor:
+    """The gradient as it counts: of a symmetric matrix only the symmetric part does, and codes differ in the rest."""
+    return (gradient + gradient.mT) / 2 if case.task in ("sqrt", "invsqrt") else gradient
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """The largest ‖got − truth‖/‖truth‖ over the first dimension, in double precision; inf for NaN."""
+    got, truth = got.detach().to("cpu", torch.float64).flatten(1), truth.to("cpu").flatten(1)
+    size = torch.linalg.vector_norm(truth, dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    error = (torch.linalg.vector_norm(got - truth, dim=1) / size).max().item()
+    return error if error == error else float("inf")
+
+
+def truth_of_the_truth(d: int = 8) -> dict[str, float | None]:
+    """Relative errors, against mpmath at 50 digits, of the truth and of scipy's root at d × d and κ = 1e4.
+
+    None where the package is not installed.
+    """
+    P = make_input(Case("sqrt", (1, d, d)), torch.float64, torch.device("cpu"))
+    found: dict[str, float | None] = {"float64": None, "scipy.linalg.sqrtm": None}
+    try:
+        import mpmath
+    except ImportError:
+        return found
+    with mpmath.workdps(50):
+        eigvals, U = mpmath.eighe(mpmath.matrix(P[0].tolist()))
+        root = U * mpmath.diag([mpmath.sqrt(value) for value in eigvals]) * U.H
+        entries = [[[float(mpmath.re(root[i, j])) for j in range(d)] for i in range(d)]]
+    truth = torch.tensor(entries, dtype=torch.float64)
+    found["float64"] = relative_error(exact_root(P, 0.5), truth)
+    try:
+        from scipy.linalg import sqrtm
+    except ImportError:
+        return found
+    found["scipy.linalg.sqrtm"] = relative_error(torch.as_tensor(sqrtm(P[0].numpy())).real.unsqueeze(0), truth)
+    return found

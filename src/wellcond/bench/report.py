@@ -1,0 +1,202 @@
+"""What was measured: tables of ratios, remarks, and a figure (a panel a task, a line a contestant, a mark a shape)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from wellcond.bench.contestants import AUTO, ISQRT, REFERENCE, SVD
+from wellcond.bench.gauges import Time
+from wellcond.bench.measure import CaseResult, Measured
+from wellcond.experiments.results.table import Column, Strong, Table
+from wellcond.experiments.show.figures import COLOURS
+
+NOTHING = "—"
+TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+# A gradient further off than this is not the gradient; its mark is hollow.
+OFF = 0.01
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+TITLES = {
+    "sqrt": r"$P^{1/2}$",
+    "invsqrt": r"$P^{-1/2}$",
+    "polar": "polar factor",
+    "covariance_sqrt": "square root of a covariance, from features",
+    "pooling_layer": "global covariance pooling",
+    "whitening_layer": "decorrelated batch norm",
+}
+
+EXPLAINED = (
+    f"Times as fast as {REFERENCE}, forward and backward, minimum of the timings; above 1 is faster. "
+    "— is not offered there, or failed."
+)
+
+SUMMARY_EXPLAINED = (
+    f"{AUTO} with its default solver, forward and backward: times as fast as autograd through eigh, through svd, and "
+    "as iSQRT-COV of five steps; its time over that of the decomposition and five products alone; bytes kept for the "
+    "backward pass and the most allocated at once, in units of the input; relative error against double precision."
+)
+
+
+def by_task(results: Iterable[CaseResult]) -> list[tuple[str, list[CaseResult]]]:
+    """The results of each task."""
+    return [(task, list(group)) for task, group in groupby(results, key=lambda result: result.case.task)]
+
+
+def ratio_table(results: Sequence[CaseResult]) -> Table:
+    """The contestants of one task down, its shapes across."""
+    rows = []
+    for name in dict.fromkeys(row.name for result in results for row in result.rows):
+        found = [next((row for row in result.rows if row.name == name), None) for result in results]
+        ratios = [result.faster(row) if row else None for result, row in zip(results, found, strict=True)]
+        rows.append([(Strong if name == AUTO else str)(cell) for cell in (name, *map(ratio, ratios))])
+    return Table([results[0].case.task, *(result.case.size for result in results)], rows)
+
+
+def summary_table(results: Sequence[CaseResult]) -> Table:
+    """What `wellcond` is on every case: ratios to the others, memory, error, and the distance to the limit."""
+    rows = []
+    for result in results:
+        ours = result[AUTO]
+        others = [result[name].both for name in (REFERENCE, SVD, ISQRT)]
+        rows.append(
+            [
+                result.case.task,
+                result.case.size,
+                milliseconds(ours.both),
+                *(ratio(other.least / ours.both.least if other and ours.both else None) for other in others),
+                f"{100 * result.overhead:+.0f} %" if result.overhead is not None else NOTHING,
+                *measures(ours, result),
+            ]
+        )
+    # On the terminal the milliseconds and the error of the value are left out, so that the rest fits 80 columns.
+    heads = ["task", "shape", Column("ms", wide=True), "vs eigh", "vs svd", "vs iSQRT", "limit", "saved", "peak"]
+    return Table([*heads, Column("error", wide=True), "grad. error"], rows, SUMMARY_EXPLAINED)
+
+
+def detail_table(result: CaseResult) -> Table:
+    """Everything about one case."""
+    rows = [
+        [
+            row.name,
+            *(milliseconds(time) for time in (row.forward, row.both)),
+            ratio(result.faster(row, "forward")),
+            ratio(result.faster(row)),
+            *measures(row, result),
+            *throughput(result, row),
+        ]
+        for row in result.rows
+    ]
+    heads = ["", "forward ms", "both ms", "× forward", "× both", "saved", "peak", "error", "grad. error"]
+    return Table([*heads, "GFLOP/s", "of peak"], rows)
+
+
+def tables(results: Sequence[CaseResult]) -> list[Table]:
+    """The ratios of every task, and what `wellcond` is on every case."""
+    return [*(ratio_table(group) for _, group in by_task(results)), summary_table(results)]
+
+
+def line(result: CaseResult) -> str:
+    """One case in a line, while the others are still running."""
+    return f"{result.case.task} {result.case.size}: {AUTO} {ratio(result.faster(result[AUTO]))} × {REFERENCE}"
+
+
+def remarks(results: Sequence[CaseResult], missing: Mapping[str, str], truths: Mapping[str, float | None]) -> list[str]:
+    """What there is to say beside the tables, a line each: who is missing, who failed where, how good the truth is."""
+    lines = [f"{name}: {why}" for name, why in missing.items()]
+    failed: dict[tuple[str, str, str], list[str]] = {}
+    for result in results:
+        for row in result.rows:
+            if row.failure:
+                failed.setdefault((row.name, result.case.task, row.failure), []).append(result.case.size)
+    lines += [f"{name} on {task} {', '.join(sizes)}: {why}" for (name, task, why), sizes in failed.items()]
+    for name, error in truths.items():
+        off = "not compared (mpmath or scipy is not installed)" if error is None else f"off by {error:.1e}"
+        lines.append(f"{name} against mpmath at 50 digits, 8×8, κ = 1e4: {off}")
+    return lines
+
+
+def throughput(result: CaseResult, row: Measured) -> tuple[str, str]:
+    """GFLOP/s and their share of a large product's, of those that only multiply."""
+    rate = result.operations_per_second(row)
+    return (NOTHING, NOTHING) if rate is None else (f"{rate / 1e9:.3g}", f"{rate / result.peak:.0%}")
+
+
+def measures(row: Measured, result: CaseResult) -> list[str]:
+    """Memory in units of the input (d × d matrices per matrix where those are the input), and both errors."""
+    sizes = [NOTHING if size is None else f"{size / result.input_bytes:.2g}" for size in (row.saved, row.peak)]
+    return [*sizes, *(NOTHING if e is None else f"{e:.1e}" for e in (row.error, row.gradient_error))]
+
+
+def milliseconds(time: Time | None) -> str:
+    """The minimum, to three digits."""
+    return f"{1e3 * time.least:.3g}" if time else NOTHING
+
+
+def ratio(value: float | None) -> str:
+    """Two digits; one digit more is noise."""
+    return NOTHING if value is None else f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
+
+
+def speed_figure(results: Sequence[CaseResult], environment: dict[str, str]) -> Any:
+    """The speed of all contestants, forward and backward, as a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    tasks = by_task(results)
+    shapes = list(dict.fromkeys(result.case.size for result in results))
+    looks = {size: (COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]) for i, size in enumerate(shapes)}
+    heights = [len(_names(group)) for _, group in tasks]
+    columns = min(2, len(tasks))
+    rows = -(-len(tasks) // columns)
+    row_heights = [max(heights[i * columns : (i + 1) * columns]) + 2 for i in range(rows)]
+    figure = Figure(figsize=(6.6 * columns, 0.26 * sum(row_heights) + 1.1), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"height_ratios": row_heights})
+    for axis, (task, group) in zip(axes.flat, tasks, strict=False):
+        _panel(axis, task, group, looks)
+    factors = [factor for result in results for row in result.rows if (factor := result.faster(row)) is not None]
+    low, high = min(factors, default=1.0) / 1.3, max(factors, default=1.0) * 1.3
+    ticks = [tick for tick in TICKS if low <= tick <= high]
+    for axis in axes.flat:
+        axis.set_xscale("log")
+        axis.set_xlim(low, high)
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks([], minor=True)
+        axis.tick_params(axis="x", labelsize=8)
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_visible(False)
+    marks = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(marks.values(), marks, loc="outside lower center", ncols=min(len(marks), 5), frameon=False)
+    figure.suptitle(
+        f"Forward and backward, times as fast as {REFERENCE}: to the right is faster; "
+        f"hollow where the gradient is off by more than {OFF:.0%}\n"
+        f"{environment['device']}, {environment['threads']} threads, PyTorch {environment['torch']}",
+        fontsize=10,
+    )
+    return figure
+
+
+def _names(group: Sequence[CaseResult]) -> list[str]:
+    return list(dict.fromkeys(row.name for result in group for row in result.rows if row.both))
+
+
+def _panel(axis: Any, task: str, group: Sequence[CaseResult], looks: dict[str, tuple[str, str]]) -> None:
+    names = _names(group)
+    for result in group:
+        colour, mark = looks[result.case.size]
+        for row in result.rows:
+            if (factor := result.faster(row)) is not None:
+                face = "none" if (row.gradient_error or 0.0) > OFF else colour
+                axis.plot(factor, names.index(row.name), mark, color=colour, markerfacecolor=face, markersize=5.5)
+        axis.plot([], [], mark, color=colour, markersize=5.5, label=result.case.size)  # the legend's, filled
+    axis.axvline(1.0, color="#000000", linewidth=0.8)
+    axis.axhspan(names.index(AUTO) - 0.5, names.index(AUTO) + 0.5, color="#E69F00", alpha=0.18, linewidth=0)
+    axis.set_yticks(range(len(names)), names)
+    for label in axis.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() == AUTO else "normal")
+        label.set_fontsize(8)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_title(TITLES[task], fontsize=10)
+    axis.grid(True, which="major", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,1 @@
+"""Images from a name, a path or arrays, split for training, validation and testing, and in batches."""

@@ -1,0 +1,161 @@
+"""One loader for images from a name, a path or arrays.
+
+Splits are made from labels alone, before any image is decoded, and depend on the seed only as stated: which
+images are for testing never does, so that runs with different seeds are tested on the same images.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from wellcond.experiments.data.draws import TEST_FRACTION, stratified_split
+from wellcond.experiments.data.images import ImageSet, settle
+from wellcond.experiments.data.sources import open_source
+from wellcond.experiments.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+_STATISTICS_IMAGES = 50_000
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Labelled images for training, for choosing between results of training, and for the final test.
+
+    Attributes:
+        name: where they come from, in a word.
+        train, validation, test: disjoint sets of images.
+        classes: the names of the classes, by label.
+        notes: what was decided in loading that a reader of results should know.
+    """
+
+    name: str
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def in_channels(self) -> int:
+        """1 or 3."""
+        return self.train.images.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return (self.train.images.shape[2], self.train.images.shape[3])
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.classes)
+
+    @property
+    def flip(self) -> bool:
+        """Whether mirror images keep their class: not where classes are single characters, such as digits."""
+        return not all(len(name) == 1 for name in self.classes)
+
+    def channel_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation over pixels, (C,) float32 each, of the training images (0 to 255).
+
+        From the histogram of up to 50,000 images spread over the set. A constant channel has deviation 1.
+        """
+        some = torch.linspace(0, len(self.train) - 1, min(len(self.train), _STATISTICS_IMAGES)).long()
+        histogram = torch.zeros(self.in_channels, 256, dtype=torch.int64)
+        for chunk in some.split(500):
+            pixels = self.train.batch(chunk)[0]
+            for channel, counts in enumerate(histogram):
+                counts += torch.bincount(pixels[:, channel].flatten(), minlength=256)
+        value, weight = torch.arange(256.0, dtype=torch.float64), histogram.double() / histogram.sum(1, keepdim=True)
+        mean, square = weight @ value, weight @ value.square()
+        std = (square - mean.square()).clamp(min=0).sqrt()
+        return mean.float(), torch.where(std > 0, std, 1.0).float()
+
+
+def load_images(
+    source: str | Path | tuple[Any, Any] | datasets.DatasetDict,
+    *,
+    image_size: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    validation: float = 0.1,
+    memory_budget: int = 2 << 30,
+) -> ImageData:
+    """Load labelled images from any source, in splits for training, validation and testing.
+
+    Args:
+        source: `digits` (scikit-learn's, no network), `cifar10`, `cifar100`; any other name on the Hugging Face
+            hub, `OWNER/NAME` or `OWNER/NAME:CONFIGURATION`; a path to a folder with parquet files in the hub's
+            layout (`train-*.parquet`, …) or with images (`train/CLASS/*.png`, …), or to one parquet file; a pair
+            (images, labels) of uint8 (N, C, H, W) and integers (N,); or a `datasets.DatasetDict`.
+        image_size: bring every image to this height and width (shorter side scaled, middle cropped).
+        limit: keep at most this many images of each split, in the proportions of the classes.
+        seed: of the choice of validation images, and of those that `limit` keeps for training.
+        validation: the fraction of the training images, stratified by class, that is set apart for choosing
+            between results where the source has no validation split beside its test split.
+        memory_budget: bytes up to which all images are decoded at once; beyond, they are decoded when read.
+
+    Returns:
+        The images. Where the source has no test split, its validation split is the test; where it has neither,
+        a fifth of the training images is held out, the same ones whatever the seed. `notes` says so, and the log.
+
+    Raises:
+        DataError: the source is unknown, cannot be reached or is not labelled images; images differ in size or
+            cannot be decoded; too few images for the splits. The message says which and what to do.
+        TypeError: the source is of no kind that is understood.
+
+    Example:
+        >>> data = load_images("digits")
+        >>> len(data.train), len(data.validation), len(data.test)
+        (1294, 144, 359)
+        >>> data.in_channels, data.image_size, data.num_classes
+        (1, (8, 8), 10)
+    """
+    if image_size is not None and image_size < 1:
+        raise DataError(f"image_size must be at least 1, got {image_size}")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be at least 1, got {limit}")
+    if not 0 < validation < 1:
+        raise DataError(f"validation must be a fraction between 0 and 1, got {validation}")
+    found = open_source(source)
+    if len(found.classes) < 2:
+        raise DataError(f"'{found.name}' has one class only, {found.classes}: there is nothing to tell apart")
+    splits, notes = dict(found.splits), list(found.notes)
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
+        notes.append("no test split: the validation split is the test")
+    if "test" not in splits:
+        splits["train"], splits["test"] = _hold_out(found.name, splits["train"], TEST_FRACTION, 0)
+        notes.append(f"no test split: {len(splits['test'])} training images, stratified by class, are the test")
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = _hold_out(found.name, splits["train"], validation, seed)
+    if limit is not None:
+        chosen = {"train": seed, "validation": seed, "test": 0}
+        splits = {s: _limited(images, limit, chosen[s]) for s, images in splits.items()}
+    train, valid, test = settle([splits[s] for s in ("train", "validation", "test")], image_size, memory_budget)
+    for note in notes:
+        _log.warning("%s: %s", found.name, note)
+    return ImageData(found.name, train, valid, test, found.classes, tuple(notes))
+
+
+def _hold_out(name: str, images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    kept, held = stratified_split(images.labels, fraction, seed)
+    if not len(held):
+        raise DataError(f"'{name}': {len(images)} training images are too few to set {fraction:.0%} of them apart")
+    return images.subset(kept), images.subset(held)
+
+
+def _limited(images: ImageSet, limit: int, seed: int) -> ImageSet:
+    if limit >= len(images):
+        return images
+    # Of the kept part, since that has every class as long as the limit allows.
+    return images.subset(stratified_split(images.labels, 1 - limit / len(images), seed)[0][:limit])

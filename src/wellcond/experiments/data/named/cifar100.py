@@ -1,0 +1,3 @@
+"""CIFAR-100 (Krizhevsky 2009): 50,000 and 10,000 photographs, 3×32×32, of 100 classes."""
+
+HUB = "uoft-cs/cifar100"

@@ -1,0 +1,210 @@
+"""Where images come from: a name, a path, arrays or a Hugging Face `DatasetDict`, brought to labelled splits.
+
+Everything read from files goes through `datasets`; no code of a data set is run and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from wellcond._shared.names import did_you_mean, listed
+from wellcond.experiments.data.images import ImageSet
+from wellcond.experiments.data.named import NAMED
+from wellcond.experiments.data.tables import Source, classes_of, from_tables, split_of
+from wellcond.experiments.errors import DataError, needs_train_extra
+
+if TYPE_CHECKING:
+    import datasets
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+EXPECTED = f"a data set is one of {listed(NAMED)}; a name on the Hugging Face hub, OWNER/NAME; or a path"
+_HUB_TIMEOUT = 10.0  # seconds for the first answer of the hub
+
+
+def open_source(source: Any) -> Source:
+    """The splits of whatever `load_images` accepts. Images in files are not decoded yet.
+
+    Raises:
+        DataError: see `load_images`.
+        TypeError: `source` is of no kind that is understood.
+    """
+    if isinstance(source, os.PathLike):
+        return _from_path(Path(source))
+    if isinstance(source, tuple) and len(source) == 2:
+        return _from_arrays(*source)
+    if isinstance(source, str):
+        return _from_name(source)
+    if isinstance(source, Mapping):  # a DatasetDict is a dict of data sets
+        return from_tables("the data set given", source, "datasets")
+    raise TypeError(
+        f"images come from a name, a path, a pair (images, labels) or a datasets.DatasetDict, not {type(source)}"
+    )
+
+
+def _from_name(name: str) -> Source:
+    """A data set of `NAMED`, an existing path, or any other name on the hub, in this order."""
+    if name in NAMED:
+        return from_hub(NAMED[name].HUB, name) if hasattr(NAMED[name], "HUB") else NAMED[name].load()
+    path = Path(name).expanduser()
+    if (name and path.exists()) or re.match(r"[./~]|[A-Za-z]:[\\/]|.*\\", name) or name.count("/") > 1:
+        return _from_path(path)
+    # Very near only: this refuses the name, which might be one on the hub.
+    if "/" not in name and get_close_matches(name.lower(), NAMED, cutoff=0.8):
+        raise DataError(f"unknown data set '{name}'{did_you_mean(name, NAMED)} ({EXPECTED})")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name):
+        raise DataError(f"'{name}' is not the name of a data set ({EXPECTED})")
+    return from_hub(name, name)
+
+
+def _from_arrays(images: Any, labels: Any) -> Source:
+    """Arrays in memory; integer labels, whose sorted values become classes 0, 1, …"""
+    images, values = torch.as_tensor(images), np.asarray(labels)
+    if images.dtype != torch.uint8:
+        raise DataError(f"images in memory must be uint8 with values 0 to 255, got {images.dtype}")
+    if images.ndim == 3:
+        images = images[:, None]
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+        raise DataError(
+            f"images in memory must be (N, H, W), (N, 1, H, W) or (N, 3, H, W), got {tuple(images.shape)}"
+            + ("; move the channels: images.transpose(0, 3, 1, 2)" if images.shape[-1] in (1, 3) else "")
+        )
+    if values.shape != images.shape[:1] or values.dtype.kind not in "iu":
+        raise DataError(
+            f"labels must be {len(images)} integers, one an image, got shape {values.shape} of {values.dtype}"
+        )
+    codes, classes = classes_of({"train": values})
+    return Source("arrays", {"train": ImageSet(images, codes["train"])}, classes)
+
+
+def from_hub(hub_name: str, name: str) -> Source:
+    """A data set of the hub, `OWNER/NAME` or `OWNER/NAME:CONFIGURATION`, downloaded and kept by `datasets`."""
+    with needs_train_extra():
+        import datasets
+        from datasets import config
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    repository, _, configuration = hub_name.partition(":")
+    reachable, trouble, nearby = True, "", _nearby(Path(name))
+    try:  # one short question first: unreachable, `datasets` would retry for half a minute
+        HfApi().dataset_info(repository, timeout=_HUB_TIMEOUT)
+    except GatedRepoError as error:
+        raise DataError(f"data set '{name}' is gated on the hub: accept its terms there and log in") from error
+    except RepositoryNotFoundError as error:
+        raise DataError(f"no data set '{name}' on the hub{nearby} ({EXPECTED})") from error
+    except HfHubHTTPError as error:
+        trouble = str(error)
+    except Exception as error:  # whatever the HTTP client of the installed version raises
+        reachable, trouble = False, f"{type(error).__name__}: {error}"
+    offline = config.HF_HUB_OFFLINE
+    try:
+        config.HF_HUB_OFFLINE = offline or not reachable  # then only what was downloaded before
+        tables = datasets.load_dataset(repository, configuration or None)
+    except Exception as error:
+        if not reachable:
+            raise DataError(
+                f"data set '{name}' is not on this machine and the hub cannot be reached ({trouble}){nearby}; "
+                f"download it where there is a network, or give a path ({EXPECTED})"
+            ) from error
+        hint = " (a configuration is chosen by OWNER/NAME:CONFIGURATION)" if "onfig" in str(error) else ""
+        raise DataError(f"data set '{name}' cannot be loaded from the hub: {trouble} {error}{hint}") from error
+    finally:
+        config.HF_HUB_OFFLINE = offline
+    return from_tables(f"'{name}'", tables, name)
+
+
+def _from_path(path: Path) -> Source:
+    """A folder with parquet files in the hub's layout or with one folder of images a class; or one parquet file."""
+    path = path.expanduser()
+    if not path.exists():
+        raise DataError(f"no such path: '{path}'{_nearby(path)}")
+    with needs_train_extra():
+        import datasets
+
+    if files := [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet")):
+        groups = _parquet_splits(path, files)
+        try:
+            tables = datasets.load_dataset(
+                "parquet", data_files={s: [glob.escape(str(f)) for f in g] for s, g in groups.items()}
+            )
+        except Exception as error:  # pyarrow's and datasets' own, of many kinds
+            cause = error.__cause__ or error
+            raise DataError(f"'{path}': the parquet files cannot be read together ({cause})") from error
+        return from_tables(f"'{path}'", tables, path.name)
+    return from_tables(f"'{path}'", _image_folder(path), path.name)
+
+
+def _nearby(path: Path) -> str:
+    """`; did you mean 'X'?` if the folder where `path` should be has something of a similar name."""
+    return did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+
+
+def _parquet_splits(path: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """The files of each split, told by the name of the file or of its folder; without any, all are for training."""
+    splits: dict[str, list[Path]] = {}
+    homes, root = set(), path if path.is_dir() else path.parent
+    for file in files:
+        split, home = split_of(file.stem), file.parent
+        if split is None and home != root and split_of(home.name):
+            split, home = split_of(home.name), home.parent
+        splits.setdefault(split or "train", []).append(file)
+        homes.add(home)
+    if len(homes) > 1:
+        raise DataError(
+            f"'{path}' holds parquet files of several data sets; name one: "
+            + ", ".join(f"'{home}'" for home in sorted(homes))
+        )
+    return splits
+
+
+def _image_folder(path: Path) -> dict[str, datasets.Dataset]:
+    """Images at path/[split/]class/…/file as data sets of paths and labels.
+
+    Not `load_dataset("imagefolder")`, which takes a minute to list CIFAR-10's 60,000 files every time.
+    """
+    import datasets
+
+    folders = _subfolders(path)
+    by_split = {split: folder for folder in folders if (split := split_of(folder.name))}
+    if "train" not in by_split:
+        by_split = {"train": path}
+    classes = [folder.name for folder in _subfolders(by_split["train"])]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
+    tables = {}
+    for split, root in by_split.items():
+        if unknown := sorted({folder.name for folder in _subfolders(root)} - set(classes)):
+            raise DataError(f"'{root}' has folders of classes that training lacks: {', '.join(unknown[:5])}")
+        found = [
+            (str(file), label)
+            for label, name in enumerate(classes)
+            for file in sorted((root / name).rglob("*"))
+            if file.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        if not found:
+            raise DataError(
+                f"'{root}' has neither parquet files (train-*.parquet, test-*.parquet) nor images in one folder "
+                f"a class (train/CLASS/*.png, test/CLASS/*.png); it holds: {_listing(root)}"
+            )
+        images, labels = zip(*found, strict=True)
+        tables[split] = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    return tables
+
+
+def _subfolders(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise DataError(f"'{path}' is neither a folder nor a parquet file")
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+
+
+def _listing(path: Path) -> str:
+    names = sorted(p.name for p in path.iterdir())
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if names else "nothing"

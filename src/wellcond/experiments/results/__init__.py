@@ -1,0 +1,1 @@
+"""Finished runs, the table over seeds, and every table as data."""

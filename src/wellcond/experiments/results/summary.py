@@ -1,0 +1,137 @@
+"""Finished runs, found in folders, and the table over their seeds, as the paper's.
+
+The spread over seeds is the sample standard deviation (divisor n − 1), undefined (`nan`) for one seed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from wellcond.experiments import folders
+from wellcond.experiments.errors import FolderError, RunError
+from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.result import RunResult, load_result
+from wellcond.experiments.run.train import KIND as RUN
+
+COMPARISON, RUNS = "comparison", "runs"
+"""The kind of folder that holds a comparison, and the folder of its runs."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison: a configuration and one of its observed layers, over seeds.
+
+    κ and ranks are medians over the seeds of each run's median; failures are summed; `seconds_per_step` is
+    the median.
+    """
+
+    label: str
+    layer: str
+    seeds: int
+    test_error_mean: float
+    test_error_std: float
+    test_error_min: float
+    kappa: float
+    kappa_eps: float
+    numerical_rank: float
+    dim: int
+    effective_rank: float
+    failures: int
+    seconds_per_step: float
+
+
+Label = Callable[[RunConfig], str]
+SHORT: Label = operator.attrgetter("label")
+
+
+def summarise(results: Iterable[RunResult], label: Label = SHORT) -> list[Row]:
+    """The table: one row for each configuration (what has one ``label``) and layer, in the order in which they come."""
+    return [row for name, runs in by_label(results, label).items() for row in _rows(name, runs)]
+
+
+def by_label(results: Iterable[RunResult], label: Label = SHORT) -> dict[str, list[RunResult]]:
+    """The runs of each configuration."""
+    groups: dict[str, list[RunResult]] = {}
+    for result in results:
+        groups.setdefault(label(result.config), []).append(result)
+    return groups
+
+
+def _rows(label: str, runs: Sequence[RunResult]) -> Iterator[Row]:
+    errors = [run.test_error for run in runs]
+    for layers in zip(*(run.conditions for run in runs), strict=True):
+        names = ("kappa", "kappa_eps", "numerical_rank", "effective_rank")
+        yield Row(
+            label=label,
+            layer=layers[0].layer,
+            seeds=len(runs),
+            test_error_mean=statistics.fmean(errors),
+            test_error_std=statistics.stdev(errors) if len(errors) > 1 else math.nan,
+            test_error_min=min(errors),
+            dim=layers[0].dim,
+            failures=sum(layer.failures for layer in layers),
+            seconds_per_step=statistics.median(run.seconds_per_step for run in runs),
+            **{name: statistics.median(getattr(layer, name) for layer in layers) for name in names},
+        )
+
+
+def labels(configs: Sequence[RunConfig]) -> Label:
+    """A name for each configuration whatever its seed: the short one, and what else tells these apart."""
+    named = {"norm", "head", "treat", "seed"}
+    names = [field.name for field in fields(RunConfig) if field.name not in named]
+    varying = [name for name in names if len({getattr(config, name) for config in configs}) > 1]
+
+    def label(config: RunConfig) -> str:
+        return ", ".join([config.label, *(f"{name} {getattr(config, name)}" for name in varying)])
+
+    return label
+
+
+def configs_in(comparison: Mapping[str, Any]) -> list[RunConfig]:
+    """The grid in the configuration of a comparison."""
+    return [RunConfig.from_dict(values) for values in comparison["runs"]]
+
+
+def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
+    """The results of all finished runs in the folders, each once, and a line for each that is not finished.
+
+    Raises:
+        RunError: a folder without a run, or no finished run at all.
+    """
+    found = dict.fromkeys(path.resolve() for place in places for path in _runs_in(place))
+    results, notes = [], []
+    here = Path.cwd()
+    for path in found:
+        folder = path.relative_to(here) if path.is_relative_to(here) else path
+        if (result := load_result(folder)) is not None:
+            results.append(result)
+        else:
+            notes.append(f"'{folder}' is not finished and left out; go on with: {_how_to_go_on(folder)}")
+    if not results:
+        raise RunError("; ".join(["there is no finished run to report", *notes]))
+    return results, notes
+
+
+def _how_to_go_on(run: Path) -> str:
+    if folders.kind_of(run) == RUN:
+        return f"wellcond train --out {run} --resume"
+    return f"wellcond compare --out {run.parents[1]} --resume"  # which has not begun it yet
+
+
+def _runs_in(place: Path) -> list[Path]:
+    kind = folders.kind_of(place)
+    if kind == RUN:
+        return [place]
+    if kind == COMPARISON:
+        grid = configs_in(folders.read_config(place, COMPARISON))
+        return [place / RUNS / config.folder_name for config in grid]
+    inside = sorted(p for p in place.glob("*") if folders.kind_of(p) in (RUN, COMPARISON)) if kind is None else []
+    if not inside:
+        raise FolderError(f"'{place}' holds no run; give the folder of a run or a comparison")
+    return [path for p in inside for path in _runs_in(p)]

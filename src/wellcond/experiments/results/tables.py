@@ -1,0 +1,124 @@
+"""What runs found, as tables: one run; a comparison as the paper's Tables 1–5, with the conditioning; all runs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+
+from wellcond.experiments.results.summary import Label, Row
+from wellcond.experiments.results.table import SPACE, Column, Strong, Table, number, percent, rank, short
+from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.result import RunResult
+
+
+def run_table(result: RunResult) -> Table:
+    """What one run found, a line each."""
+    config = result.config
+    lines = [
+        ("test error", f"{percent(result.test_error)} %  (weights of the last epoch)"),
+        ("test accuracy", f"{percent(result.test_accuracy)} %"),
+        (
+            "validation accuracy",
+            f"best {percent(result.best_val_accuracy)} % after epoch {result.best_epoch + 1} (best.ckpt)",
+        ),
+    ]
+    for found in result.conditions:
+        ranks = (
+            f"numerical {rank(found.numerical_rank, found.dim)}, effective {number(found.effective_rank)}  "
+            f"(medians of {found.records} steps)"
+        )
+        lines += [
+            (f"{short(found.layer)}: κ(P), κ(P + εI)", f"{number(found.kappa)}, {number(found.kappa_eps)}"),
+            (f"{short(found.layer)}: rank", ranks),
+            (f"{short(found.layer)}: solver failures", str(found.failures)),
+        ]
+    lines.append(("time", f"{result.seconds:.1f} s for {result.steps} steps, {result.seconds_per_step:.4f} s a step"))
+    return Table(
+        ["", Column("", text=True)],
+        [(Strong(what), value) for what, value in lines],
+        title=f"{config.model}, {config.label}, on {config.data}; seed {config.seed}, {config.epochs} epochs",
+    )
+
+
+def comparison_table(rows: Sequence[Row], title: str = "") -> Table:
+    """A line for each configuration, and for each of its observed layers where there are several; the best is bold."""
+    best = {name: min(getattr(row, name) for row in rows) for name in ("test_error_mean", "test_error_min", "kappa")}
+    groups = [list(layers) for _, layers in itertools.groupby(rows, key=lambda row: row.label)]
+    one_layer_each = len(groups) == len(rows)
+
+    def cell(text: str, row: Row, name: str) -> str:
+        return Strong(text) if getattr(row, name) == best[name] < math.inf else text
+
+    def measures(row: Row) -> list[str]:
+        return [
+            *([short(row.layer)] if one_layer_each else []),
+            cell(number(row.kappa), row, "kappa"),
+            number(row.kappa_eps),
+            rank(row.numerical_rank, row.dim),
+            number(row.effective_rank),
+            str(row.failures),
+        ]
+
+    body = []
+    for layers in groups:
+        first = layers[0]
+        spread = "" if math.isnan(first.test_error_std) else f" ± {percent(first.test_error_std)}"
+        head = [
+            first.label,
+            cell(f"{percent(first.test_error_mean)}{spread}", first, "test_error_mean"),
+            cell(percent(first.test_error_min), first, "test_error_min"),
+        ]
+        time = f"{first.seconds_per_step:.4f}"
+        if len(layers) == 1:
+            body.append([*head, *measures(first), time])
+        else:
+            body.append([*head, *[""] * 5, time])
+            body += [[f"{2 * SPACE}{short(row.layer)}", "", "", *measures(row), ""] for row in layers]
+    several_seeds = any(row.seeds > 1 for row in rows)
+    return Table(
+        [
+            "configuration",
+            f"test error{SPACE}%",
+            "min",
+            *([Column("layer", text=True, wide=True)] if one_layer_each else []),
+            *("κ(P)", "κ(P+εI)", "rank", "eff. rank", "fails", f"s{SPACE}per step"),
+        ],
+        body,
+        caption=("± is the sample standard deviation over the seeds (n − 1). " if several_seeds else "")
+        + "κ and ranks: medians over steps, then over seeds, of the layer's batch covariance P. Fails: decompositions "
+        "that failed at first, all seeds together. Time: median step.",
+        title=title,
+    )
+
+
+def runs_table(results: Sequence[RunResult], label: Label) -> Table:
+    """A line for each run."""
+    body = [
+        (
+            label(result.config),
+            str(result.config.seed),
+            percent(result.test_error),
+            percent(1 - result.best_val_accuracy),
+            str(result.best_epoch + 1),
+            number(result.conditions[0].kappa) if result.conditions else "",
+            str(result.steps),
+            f"{result.seconds:.1f}",
+            result.folder,
+        )
+        for result in results
+    ]
+    heads = ["configuration", "seed", "test error, %", "best val. error, %", "epoch", "κ(P)", "steps", "s"]
+    return Table(
+        [*heads, Column("folder", text=True)],
+        body,
+        caption="The test images are seen once, with the weights of the last epoch.",
+    )
+
+
+def configuration_table(configs: Sequence[RunConfig]) -> Table:
+    """Every option with all its values."""
+    names = [field.name for field in fields(RunConfig)]
+    values = [", ".join(dict.fromkeys(str(getattr(config, name)) for config in configs)) for name in names]
+    return Table(["option", Column("value", text=True)], list(zip(names, values, strict=True)))

@@ -1,0 +1,122 @@
+"""Checkpoints of a run: `last.ckpt`, the `previous.ckpt` before it, and `best.ckpt` by validation accuracy.
+
+All three hold the whole state of the training at the end of an epoch: a run continues exactly from any of
+them. They hold tensors and plain values only, and are read with `weights_only=True`: reading runs no code.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wellcond.experiments.errors import CheckpointError, needs_train_extra
+from wellcond.experiments.files import write_atomically
+
+with needs_train_extra():
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import Checkpoint
+    from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's way to the disk: whole files or none, and the last good one kept beside the new one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write `checkpoint`; the old `last.ckpt` becomes `previous.ckpt` once the new one is on the disk.
+
+        Raises:
+            CheckpointError: the disk is full or refuses; the checkpoints that were there remain.
+        """
+        path = Path(path)
+        # Serialised in memory first, so that a full disk is the OSError it is, not an archive half written.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            previous = path.with_name(PREVIOUS) if path.name == LAST else None
+            write_atomically(path, buffer.getvalue(), previous=previous)
+        except OSError as error:
+            kept = [name for name in (LAST, PREVIOUS, BEST) if path.with_name(name).exists()]
+            raise CheckpointError(
+                f"cannot save '{path}': {error.strerror or error}; the earlier checkpoints remain "
+                f"({', '.join(kept) or 'none yet'}): make room, then continue with --resume"
+            ) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint to the CPU; always with `weights_only=True`, whatever Lightning asks."""
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds.
+
+    Raises:
+        ValueError: it cannot be read, or is not a training checkpoint; the reason in a line.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, Mapping) or not {"state_dict", "epoch", "global_step"} <= checkpoint.keys():
+            raise ValueError("it is not a training checkpoint")
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise ValueError((str(error) or type(error).__name__).splitlines()[0][:100]) from error
+    return dict(checkpoint)
+
+
+def newest_readable(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """The checkpoint in `folder` that is furthest of those that can be read, its contents, and what was wrong
+    with those that cannot. The others are opened only where `last.ckpt` is missing or damaged.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or none can be read.
+    """
+    troubles: list[str] = []
+    found: list[tuple[Path, dict[str, Any]]] = []
+    for path in (folder / name for name in (LAST, PREVIOUS, BEST)):
+        if not path.exists() or (found and found[0][0].name == LAST):
+            continue
+        try:
+            found.append((path, read_checkpoint(path)))
+        except ValueError as error:
+            troubles.append(f"'{path}' cannot be read ({error})")
+    if not found:
+        what = "; ".join(troubles) or f"no checkpoint in '{folder}'"
+        raise CheckpointError(f"{what}: nothing to resume from; start afresh with --overwrite")
+    path, checkpoint = max(found, key=lambda one: one[1]["global_step"])
+    return path, checkpoint, troubles
+
+
+class BestAndLast(Checkpoint):
+    """Save at the end of every epoch: `last.ckpt`, and `best.ckpt` when validation accuracy rose.
+
+    Attributes:
+        best_accuracy: the highest validation accuracy so far (a fraction), -1 before the first epoch.
+        best_epoch: the epoch that had it, counted from 0.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.best_accuracy, self.best_epoch = -1.0, -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to know the best so far."""
+        return {"best_accuracy": self.best_accuracy, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the best so far."""
+        self.best_accuracy, self.best_epoch = state_dict["best_accuracy"], state_dict["best_epoch"]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save on every rank (Lightning gathers what is spread), written by rank 0."""
+        accuracy = float(trainer.callback_metrics["val_accuracy"])
+        if accuracy > self.best_accuracy:  # of equals the first is kept
+            self.best_accuracy, self.best_epoch = accuracy, trainer.current_epoch
+            trainer.save_checkpoint(self.folder / BEST)
+        trainer.save_checkpoint(self.folder / LAST)

@@ -1,0 +1,163 @@
+"""Residual networks for small images, with a place for a spectral layer at either end.
+
+He, Zhang, Ren & Sun, "Deep residual learning for image recognition", CVPR 2016: the networks of 6n + 2 layers of
+section 4.2 (three stages, 16-32-64 channels) and those of table 1 (four stages, 64-128-256-512, basic or bottleneck
+blocks), all with the stem that images of about 32×32 need: one convolution of stride 1 and no pooling. Shortcuts
+that change the shape are 1×1 convolutions with batch norm (the article's option B) everywhere.
+
+Decorrelated batch norm takes the place of the batch norm after the first convolution, as in Song, Sebe & Wang
+(ECCV 2022), section 6.1. A covariance head takes the place of the average pooling, as in section 6.2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from wellcond._shared.names import require_known
+from wellcond.experiments.run.parts import HEADS, NORMS
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut around them."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv(in_channels, channels, 3, stride), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = _conv(channels, channels, 3, 1), nn.BatchNorm2d(channels)
+        self.shortcut = _shortcut(in_channels, channels, stride)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return self.relu(y + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3 (which has the stride) and 1×1 convolutions, the last to four times the channels, and a shortcut."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1, self.bn1 = _conv(in_channels, channels, 1, 1), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = _conv(channels, channels, 3, stride), nn.BatchNorm2d(channels)
+        self.conv3, self.bn3 = _conv(channels, out_channels, 1, 1), nn.BatchNorm2d(out_channels)
+        self.shortcut = _shortcut(in_channels, out_channels, stride)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return self.relu(y + self.shortcut(x))
+
+
+class Design(NamedTuple):
+    """What tells one residual network from another."""
+
+    block: type[BasicBlock] | type[Bottleneck]
+    depths: tuple[int, ...]
+    """Blocks in each stage."""
+    width: int
+    """Channels of the first stage; every further stage doubles them and, with stride 2, halves the image."""
+
+
+MODELS = {
+    "resnet8": Design(BasicBlock, (1, 1, 1), 16),
+    "resnet18": Design(BasicBlock, (2, 2, 2, 2), 64),
+    "resnet50": Design(Bottleneck, (3, 4, 6, 3), 64),
+}
+
+
+class ResNet(nn.Sequential):
+    """A residual network: `conv1`, `norm1`, `relu`, `stage1` …, `pool`, `flatten`, `classifier`.
+
+    A sequence of named parts, so that what comes before a spectral layer is plain to see and to trace.
+    """
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    norm: str = "batch",
+    head: str = "avg",
+    width: int | None = None,
+    stem_kernel: int = 3,
+    groups: int = 1,
+    eps: float = 1e-5,
+) -> ResNet:
+    """A residual network for (N, in_channels, H, W) images, returning (N, num_classes) logits.
+
+    Weights of convolutions are drawn from N(0, 2 / fan_out) (He et al., "Delving deep into rectifiers", ICCV
+    2015), norms start as the identity, the classifier as `torch.nn.Linear` does; all from torch's global generator.
+
+    Args:
+        name: `resnet8`, `resnet18` or `resnet50`.
+        num_classes: logits per image.
+        in_channels: channels of the images.
+        norm: after the first convolution: `batch` norm; `zca`, decorrelated batch norm; or `iter`, the same by the
+            Newton–Schulz iteration. All other norms are batch norms.
+        head: `avg`, the mean over positions; or `gcp`, the square root of the covariance over positions, of
+            256 channels (or half of the last stage's, where those are fewer) to which a 1×1 convolution reduces
+            them. With `gcp` the last stage keeps the size of the image, as in that literature, for more positions.
+        width: channels of the first stage, where not the design's own (16 for `resnet8`, 64 for the others).
+        stem_kernel: odd size of the first convolution. Its output has a covariance of rank at most
+            in_channels · stem_kernel²: fewer channels (`width`) than that are needed for full rank.
+        groups, eps: of the decorrelated batch norm.
+
+    Raises:
+        ValueError: an unknown name (with the nearest right one) or a size that cannot be.
+
+    Example:
+        >>> import torch
+        >>> model = build_model("resnet18", num_classes=10, norm="zca")
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+    for kind, chosen, known in (("model", name, MODELS), ("norm", norm, NORMS), ("head", head, HEADS)):
+        require_known(chosen, known, kind)
+    design = MODELS[name]
+    width = design.width if width is None else width
+    for what, value in (("num_classes", num_classes), ("in_channels", in_channels), ("width", width)):
+        if value < 1:
+            raise ValueError(f"{what} must be at least 1, got {value}")
+    if stem_kernel < 1 or stem_kernel % 2 == 0:
+        raise ValueError(f"stem_kernel must be odd and positive, got {stem_kernel}")
+    model = ResNet()
+    model.add_module("conv1", _conv(in_channels, width, stem_kernel, 1))
+    model.add_module("norm1", NORMS[norm].build(width, groups, eps))
+    model.add_module("relu", nn.ReLU())
+    channels = width
+    for stage, depth in enumerate(design.depths):
+        halve = stage > 0 and not (HEADS[head].spectral and stage == len(design.depths) - 1)
+        blocks = nn.Sequential()
+        for i in range(depth):
+            blocks.append(design.block(channels, width << stage, stride=2 if halve and i == 0 else 1))
+            channels = (width << stage) * design.block.expansion
+        model.add_module(f"stage{stage + 1}", blocks)
+    pool, features = HEADS[head].build(channels)
+    model.add_module("pool", pool)
+    model.add_module("flatten", nn.Flatten())
+    model.add_module("classifier", nn.Linear(features, num_classes))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))

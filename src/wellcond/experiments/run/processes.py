@@ -1,0 +1,133 @@
+"""Several processes on one machine, Ctrl-C, and Lightning's chatter: what surrounds a training.
+
+Processes started here find each other by the variables that `torchrun` would set, so that Lightning's DDP sees no
+difference between the two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import multiprocessing
+
+from wellcond.experiments.errors import RunError
+
+INTERRUPTED = 130
+"""The exit status of a process that Ctrl-C ended, as shells have it: 128 + SIGINT."""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning's advice about hardware, loaders and its services off the terminal; errors still come."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let torch use `count` CPU threads inside; None leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C in the middle of Lightning's training come out as `KeyboardInterrupt`, and work again after."""
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as ended:  # Lightning ends a training so when it was interrupted
+        if isinstance(ended.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if in_main:  # Lightning has set it to be ignored
+            signal.signal(signal.SIGINT, handler)
+
+
+def spawn(work: Callable[..., None], count: int, *arguments: Any) -> None:
+    """Call `work(*arguments)` in `count` new processes of one process group; return when all have finished.
+
+    Raises:
+        RunError: what the first process to fail had to say, if it was a `RunError` or a `ValueError`.
+        KeyboardInterrupt: Ctrl-C, when all have ended.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    failures = multiprocessing.get_context("spawn").SimpleQueue()
+    context = multiprocessing.start_processes(
+        _in_process, (count, port, failures, work, arguments), nprocs=count, join=False, start_method="spawn"
+    )
+    assert context is not None  # it is None only where `join` is true
+    try:
+        while not context.join():
+            pass
+    except KeyboardInterrupt:
+        _end(context.processes)
+        raise
+    except multiprocessing.ProcessExitedException as ended:
+        if ended.exit_code == INTERRUPTED:
+            raise KeyboardInterrupt from None
+        if not failures.empty():
+            raise RunError(failures.get()) from None
+        raise
+
+
+def _end(processes: Any) -> None:
+    """Pass Ctrl-C on to those that did not get it, and wait; after ten seconds kill them."""
+    for process in processes:
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signal.SIGINT)
+    deadline = time.monotonic() + 10
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _in_process(
+    rank: int, count: int, port: int, failures: Any, work: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    """What one process does."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        NODE_RANK="0",
+        WORLD_SIZE=str(count),
+        LOCAL_WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        work(*arguments)
+    except (RunError, ValueError, OSError) as error:
+        failures.put(str(error))
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None

@@ -1,0 +1,221 @@
+"""A run from its configuration to its result, in its folder; alone, or as several processes.
+
+    RUN/config.json  metrics.csv  condition.csv  events.out.tfevents.*  result.json
+    RUN/checkpoints/{best,last,previous}.ckpt
+
+`result.json` is written last: a folder that has it is a finished run, one that lacks it can be resumed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from wellcond.experiments import folders
+from wellcond.experiments.data.batches import ImageDataModule
+from wellcond.experiments.data.load import ImageData, load_images
+from wellcond.experiments.errors import ConfigError, RunError, needs_train_extra
+from wellcond.experiments.run.checkpoints import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    AtomicCheckpointIO,
+    BestAndLast,
+    newest_readable,
+)
+from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.log import RunLog
+from wellcond.experiments.run.processes import interruptible, quiet, spawn, threads
+from wellcond.experiments.run.result import (
+    CONDITION,
+    METRICS,
+    RESULT,
+    LayerCondition,
+    RunResult,
+    load_result,
+    versions,
+)
+from wellcond.experiments.run.training import Classifier, evaluate, spectral_layers
+from wellcond.lightning import ConditionMonitorCallback
+
+with needs_train_extra():
+    import lightning
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import RichProgressBar
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+KIND = "run"
+CHECKPOINTS = "checkpoints"
+MADE = (
+    folders.CONFIG,
+    METRICS,
+    CONDITION,
+    RESULT,
+    "events.out.tfevents.*",
+    "hparams.yaml",
+    f"{CHECKPOINTS}/*.ckpt",
+    ".*.part",
+    f"{CHECKPOINTS}/.*.part",
+)
+
+Start = tuple[Path | None, int]
+"""The checkpoint to go on from and the steps finished in it."""
+BEGINNING: Start = (None, 0)
+
+log = logging.getLogger("wellcond")
+
+
+def run(
+    config: RunConfig,
+    folder: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    data: ImageData | None = None,
+    progress: bool = False,
+) -> RunResult:
+    """Train `config` to the end and test it; with `resume`, go on, or do nothing if it is finished.
+
+    Args:
+        config: what to run.
+        folder: where; made if it is not there.
+        resume: continue the run that `folder` holds, from the end of its last finished epoch.
+        overwrite: delete the run that `folder` holds (its own files only) and start afresh.
+        data: the images, if they are loaded already; else loaded as `config` says.
+        progress: show a progress bar.
+
+    Raises:
+        RunError: the folder holds something else, no checkpoint can be read, the disk is full, or the loss is
+            not finite. What was there, and the checkpoints of finished epochs, remain.
+        ValueError: the data, the model or the treatment cannot be made as `config` says; nothing was written.
+        KeyboardInterrupt: Ctrl-C; the run can be resumed.
+    """
+    folder = Path(folder)
+    torchrun = "RANK" in os.environ
+    if torchrun and config.devices != int(os.environ["WORLD_SIZE"]):
+        raise ConfigError(f"devices is {config.devices}, but torchrun started {os.environ['WORLD_SIZE']} processes")
+    leader = not torchrun or os.environ["RANK"] == "0"  # rank 0 alone minds the folder
+    if leader:
+        held = folders.check(folder, KIND, resume=resume, overwrite=overwrite)
+        if resume:
+            folders.refuse_conflicts(held, config.to_dict(), folder)
+    if resume and (finished := load_result(folder)) is not None:
+        return finished
+    with threads(config.threads):
+        module, images = build(config, data)
+        if leader and not resume:
+            folders.prepare(folder, KIND, config.to_dict(), MADE)
+        start = _where_it_stopped(folder, leader) if resume else BEGINNING
+        if config.devices == 1 or torchrun:
+            return _train(config, folder, start, module, images, progress)
+        spawn(_process, config.devices, config, folder, start, progress)
+    result = load_result(folder)
+    if result is None:
+        raise RunError(f"the processes of '{folder}' ended without a result; go on with --resume")
+    return result
+
+
+def build(config: RunConfig, data: ImageData | None) -> tuple[Classifier, ImageDataModule]:
+    """The network and the batches of `config`; all that can be wrong with it comes out here, as a ValueError."""
+    data = data or load_images(config.data, limit=config.limit)
+    module = Classifier(config, num_classes=data.num_classes, in_channels=data.in_channels)
+    return module, ImageDataModule(data, config.batch_size, augment=config.augment, seed=config.seed)
+
+
+def _process(config: RunConfig, folder: Path, start: Start, progress: bool) -> None:
+    """One of several processes."""
+    with threads(config.threads):
+        _train(config, folder, start, *build(config, None), progress)
+
+
+def _where_it_stopped(folder: Path, leader: bool) -> Start:
+    """Where to go on from. Without any checkpoint the training begins again, and what it had measured goes.
+
+    From a checkpoint the callbacks go on with their files as they were when it was written.
+    """
+    if not any((folder / CHECKPOINTS / name).exists() for name in (LAST, PREVIOUS, BEST)):
+        if leader:
+            for name in (METRICS, CONDITION):
+                (folder / name).unlink(missing_ok=True)
+        return BEGINNING
+    path, checkpoint, troubles = newest_readable(folder / CHECKPOINTS)
+    if troubles and leader:
+        log.warning("%s; going on from '%s', after epoch %d", "; ".join(troubles), path.name, checkpoint["epoch"])
+    return path, checkpoint["global_step"]
+
+
+def observed_layers(model: nn.Module) -> list[str]:
+    """The spectral layers, or without any the first batch norm: where a decorrelated one would sit."""
+    if spectral := spectral_layers(model):
+        return list(spectral)
+    return [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)][:1]
+
+
+def _train(
+    config: RunConfig,
+    folder: Path,
+    start: Start,
+    module: Classifier,
+    images: ImageDataModule,
+    progress: bool,
+) -> RunResult:
+    """Fit, test once with the last weights, and write `result.json` (rank 0)."""
+    run_log, best = RunLog(folder), BestAndLast(folder / CHECKPOINTS)
+    monitor = ConditionMonitorCallback(
+        every=config.monitor_every, layers=observed_layers(module), writers=[folder / CONDITION]
+    )
+    callbacks: list[pl.Callback] = [monitor, run_log, best]
+    if progress:
+        callbacks.append(RichProgressBar(leave=False))
+    tests = ImageDataModule(images.data, config.batch_size, augment=False)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this machine
+    with quiet(), interruptible():
+        trainer = pl.Trainer(
+            accelerator="auto",
+            devices=here,
+            num_nodes=config.devices // here,
+            strategy="ddp" if config.devices > 1 else "auto",
+            precision=config.precision,  # pyright: ignore[reportArgumentType]
+            max_epochs=config.epochs,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            logger=TensorBoardLogger(folder, name="", version="", purge_step=start[1]),
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # the data module gives each rank its share
+        )
+        trainer.fit(module, datamodule=images, ckpt_path=start[0])
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+    device = trainer.strategy.root_device
+    test_loss, test_accuracy = evaluate(module.model, tests, device)
+    assert monitor.monitor is not None  # made by `fit`
+    result = RunResult(
+        config=config,
+        folder=str(folder),
+        test_error=1 - test_accuracy,
+        test_accuracy=test_accuracy,
+        test_loss=test_loss,
+        best_val_accuracy=best.best_accuracy,
+        best_epoch=best.best_epoch,
+        steps=trainer.global_step,
+        seconds=run_log.seconds,
+        seconds_per_step=run_log.seconds_per_step(),
+        conditions=tuple(_condition(name, found) for name, found in monitor.monitor.summary().items()),
+        environment={**versions(), "lightning": lightning.__version__, "device": str(device)},
+    )
+    if trainer.is_global_zero:
+        result.save()
+    return result
+
+
+def _condition(layer: str, found: Mapping[str, float]) -> LayerCondition:
+    """From a layer of the monitor's summary."""
+    names = ("kappa", "kappa_eps", "numerical_rank", "effective_rank")
+    counts = {name: int(found[name]) for name in ("dim", "failures", "records")}
+    return LayerCondition(layer, **{name: float(found[name]) for name in names}, **counts)

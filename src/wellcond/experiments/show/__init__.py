@@ -1,0 +1,1 @@
+"""Tables for the terminal and in Markdown, figures, and the page of a report."""

@@ -1,0 +1,123 @@
+"""Condition numbers over the steps of training, the paper's Figures 1–4, and losses and errors over its epochs."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wellcond.experiments.files import read_csv, write_atomically
+from wellcond.experiments.run.result import CONDITION, METRICS, RunResult
+
+# Okabe & Ito (2008), distinguishable with any colour vision; the line styles say the same without colour.
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A800")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+
+Curve = tuple[list[int], list[float], list[float], list[float]]
+
+
+def curve(runs: Sequence[RunResult], column: str) -> Curve:
+    """Steps, median, minimum and maximum over `runs` of the first observed layer's `column`, where all recorded it.
+
+    Infinite values stay infinite: matplotlib leaves a gap there.
+    """
+    layer = runs[0].conditions[0].layer
+    tables = [read_csv(Path(run.folder) / CONDITION) for run in runs]
+    return _over_seeds(
+        {int(row["step"]): float(row[column]) for row in table if row["layer"] == layer} for table in tables
+    )
+
+
+def _over_seeds(runs: Iterable[Mapping[int, float]]) -> Curve:
+    series = list(runs)
+    steps = sorted(set.intersection(*(set(one) for one in series)))
+    values = [[one[step] for one in series] for step in steps]
+    return steps, [statistics.median(v) for v in values], [min(v) for v in values], [max(v) for v in values]
+
+
+def condition_figure(runs: Mapping[str, Sequence[RunResult]], title: str) -> Any:
+    """κ(P) and κ(P + εI) of the first observed layer over the steps, side by side, as a matplotlib figure.
+
+    Args:
+        runs: for each label its runs, one for each seed.
+        title: above the figure.
+    """
+    figure, axes = _side_by_side(title, "training step", sharey=True)
+    headings = {"kappa": "without ε:  κ(P)", "kappa_eps": "with ε:  κ(P + εI), what the solver sees"}
+    for axis, (column, heading) in zip(axes, headings.items(), strict=True):
+        curves = {}
+        for label, results in runs.items():
+            found = curve(results, column)
+            gaps = sum(math.isinf(value) for value in found[1])
+            curves[label if not gaps else f"{label} (κ(P) infinite at {gaps} of {len(found[1])})"] = found
+        _draw(axis, curves, heading)
+        axis.set_yscale("log")
+    axes[0].set_ylabel("condition number of the covariance")
+    return figure
+
+
+def learning_figure(runs: Mapping[str, Sequence[RunResult]], title: str) -> Any:
+    """Training loss and validation error (percent) over the epochs, side by side, as a matplotlib figure.
+
+    Args:
+        runs: for each label its runs, one for each seed.
+        title: above the figure.
+    """
+    figure, axes = _side_by_side(title, "epoch")
+    headings = {"train_loss": ("training loss", 1), "val_error": ("validation error, %", 100)}
+    for axis, (column, (heading, unit)) in zip(axes, headings.items(), strict=True):
+        curves = {
+            label: _over_seeds(
+                {int(row["epoch"]) + 1: unit * float(row[column]) for row in read_csv(Path(run.folder) / METRICS)}
+                for run in results
+            )
+            for label, results in runs.items()
+        }
+        _draw(axis, curves, heading)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def _side_by_side(title: str, x: str, **options: Any) -> tuple[Any, Any]:
+    """An empty figure of two panels."""
+    from matplotlib.figure import Figure  # not pyplot: no global state, no window, and quicker to import
+
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots(1, 2, **options)
+    for axis in axes:
+        axis.set_xlabel(x)
+        axis.grid(True, which="major", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _draw(axis: Any, curves: Mapping[str, Curve], heading: str) -> None:
+    """The curves, with a band where they differ between seeds; the left panel has the legend of both."""
+    axis.set_title(heading, fontsize=10)
+    looks = zip(itertools.cycle(COLOURS), itertools.cycle(STYLES), strict=False)
+    for (label, (x, middle, low, high)), (colour, style) in zip(curves.items(), looks, strict=False):
+        axis.plot(x, middle, color=colour, linestyle=style, linewidth=1.7, label=label)
+        if low != high:
+            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    if not axis.figure.legends:
+        handles, names = axis.get_legend_handles_labels()
+        axis.figure.legend(handles, names, loc="outside right center", frameon=False, handlelength=3.2)
+
+
+def save_figure(figure: Any, stem: Path) -> list[Path]:
+    """Write `stem.png` and `stem.svg`, atomically; the text of the SVG stays text."""
+    import matplotlib
+
+    paths = []
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "wellcond"}):
+        for suffix, options in ((".png", {"dpi": 150}), (".svg", {"metadata": {"Date": None}})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix[1:], **options)
+            paths.append(stem.with_suffix(suffix))
+            write_atomically(paths[-1], buffer.getvalue())
+    return paths

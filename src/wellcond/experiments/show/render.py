@@ -1,0 +1,56 @@
+"""A table on the terminal (rich), in Markdown, and on a page of HTML (the template ``page.html``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from wellcond.experiments.results.table import Strong, Table
+
+
+def for_terminal(table: Table) -> Any:
+    """A `rich.table.Table` without the wide columns, so that it fits 80 columns; headings break at spaces."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    columns = [(index, column) for index, column in enumerate(table.columns) if not column.wide]
+    shown = RichTable(
+        title=escape(table.title),
+        caption=escape(table.caption),
+        box=box.SIMPLE_HEAVY,
+        show_header=any(column.head for _, column in columns),
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for _, column in columns:
+        # The batch of a shape goes above its size, so that many fit beside each other.
+        head = column.head.replace("×", "×\n", 1) if column.head[:1].isdigit() else column.head.replace(" ", "\n")
+        shown.add_column(head, justify="left" if column.text else "right", vertical="bottom", no_wrap=True)
+    for row in table.rows:
+        cells = [row[index] for index, _ in columns]
+        shown.add_row(*(Text(cell, style="bold" if isinstance(cell, Strong) else "") for cell in cells))
+    return shown
+
+
+def for_markdown(table: Table) -> str:
+    """Lines of Markdown; numbers to the right."""
+    rule = ["---" if column.text else "---:" for column in table.columns]
+    rows = [[f"**{cell}**" if isinstance(cell, Strong) else cell for cell in row] for row in table.rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [[c.head for c in table.columns], rule, *rows])
+
+
+def page(**parts: Any) -> str:
+    """The page, in well-formed HTML that needs nothing else; `parts` are the variables of its template."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.tests["strong"] = lambda cell: isinstance(cell, Strong)
+    return templates.get_template("page.html").render(parts)
