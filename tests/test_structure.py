@@ -1,4 +1,4 @@
-"""The house: data flows down the list of packages, nobody looks into another's private modules, names are not hidden."""
+"""The house: data flows down the list of packages, no private module is imported elsewhere, no name hides another."""
 
 from __future__ import annotations
 
