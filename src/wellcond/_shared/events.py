@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-import torch
+from .torch_internals import is_compiling
 
 
 @dataclass
@@ -55,7 +55,7 @@ def recording(events: SolverEvents, describe: Callable[[], str]) -> Iterator[Sol
 
 def count_call() -> None:
     """Note that a batch is about to be decomposed (not in a compiled graph of products, which runs without us)."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     if (current := _current.get()) is not None:
         current[0].calls += 1

@@ -11,6 +11,7 @@ from torch import Tensor
 
 F = TypeVar("F", bound=Callable)
 
+is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 # Since torch 2.7.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
@@ -53,7 +54,7 @@ def outside_the_compiler(function: F) -> F:
     @wraps(function)
     def call(*args: Any) -> Any:
         nonlocal disabled
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             return function(*args)
         if disabled is None:
             # On first use: disabling loads the compiler, which takes longer than all of this library.

@@ -21,6 +21,7 @@ from torch import Tensor
 from wellcond._shared.autograd import BatchedFunction, differentiated_again, once
 from wellcond._shared.checks import checks_values, readable, require_finite, require_matrix
 from wellcond._shared.precision import full_precision, working_dtype
+from wellcond._shared.torch_internals import is_compiling
 
 from ._divided_differences import reciprocal_or_zero
 from ._sylvester import sylvester
@@ -87,7 +88,7 @@ def polar(G: Tensor, *, solver: str | Minimax = "auto") -> Tensor:
 def _by_products(A: Tensor, solver: str | Minimax) -> Tensor:
     """Values only: autograd through the products would multiply rounding by the slopes of all polynomials."""
     message = f"polar with solver={solver!r} has no derivative; take solver='svd', or give it G.detach()"
-    if torch.compiler.is_compiling():
+    if is_compiling():
         if A.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(message)
         return _iterated(A, solver)

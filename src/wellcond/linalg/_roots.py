@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from wellcond._shared.checks import require_matrix, require_nonnegative
 from wellcond._shared.precision import full_precision, working_dtype
+from wellcond._shared.torch_internals import is_compiling
 
 from ._divided_differences import Power
 from ._functions import functions_of
@@ -102,7 +102,7 @@ def _roots(P: Tensor, roots: tuple[Root, ...], eps: float, solver: str | Solver,
         return tuple(P.clone() for _ in roots)
     with full_precision(P):
         work = P.to(working_dtype(P.dtype))
-        if chosen.traceable and torch.compiler.is_compiling():
+        if chosen.traceable and is_compiling():
             out = Traced.apply(work, chosen, roots, float(eps))
         else:
             out = Solved.call(work, chosen, roots, float(eps))

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from wellcond._shared.torch_internals import is_compiling
 from wellcond.linalg import Solver, SolverEvents, recording
 from wellcond.linalg.solvers import choose_solver
 
@@ -82,5 +82,5 @@ class SpectralModule(nn.Module):
 
     def _recording(self, solver: str | Solver | None = None) -> AbstractContextManager[Any]:
         """Counts and names the events of this block; not of a traceable ``solver`` in a graph, which stays whole so."""
-        whole = torch.compiler.is_compiling() and solver is not None and choose_solver(solver).traceable
+        whole = is_compiling() and solver is not None and choose_solver(solver).traceable
         return nullcontext() if whole else recording(self.solver_events, self.describe)

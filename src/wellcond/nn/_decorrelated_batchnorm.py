@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wellcond._shared.checks import checks_values, require_finite
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import HALF, full_precision, working_dtype
-from wellcond._shared.torch_internals import under_functorch
+from wellcond._shared.torch_internals import is_compiling, under_functorch
 from wellcond.linalg import Solver, WhiteningMethod, recording, value_checks, whitening_matrix
 
 from ._base import Observation, SpectralModule, require_input
@@ -244,7 +244,7 @@ class _DecorrelatedBatchNorm(SpectralModule):
         if self.running_whitening is not None:
             return self.running_whitening
         assert self.running_cov is not None and self.evaluation_whitening is not None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_compiling() or torch.jit.is_tracing():
             return self.evaluation_whitening
         if under_functorch():
             return self._whitening(self.running_cov)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.checks import readable
+from wellcond._shared.torch_internals import is_compiling
 
 
 def with_ridge(P: Tensor, eps: float, *, relative: bool) -> tuple[Tensor, float]:
@@ -24,7 +25,7 @@ def with_ridge(P: Tensor, eps: float, *, relative: bool) -> tuple[Tensor, float]
     if relative:
         return P, max(eps, minimum * P.shape[-1])
     lacking = (minimum * P.diagonal(dim1=-2, dim2=-1).sum(-1) - eps).clamp_min(0.0)
-    if not torch.compiler.is_compiling() and readable(P) and not lacking.any():
+    if not is_compiling() and readable(P) and not lacking.any():
         return P, eps
     return P + torch.diag_embed(lacking.unsqueeze(-1).expand(*P.shape[:-1])), eps
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, working_dtype
-from wellcond._shared.torch_internals import under_functorch
+from wellcond._shared.torch_internals import is_compiling, under_functorch
 
 from ._base import require_input
 from ._operator_norm import skew_convolution_norm_bound
@@ -121,7 +121,7 @@ class SkewOrthogonalConv2d(nn.Module):
         weight = self.weight
         if self.training or (torch.is_grad_enabled() and weight.requires_grad) or weight.is_inference():
             return self._computed_kernel()
-        if torch.compiler.is_compiling() or under_functorch():
+        if is_compiling() or under_functorch():
             return self._computed_kernel()
         if self._kept is None or self._kept[0] is not weight or self._kept[1] != weight._version:
             # A kernel made in inference mode could not be used outside of it.

@@ -13,6 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from wellcond._shared.torch_internals import is_compiling
+
 from ._openmp import side_by_side
 from ._switch import passes_self_test, threads
 
@@ -49,7 +51,7 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
 def chunk_count(P: Tensor) -> int:
     """How many chunks a batch is worth: 1 off the CPU, for the largest matrices and for little work."""
     rows, columns = P.shape[-2:]
-    if P.device.type != "cpu" or P.ndim < 3 or max(rows, columns) > LARGEST_MATRIX or torch.compiler.is_compiling():
+    if P.device.type != "cpu" or P.ndim < 3 or max(rows, columns) > LARGEST_MATRIX or is_compiling():
         return 1
     count, entries = P.shape[:-2].numel(), P.numel()
     if count < 2 or entries < 2 * SMALLEST_CHUNK or (team := threads()) < 2:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wellcond._shared.torch_internals import is_compiling
+
 # Up to this many rows MKL uses one thread.
 HARMLESS_ROWS = 128
 
@@ -19,7 +21,7 @@ def solve(A: Tensor, B: Tensor) -> Tensor:
     """X (..., d, k) with A X = B for invertible A (..., d, d) and B (..., d, k) of one batch shape. Whether A is
     invertible is not checked: the host would have to wait for the device."""
     batch = A.shape[:-2]
-    if A.device.type != "cpu" or A.shape[-1] <= HARMLESS_ROWS or batch.numel() < 2 or torch.compiler.is_compiling():
+    if A.device.type != "cpu" or A.shape[-1] <= HARMLESS_ROWS or batch.numel() < 2 or is_compiling():
         return torch.linalg.solve_ex(A, B)[0]
     pairs = zip(A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:]), strict=True)
     return torch.stack([torch.linalg.solve_ex(a, b)[0] for a, b in pairs]).reshape(*batch, *B.shape[-2:])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from wellcond._shared.names import require_known
+from wellcond._shared.torch_internals import is_compiling
 
 from ._auto import auto_solver
 from ._minimax_polynomials import Coefficients
@@ -56,7 +56,7 @@ def choose_solver(solver: str | Solver, P: Tensor | None = None) -> Solver:
         return Eigh() if P is None else auto_solver(P)
     require_known(solver, ["auto", *SOLVERS], "solver")
     # The compiler does not see through the cache; nothing warns in what it compiles.
-    return SOLVERS[solver]() if torch.compiler.is_compiling() else _by_name(solver)
+    return SOLVERS[solver]() if is_compiling() else _by_name(solver)
 
 
 @lru_cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
+from wellcond._shared.torch_internals import is_compiling
 
 Coefficients = tuple[float, float, float]
 
@@ -23,7 +23,7 @@ SMALLEST, HEADROOM = 0.02, 1.01
 def polynomials_from(lower: float) -> tuple[Coefficients, ...]:
     """Polynomials whose composition takes [lower, 1] to within 1e-9 of 1 (an error that the last of them cubes)."""
     # The compiler does not see through a cache; plain numbers it computes as it goes.
-    return _polynomials_from(lower) if torch.compiler.is_compiling() else _remembered(lower)
+    return _polynomials_from(lower) if is_compiling() else _remembered(lower)
 
 
 def _polynomials_from(lower: float) -> tuple[Coefficients, ...]:

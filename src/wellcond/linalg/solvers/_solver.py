@@ -19,6 +19,7 @@ from wellcond._shared.checks import bad_indices, checks_values, hermitian
 from wellcond._shared.errors import ApproximateRootWarning, NotPositiveSemidefiniteError
 from wellcond._shared.events import place
 from wellcond._shared.precision import full_precision
+from wellcond._shared.torch_internals import is_compiling
 
 Root = Literal["sqrt", "invsqrt"]
 Tensors = tuple[Tensor, ...]
@@ -161,7 +162,7 @@ class Traced(torch.autograd.Function):
 
 def require_scale(scale: Tensor, roots: tuple[Root, ...]) -> None:
     """Refuse the inverse root of a zero matrix in the solvers that see no eigenvalues."""
-    if "invsqrt" not in roots or torch.compiler.is_compiling() or not checks_values(scale):
+    if "invsqrt" not in roots or is_compiling() or not checks_values(scale):
         return
     if (scale <= 0).any():
         raise NotPositiveSemidefiniteError(

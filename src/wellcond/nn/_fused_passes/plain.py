@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from wellcond._shared.precision import working_dtype
-from wellcond._shared.torch_internals import is_exporting, under_forward_mode, under_functorch
+from wellcond._shared.torch_internals import is_compiling, is_exporting, under_forward_mode, under_functorch
 
 
 def needs_plain_operations() -> bool:
     """Whether this is being traced, or transformed in a way that our autograd functions have no rule for."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or under_functorch() or under_forward_mode()
+    return is_compiling() or torch.jit.is_tracing() or under_functorch() or under_forward_mode()
 
 
 def plain_moments(blocks: Tensor) -> tuple[Tensor, Tensor]:
