@@ -7,17 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from treatment_models import polar_reference
+from treatment_models import gaussian, polar_reference
 from wellcond.linalg import polar
 from wellcond.orthogonality import NearestOrthogonalGradient
 
 EPS = torch.finfo(torch.float32).eps
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def offered(solver: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from treatment_models import LAYERS, batches, matrices, polar_reference, same, small_net, train
+import treatment_models
+from treatment_models import LAYERS, batches, matrices, polar_reference, same, sgd, small_net, train
 from wellcond.orthogonality import NearestOrthogonalGradient
-from wellcond.orthogonality.nearest_orthogonal_gradient import nearest_orthogonal
+from wellcond.orthogonality._nearest_orthogonal_gradient import nearest_orthogonal
 
 EPS = torch.finfo(torch.float32).eps
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9))
 seeds = st.integers(0, 2**32 - 1)
 
 
-def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+gaussian = partial(treatment_models.gaussian, dtype=torch.float32)
 
 
 def stepped(layer: nn.Module, gradient: torch.Tensor, **options) -> torch.Tensor:
@@ -333,10 +334,6 @@ def test_lightnings_wrapper_is_opened():
     layer = nn.Linear(3, 4)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     assert NearestOrthogonalGradient(LightningOptimizer(optimizer), layer).optimizer is optimizer
-
-
-def sgd(layer: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(layer.parameters(), lr=0.1)
 
 
 BAD = {

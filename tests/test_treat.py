@@ -10,16 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from treatment_models import batches, orthogonality_gap, same, small_net, train
+from treatment_models import batches, orthogonality_gap, same, sgd, small_net, train
 from wellcond.nn import DecorrelatedBatchNorm2d
 from wellcond.orthogonality import TREATMENTS, NearestOrthogonalGradient, parse_treatments, treat
 
 ALL = ["+".join(c) for n in range(1, 6) for c in itertools.combinations(TREATMENTS, n)]
 """All 31 combinations: among them every one of the paper's Tables 2-5."""
-
-
-def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-3)
 
 
 def net(seed: int = 0, **kwargs) -> nn.Sequential:

@@ -21,10 +21,8 @@ from wellcond.experiments.errors import FolderError, RunError
 from wellcond.experiments.recipes import ConfigError, RunConfig, choose
 from wellcond.experiments.runs import CHECKPOINTS, KIND, observed_layers
 from wellcond.experiments.training import Classifier, spectral_layers
-from wellcond.monitor import ConditionMonitor, ConditionRecord
-from wellcond.monitor._writers import as_writers
-from wellcond.orthogonality import pre_spectral_layers
-from wellcond.orthogonality._matrix import layer_target
+from wellcond.monitor import ConditionMonitor, ConditionRecord, as_writers
+from wellcond.orthogonality import pre_spectral_layers, weight_matrices
 
 SPLITS = ("train", "validation", "test")
 
@@ -56,7 +54,7 @@ class Inspection:
         epoch: how many epochs it had finished.
         data, split, images: on what.
         records: one for each layer and batch; the batch is the step.
-        layers: medians over the batches, as :meth:`wellcond.monitor.ConditionMonitor.summary`.
+        layers: medians over the batches, as :meth:`wellcond.monitor.ConditionMonitor.statistics`.
         weights: of the layers before the spectral layers.
     """
 
@@ -137,7 +135,7 @@ def inspect(
         split=split,
         images=seen,
         records=tuple(monitor.records),
-        layers=monitor.summary(),
+        layers=monitor.statistics(),
         weights=_weights(module.model),
     )
 
@@ -175,8 +173,7 @@ def _weights(model: nn.Module) -> tuple[WeightSpectrum, ...]:
         return ()
     found = []
     for name, layer in pre_spectral_layers(model).items():
-        weight: Any = layer.weight  # the one in use
-        matrix = layer_target(layer, name).view.matrix(weight.detach().double())
+        matrix = weight_matrices(layer).detach().double()  # of the weight in use
         values = torch.linalg.svdvals(matrix)
         rows, columns = matrix.shape[-2:]
         found.append(WeightSpectrum(name, rows, columns, values.max().item(), values.min().item()))

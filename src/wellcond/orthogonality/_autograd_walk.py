@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._matrix import has_matrix_weight, stored_weight
+from ._matrix import has_matrix_weight, stored_tensor
 
 _ELEMENTWISE = ("AddBackward", "SubBackward", "MulBackward", "DivBackward", "CatBackward", "WhereBackward")
 
@@ -49,7 +49,7 @@ def layers_by_running(model: nn.Module, spectral: list[nn.Module], example_input
         )
     owners: dict[int, tuple[str, nn.Module | None]] = {}
     owners.update((id(p), (name, None)) for name, p in model.named_parameters() if p.ndim > 1)
-    owners.update((id(stored_weight(m)), ("", m)) for m in weighted)
+    owners.update((id(stored_tensor(m)), ("", m)) for m in weighted)
     return _nearest(inputs, made_by, owners)
 
 

@@ -6,16 +6,13 @@ Wang, NeurIPS 2018.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wellcond._shared.names import require_known
 
 from ._largest_eigenvalue import largest_eigenvalue
-from ._matrix import MatrixView, targets
-from ._sharded import whole
+from ._loss_treatment import Layers, LossTreatment
 
 
 def _gap(W: Tensor) -> Tensor:
@@ -30,7 +27,7 @@ def soft(W: Tensor) -> Tensor:
 
 
 def double_soft(W: Tensor) -> Tensor:
-    """‖WᵀW − I‖²_F + ‖WWᵀ − I‖²_F less its least value |m − n|: twice the square of the smaller side's norm."""
+    """‖WᵀW − I‖²_F + ‖WWᵀ − I‖²_F less its minimum |m − n|: twice the square of the smaller side's norm."""
     return 2 * _gap(W).square().sum((-2, -1))
 
 
@@ -48,7 +45,7 @@ def srip(W: Tensor) -> Tensor:
 _FORMS = {"soft": soft, "double_soft": double_soft, "srip": srip}
 
 
-class OrthogonalLoss:
+class OrthogonalLoss(LossTreatment, name="ol", about="orthogonal loss, eq. (12)"):
     """A term to add to the loss: ``loss + orthogonal_loss()``.
 
     Args:
@@ -71,33 +68,17 @@ class OrthogonalLoss:
         tensor(True)
     """
 
-    def __init__(
-        self,
-        layers: nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module],
-        *,
-        form: str = "soft",
-        coefficient: float = 1.0,
-    ) -> None:
+    treatment = "orthogonal loss"
+
+    def __init__(self, layers: Layers, *, form: str = "soft", coefficient: float = 1.0) -> None:
         require_known(form, _FORMS, "form of the orthogonal loss")
         if not coefficient >= 0:
             raise ValueError(f"coefficient of the orthogonal loss must be >= 0, got {coefficient}")
-        if isinstance(layers, nn.Module):
-            layers = [layers]
-        elif isinstance(layers, Mapping):
-            layers = dict(layers)
-        else:
-            layers = list(layers)
-        views = [target.view for target in targets(layers)]
-        held = list(layers.values()) if isinstance(layers, dict) else layers
+        super().__init__(layers)
         self.form, self.coefficient = form, coefficient
-        self._layers: list[tuple[nn.Module, MatrixView]] = list(zip(held, views, strict=True))
+
+    def term(self, W: Tensor) -> Tensor:
+        return _FORMS[self.form](W).sum()
 
     def __call__(self) -> Tensor:
-        """The term at the present weights, a scalar with a gradient."""
-        terms = [self._term(layer.weight, view) for layer, view in self._layers]  # pyright: ignore[reportArgumentType]
-        return self.coefficient * torch.stack(terms).sum()
-
-    def _term(self, weight: Tensor, view: MatrixView) -> Tensor:
-        weight = whole(weight)
-        with torch.autocast(weight.device.type, enabled=False):
-            return _FORMS[self.form](view.matrix(weight.to(torch.promote_types(weight.dtype, torch.float32)))).sum()
+        return self.coefficient * super().__call__()

@@ -5,7 +5,7 @@ Song, Sebe and Wang, "Improving Covariance Conditioning of the SVD Meta-layer by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from wellcond._shared.names import require_known
 from wellcond.linalg import polar, value_checks
 
-from ._matrix import Target, Treatable
-from ._step_hook import StepHook, decoupled_decay, gradient_scale, require_dense, require_linear_in_lr
+from ._matrix import Target, Treatables
+from ._step_treatment import StepTreatment, decoupled_decay, gradient_scale, require_dense, require_linear_in_lr
 
 _COUNTS = ("treated", "zero", "nonfinite")
 _Write = Callable[[Tensor, Tensor], None]
@@ -57,7 +57,7 @@ _SCALES = {
 """By name: the singular value that an m × n matrix gets in every direction."""
 
 
-class NearestOrthogonalGradient(StepHook):
+class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthogonal gradient, eq. (14)-(17)"):
     """Make the gradient of chosen layers orthogonal in every step of an optimizer; the training loop does not change.
 
     The gradient is replaced in place when the optimizer begins its step: after backward, after the all-reduce of DDP,
@@ -103,7 +103,7 @@ class NearestOrthogonalGradient(StepHook):
     def __init__(
         self,
         optimizer: Optimizer,
-        params: Treatable | Iterable[Treatable] | Mapping[str, Treatable],
+        params: Treatables,
         *,
         on: str = "gradient",
         scale: str = "paper",
