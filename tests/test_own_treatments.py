@@ -48,7 +48,8 @@ def define() -> None:
 
         def before(self, target, group):
             gradient = target.view.matrix(target.parameter.grad)
-            gradient -= self.factor * gradient.mean(-1, keepdim=True)
+            centred = gradient - self.factor * gradient.mean(-1, keepdim=True)
+            target.parameter.grad.copy_(target.view.tensor(centred, target.parameter.shape))
             self.steps += 1
 
         def scalars(self):

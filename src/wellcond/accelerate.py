@@ -29,8 +29,8 @@ def attach_treatment(
     Args:
         accelerator: that prepared the model and the optimizer.
         model, optimizer: as prepared. Call this before ``accelerator.load_state``.
-        treatments, options: as for :func:`~wellcond.orthogonality.treat`. Weights that are sharded (FSDP2) take no `ow`
-            or `sn` any more: put :func:`~wellcond.orthogonality.orthogonal_weight` on before ``prepare``.
+        treatments, options: arguments of :func:`~wellcond.orthogonality.treat`. `ow` and `sn` are refused on weights
+            that are sharded already (FSDP2): call :func:`~wellcond.orthogonality.orthogonal_weight` before ``prepare``.
 
     Returns:
         The :class:`~wellcond.orthogonality.Treatment`, with the layer names of the bare model. For `ol` add its
@@ -69,7 +69,7 @@ def attach_monitor(
     Args:
         accelerator: that prepared the model and the optimizer.
         model, optimizer: as prepared.
-        writers: as for the monitor.
+        writers: paths, a ``SummaryWriter`` or callables, as :class:`~wellcond.monitor.ConditionMonitor` takes them.
         log: send every record to ``accelerator.log`` at its step, as ``condition/<layer>/<measure>``.
         options: the other arguments of the monitor.
     """

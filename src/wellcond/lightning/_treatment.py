@@ -37,7 +37,7 @@ class TreatmentCallback(TreatmentInStages, pl.Callback):
     flatten the weights, and are refused.
 
     Args:
-        treatments: names joined by ``+``, as for :func:`wellcond.orthogonality.treat`.
+        treatments: names joined by ``+``: see :func:`wellcond.orthogonality.treat`.
         layers: names in the LightningModule, or modules, to treat; found by tracing when left out.
         example_input: for that search: what ``forward`` is called with, a tensor, a tuple or a dict of keywords.
         options: keyword arguments by treatment, such as ``{"olr": {"rule": "exact"}}``.

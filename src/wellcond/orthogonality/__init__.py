@@ -3,14 +3,13 @@
 # The treatments, in the order of the paper's tables; importing its file registers it.
 # isort: off
 from ._spectral_norm import spectral_norm
-from ._orthogonal_loss import OrthogonalLoss
+from ._orthogonal_loss import LossTreatment, OrthogonalLoss
 from ._orthogonal_weight import orthogonal_weight
 from ._nearest_orthogonal_gradient import NearestOrthogonalGradient
 from ._optimal_learning_rate import OptimalLearningRate
 
 # isort: on
 from ._convolution_spectrum import convolution_singular_values
-from ._loss_treatment import LossTreatment
 from ._matrix import weight_matrices
 from ._pre_spectral import pre_spectral_layers
 from ._registry import TREATMENTS, parse_treatments

@@ -44,12 +44,13 @@ class MatrixView:
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter to treat: its short name, what messages call it, the parameter, and how it is a matrix."""
+    """A parameter to treat: its short name, what messages call it, how it is a matrix, and the layer that it is in."""
 
     name: str
     where: str
     parameter: nn.Parameter
     view: MatrixView
+    layer: nn.Module | None = None
 
 
 def parametrisations(layer: nn.Module, name: str = "weight") -> list[nn.Module]:
@@ -104,10 +105,10 @@ def layer_target(layer: nn.Module, label: str, name: str = "weight") -> Target:
     if getattr(layer, "sparse", False):
         raise ValueError(f"{where} has sparse gradients, which no matrix treatment can read; set sparse=False")
     if name != "weight":
-        return _target(label, f"parameter '{name}' of {where}", tensor, MatrixView(), matrix_names(layer))
+        return _target(label, f"parameter '{name}' of {where}", tensor, MatrixView(), layer)
     transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
     groups = layer.groups if isinstance(layer, nn.modules.conv._ConvNd) else 1
-    return _target(label, where, tensor, MatrixView(groups, transposed))
+    return _target(label, where, tensor, MatrixView(groups, transposed), layer)
 
 
 def weight_matrices(layer: nn.Module, name: str = "weight") -> Tensor:
@@ -131,20 +132,21 @@ def weight_matrices(layer: nn.Module, name: str = "weight") -> Tensor:
     return layer_target(layer, "", name).view.matrix(getattr(layer, name))
 
 
-def _target(name: str, where: str, parameter: nn.Parameter, view: MatrixView, matrices: Iterable[str] = ()) -> Target:
+def _target(name: str, where: str, parameter: nn.Parameter, view: MatrixView, layer: nn.Module | None = None) -> Target:
     if hasattr(parameter, "_fsdp_flattened") or hasattr(parameter, "ds_id"):
         raise ValueError(
             f"{where} has its weight flattened over processes (FullyShardedDataParallel, DeepSpeed ZeRO-3), where no "
             "matrix is left to treat; shard with torch.distributed.fsdp.fully_shard instead"
         )
     if parameter.ndim < 2:
+        matrices = [] if layer is None else matrix_names(layer)
         raise ValueError(
             f"{where} has a weight of shape {tuple(parameter.shape)}, which is not a matrix; "
             f"at least two dimensions are needed{f' (matrices: {listed(matrices)})' if matrices else ''}"
         )
     if parameter.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{where} has a weight of dtype {parameter.dtype}; a real floating dtype is needed")
-    return Target(name, where, parameter, view)
+    return Target(name, where, parameter, view, layer)
 
 
 Treatable = nn.Module | nn.Parameter

@@ -16,7 +16,7 @@ from wellcond._shared.names import require_known
 from wellcond.linalg import polar, value_checks
 
 from ._matrix import Target, Treatables
-from ._step_treatment import StepTreatment, decoupled_decay, gradient_scale, require_dense, require_linear_in_lr
+from ._step_treatment import StepTreatment, decoupled_decay, gradient_scale, require_linear_in_lr
 
 _COUNTS = ("treated", "zero", "nonfinite")
 _Write = Callable[[Tensor, Tensor], None]
@@ -85,7 +85,7 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
             one weight, LBFGS, an unknown option; or, with ``on="update"``, a half-precision weight (whose rounding is
             as large as the update) or an optimizer whose step is not known to be proportional to its learning rate.
 
-    A zero, tiny or non-finite gradient is left as it is and counted in :meth:`counts`; nothing waits for the device.
+    A zero, tiny or non-finite gradient is left unchanged and counted in :meth:`counts`; nothing waits for the device.
 
     Example:
         >>> import torch
@@ -134,7 +134,6 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
     def before(self, target: Target, group: dict[str, Any]) -> None:
         gradient = target.parameter.grad
         assert gradient is not None
-        require_dense(gradient, target, self.treatment)
         if self.on == "update":
             self._before[target.name] = target.parameter.detach().clone()
             return

@@ -16,7 +16,7 @@ from wellcond._shared.names import require_known
 
 from ._matrix import Target, Treatables
 from ._rates import RULES
-from ._step_treatment import StepTreatment, gradient_scale, require_dense, require_linear_in_lr
+from ._step_treatment import StepTreatment, gradient_scale, require_linear_in_lr
 
 
 # Put on after the nearest orthogonal gradient, which it then sees.
@@ -74,7 +74,6 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
     def before(self, target: Target, group: dict[str, Any]) -> None:
         gradient = target.parameter.grad
         assert gradient is not None
-        require_dense(gradient, target, self.treatment)
         rate = None
         if self.direction == "gradient":
             rate = self._optimal(target, target.parameter, -gradient if group.get("maximize") else gradient)

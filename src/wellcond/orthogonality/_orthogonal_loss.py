@@ -6,13 +6,71 @@ Wang, NeurIPS 2018.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+from weakref import WeakSet
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from wellcond._shared.names import require_known
 
 from ._largest_eigenvalue import largest_eigenvalue
-from ._loss_treatment import Layers, LossTreatment
+from ._matrix import Target, Treatables, targets
+from ._registry import Applied, TreatmentClass
+from ._sharded import whole
+
+
+class LossTreatment(Applied, TreatmentClass):
+    """Base of the treatments in the loss: ``loss + treatment()`` adds the sum of ``term`` over the layers.
+
+    Derived classes have ``treatment``, what messages call it, and ``term``.
+
+    Args:
+        layers: layers with a matrix-like ``weight`` (the one in use, if it is parametrised): one, a list, or a dict.
+    """
+
+    place: ClassVar[int] = 1
+    _treated: ClassVar[WeakSet[nn.Module]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._treated = WeakSet()
+
+    def __init__(self, layers: Treatables) -> None:
+        self.targets = targets(layers)
+
+    def term(self, W: Tensor) -> Tensor:
+        """The term of one layer, a scalar, from its weight (groups, m, n) in float32 or better."""
+        raise NotImplementedError
+
+    def __call__(self) -> Tensor:
+        """The sum of the terms at the present weights, a scalar with a gradient."""
+        return torch.stack([self._term(target) for target in self.targets]).sum()
+
+    def _term(self, target: Target) -> Tensor:
+        weight: Any = target.parameter if target.layer is None else target.layer.weight  # the one in use
+        weight = whole(weight)
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.term(target.view.matrix(weight.to(torch.promote_types(weight.dtype, torch.float32))))
+
+    @classmethod
+    def require_free(cls, layer: nn.Module, target: Target) -> None:
+        if layer in cls._treated:
+            raise ValueError(f"treatment '{cls.name}' of {target.where} is already on; call .remove() on the first")
+
+    @classmethod
+    def apply_to(cls, optimizer: Optimizer, layers: Mapping[str, nn.Module], options: Mapping[str, Any]) -> Applied:
+        applied = cls(layers, **options)
+        cls._treated.update(layers.values())
+        return applied
+
+    def loss(self) -> Tensor:
+        return self()
+
+    def remove(self) -> None:
+        self._treated.difference_update(target.layer for target in self.targets if target.layer is not None)
 
 
 def _gap(W: Tensor) -> Tensor:
@@ -70,7 +128,7 @@ class OrthogonalLoss(LossTreatment, name="ol", about="orthogonal loss, eq. (12)"
 
     treatment = "orthogonal loss"
 
-    def __init__(self, layers: Layers, *, form: str = "soft", coefficient: float = 1.0) -> None:
+    def __init__(self, layers: Treatables, *, form: str = "soft", coefficient: float = 1.0) -> None:
         require_known(form, _FORMS, "form of the orthogonal loss")
         if not coefficient >= 0:
             raise ValueError(f"coefficient of the orthogonal loss must be >= 0, got {coefficient}")

@@ -25,10 +25,10 @@ class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq.
     treatment = "orthogonal weight"
     frame: Tensor
 
-    def __init__(self, layer: nn.Module, target: Target, *, map: str = "exp") -> None:
-        super().__init__(layer, target)
+    def __init__(self, target: Target, *, map: str = "exp") -> None:
+        super().__init__(target)
         require_known(map, MAPS, "map of the orthogonal weight")
-        if all(p is not target.parameter for p in layer.parameters(recurse=False)):
+        if target.layer is None or all(p is not target.parameter for p in target.layer._parameters.values()):
             raise ValueError(f"{self.treatment} of {target.where}: put it on before the spectral norm")
         if not bool(torch.isfinite(target.parameter).all()):
             raise ValueError(f"{self.treatment} of {target.where}: its weight holds NaN or infinite entries")

@@ -27,6 +27,10 @@ _classes: dict[str, type[TreatmentClass]] = {}
 class Applied:
     """A treatment in place on some layers; the defaults are those of one that has nothing to report."""
 
+    def loss(self) -> Tensor | None:
+        """A term to add to the loss."""
+        return None
+
     def rates(self) -> dict[str, Tensor]:
         """By layer: the learning rate that the last step really had, where the treatment chooses one."""
         return {}

@@ -37,16 +37,14 @@ class SpectralNorm(WeightTreatment, name="sn", about="spectral norm of the weigh
 
     treatment = "spectral norm"
 
-    def __init__(
-        self, layer: nn.Module, target: Target, *, of: str = "weight", input_size: int | Sequence[int] | None = None
-    ) -> None:
-        super().__init__(layer, target)
+    def __init__(self, target: Target, *, of: str = "weight", input_size: int | Sequence[int] | None = None) -> None:
+        super().__init__(target)
         require_known(of, ("weight", "operator"), "norm of the spectral norm")
         if of == "operator" and input_size is None:
             raise ValueError(f"spectral norm of {target.where}: of='operator' needs input_size, the size of its images")
         if of == "weight" and input_size is not None:
             raise ValueError(f"spectral norm of {target.where}: input_size is for of='operator'; leave it out")
-        self.grid = None if input_size is None else layer_grid(layer, input_size, target.where)
+        self.grid = None if input_size is None else layer_grid(target.layer, input_size, target.where)
 
     def forward(self, stored: Tensor) -> Tensor:
         with torch.autocast(stored.device.type, enabled=False):
@@ -86,8 +84,8 @@ def spectral_norm(
             missing or does not fit.
 
     Complexity: O(m n min(m, n)) for the Gram matrix and its eigenvalues; for the operator that of one Gram matrix of
-    min(out, in) channels for half of the pixels, in every forward pass; off the CPU by some 30 products of those,
-    which do not make the host wait. Take it off with
+    min(out, in) channels for half of the pixels, in every forward pass; off the CPU about 30 products of
+    those, which do not make the host wait. Take it off with
     ``torch.nn.utils.parametrize.remove_parametrizations(layer, name)``.
 
     Example:

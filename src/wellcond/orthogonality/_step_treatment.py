@@ -2,7 +2,7 @@
 
 With ``step(closure)`` the gradients appear only when the closure runs, so there the closure is wrapped: that is how
 Lightning's automatic optimisation steps. With a fused optimizer under ``GradScaler`` the gradients are still scaled
-when the step begins; :func:`gradient_scale` tells by how much. A sharded weight reaches ``before`` and ``after`` whole.
+when the step begins; :func:`gradient_scale` tells by how much. ``before`` and ``after`` see a sharded weight whole.
 """
 
 from __future__ import annotations
@@ -84,6 +84,16 @@ class StepTreatment(Applied, TreatmentClass):
     Attributes:
         targets: the treated parameters.
         optimizer: the optimizer whose steps are treated.
+
+    A treatment of your own, which ``treat``, the callbacks and the command then know as ``gc``::
+
+        class GradientCentralisation(StepTreatment, name="gc", about="gradient centralisation (Yong et al. 2020)"):
+            treatment = "gradient centralisation"
+
+            def before(self, target, group):
+                gradient = target.view.matrix(target.parameter.grad)
+                centred = gradient - gradient.mean(-1, keepdim=True)
+                target.parameter.grad.copy_(target.view.tensor(centred, target.parameter.shape))
     """
 
     place: ClassVar[int] = 2
@@ -165,11 +175,10 @@ class StepTreatment(Applied, TreatmentClass):
         for target in self.targets:
             if id(target.parameter) not in groups:
                 raise RuntimeError(f"{self.treatment} of {target.where}: the optimizer no longer holds its weight")
-            if target.parameter.grad is not None:
-                act(target, groups[id(target.parameter)])
-
-
-def require_dense(gradient: Tensor, target: Target, treatment: str) -> None:
-    """Refuse a sparse gradient, which is not a matrix that can be decomposed."""
-    if gradient.layout is not torch.strided:
-        raise ValueError(f"{treatment} of {target.where}: its gradient is sparse ({gradient.layout}); use a dense one")
+            if (gradient := target.parameter.grad) is None:
+                continue
+            if gradient.layout is not torch.strided:
+                raise ValueError(
+                    f"{self.treatment} of {target.where}: its gradient is sparse ({gradient.layout}); use a dense one"
+                )
+            act(target, groups[id(target.parameter)])

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from wellcond._shared.models import Layers, layers_by_name, unwrapped_optimizer
 from wellcond._shared.names import aligned
 
-from ._loss_treatment import LossTreatment
 from ._matrix import Target, layer_target
 from ._pre_spectral import pre_spectral_layers
 from ._registry import TREATMENTS, Applied, Options, in_order, options_of, parse_treatments
@@ -90,7 +89,7 @@ class Treatment:
         layers: the treated layers by name.
         treatments: what acts on them.
         nog, olr, ol: the :class:`NearestOrthogonalGradient`, :class:`OptimalLearningRate` and :class:`OrthogonalLoss`
-            in place, or None; likewise for every registered name.
+            in place, or None; treatments of your own are found by their names too.
     """
 
     def __init__(
@@ -118,7 +117,7 @@ class Treatment:
 
     def loss(self) -> Tensor:
         """The ``ol`` term to add to the loss; a zero without ``ol``, so that a training loop may always add it."""
-        terms = [part() for part in self._parts.values() if isinstance(part, LossTreatment)]
+        terms = [term for part in self._parts.values() if (term := part.loss()) is not None]
         if terms:
             return sum(terms[1:], terms[0])
         parameter = next(iter(self._targets.values())).parameter
@@ -128,19 +127,17 @@ class Treatment:
         """Add the gradient of :meth:`loss` to that of the weights, once in a step, instead of the term to the loss.
 
         Args:
-            scale: the factor by which the gradients are scaled still; without it that which a fused optimizer under
-                ``GradScaler`` is going to divide by, if any.
+            scale: the factor that is still on the gradients; by default the one that a fused optimizer under
+                ``GradScaler`` is about to divide by, if any.
         """
-        if not any(isinstance(part, LossTreatment) for part in self._parts.values()):
-            return
         scale = gradient_scale(self._optimizer) if scale is None else scale
         with torch.enable_grad():
             loss = self.loss()
             with torch.autocast(loss.device.type, enabled=False):
+                if not loss.requires_grad:  # there is no term, or the weights are frozen, or toggled off in this step
+                    return
                 loss = loss if scale is None else loss * scale
                 weights = [p for layer in self.layers.values() for p in layer.parameters() if p.requires_grad]
-                if not loss.requires_grad:  # the weights are frozen, or toggled off in this step
-                    return
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         for weight, gradient in zip(weights, gradients, strict=True):
             if gradient is not None:

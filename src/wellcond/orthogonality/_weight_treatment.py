@@ -26,17 +26,16 @@ class WeightTreatment(nn.Module, TreatmentClass):
     """Base of the treatments of the weight: a parametrisation, from the stored tensor to the one in use.
 
     Derived classes have ``treatment``, what messages call it, ``forward(stored)``, and if need be ``right_inverse``,
-    as in ``torch.nn.utils.parametrize``; ``self.view.matrix`` reads a tensor as (groups, m, n) matrices,
-    ``self.view.tensor`` writes them back.
+    as in ``torch.nn.utils.parametrize``; :class:`StepTreatment` shows the line that names one. ``self.view.matrix``
+    reads a tensor as (groups, m, n) matrices, ``self.view.tensor`` writes them back.
 
     Args:
-        layer: that it is made for.
-        target: the tensor, how messages call it, and how it is read as matrices.
+        target: the tensor, its layer, how messages call it, and how it is read as matrices.
     """
 
     place: ClassVar[int] = 0
 
-    def __init__(self, layer: nn.Module, target: Target) -> None:
+    def __init__(self, target: Target) -> None:
         super().__init__()
         self.view = target.view
 
@@ -68,7 +67,7 @@ class WeightTreatment(nn.Module, TreatmentClass):
                 f"{cls.treatment} of {target.where}: its weight is sharded over processes already; call "
                 f"{cls.treatment.replace(' ', '_')}(layer) before fully_shard, and make the optimizer after both"
             )
-        _attach(layer, name, cls(layer, target, **options))
+        _attach(layer, name, cls(target, **options))
 
     @classmethod
     def is_on(cls, layer: nn.Module) -> bool:

@@ -36,7 +36,7 @@ class TreatmentCallback(TreatmentInStages, TrainerCallback, ExportableState):
     `ow` or `sn` took is loaded into one that is treated alike.
 
     Args:
-        treatments: names joined by ``+``, as for :func:`wellcond.orthogonality.treat`.
+        treatments: names joined by ``+``: see :func:`wellcond.orthogonality.treat`.
         layers: names in the model, or modules, to treat; found by tracing when left out.
         example_input: for that search: what the model is called with, a tensor, a tuple or a dict of keywords.
         options: keyword arguments by treatment, such as ``{"olr": {"rule": "exact"}}``.
@@ -127,7 +127,7 @@ class TreatmentCallback(TreatmentInStages, TrainerCallback, ExportableState):
 
 
 def _plain(value: Any) -> Any:
-    """Tensors as lists with their dtype."""
+    """The value with tensors as lists and their dtype, which JSON can hold."""
     if isinstance(value, torch.Tensor):
         return {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
     if isinstance(value, Mapping):
