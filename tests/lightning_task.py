@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from wellcond.nn import DecorrelatedBatchNorm2d
+from treatment_models import sgd, tiny_net
 
 LR = 0.05
 QUIET = [
@@ -19,12 +19,6 @@ QUIET = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),
 ]
 """Marks without what Lightning says of so small a fit."""
-
-
-def network() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, bias=False), DecorrelatedBatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2)
-    )
 
 
 def batches(count: int = 6) -> TensorDataset:
@@ -37,17 +31,13 @@ def loader(count: int = 6) -> DataLoader:
     return DataLoader(batches(count), batch_size=4)
 
 
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-3)
-
-
 class Task(pl.LightningModule):
     """A classifier whose network is a part; it has no forward of its own."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = network()
+        self.net = tiny_net()
 
     def training_step(self, batch, index):
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from wellcond.linalg import _covariance, condition_number, covariance_spectrum
-from wellcond.monitor import ConditionMonitor, ConditionRecord
-from wellcond.monitor._record import MEASURES, measure
+from wellcond.monitor import MEASURES, ConditionMonitor, ConditionRecord, medians
+from wellcond.monitor._record import measure
 from wellcond.nn import DecorrelatedBatchNorm2d, GlobalCovariancePool2d, SpectralLayer, WhiteningColoring
 from wellcond.orthogonality import treat
 
@@ -336,9 +336,9 @@ def test_solver_failures_are_those_since_the_last_record() -> None:
         model(images())
     assert [(r.failures, r.retries) for r in monitor.records] == [(0, 0), (3, 2), (0, 0)]
     assert alarms == ["3 decompositions of 'norm' failed before step 1"]
-    assert monitor.summary()["norm"]["failures"] == 3
+    assert monitor.statistics()["norm"]["failures"] == 3
     model.norm.solver_events.failures += 2  # after the last record
-    assert monitor.summary()["norm"]["failures"] == 5
+    assert monitor.statistics()["norm"]["failures"] == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -517,15 +517,25 @@ def fixed_records(kappas: list[float]) -> ConditionMonitor:
 
 
 def test_summary_is_the_median_over_records() -> None:
-    assert fixed_records([1e3, 1e9, 1e4]).summary()["norm"]["kappa"] == 1e4
-    assert fixed_records([1e3, math.inf, 1e4]).summary()["norm"]["kappa"] == 1e4
+    assert fixed_records([1e3, 1e9, 1e4]).statistics()["norm"]["kappa"] == 1e4
+    assert fixed_records([1e3, math.inf, 1e4]).statistics()["norm"]["kappa"] == 1e4
 
 
 def test_summary_leaves_out_records_of_non_finite_features_and_counts_them() -> None:
     monitor = fixed_records([math.nan, 1e3, 1e5, math.nan, 1e4])
-    assert monitor.summary()["norm"]["kappa"] == 1e4
-    assert (monitor.summary()["norm"]["nonfinite"], monitor.summary()["norm"]["records"]) == (2, 5)
-    assert math.isnan(fixed_records([math.nan]).summary()["norm"]["kappa"])
+    assert monitor.statistics()["norm"]["kappa"] == 1e4
+    assert (monitor.statistics()["norm"]["nonfinite"], monitor.statistics()["norm"]["records"]) == (2, 5)
+    assert math.isnan(fixed_records([math.nan]).statistics()["norm"]["kappa"])
+
+
+def test_the_summary_prints_the_statistics() -> None:
+    monitor = fixed_records([1e3, math.nan, 1e9, 1e4])
+    header, _, row = monitor.summary().splitlines()
+    cells = dict(zip(header.split(), row.split(), strict=True))
+    assert (cells["layer"], float(cells["kappa"]), cells["records"]) == ("norm", 1e4, "4")
+    assert medians(monitor.records)["kappa"] == 1e4
+    with pytest.warns(DeprecationWarning, match="read the numbers from statistics"):
+        assert monitor.summary()["norm"]["kappa"] == 1e4  # the dictionary that it was
 
 
 def test_the_sparkline_rises_with_the_logarithm() -> None:

@@ -199,16 +199,16 @@ def test_a_zero_weight_stays_zero_and_has_a_finite_gradient():
 @pytest.mark.parametrize(
     ("layer", "options", "message"),
     [
-        (lambda: nn.Conv2d(2, 2, 3), {"of": "operator"}, r"layer 'x' \(Conv2d\).*needs input_size"),
+        (lambda: nn.Conv2d(2, 2, 3), {"of": "operator"}, r"layer '' \(Conv2d\).*needs input_size"),
         (lambda: nn.Conv2d(2, 2, 3), {"input_size": 8}, "input_size is for of='operator'"),
-        (lambda: nn.Linear(2, 2), {"of": "operator", "input_size": 8}, r"layer 'x' \(Linear\) is not a convolution"),
+        (lambda: nn.Linear(2, 2), {"of": "operator", "input_size": 8}, r"layer '' \(Linear\) is not a convolution"),
         (lambda: nn.Conv2d(2, 2, 3), {"of": "wieght"}, "did you mean 'weight'"),
     ],
 )
 def test_bad_options_of_the_spectral_norm_are_refused(layer, options, message):
     layer = layer()
     with pytest.raises(ValueError, match=message):
-        spectral_norm(layer, name="x", **options)
+        spectral_norm(layer, **options)
     assert not torch.nn.utils.parametrize.is_parametrized(layer)
 
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from treatment_models import orthogonality_gap, same
+import treatment_models
+from treatment_models import assert_same_weights, orthogonality_gap, same, sgd, tiny_net
 from wellcond.accelerate import attach_monitor, attach_treatment
-from wellcond.nn import DecorrelatedBatchNorm2d
-from wellcond.orthogonality import treat
 from wellcond.transformers import ConditionMonitorCallback, TreatmentCallback
 
 LR, STEPS, BATCH = 0.05, 6, 4
@@ -34,9 +33,7 @@ class Model(PreTrainedModel):
     def __init__(self, seed: int = 0) -> None:
         super().__init__(PreTrainedConfig())
         torch.manual_seed(seed)
-        self.net = nn.Sequential(
-            nn.Conv2d(3, 6, 3, bias=False), DecorrelatedBatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2)
-        )
+        self.net = tiny_net()
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         logits = self.net(x)
@@ -61,33 +58,12 @@ class Images(IterableDataset):
             yield {"x": x, "labels": torch.randint(0, 2, (), generator=generator)}
 
 
-def sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-3, **options)
-
-
-def by_hand(treatments: str, *, accumulate: int = 1, clip: float = 0.0, autocast: bool = False) -> Model:
-    """What the documentation tells the owner of a training loop to write."""
+def by_hand(treatments: str, *, accumulate: int = 1, **options: Any) -> Model:
     model = Model()
-    optimizer = sgd(model)
-    treatment = treat(model, optimizer, treatments)
-    for index, batch in zip(range(STEPS * accumulate), DataLoader(Images(), batch_size=BATCH), strict=False):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(**batch)["loss"]
-        ((loss + treatment.loss()) / accumulate).backward()
-        if (index + 1) % accumulate == 0:
-            if clip:
-                nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-            optimizer.zero_grad()
+    data = zip(range(STEPS * accumulate), DataLoader(Images(), batch_size=BATCH), strict=False)
+    losses = [lambda batch=batch: model(**batch)["loss"] for _, batch in data]
+    treatment_models.by_hand(model, treatments, losses, accumulate=accumulate, **options)
     return model
-
-
-def assert_same_weights(one: nn.Module, other: nn.Module, bound: float = 1e-6) -> None:
-    """Equal up to the order in which sums are made: a few eps32 a step, over 6 steps."""
-    mine, theirs = one.state_dict(), other.state_dict()
-    assert list(mine) == list(theirs)
-    for name in mine:
-        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # -- the Trainer --------------------------------------------------------------------------------------------------
@@ -129,7 +105,7 @@ def test_the_trainer_under_autocast_is_the_hand_written_loop(tmp_path: Path) -> 
     work.train()
     assert orthogonality_gap(work.model.net[0]) < 1e-5
     # The Trainer autocasts the loss too: eps of bfloat16, 8e-3, of gradients of order 1 in each of 6 steps of LR.
-    assert_same_weights(work.model, by_hand("ow+ol", autocast=True), bound=6 * LR * 8e-3)
+    assert_same_weights(work.model, by_hand("ow+ol", autocast=torch.bfloat16), bound=6 * LR * 8e-3)
 
 
 @pytest.mark.parametrize("treatments", ["nog+ow+olr", "sn+ol+nog"])
@@ -171,7 +147,7 @@ def test_resuming_with_other_treatments_is_refused(tmp_path: Path) -> None:
         resume("ow", TreatmentCallback("ow"), late=True)
     with pytest.raises(ValueError, match="did you mean 'nog'"):
         TreatmentCallback("nogg")
-    with pytest.raises(ValueError, match="options for 'ol'"):
+    with pytest.raises(ValueError, match="unknown treatment 'ol' in options"):
         TreatmentCallback("nog", options={"ol": {}})
     with pytest.raises(ValueError, match=r"no layer 'net\.7'"):
         trainer(tmp_path, TreatmentCallback("nog", layers="net.7"))

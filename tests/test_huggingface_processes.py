@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
+from treatment_models import sgd, tiny_net
 from wellcond.accelerate import attach_monitor, attach_treatment
-from wellcond.nn import DecorrelatedBatchNorm2d
 from wellcond.transformers import ConditionMonitorCallback, TreatmentCallback
 
-STEPS, BATCH, LR, BOUND = 5, 8, 0.05, 1e-9
+STEPS, BATCH, BOUND = 5, 8, 1e-9
 TRAINER_TREATMENTS = ["nog+olr", "nog+ow+olr+ol"]
 ACCELERATE_TREATMENTS = "nog+ow+olr"
 
@@ -36,9 +36,7 @@ class Model(PreTrainedModel):
     def __init__(self) -> None:
         super().__init__(PreTrainedConfig())
         torch.manual_seed(0)
-        norm = DecorrelatedBatchNorm2d(6, sync=True)
-        self.net = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), norm, nn.ReLU(), nn.Flatten(), nn.Linear(96, 2))
-        self.double()
+        self.net = tiny_net(sync=True).double()
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return {"loss": nn.functional.cross_entropy(self.net(x), labels)}
@@ -52,10 +50,6 @@ class Images(Dataset):
         generator = torch.Generator().manual_seed(index)
         x = torch.randn(3, 6, 6, dtype=torch.float64, generator=generator)
         return {"x": x, "labels": torch.tensor(index % 2)}
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-3)
 
 
 def trained(folder: Path, treatments: str, rank: int, size: int) -> dict[str, Any]:

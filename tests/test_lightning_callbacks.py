@@ -16,8 +16,9 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_task import LR, QUIET, ManualTask, Task, fit, loader, network, sgd
-from treatment_models import orthogonality_gap
+import treatment_models
+from lightning_task import LR, QUIET, ManualTask, Task, fit, loader
+from treatment_models import assert_same_weights, orthogonality_gap, sgd, tiny_net
 from wellcond.lightning import ConditionMonitorCallback, TreatmentCallback
 from wellcond.monitor import ConditionMonitor
 from wellcond.orthogonality import treat
@@ -34,33 +35,12 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def by_hand(
-    treatments: str, *, accumulate: int = 1, clip: float = 0.0, epochs: int = 2, autocast=None, manual=False
-) -> Task:
-    """What the documentation tells the owner of a training loop to write."""
+def by_hand(treatments: str, *, epochs: int = 2, **options) -> Task:
     task = Task()
-    optimizer = sgd(task)
-    handle = treat(task.net, optimizer, treatments)
-    for index, (x, y) in enumerate([batch for _ in range(epochs) for batch in loader()]):
-        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None, cache_enabled=False):
-            loss = nn.functional.cross_entropy(task.net(x), y)
-            if manual:  # Lightning runs the whole of training_step under autocast
-                (loss / accumulate).backward()
-        (handle.loss() / accumulate if manual else (loss + handle.loss()) / accumulate).backward()
-        if (index + 1) % accumulate == 0:
-            if clip:
-                nn.utils.clip_grad_norm_(task.parameters(), clip)
-            optimizer.step()
-            optimizer.zero_grad()
+    data = [batch for _ in range(epochs) for batch in loader()]
+    losses = [lambda x=x, y=y: nn.functional.cross_entropy(task.net(x), y) for x, y in data]
+    treatment_models.by_hand(task.net, treatments, losses, **options)
     return task
-
-
-def assert_same_weights(one: nn.Module | dict, other: nn.Module | dict) -> None:
-    """Equal up to the order in which the gradient of `ol` is added: a few eps32 a step, over 12 steps."""
-    mine, theirs = (x.state_dict() if isinstance(x, nn.Module) else x for x in (one, other))
-    assert list(mine) == list(theirs)
-    for name in mine:
-        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # -- treatments ---------------------------------------------------------------------------------------------------
@@ -96,7 +76,7 @@ def test_manual_optimisation_is_the_hand_written_loop(accumulate: int) -> None:
 def test_bfloat16_autocast_does_not_reach_the_loss_term(kind: type[Task]) -> None:
     task = kind()
     fit(task, TreatmentCallback("ow+ol"), precision="bf16-mixed")
-    assert_same_weights(task, by_hand("ow+ol", autocast=torch.bfloat16, manual=kind is ManualTask))
+    assert_same_weights(task, by_hand("ow+ol", autocast=torch.bfloat16, apart=kind is ManualTask))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -216,7 +196,7 @@ class LateTask(Task):
     def _build(self, here: str) -> None:
         if here == self.where and self.net is None:
             torch.manual_seed(0)
-            self.net = network()
+            self.net = tiny_net()
 
     def setup(self, stage):
         self._build("setup")
@@ -326,7 +306,7 @@ def test_resuming_with_other_treatments_is_refused(first: str, second: str, tmp_
 def test_wrong_treatments_and_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="did you mean 'nog'"):
         TreatmentCallback("nogg")
-    with pytest.raises(ValueError, match="options for 'ol'"):
+    with pytest.raises(ValueError, match="unknown treatment 'ol' in options"):
         TreatmentCallback("nog", options={"ol": {}})
     with pytest.raises(ValueError, match=r"no layer 'net\.7'"):
         fit(Task(), TreatmentCallback("nog", layers=["net.7"]))
@@ -470,7 +450,7 @@ def test_the_monitor_sees_the_effect_of_the_treatment_and_alarms_reach_the_user(
     assert len(heard) == len(monitor.records) == 12
     assert all(math.isfinite(record.kappa) for record in monitor.records)
     assert monitor.monitor is not None
-    assert monitor.monitor.summary()["net.1"]["numerical_rank"] == 6
+    assert monitor.monitor.statistics()["net.1"]["numerical_rank"] == 6
 
 
 class SaveAtEnd(pl.Callback):

@@ -14,7 +14,7 @@ from lightning_task import QUIET, Task, fit
 from wellcond.lightning import ConditionMonitorCallback, TreatmentCallback
 
 pytestmark = QUIET
-KAPPA, RATE = "condition/net.1/kappa", "olr/net.0"
+KAPPA, RATE = "condition/net.1/kappa", "rate/net.0"
 
 
 def logged(logger: pl.loggers.logger.Logger) -> list[tuple[int, float]]:

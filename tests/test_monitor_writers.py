@@ -11,8 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from wellcond.monitor import ConditionMonitor, ConditionRecord, CSVWriter, JSONLinesWriter, TensorBoardWriter
-from wellcond.monitor._record import FIELDS, MEASURES
+from wellcond.monitor import (
+    MEASURES,
+    ConditionMonitor,
+    ConditionRecord,
+    CSVWriter,
+    JSONLinesWriter,
+    TensorBoardWriter,
+)
+from wellcond.monitor._record import FIELDS
 
 
 def record(step: int, layer: str = "norm", kappa: float = 10.0) -> ConditionRecord:

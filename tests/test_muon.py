@@ -7,17 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from treatment_models import polar_reference
+from treatment_models import gaussian, polar_reference
 from wellcond.linalg import polar
 from wellcond.orthogonality import NearestOrthogonalGradient
 
 EPS = torch.finfo(torch.float32).eps
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def offered(solver: str) -> bool:
@@ -40,14 +36,15 @@ def exact_polar(matrix: np.ndarray) -> np.ndarray:
     return U @ Vh
 
 
-MUON_SCALES = {
+SCALES = {
+    "paper": lambda rows, columns: 1.0,
     "muon": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),  # Jordan et al. 2024
     "rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),  # Liu et al. 2025, "Muon is scalable"
 }
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("scale", MUON_SCALES)
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("shape", [(4, 6), (9, 3)])
 def test_sgd_with_momentum_and_nog_on_the_update_is_muon_without_decay(shape, scale, nesterov):
     """Muon as published, written out: momentum, Nesterov's look ahead, polar factor (here exact), scale, step."""
@@ -62,7 +59,7 @@ def test_sgd_with_momentum_and_nog_on_the_update_is_muon_without_decay(shape, sc
         optimizer.step()
         buffer = 0.9 * buffer + gradient.numpy()
         update = gradient.numpy() + 0.9 * buffer if nesterov else buffer
-        weight = weight - 0.05 * MUON_SCALES[scale](rows, columns) * exact_polar(update)
+        weight = weight - 0.05 * SCALES[scale](rows, columns) * exact_polar(update)
     # The update is read from the move of the weight: eps·|w|/lr of error, times the condition of the polar factor.
     assert np.abs(layer.weight.detach().numpy() - weight).max() < 1e-12
 
@@ -107,14 +104,14 @@ def test_decoupled_weight_decay_stays_outside():
     assert (mine - weight).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("scale", MUON_SCALES)
+@pytest.mark.parametrize("scale", SCALES)
 def test_scales_are_those_of_the_matrix(scale):
     for layer in (nn.Conv2d(3, 64, 3), nn.Conv2d(16, 8, 3), nn.ConvTranspose2d(6, 10, 2)):
         optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
         NearestOrthogonalGradient(optimizer, layer, scale=scale)
         layer.weight.grad = gaussian(*layer.weight.shape).float()
         rows = layer.out_channels
-        expected = polar_reference(layer, layer.weight.grad) * MUON_SCALES[scale](rows, layer.weight.numel() // rows)
+        expected = polar_reference(layer, layer.weight.grad) * SCALES[scale](rows, layer.weight.numel() // rows)
         optimizer.step()
         assert (layer.weight.grad - expected).abs().max() < 1000 * EPS  # κ(G) < 100 roundings of entries below 2
 

@@ -13,17 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from treatment_models import LAYERS, batches, matrices, same, small_net, train
+from treatment_models import LAYERS, batches, gaussian, matrices, same, small_net, train
 from wellcond.orthogonality import NearestOrthogonalGradient, OptimalLearningRate
 from wellcond.orthogonality._rates import exact_rate, paper_rate
-from wellcond.orthogonality._step_hook import LINEAR_IN_LR
+from wellcond.orthogonality._step_treatment import LINEAR_IN_LR
 
 seeds = st.integers(0, 2**32 - 1)
 shapes = st.tuples(st.integers(1, 8), st.integers(1, 8))
-
-
-def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def orthogonal(n: int, seed: int) -> torch.Tensor:

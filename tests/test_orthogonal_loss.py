@@ -108,7 +108,7 @@ def test_autocast_and_half_precision_do_not_lose_it():
     assert torch.equal(value, penalty())
     half = nn.Linear(64, 32).to(torch.bfloat16)
     expected = OrthogonalLoss(nn.Linear(64, 32))
-    expected._layers[0][0].weight.data = half.weight.detach().float()
+    expected.targets[0].parameter.data = half.weight.detach().float()
     assert torch.equal(OrthogonalLoss(half)(), expected())
 
 

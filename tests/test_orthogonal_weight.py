@@ -14,17 +14,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
-from treatment_models import LAYERS, orthogonality_gap, polar_reference
-from wellcond.orthogonality import orthogonal_weight, spectral_norm
+from treatment_models import LAYERS, gaussian, matrices, orthogonality_gap, polar_reference
+from wellcond.orthogonality import orthogonal_weight, spectral_norm, weight_matrices
 from wellcond.orthogonality._stiefel_maps import cayley_map, exponential_map, householder_map
 
 EPS = torch.finfo(torch.float32).eps
 MAPS = {"exp": exponential_map, "cayley": cayley_map, "householder": householder_map}
 SHAPES = [(5, 5), (6, 4), (9, 3), (10, 3), (64, 5), (7, 1), (1, 1)]  # square, n ≤ 3k, n > 3k, vectors
-
-
-def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def frame(n: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -123,7 +119,7 @@ def test_every_layer_starts_at_the_nearest_orthogonal_weight(kind, name):
     layer = LAYERS[kind]()
     before = layer.weight.detach().clone()
     parameter = layer.weight
-    assert orthogonal_weight(layer, name) is layer
+    assert orthogonal_weight(layer, map=name) is layer
     assert (layer.weight - polar_reference(layer, before)).abs().max() <= 50 * EPS
     assert orthogonality_gap(layer) <= 50 * EPS
     assert stored(layer) is parameter  # the optimizer's, with its values
@@ -146,7 +142,7 @@ def test_a_rank_deficient_or_zero_weight_starts_at_some_orthogonal_one():
 def test_it_stays_orthogonal_for_a_thousand_steps_with_weight_decay(kind, name):
     """Gap below 1e-5 in float32 through 1,000 steps of SGD with momentum and a strong weight decay."""
     torch.manual_seed(0)
-    layer = orthogonal_weight(LAYERS[kind](), name)
+    layer = orthogonal_weight(LAYERS[kind](), map=name)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     worst, targets = 0.0, [gaussian(*layer.weight.shape, seed=seed).float() for seed in range(7)]
     for step in range(1000):
@@ -189,7 +185,7 @@ def test_every_orthogonal_matrix_can_be_learnt(name, shape):
 
 def distance_learnt(name: str, target: torch.Tensor, seed: int) -> float:
     torch.manual_seed(seed)
-    layer = orthogonal_weight(nn.Linear(*target.T.shape, bias=False).double(), name)
+    layer = orthogonal_weight(nn.Linear(*target.T.shape, bias=False).double(), map=name)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=300, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
@@ -247,7 +243,7 @@ def test_a_failed_registration_leaves_the_layer(monkeypatch):
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_layers_compute_in_float32_and_round_once(dtype, name):
-    layer = orthogonal_weight(nn.Conv2d(3, 32, 3), name)
+    layer = orthogonal_weight(nn.Conv2d(3, 32, 3), map=name)
     with torch.no_grad():
         stored(layer).copy_(stored(layer).to(dtype))  # so that the float32 layer has the values of the half one
     full = layer.weight.detach().clone()
@@ -259,7 +255,7 @@ def test_half_precision_layers_compute_in_float32_and_round_once(dtype, name):
     assert orthogonality_gap(layer) < 2 * torch.finfo(dtype).eps * 27**0.5
     layer.float()
     assert torch.equal(layer.weight, full)
-    born_half = orthogonal_weight(nn.Conv2d(3, 32, 3).to(dtype), name)
+    born_half = orthogonal_weight(nn.Conv2d(3, 32, 3).to(dtype), map=name)
     assert orthogonality_gap(born_half) < 2 * torch.finfo(dtype).eps * 27**0.5
 
 
@@ -279,11 +275,11 @@ def orthogonal_weight_outside(layer: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_layer_resumes_exactly(name, dtype, tmp_path):
     torch.manual_seed(0)
-    layer = orthogonal_weight(nn.Conv2d(3, 8, 3).to(dtype), name)
+    layer = orthogonal_weight(nn.Conv2d(3, 8, 3).to(dtype), map=name)
     with torch.no_grad():
         stored(layer).add_(torch.randn(8, 3, 3, 3))
     torch.save(layer.state_dict(), tmp_path / "layer.pt")
-    other = orthogonal_weight(nn.Conv2d(3, 8, 3).to(dtype), name)
+    other = orthogonal_weight(nn.Conv2d(3, 8, 3).to(dtype), map=name)
     other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
     assert torch.equal(other.weight, layer.weight)
 
@@ -325,21 +321,21 @@ def test_torchs_own_removal_leaves_the_weight_in_use():
 
 
 def test_bad_layers_and_maps_are_refused():
-    with pytest.raises(ValueError, match=r"layer 'bn' \(BatchNorm2d\) has a weight of shape \(3,\)"):
-        orthogonal_weight(nn.BatchNorm2d(3), name="bn")
+    with pytest.raises(ValueError, match=r"layer '' \(BatchNorm2d\) has a weight of shape \(3,\)"):
+        orthogonal_weight(nn.BatchNorm2d(3))
     with pytest.raises(ValueError, match=r"unknown map of the orthogonal weight 'caley'; did you mean 'cayley'"):
-        orthogonal_weight(nn.Linear(2, 2), "caley")
+        orthogonal_weight(nn.Linear(2, 2), map="caley")
     layer = orthogonal_weight(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"orthogonal weight of layer 'fc' \(Linear\) is already on"):
-        orthogonal_weight(layer, name="fc")
+    with pytest.raises(ValueError, match=r"orthogonal weight of layer '' \(Linear\) is already on"):
+        orthogonal_weight(layer)
     with pytest.raises(ValueError, match="put it on before the spectral norm"):
         orthogonal_weight(spectral_norm(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="already has the parametrisation _SpectralNorm"):
         orthogonal_weight(nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)))
     broken = nn.Linear(2, 2)
     broken.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"layer 'fc' \(Linear\): its weight holds NaN"):
-        orthogonal_weight(broken, name="fc")
+    with pytest.raises(ValueError, match=r"layer '' \(Linear\): its weight holds NaN"):
+        orthogonal_weight(broken)
     assert type(broken) is nn.Linear
 
 
@@ -348,3 +344,101 @@ def test_a_layer_with_other_parametrisations_cannot_be_pickled_and_says_so():
     parametrize.register_parametrization(layer, "bias", nn.Tanh())
     with pytest.raises(RuntimeError, match="save its state_dict"):
         pickle.dumps(layer)
+
+
+# Which tensor ----------------------------------------------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """As in adapters: its matrices have names of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(7, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.A.T @ self.B.T
+
+
+NAMED = {
+    "attention": (lambda: nn.MultiheadAttention(4, 2), "in_proj_weight", lambda m, x: m(x, x, x)[0], (3, 2, 4)),
+    "lstm": (lambda: nn.LSTM(3, 4), "weight_hh_l0", lambda m, x: m(x)[0], (5, 2, 3)),
+    "adapter": (LowRank, "A", lambda m, x: m(x), (6, 5)),
+    "bilinear": (lambda: nn.Bilinear(3, 3, 2), "weight", lambda m, x: m(x, x), (6, 3)),
+}
+
+
+def column_gap(W: torch.Tensor) -> torch.Tensor:
+    W = W.detach().flatten(1).double()
+    G = W.T @ W if W.shape[0] >= W.shape[1] else W @ W.T
+    return (G - torch.eye(len(G))).abs().max()
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_any_matrix_of_a_module_is_treated_by_its_name(case):
+    make, name, run, shape = NAMED[case]
+    layer, x = make(), torch.randn(shape)
+    held = dict(layer.named_parameters(recurse=False))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    untouched = {key: value.detach().clone() for key, value in held.items() if key != name}
+    assert orthogonal_weight(layer, name) is layer
+    assert layer.parametrizations[name].original is held[name]
+    assert column_gap(getattr(layer, name)) < 50 * EPS
+    assert all(torch.equal(getattr(layer, key), value) for key, value in untouched.items())
+    before = run(layer, x)
+    run(layer, x).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(run(layer, x), before)  # the layer uses the weight that the step has moved
+    assert column_gap(getattr(layer, name)) < 50 * EPS
+    # PyTorch cannot copy a recurrent layer that holds the computed weight of its last forward pass.
+    copies = [] if case == "lstm" else [copy.deepcopy(layer)]
+    for twin in (*copies, pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(run(twin, x), run(layer, x))
+    other = orthogonal_weight(make(), name)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(run(other, x), run(layer, x))
+    in_use = getattr(layer, name).detach().clone()
+    parametrize.remove_parametrizations(layer, name)
+    assert torch.equal(getattr(layer, name), in_use)
+
+
+def test_two_tensors_of_a_module_may_be_treated():
+    layer = nn.LSTM(3, 4)
+    spectral_norm(orthogonal_weight(layer, "weight_hh_l0"), "weight_ih_l0")
+    assert column_gap(layer.weight_hh_l0) < 50 * EPS
+    assert torch.linalg.matrix_norm(layer.weight_ih_l0, 2).item() == pytest.approx(1, rel=20 * EPS)
+    with pytest.raises(ValueError, match=r"orthogonal weight of layer '' .* is already on"):
+        orthogonal_weight(layer, "weight_hh_l0")
+    twin, x = pickle.loads(pickle.dumps(layer)), torch.randn(5, 2, 3)
+    assert torch.equal(twin(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("treatment", [orthogonal_weight, spectral_norm])
+def test_a_tensor_that_is_none_or_no_matrix_is_refused_with_the_right_name(treatment):
+    layer = nn.Linear(3, 2)
+    for name, message in (
+        ("bias", r"parameter 'bias' of layer '' \(Linear\) .* shape \(2,\), .* \(matrices: weight\)"),
+        ("wieght", r"no parameter 'wieght' .*did you mean 'weight'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            treatment(layer, name)
+    with pytest.raises(ValueError, match=r"\(LSTM\) has no parameter 'weight_hh' .*did you mean 'weight_hh_l0'"):
+        treatment(nn.LSTM(2, 2), "weight_hh")
+    assert type(layer) is nn.Linear
+
+
+def test_a_map_in_the_place_of_the_name_is_deprecated():
+    layer = nn.Linear(5, 3)
+    with pytest.warns(DeprecationWarning, match=r"write orthogonal_weight\(layer, map='cayley'\)"):
+        orthogonal_weight(layer, "cayley")
+    assert layer.parametrizations.weight[0].map == "cayley"
+    own = nn.Module()
+    own.exp = nn.Parameter(torch.randn(4, 2))
+    orthogonal_weight(own, "exp")
+    assert column_gap(own.exp) < 50 * EPS
+
+
+def test_weight_matrices_are_those_of_the_weight_in_use():
+    layer = orthogonal_weight(nn.Conv2d(6, 9, 3, groups=3))
+    for W, (expected, _) in zip(weight_matrices(layer), matrices(layer, layer.weight), strict=True):
+        assert np.array_equal(W.detach().double().numpy(), expected)

@@ -85,9 +85,9 @@ def test_autocast_and_half_precision_compute_in_float32():
 
 
 def test_bad_layers_are_refused():
-    with pytest.raises(ValueError, match=r"layer 'norm' \(LayerNorm\) has a weight of shape \(3,\)"):
-        spectral_norm(nn.LayerNorm(3), name="norm")
-    with pytest.raises(ValueError, match=r"spectral norm of layer 'fc' .* is already on"):
-        spectral_norm(spectral_norm(nn.Linear(2, 2)), name="fc")
+    with pytest.raises(ValueError, match=r"layer '' \(LayerNorm\) has a weight of shape \(3,\)"):
+        spectral_norm(nn.LayerNorm(3))
+    with pytest.raises(ValueError, match=r"spectral norm of layer '' .* is already on"):
+        spectral_norm(spectral_norm(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="already has the parametrisation _Orthogonal"):
         spectral_norm(nn.utils.parametrizations.orthogonal(nn.Linear(2, 2)))

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
-import sys
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from treatment_models import batches, polar_reference, small_net
+from treatment_models import batches, gaussian, polar_reference, small_net
 from wellcond.orthogonality import NearestOrthogonalGradient, OptimalLearningRate, treat
-from wellcond.orthogonality import nearest_orthogonal_gradient as module
+from wellcond.orthogonality import _nearest_orthogonal_gradient as module
 from wellcond.orthogonality._largest_eigenvalue import by_products
 
 EPS = torch.finfo(torch.float32).eps
 
 
-def gradient(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+gradient = partial(gaussian, dtype=torch.float32)
 
 
 # Batches ---------------------------------------------------------------------------------------------------------
@@ -131,8 +130,8 @@ def as_off_the_cpu():
     nearest = module.nearest_orthogonal
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "nearest_orthogonal", lambda matrix, _: nearest(matrix, "minimax"))
-        for name in ("spectral_norm", "convolution_spectrum", "orthogonal_loss"):  # two are also names of functions
-            patch.setattr(sys.modules[f"wellcond.orthogonality.{name}"], "largest_eigenvalue", by_products)
+        for user in ("spectral_norm", "convolution_spectrum", "orthogonal_loss"):
+            patch.setattr(f"wellcond.orthogonality._{user}.largest_eigenvalue", by_products)
         yield
 
 

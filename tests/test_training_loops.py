@@ -182,7 +182,7 @@ def test_the_order_of_treating_and_compiling_does_not_matter(first: str) -> None
 @pytest.mark.parametrize(
     ("names", "adam", "dtype"),
     [
-        *itertools.product(["nog+ow+olr", "sn+ol+nog"], [False, True], [torch.float32]),
+        *itertools.product(["nog+ow+olr", "sn+ol+nog", "nog+olr+sn"], [False, True], [torch.float32]),
         ("ow+nog", False, torch.bfloat16),
         ("ow+olr", False, torch.float16),
     ],

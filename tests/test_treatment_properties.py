@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import treatment_models
 from treatment_models import LAYERS, matrices, orthogonality_gap
 from wellcond.orthogonality import TREATMENTS, NearestOrthogonalGradient, OptimalLearningRate, treat
 
@@ -34,8 +36,7 @@ optimizers = st.sampled_from(sorted(OPTIMIZERS))
 combinations = st.lists(st.sampled_from(list(TREATMENTS)), unique=True, min_size=1)
 
 
-def gaussian(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+gaussian = partial(treatment_models.gaussian, dtype=torch.float32)
 
 
 def made(kind: str, seed: int) -> nn.Module:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from wellcond.nn import DecorrelatedBatchNorm2d
+from wellcond.orthogonality import treat
 
 torch.set_num_threads(1)  # threads only wait for one another on matrices of this size
 
@@ -83,11 +86,28 @@ def small_net(channels: int = 8, **kwargs) -> nn.Sequential:
     )
 
 
+def tiny_net(**options) -> nn.Sequential:
+    """A convolution before a decorrelated batch norm (which takes the options), and a classifier of 6 × 6 images."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False), DecorrelatedBatchNorm2d(6, **options), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2)
+    )
+
+
 def batches(steps: int, size: int = 16, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Images (size, 3, 8, 8) and labels of four classes that depend on them."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(steps, size, 3, 8, 8, generator=generator)
     return [(images, images.mean((1, 2, 3)).mul(40).long().clamp(-1, 2) + 1) for images in x]
+
+
+def sgd(model: nn.Module, lr: float = 0.05, **options) -> torch.optim.Optimizer:
+    """SGD with momentum and weight decay, as in the paper's experiments."""
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-3, **options)
+
+
+def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal numbers, drawn in double precision, so that they are the same in every dtype."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, data, term=lambda: 0.0) -> None:
@@ -97,6 +117,40 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, data, term=lambda:
         optimizer.zero_grad()
         (nn.functional.cross_entropy(model(x), y) + term()).backward()
         optimizer.step()
+
+
+def by_hand(
+    model: nn.Module,
+    treatments: str,
+    losses: Iterable[Callable[[], Tensor]],
+    *,
+    accumulate: int = 1,
+    clip: float = 0.0,
+    autocast: torch.dtype | None = None,
+    apart: bool = False,
+) -> None:
+    """What the documentation tells the owner of a training loop to write; ``apart``: a backward pass for each term."""
+    optimizer = sgd(model)
+    handle = treat(model, optimizer, treatments)
+    for index, loss_of in enumerate(losses):
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None, cache_enabled=False):
+            loss = loss_of()
+            if apart:
+                (loss / accumulate).backward()
+        (handle.loss() / accumulate if apart else (loss + handle.loss()) / accumulate).backward()
+        if (index + 1) % accumulate == 0:
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def assert_same_weights(one: nn.Module | dict, other: nn.Module | dict, bound: float = 1e-6) -> None:
+    """Equal up to the order in which sums are made: a few eps32 a step, over some 10 steps."""
+    mine, theirs = (x.state_dict() if isinstance(x, nn.Module) else x for x in (one, other))
+    assert list(mine) == list(theirs)
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:

@@ -1,10 +1,86 @@
-"""Treatments and condition monitor for training loops on Hugging Face Accelerate."""
+"""Treatments and monitor in a training loop of one's own on Hugging Face Accelerate, which has no callbacks.
+
+The optimizer inside Accelerate's wrapper is the one that steps, and only when gradients have been accumulated and are
+finite; its step is what the treatments act in and what the monitor counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
 
 try:
-    import accelerate  # noqa: F401
+    from accelerate import Accelerator
 except ImportError as error:
     raise ImportError("wellcond.accelerate needs Accelerate: pip install 'wellcond[huggingface]'") from error
+from torch import nn
+from torch.optim import Optimizer
 
-from .integrations.accelerate_attach import attach_monitor, attach_treatment
+from wellcond.monitor import ConditionMonitor, ConditionRecord
+from wellcond.orthogonality import Treatment, treat
 
 __all__ = ["attach_monitor", "attach_treatment"]
+
+
+def attach_treatment(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, treatments: str, **options: Any
+) -> Treatment:
+    """:func:`wellcond.orthogonality.treat` what ``accelerator.prepare`` gave; ``save_state`` saves its state too.
+
+    Args:
+        accelerator: that prepared the model and the optimizer.
+        model, optimizer: as prepared. Call this before ``accelerator.load_state``.
+        treatments, options: arguments of :func:`~wellcond.orthogonality.treat`. `ow` and `sn` are refused on weights
+            that are sharded already (FSDP2): call :func:`~wellcond.orthogonality.orthogonal_weight` before ``prepare``.
+
+    Returns:
+        The :class:`~wellcond.orthogonality.Treatment`, with the layer names of the bare model. For `ol` add its
+        ``loss()`` to the loss of every batch; ``accelerator.log(treatment.scalars())`` logs the rates of `olr`.
+
+    Example:
+        >>> import torch
+        >>> from accelerate import Accelerator
+        >>> from wellcond.accelerate import attach_treatment
+        >>> from wellcond.nn import DecorrelatedBatchNorm1d
+        >>> accelerator = Accelerator(cpu=True)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), DecorrelatedBatchNorm1d(4))
+        >>> model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> list(attach_treatment(accelerator, model, optimizer, "nog+ow").layers)
+        ['0']
+    """
+    treatment = treat(accelerator.unwrap_model(model), optimizer, treatments, **options)
+    accelerator.register_for_checkpointing(treatment)
+    return treatment
+
+
+def attach_monitor(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    writers: Any = (),
+    log: bool = True,
+    **options: Any,
+) -> ConditionMonitor:
+    """A :class:`wellcond.monitor.ConditionMonitor` that counts optimizer steps and sends its records to the trackers.
+
+    Its records are saved and loaded by ``accelerator.save_state``. In several processes the first writes and logs what
+    it sees of its share of the batch.
+
+    Args:
+        accelerator: that prepared the model and the optimizer.
+        model, optimizer: as prepared.
+        writers: paths, a ``SummaryWriter`` or callables, as :class:`~wellcond.monitor.ConditionMonitor` takes them.
+        log: send every record to ``accelerator.log`` at its step, as ``condition/<layer>/<measure>``.
+        options: the other arguments of the monitor.
+    """
+
+    first = accelerator.is_main_process
+    monitor = ConditionMonitor(model, writers=writers if first else (), optimizer=optimizer, **options)
+    if log and first:
+
+        def report(record: ConditionRecord) -> None:
+            accelerator.log(record.scalars(), step=record.step)
+
+        monitor.writers.append(report)
+    accelerator.register_for_checkpointing(monitor)
+    return monitor

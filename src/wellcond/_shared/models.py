@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 
 from .names import did_you_mean, listed
 
@@ -21,6 +23,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def unwrapped_optimizer(optimizer: Any) -> Optimizer:
+    """The ``torch.optim`` optimizer inside wrappers that keep it as ``.optimizer`` (Lightning, Accelerate)."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return optimizer
 
 
 def bare_name(name: str) -> str:

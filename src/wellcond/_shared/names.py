@@ -1,8 +1,8 @@
-"""Choices by name, and what a wrong one was probably meant to be."""
+"""Choices by name, what a wrong one was probably meant to be, and names and numbers in columns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 MOST_SHOWN = 20
@@ -29,3 +29,12 @@ def listed(names: Iterable[str]) -> str:
     names = [name for name in names if name]
     more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
     return ", ".join(names[:MOST_SHOWN]) + more
+
+
+def aligned(rows: Iterable[Sequence[str]]) -> str:
+    """Rows of cells as text in columns, a rule under the first."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)

@@ -25,11 +25,10 @@ from wellcond.experiments.run.checkpoints import newest_readable, read_checkpoin
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.train import CHECKPOINTS, KIND, observed_layers
 from wellcond.experiments.run.training import Classifier, spectral_layers
-from wellcond.monitor import ConditionMonitor, ConditionRecord, CSVWriter, JSONLinesWriter
-from wellcond.orthogonality import pre_spectral_layers
+from wellcond.monitor import ConditionMonitor, ConditionRecord, as_writers
+from wellcond.orthogonality import pre_spectral_layers, weight_matrices
 
 SPLITS = ("train", "validation", "test")
-WRITERS = {".csv": CSVWriter, ".jsonl": JSONLinesWriter}
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Inspection:
         epoch: how many epochs it had finished.
         data, split, images: on what.
         records: one for each layer and batch; the batch is the step.
-        layers: medians over the batches, as :meth:`wellcond.monitor.ConditionMonitor.summary`.
+        layers: medians over the batches, as :meth:`wellcond.monitor.ConditionMonitor.statistics`.
         weights: of the layers before the spectral layers.
     """
 
@@ -135,8 +134,10 @@ def inspect(
         OSError: ``out`` cannot be written.
     """
     require_known(split, SPLITS, "split", error=ConfigError)
-    if out is not None and out.suffix not in WRITERS:
-        raise ConfigError(f"the format of '{out}' is unknown: the path must end in {' or '.join(WRITERS)}")
+    try:
+        writers = as_writers(out)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if out is not None and out.exists():
         raise ConfigError(f"'{out}' is there already; choose another --out")
     if batches < 1:
@@ -162,7 +163,7 @@ def inspect(
             monitor.step += 1  # the model is a part of the module that is watched
             seen += len(inputs)
     if out is not None:  # not by the monitor, which only warns of a file that it cannot write
-        writer = WRITERS[out.suffix](out)
+        (writer,) = writers
         for record in monitor.records:
             writer(record)
     return Inspection(
@@ -173,7 +174,7 @@ def inspect(
         split=split,
         images=seen,
         records=tuple(monitor.records),
-        layers=monitor.summary(),
+        layers=monitor.statistics(),
         weights=_weights(module.model),
     )
 
@@ -208,8 +209,7 @@ def _weights(model: nn.Module) -> tuple[WeightSpectrum, ...]:
         return ()
     found = []
     for name, layer in pre_spectral_layers(model).items():
-        weight: Any = layer.weight  # the one in use, (out, in/groups, …)
-        matrix = weight.detach().double().unflatten(0, (getattr(layer, "groups", 1), -1)).flatten(2)
+        matrix = weight_matrices(layer).detach().double()  # of the weight in use
         values = torch.linalg.svdvals(matrix)
         rows, columns = matrix.shape[-2:]
         found.append(WeightSpectrum(name, rows, columns, values.max().item(), values.min().item()))

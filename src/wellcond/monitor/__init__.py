@@ -1,7 +1,16 @@
 """Condition numbers, ranks and solver failures of the spectral layers of a model in training."""
 
 from ._monitor import ConditionMonitor
-from ._record import MEASURES, ConditionRecord
-from ._writers import CSVWriter, JSONLinesWriter, TensorBoardWriter
+from ._record import MEASURES, ConditionRecord, medians
+from ._writers import CSVWriter, JSONLinesWriter, TensorBoardWriter, as_writers
 
-__all__ = ["MEASURES", "CSVWriter", "ConditionMonitor", "ConditionRecord", "JSONLinesWriter", "TensorBoardWriter"]
+__all__ = [
+    "MEASURES",
+    "CSVWriter",
+    "ConditionMonitor",
+    "ConditionRecord",
+    "JSONLinesWriter",
+    "TensorBoardWriter",
+    "as_writers",
+    "medians",
+]

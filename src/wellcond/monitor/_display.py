@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from wellcond._shared.names import aligned
 
 from ._record import ConditionRecord
 
@@ -18,6 +21,27 @@ _NAMES = {
     "eig_max": "largest eigenvalue of P",
     "eig_min": "smallest eigenvalue of P",
 }
+
+
+_COLUMNS = ("kappa", "kappa_eps", "numerical_rank", "effective_rank", "dim", "records", "failures", "retries")
+
+
+class Summary(str):
+    """Statistics as text. Reading it as the dictionary that it was before works still, with a warning."""
+
+    _statistics: dict[str, dict[str, float]]
+
+    def __new__(cls, statistics: dict[str, dict[str, float]]) -> Summary:
+        rows = [["layer", *_COLUMNS], *([layer, *(f"{s[c]:.4g}" for c in _COLUMNS)] for layer, s in statistics.items())]
+        text = super().__new__(cls, aligned(rows))
+        text._statistics = statistics
+        return text
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        warnings.warn("summary() is text now; read the numbers from statistics()", DeprecationWarning, stacklevel=2)
+        return self._statistics[key]
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

@@ -7,7 +7,6 @@ Improving Covariance Conditioning of the SVD Meta-layer by Orthogonality (ECCV 2
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,12 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wellcond._shared.models import Layers, unwrapped
+from wellcond._shared.models import Layers, unwrapped, unwrapped_optimizer
 from wellcond._shared.torch_internals import in_backward_pass
 
 from . import _display
 from ._probe import Hook, attach, solver_counts, untraced, watched_layers
-from ._record import FIELDS, MEASURES, ConditionRecord, alarms, measure
+from ._record import FIELDS, MEASURES, ConditionRecord, alarms, measure, medians
 from ._writers import as_writers, deliver
 
 
@@ -46,7 +45,7 @@ class ConditionMonitor:
             norm, the input (N, C, *spatial) is watched as C × (N·L) features, with the layer's ``eps`` if any.
         writers: where records go: paths ending in ``.csv`` or ``.jsonl`` (appended to), a TensorBoard
             ``SummaryWriter``, or any callable that takes a :class:`ConditionRecord`; one of these, several, or None.
-        optimizer: count its steps, not the forward passes.
+        optimizer: count its steps, not the forward passes; a wrapper with an ``.optimizer`` is opened.
         on_alarm: called as ``on_alarm(record, reason)`` when κ(P) of any matrix passes ``kappa_above``, when a
             solver failed since the last record, and when features were not finite.
         kappa_above: the bound on κ(P).
@@ -108,7 +107,7 @@ class ConditionMonitor:
             due, observe = partial(self._is_due, name), partial(self._observe, name)
             self._handles.append(attach(layer, untraced(due), untraced(observe)))
         if optimizer is not None:
-            self._handles.append(optimizer.register_step_post_hook(Hook(self._count)))
+            self._handles.append(unwrapped_optimizer(optimizer).register_step_post_hook(Hook(self._count)))
         else:
             self._handles.append(model.register_forward_hook(Hook(untraced(self._count_forward))))
 
@@ -171,7 +170,7 @@ class ConditionMonitor:
             raise KeyError(f"layer '{layer}' is not monitored; these are: {', '.join(self.layers)}")
         return [record for record in self.records if record.layer == layer]
 
-    def summary(self) -> dict[str, dict[str, float]]:
+    def statistics(self) -> dict[str, dict[str, float]]:
         """Per recorded layer: the median of every measure over the records, and counts.
 
         Records of features that were not finite are left out of the medians and of ``kappa_max``, and counted as
@@ -180,13 +179,9 @@ class ConditionMonitor:
         result: dict[str, dict[str, float]] = {}
         for layer in self.layers:
             if records := self.of(layer):
-                finite = [r for r in records if r.finite]
-                medians = {
-                    name: statistics.median(getattr(r, name) for r in finite) if finite else math.nan
-                    for name in MEASURES
-                }
+                finite = [record for record in records if record.finite]
                 failures, retries = self._pending(layer)
-                result[layer] = medians | {
+                result[layer] = medians(finite) | {
                     "kappa_max": max((r.kappa_max for r in finite), default=math.nan),
                     "dim": records[-1].dim,
                     "records": len(records),
@@ -195,6 +190,10 @@ class ConditionMonitor:
                     "retries": retries + sum(r.retries for r in records),
                 }
         return result
+
+    def summary(self) -> str:
+        """:meth:`statistics` as a table to print, a line for each layer."""
+        return _display.Summary(self.statistics())
 
     def sparkline(self, layer: str | None = None, width: int = 12) -> str:
         """κ(P) of the last ``width`` records on a log scale as ``name 1.3e+04 ▁▂▃█``, a line for each layer."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from wellcond._shared.models import Layers, bare_name, is_spectral, layers_by_name, unwrapped
+from wellcond._shared.torch_internals import is_compiling
 
 
 class Hook:
@@ -25,7 +26,7 @@ class Hook:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         if self.function is not None:
             self.function(*args, **kwargs)
-        elif not torch.compiler.is_compiling():  # a graph must not change the module; without effect it costs nothing
+        elif not is_compiling():  # a graph must not change the module; without effect it costs nothing
             self._leave(args[0])
 
     def _leave(self, module: nn.Module) -> None:

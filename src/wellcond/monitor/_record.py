@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -84,6 +87,19 @@ def alarms(record: ConditionRecord, kappa_above: float) -> list[str]:
 FIELDS: tuple[str, ...] = tuple(field.name for field in fields(ConditionRecord))
 MEASURES = ("kappa", "kappa_eps", "kappa_range", "numerical_rank", "effective_rank", "eig_max", "eig_min")
 """The fields that make a curve over the steps."""
+
+
+def medians(records: Iterable[ConditionRecord]) -> dict[str, float]:
+    """The median of every measure in :data:`MEASURES` over the records with finite features; NaN without any.
+
+    Example:
+        >>> medians([])["kappa"]
+        nan
+    """
+    finite = [record for record in records if record.finite]
+    return {
+        name: statistics.median(getattr(record, name) for record in finite) if finite else math.nan for name in MEASURES
+    }
 
 
 def measure(

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ._record import FIELDS, MEASURES, ConditionRecord
+from ._record import FIELDS, ConditionRecord
 
 Writer = Callable[[ConditionRecord], Any]
 
@@ -107,8 +107,9 @@ class TensorBoardWriter:
 
     def __call__(self, record: ConditionRecord) -> None:
         """Add the record's measures and its failures and retries at its step."""
-        for name in (*MEASURES, "failures", "retries"):
-            self.summary_writer.add_scalar(f"{self.tag}/{record.layer}/{name}", getattr(record, name), record.step)
+        counts = {f"{self.tag}/{record.layer}/{name}": getattr(record, name) for name in ("failures", "retries")}
+        for name, value in (record.scalars(self.tag) | counts).items():
+            self.summary_writer.add_scalar(name, value, record.step)
 
 
 def deliver(record: ConditionRecord, writer: Writer) -> None:

@@ -1,25 +1,36 @@
 """What is done to the layer before a spectral layer: its weight, its gradient, its learning rate, the loss."""
 
-from ._names import TREATMENTS, parse_treatments
-from .convolution_spectrum import convolution_singular_values
-from .nearest_orthogonal_gradient import NearestOrthogonalGradient
-from .optimal_learning_rate import OptimalLearningRate
-from .orthogonal_loss import OrthogonalLoss
-from .orthogonal_weight import orthogonal_weight
-from .pre_spectral import pre_spectral_layers
-from .spectral_norm import spectral_norm
-from .treat import Treatment, treat
+# The treatments, in the order of the paper's tables; importing its file registers it.
+# isort: off
+from ._spectral_norm import spectral_norm
+from ._orthogonal_loss import LossTreatment, OrthogonalLoss
+from ._orthogonal_weight import orthogonal_weight
+from ._nearest_orthogonal_gradient import NearestOrthogonalGradient
+from ._optimal_learning_rate import OptimalLearningRate
+
+# isort: on
+from ._convolution_spectrum import convolution_singular_values
+from ._matrix import weight_matrices
+from ._pre_spectral import pre_spectral_layers
+from ._registry import TREATMENTS, parse_treatments
+from ._step_treatment import StepTreatment
+from ._treat import Treatment, treat
+from ._weight_treatment import WeightTreatment
 
 __all__ = [
     "TREATMENTS",
+    "LossTreatment",
     "NearestOrthogonalGradient",
     "OptimalLearningRate",
     "OrthogonalLoss",
+    "StepTreatment",
     "Treatment",
+    "WeightTreatment",
     "convolution_singular_values",
     "orthogonal_weight",
     "parse_treatments",
     "pre_spectral_layers",
     "spectral_norm",
     "treat",
+    "weight_matrices",
 ]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._matrix import has_matrix_weight, stored_weight
+from ._matrix import has_matrix_weight, stored_tensor
+from ._remedies import NAME_LAYERS, raw_parameter
 
 _ELEMENTWISE = ("AddBackward", "SubBackward", "MulBackward", "DivBackward", "CatBackward", "WhereBackward")
 
@@ -40,16 +41,13 @@ def layers_by_running(model: nn.Module, spectral: list[nn.Module], example_input
         except Exception as error:  # the model's own code may raise anything
             raise ValueError(
                 f"{type(model).__name__} could not be run on the example input ({type(error).__name__}: {error}); "
-                "give one that it accepts, or name the layers to treat with layers=..."
+                f"give one that it accepts, or {NAME_LAYERS}"
             ) from error
     if not inputs:
-        raise ValueError(
-            f"{type(model).__name__} called no spectral layer on the example input; name the layers to treat with "
-            "layers=..."
-        )
+        raise ValueError(f"{type(model).__name__} called no spectral layer on the example input; {NAME_LAYERS}")
     owners: dict[int, tuple[str, nn.Module | None]] = {}
     owners.update((id(p), (name, None)) for name, p in model.named_parameters() if p.ndim > 1)
-    owners.update((id(stored_weight(m)), ("", m)) for m in weighted)
+    owners.update((id(stored_tensor(m)), ("", m)) for m in weighted)
     return _nearest(inputs, made_by, owners)
 
 
@@ -72,10 +70,7 @@ def _nearest(
         if not node.name().startswith(_ELEMENTWISE):
             for name, owner in (owners[i] for n in before for i in _leaf(n) if i in owners):
                 if owner is None:
-                    raise ValueError(
-                        f"parameter '{name}' before the spectral layer is not the weight of a layer; pass it to "
-                        "NearestOrthogonalGradient or OptimalLearningRate itself, or name layers with layers=..."
-                    )
+                    raise raw_parameter(name)
                 used.append(owner)
         found.update(used)  # a weight used as a function: F.linear(x, self.weight)
         front += [] if used else before
@@ -91,7 +86,7 @@ def _leaf(node: Any) -> Iterator[int]:
 
 
 def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments; floating tensors ask for a gradient, so that frozen layers are seen too."""
+    """Positional and keyword arguments; floating tensors require a gradient, so that frozen layers are seen too."""
     args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
     kwargs = example if isinstance(example, dict) else {}
 

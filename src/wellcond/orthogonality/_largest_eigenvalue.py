@@ -1,4 +1,4 @@
-"""The largest eigenvalue of Gram matrices, on a device that shall not wait for the host: from matrix products alone.
+"""The largest eigenvalue of Gram matrices from matrix products alone, so that a device never waits for the host.
 
 Eigensolvers of an accelerator report their convergence to the host. Squared k times, and scaled in between, P becomes
 P^m / tr P^m with m = 2^k: weights λ_i^m / Σ λ_j^m on the eigenvectors, in the limit the projector on those of the
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wellcond._shared.torch_internals import is_compiling
 from wellcond.linalg.lapack import solve
 
 
@@ -24,14 +25,14 @@ def largest_eigenvalue(P: Tensor) -> Tensor:
     On the CPU from an eigendecomposition, elsewhere by some log2(d/eps) products.
     """
     if P.device.type == "cpu":
-        # Not eigvalsh, whose routine differs with and without a gradient: training and evaluation shall agree.
+        # Not eigvalsh, whose routine differs with and without a gradient: training and evaluation must agree.
         return torch.linalg.eigh(P)[0][..., -1]
     return by_products(P)
 
 
 def by_products(P: Tensor) -> Tensor:
-    """The same by repeated squaring, wherever P is; also the derivatives of any order never wait."""
-    function = _Traceable if torch.compiler.is_compiling() else _ByProducts
+    """λmax (...,) by repeated squaring, on any device; its derivatives of any order do not wait for the host either."""
+    function = _Traceable if is_compiling() else _ByProducts
     return function.apply(P)[0]  # pyright: ignore[reportOptionalSubscript]
 
 
@@ -50,7 +51,7 @@ class _Traceable(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.set_materialize_grads(False)  # in the first backward pass no gradient of M comes in, and no inverse is due
+        ctx.set_materialize_grads(False)  # M has no gradient in the first backward pass, which then needs no inverse
         ctx.save_for_backward(*inputs, *output)
 
     @staticmethod
@@ -64,7 +65,7 @@ class _Traceable(torch.autograd.Function):
 
 
 class _ByProducts(_Traceable):
-    """The same with what the compiler cannot trace."""
+    """The same function, with the forward mode and ``vmap``, which the compiler cannot trace."""
 
     generate_vmap_rule = True
 

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from wellcond._shared.models import described
+from wellcond._shared.names import did_you_mean, listed
+
 
 @dataclass(frozen=True)
 class MatrixView:
@@ -41,79 +44,116 @@ class MatrixView:
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter to treat: its short name, what messages call it, the parameter, and how it is a matrix."""
+    """A parameter to treat: its short name, what messages call it, how it is a matrix, and the layer that it is in."""
 
     name: str
     where: str
     parameter: nn.Parameter
     view: MatrixView
+    layer: nn.Module | None = None
 
 
-def stored_weight(layer: nn.Module) -> Tensor | None:
+def parametrisations(layer: nn.Module, name: str = "weight") -> list[nn.Module]:
+    """The parametrisations on the tensor ``name`` of the layer, first to last."""
+    if not parametrize.is_parametrized(layer, name):
+        return []
+    lists: Any = layer.parametrizations
+    return list(lists[name])
+
+
+def stored_tensor(layer: nn.Module, name: str = "weight") -> Tensor | None:
     """The tensor that the optimizer sees: the weight, or what a parametrisation computes it from.
 
-    None where there is no ``weight``, or a parametrisation (weight norm) spreads it over several tensors.
+    None where there is no such tensor, or a parametrisation (weight norm) spreads it over several tensors.
     """
-    if parametrize.is_parametrized(layer, "weight"):
-        chain: Any = layer.parametrizations
-        return chain["weight"].original if chain["weight"].is_tensor else None
-    return layer._parameters.get("weight")
+    if parametrize.is_parametrized(layer, name):
+        lists: Any = layer.parametrizations
+        return lists[name].original if lists[name].is_tensor else None
+    return layer._parameters.get(name)
 
 
 def has_matrix_weight(layer: nn.Module) -> bool:
     """Whether the layer has a ``weight`` that is one initialised tensor of at least two dimensions."""
-    weight = stored_weight(layer)
+    weight = stored_tensor(layer)
     return weight is not None and not is_lazy(weight) and weight.ndim > 1
 
 
-def described(layer: nn.Module, name: str) -> str:
-    """``layer 'conv1' (Conv2d)``, by the class that the user wrote where a parametrisation has made another."""
-    kind = type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
-    return f"layer '{name}' ({kind.__name__})"
+def matrix_names(layer: nn.Module) -> list[str]:
+    """The tensors of the layer, parametrised or not, that can be read as matrices."""
+    names = [*layer._parameters, *getattr(layer, "parametrizations", ())]
+    tensors = {name: stored_tensor(layer, name) for name in names}
+    return [name for name, tensor in tensors.items() if tensor is not None and not is_lazy(tensor) and tensor.ndim > 1]
 
 
-def layer_target(layer: nn.Module, name: str) -> Target:
-    """The matrix-like weight of a layer.
+def layer_target(layer: nn.Module, label: str, name: str = "weight") -> Target:
+    """A matrix-like tensor of a layer that messages call ``label``.
 
     Raises:
-        ValueError: the layer has none, with its name and what to do.
+        ValueError: the layer has none of that name, with its label and what to do.
     """
-    weight = stored_weight(layer)
-    where = described(layer, name)
-    if not isinstance(weight, nn.Parameter):
+    tensor = stored_tensor(layer, name)
+    where = described(layer, label)
+    if not isinstance(tensor, nn.Parameter):
+        others = matrix_names(layer)
         raise ValueError(
-            f"{where} has no parameter 'weight' that is one tensor; choose a convolution, linear or embedding layer, "
-            "pass the parameter itself, or remove a parametrisation such as weight norm first"
+            f"{where} has no parameter '{name}' that is one tensor{did_you_mean(name, others)} (matrices: "
+            f"{listed(others) or 'none'}); choose a convolution, linear or embedding layer, pass the parameter itself, "
+            "or remove a parametrisation such as weight norm first"
         )
-    if is_lazy(weight):
+    if is_lazy(tensor):
         raise ValueError(f"{where} is not initialised yet; run one forward pass before treating it")
     if getattr(layer, "sparse", False):
         raise ValueError(f"{where} has sparse gradients, which no matrix treatment can read; set sparse=False")
+    if name != "weight":
+        return _target(label, f"parameter '{name}' of {where}", tensor, MatrixView(), layer)
     transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
     groups = layer.groups if isinstance(layer, nn.modules.conv._ConvNd) else 1
-    return _target(name, where, weight, MatrixView(groups, transposed))
+    return _target(label, where, tensor, MatrixView(groups, transposed), layer)
 
 
-def _target(name: str, where: str, parameter: nn.Parameter, view: MatrixView) -> Target:
+def weight_matrices(layer: nn.Module, name: str = "weight") -> Tensor:
+    """The tensor ``name`` of a layer, as it is in use, as the matrices that the treatments act on.
+
+    Args:
+        layer: a layer with a tensor of that name of at least two dimensions, parametrised or not.
+        name: which one.
+
+    Returns:
+        (groups, m, n): a row per output channel, a matrix per group of a convolution; in its dtype, differentiable.
+
+    Raises:
+        ValueError: the layer has no such tensor.
+
+    Example:
+        >>> import torch
+        >>> weight_matrices(torch.nn.Conv2d(6, 9, 3, groups=3)).shape
+        torch.Size([3, 3, 18])
+    """
+    return layer_target(layer, "", name).view.matrix(getattr(layer, name))
+
+
+def _target(name: str, where: str, parameter: nn.Parameter, view: MatrixView, layer: nn.Module | None = None) -> Target:
     if hasattr(parameter, "_fsdp_flattened") or hasattr(parameter, "ds_id"):
         raise ValueError(
             f"{where} has its weight flattened over processes (FullyShardedDataParallel, DeepSpeed ZeRO-3), where no "
             "matrix is left to treat; shard with torch.distributed.fsdp.fully_shard instead"
         )
     if parameter.ndim < 2:
+        matrices = [] if layer is None else matrix_names(layer)
         raise ValueError(
             f"{where} has a weight of shape {tuple(parameter.shape)}, which is not a matrix; "
-            "a weight of at least two dimensions is needed"
+            f"at least two dimensions are needed{f' (matrices: {listed(matrices)})' if matrices else ''}"
         )
     if parameter.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{where} has a weight of dtype {parameter.dtype}; a real floating dtype is needed")
-    return Target(name, where, parameter, view)
+    return Target(name, where, parameter, view, layer)
 
 
 Treatable = nn.Module | nn.Parameter
+Treatables = Treatable | Iterable[Treatable] | Mapping[str, Treatable]
 
 
-def targets(what: Treatable | Iterable[Treatable] | Mapping[str, Treatable]) -> list[Target]:
+def targets(what: Treatables) -> list[Target]:
     """Layers and raw parameters (read as ``flatten(1)``), given singly, in a list, or by name."""
     if isinstance(what, (nn.Module, nn.Parameter)):
         what = [what]

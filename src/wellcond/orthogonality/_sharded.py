@@ -1,7 +1,7 @@
 """A weight that is spread over processes (a DTensor of ``fully_shard`` or ``parallelize_module``), treated as a whole.
 
 Singular values and products of a shard are not those of the matrix. So the matrix is gathered, every process computes
-the same from it, and keeps its own part of the result: nothing but the gathering is sent.
+the same result from it and keeps its own part: gathering is the only communication.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def is_fully_sharded(module: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, differentiably. A collective: every process of the mesh has to ask for it."""
+    """The full tensor, differentiably. A collective operation: every process of the mesh must call it."""
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """The full ``tensor``, equal on every process, sharded as ``like`` is, differentiably; nothing is sent."""
+    """The full ``tensor``, equal on every process, sharded like ``like``, differentiably; no communication."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
@@ -46,7 +46,7 @@ class _Gathered:
     """A :class:`Target` whose parameter and gradient are whole, gathered when ``parameter`` is first asked for."""
 
     def __init__(self, target: Target) -> None:
-        self.name, self.where, self.view = target.name, target.where, target.view
+        self.name, self.where, self.view, self.layer = target.name, target.where, target.view, target.layer
         self._sharded = target.parameter
 
     @cached_property
@@ -59,14 +59,14 @@ class _Gathered:
 
     def put_back(self) -> None:
         """Write what was changed into this process's part."""
-        if "parameter" not in self.__dict__:  # nobody asked for it
+        if "parameter" not in self.__dict__:  # never gathered
             return
         gradient, sharded = self.parameter.grad, cast(Any, self._sharded.grad)
         assert gradient is not None
         if self.parameter._version != self._versions[0]:
             self._sharded.copy_(spread(self.parameter.detach(), self._sharded))
         if gradient._version != self._versions[1]:
-            if any(placement.is_partial() for placement in sharded.placements):  # still to be summed: it is now
+            if any(placement.is_partial() for placement in sharded.placements):  # the sum was pending
                 self._sharded.grad = spread(gradient, self._sharded)
             else:
                 sharded.copy_(spread(gradient, sharded))

@@ -23,7 +23,7 @@ def exponential_map(V: Tensor, F: Tensor) -> Tensor:
     For n > 2k the n × n exponential is avoided: S = X Yᵀ has rank 2k, so exp(S) F = F + X φ(YᵀX) YᵀF with
     φ(x) = (eˣ − 1)/x.
 
-    Complexity: some 15 products of matrices of size min(n, 2k), and some of O(n k²). Differentiable everywhere.
+    Complexity: about 15 products of matrices of size min(n, 2k), and a few of O(n k²). Differentiable everywhere.
     """
     n, k = F.shape[-2:]
     if n <= 2 * k:
@@ -36,9 +36,10 @@ def exponential_map(V: Tensor, F: Tensor) -> Tensor:
 def _phi(M: Tensor) -> Tensor:
     """φ(M) = (exp(M) − I) M⁻¹ by scaling and squaring of the [7/7] Padé approximant r of exp (Higham 2005).
 
-    Not ``torch.matrix_exp``: that stops to read norms, and its backward pass takes matrices of twice the size. Here the
-    squarings are a fixed number, those in excess masked. For M similar to a skew matrix |r| = 1, so that exp(M) is
-    orthogonal at any size; above a norm of some 250 (float64: 1,000) it is not the exponential's value any more.
+    Not ``torch.matrix_exp``: it reads norms on the host, and its backward pass takes matrices of twice the size. Here
+    the number of squarings is fixed, and those in excess are masked. For M similar to a skew matrix |r| = 1, so that
+    exp(M) is orthogonal at any size; above a norm of about 250 (float64: 1,000) the value is no longer that of the
+    exponential.
     """
     # Up to the first norm r is exact to rounding; each squaring doubles that.
     reach, squarings = (3.9, 6) if M.dtype == torch.float32 else (0.95, 10)

@@ -11,9 +11,9 @@ from torch.nn.utils import parametrize
 from wellcond._shared.models import is_spectral
 
 from ._matrix import has_matrix_weight
+from ._remedies import GIVE_EXAMPLE, raw_parameter
 from ._sharded import is_fully_sharded
 
-_REMEDY = "give an example_input, or name the layers to treat with layers=..."
 _MOST_TRACES = 64
 _ELEMENTWISE = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "div", "cat", "concat", "where"}
 
@@ -54,7 +54,7 @@ def layers_by_tracing(model: nn.Module) -> set[nn.Module]:
     answers = [_nearest(model, graph) for graph in _graphs(model)]
     if any(answer != answers[0] for answer in answers):
         raise ValueError(
-            f"which layer comes before the spectral layer of {type(model).__name__} depends on its data; {_REMEDY}"
+            f"which layer comes before the spectral layer of {type(model).__name__} depends on its data; {GIVE_EXAMPLE}"
         )
     return answers[0]
 
@@ -95,7 +95,7 @@ def _from_tracing(error: Exception) -> bool:
 
 def _untraceable(model: nn.Module, why: Any) -> ValueError:
     return ValueError(
-        f"the forward function of {type(model).__name__} cannot be traced symbolically ({why}); {_REMEDY}"
+        f"the forward function of {type(model).__name__} cannot be traced symbolically ({why}); {GIVE_EXAMPLE}"
     )
 
 
@@ -123,7 +123,7 @@ def _nearest(model: nn.Module, graph: fx.Graph) -> set[nn.Module]:
         elif module is not None and node not in spectral and any(p.ndim > 1 for p in module.parameters()):
             raise ValueError(
                 f"layer '{node.target}' ({type(module).__name__}) before the spectral layer has several weights, and "
-                f"tracing does not see which of them is used last; {_REMEDY}"
+                f"tracing does not see which of them is used last; {GIVE_EXAMPLE}"
             )
         elif node.op in ("call_function", "call_method") and _operation(node) not in _ELEMENTWISE:
             owners = [o for i in node.all_input_nodes if i not in from_input for o in _weights_in(model, i)]
@@ -146,10 +146,7 @@ def _weights_in(model: nn.Module, node: fx.Node) -> Iterator[nn.Module]:
         tensor = getattr(owner, name)
         if isinstance(tensor, nn.Parameter) and tensor.ndim > 1:
             if name != "weight":
-                raise ValueError(
-                    f"parameter '{node.target}' before the spectral layer is not the weight of a layer; pass it to "
-                    "NearestOrthogonalGradient or OptimalLearningRate itself, or name layers to treat with layers=..."
-                )
+                raise raw_parameter(str(node.target))
             yield owner
     for i in node.all_input_nodes:
         yield from _weights_in(model, i)

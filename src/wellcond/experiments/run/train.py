@@ -206,7 +206,7 @@ def _train(
         steps=trainer.global_step,
         seconds=run_log.seconds,
         seconds_per_step=run_log.seconds_per_step(),
-        conditions=tuple(_condition(name, found) for name, found in monitor.monitor.summary().items()),
+        conditions=tuple(_condition(name, found) for name, found in monitor.monitor.statistics().items()),
         environment={**versions(), "lightning": lightning.__version__, "device": str(device)},
     )
     if trainer.is_global_zero:

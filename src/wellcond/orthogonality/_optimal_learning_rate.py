@@ -5,7 +5,7 @@ Song, Sebe and Wang, "Improving Covariance Conditioning of the SVD Meta-layer by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 
 from wellcond._shared.names import require_known
 
-from ._matrix import Target, Treatable
+from ._matrix import Target, Treatables
 from ._rates import RULES
-from ._step_hook import StepHook, gradient_scale, require_dense, require_linear_in_lr
+from ._step_treatment import StepTreatment, gradient_scale, require_linear_in_lr
 
 
-class OptimalLearningRate(StepHook):
+# Put on after the nearest orthogonal gradient, which it then sees.
+class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rate, eq. (18)-(21)", order=1):
     """Give chosen layers their own learning rate in every step of an optimizer; the training loop does not change.
 
     The rate of the layer's parameter group is the cap, as in eq. (21): where 0 < η* < lr the step of the layer is
@@ -57,12 +58,7 @@ class OptimalLearningRate(StepHook):
     treatment = "optimal learning rate"
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        params: Treatable | Iterable[Treatable] | Mapping[str, Treatable],
-        *,
-        rule: str = "paper",
-        direction: str = "gradient",
+        self, optimizer: Optimizer, params: Treatables, *, rule: str = "paper", direction: str = "gradient"
     ) -> None:
         require_known(rule, RULES, "rule of the optimal learning rate")
         require_known(direction, ("gradient", "update"), "direction of the optimal learning rate")
@@ -78,7 +74,6 @@ class OptimalLearningRate(StepHook):
     def before(self, target: Target, group: dict[str, Any]) -> None:
         gradient = target.parameter.grad
         assert gradient is not None
-        require_dense(gradient, target, self.treatment)
         rate = None
         if self.direction == "gradient":
             rate = self._optimal(target, target.parameter, -gradient if group.get("maximize") else gradient)

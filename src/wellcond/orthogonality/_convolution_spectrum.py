@@ -31,7 +31,7 @@ class Grid:
     groups: int = 1
 
 
-def layer_grid(layer: nn.Module, input_size: int | Sequence[int], where: str) -> Grid:
+def layer_grid(layer: nn.Module | None, input_size: int | Sequence[int], where: str) -> Grid:
     """The grid of a convolution; of a transposed one that of its output, since it is the adjoint of a convolution.
 
     Raises:
@@ -64,7 +64,7 @@ def transfer_matrices(weight: Tensor, grid: Grid) -> Tensor:
     kernel = weight.reshape(grid.groups, weight.shape[0] // grid.groups, *weight.shape[1:])
     coarse, phases = [], []
     for axis, (n, dilation) in enumerate(zip(grid.size, grid.dilation, strict=True)):
-        # Taps that lie beyond the grid come round again; where they begin (the padding) only permutes the input.
+        # Taps beyond the grid wrap around; where they begin (the padding) only permutes the input.
         at = torch.arange(kernel.shape[3 + axis], device=weight.device) * dilation % n
         shape = (*kernel.shape[: 3 + axis], n, *kernel.shape[4 + axis :])
         kernel = kernel.new_zeros(shape).index_add(3 + axis, at, kernel)
@@ -116,7 +116,7 @@ def convolution_singular_values(layer: nn.Module | Tensor, input_size: int | Seq
     Example:
         >>> import torch
         >>> blur = torch.full((1, 1, 3, 3), 1 / 9)
-        >>> convolution_singular_values(blur, 8)[0]  # a constant image is left as it is
+        >>> convolution_singular_values(blur, 8)[0]  # a constant image is unchanged
         tensor(1.)
     """
     if isinstance(layer, Tensor):

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wellcond._shared.models import Layers, layers_by_name
-from wellcond._shared.names import require_known
+from wellcond._shared.models import Layers, layers_by_name, unwrapped_optimizer
+from wellcond._shared.names import aligned
 
 from ._matrix import Target, layer_target
-from ._names import TREATMENTS, parse_treatments
-from ._parametrised import chain, restorer
-from ._step_hook import require_held, unwrap
-from .nearest_orthogonal_gradient import NearestOrthogonalGradient
-from .optimal_learning_rate import OptimalLearningRate
-from .orthogonal_loss import OrthogonalLoss
-from .orthogonal_weight import orthogonal_weight
-from .pre_spectral import pre_spectral_layers
-from .spectral_norm import spectral_norm
-
-_WEIGHT_TREATMENTS = {"ow": orthogonal_weight, "sn": spectral_norm}
-_with_loss: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+from ._pre_spectral import pre_spectral_layers
+from ._registry import TREATMENTS, Applied, Options, in_order, options_of, parse_treatments
+from ._step_treatment import gradient_scale, require_held
 
 
 def treat(
@@ -35,13 +25,14 @@ def treat(
     *,
     layers: Layers | None = None,
     example_input: Any = None,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
+    options: Options | None = None,
 ) -> Treatment:
     """Treat the layers before the spectral layers of a model; the training loop does not change.
 
     The order of the names does not matter: the weight is treated first (``ow``, then ``sn``), then at every optimizer
     step the gradient (``nog``), then the learning rate (``olr``, which sees the treated gradient). The ``ol`` term is
-    added to the loss by the user, from :meth:`Treatment.loss`. With ``ow`` or ``sn``, ``nog`` and ``olr`` act on the
+    added to the loss by the user, from :meth:`Treatment.loss`. Treatments of your own join when
+    their class is made: see :class:`StepTreatment`. With ``ow`` or ``sn``, ``nog`` and ``olr`` act on the
     stored tensor that the optimizer moves, as in the authors' code, not on the weight computed from it.
 
     Args:
@@ -49,7 +40,7 @@ def treat(
             sharded by ``fully_shard``: the weight is then gathered in every step, and :func:`orthogonal_weight` or
             :func:`spectral_norm` have to be put on before sharding, as ``ow`` and ``sn`` come too late here.
         optimizer: holds the weights of those layers; changed in place, its state and its groups stay.
-        treatments: names joined by ``+``: ``sn``, ``ol``, ``ow``, ``nog``, ``olr``.
+        treatments: names joined by ``+``: ``sn``, ``ol``, ``ow``, ``nog``, ``olr``, or your own.
         layers: names in ``model.named_modules()`` or modules; without them :func:`pre_spectral_layers` finds them.
         example_input: for that search, as there.
         options: keyword arguments by treatment, such as ``{"olr": {"rule": "exact"}, "ol": {"form": "srip"}}``.
@@ -79,35 +70,16 @@ def treat(
         ['0']
     """
     names = parse_treatments(treatments)
-    options = dict(options or {})
-    for name in options:
-        require_known(name, names, "treatment", " in options, which are for the treatments asked for")
-    optimizer = unwrap(optimizer)
+    options = options_of(names, options)
+    optimizer = unwrapped_optimizer(optimizer)
     # By the names of the bare model: a state saved under DDP or torch.compile loads without them, and the other way.
     found = layers_by_name(model, pre_spectral_layers(model, example_input).values() if layers is None else layers)
-    goals = {name: layer_target(layer, name) for name, layer in found.items()}
+    targets = {name: layer_target(layer, name) for name, layer in found.items()}
     for name, layer in found.items():
-        _require_free(layer, goals[name], names)
-        require_held(optimizer, goals[name], f"treatment '{treatments}'")
-    treatment = Treatment(optimizer, found, goals, tuple(name for name in TREATMENTS if name in names))
-    try:
-        treatment._apply(options)
-    except Exception:
-        treatment.remove()
-        raise
-    return treatment
-
-
-def _require_free(layer: nn.Module, target: Target, names: tuple[str, ...]) -> None:
-    """Refuse a second parametrisation or loss term on one weight (a second hook is refused by the hook itself)."""
-    for name in (name for name in names if name in _WEIGHT_TREATMENTS):
-        for there in chain(layer):
-            raise ValueError(
-                f"treatment '{name}' of {target.where}: its weight already has the parametrisation "
-                f"{type(there).__name__}; remove that first, and ask for 'ow+sn' in one call if you want both"
-            )
-    if "ol" in names and layer in _with_loss:
-        raise ValueError(f"treatment 'ol' of {target.where} is already on; call .remove() on the first")
+        for kind in in_order(names):
+            kind.require_free(layer, targets[name])
+        require_held(optimizer, targets[name], f"treatment '{treatments}'")
+    return Treatment(optimizer, found, targets, tuple(name for name in TREATMENTS if name in names), options)
 
 
 class Treatment:
@@ -117,7 +89,7 @@ class Treatment:
         layers: the treated layers by name.
         treatments: what acts on them.
         nog, olr, ol: the :class:`NearestOrthogonalGradient`, :class:`OptimalLearningRate` and :class:`OrthogonalLoss`
-            in place, or None.
+            in place, or None; treatments of your own are found by their names too.
     """
 
     def __init__(
@@ -126,44 +98,58 @@ class Treatment:
         layers: dict[str, nn.Module],
         targets: dict[str, Target],
         treatments: tuple[str, ...],
+        options: Options,
     ) -> None:
         self.layers, self.treatments = layers, treatments
-        self.nog: NearestOrthogonalGradient | None = None
-        self.olr: OptimalLearningRate | None = None
-        self.ol: OrthogonalLoss | None = None
-        self._optimizer, self._targets = optimizer, targets
-        self._options: Mapping[str, Mapping[str, Any]] = {}
-        self._undo: list[Callable[[], Any]] = []
+        self._optimizer, self._targets, self._options = optimizer, targets, options
+        self._parts: dict[str, Applied] = {}
+        try:
+            for kind in in_order(treatments):
+                self._parts[kind.name] = kind.apply_to(optimizer, layers, options.get(kind.name, {}))
+        except Exception:
+            self.remove()
+            raise
 
-    def _apply(self, options: Mapping[str, Mapping[str, Any]]) -> None:
-        self._options = options
-        for name, layer in self.layers.items():
-            for kind in ("ow", "sn"):
-                if kind in self.treatments:
-                    if not chain(layer):
-                        self._undo.append(restorer(layer))
-                    _WEIGHT_TREATMENTS[kind](layer, name=name, **options.get(kind, {}))
-        if "ol" in self.treatments:
-            self.ol = OrthogonalLoss(self.layers, **options.get("ol", {}))
-            _with_loss.update(self.layers.values())
-            self._undo.append(lambda: _with_loss.difference_update(self.layers.values()))
-        if "nog" in self.treatments:
-            self.nog = NearestOrthogonalGradient(self._optimizer, self.layers, **options.get("nog", {}))
-            self._undo.append(self.nog.remove)
-        if "olr" in self.treatments:
-            self.olr = OptimalLearningRate(self._optimizer, self.layers, **options.get("olr", {}))
-            self._undo.append(self.olr.remove)
+    def __getattr__(self, name: str) -> Any:
+        if name not in TREATMENTS or "_parts" not in self.__dict__:
+            raise AttributeError(f"'Treatment' object has no attribute '{name}'")
+        return self._parts.get(name)
 
     def loss(self) -> Tensor:
         """The ``ol`` term to add to the loss; a zero without ``ol``, so that a training loop may always add it."""
-        if self.ol is not None:
-            return self.ol()
+        terms = [term for part in self._parts.values() if (term := part.loss()) is not None]
+        if terms:
+            return sum(terms[1:], terms[0])
         parameter = next(iter(self._targets.values())).parameter
         return torch.zeros((), device=parameter.device)
 
+    def add_loss_gradient(self, scale: Tensor | float | None = None) -> None:
+        """Add the gradient of :meth:`loss` to that of the weights, once in a step, instead of the term to the loss.
+
+        Args:
+            scale: the factor that is still on the gradients; by default the one that a fused optimizer under
+                ``GradScaler`` is about to divide by, if any.
+        """
+        scale = gradient_scale(self._optimizer) if scale is None else scale
+        with torch.enable_grad():
+            loss = self.loss()
+            with torch.autocast(loss.device.type, enabled=False):
+                if not loss.requires_grad:  # there is no term, or the weights are frozen, or toggled off in this step
+                    return
+                loss = loss if scale is None else loss * scale
+                weights = [p for layer in self.layers.values() for p in layer.parameters() if p.requires_grad]
+                gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            if gradient is not None:
+                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+
     def rates(self) -> dict[str, Tensor]:
         """The rate of each layer in the last step, as :meth:`OptimalLearningRate.rates`; empty without ``olr``."""
-        return {} if self.olr is None else self.olr.rates()
+        return {name: rate for part in self._parts.values() for name, rate in part.rates().items()}
+
+    def scalars(self) -> dict[str, Tensor]:
+        """What the last step has to log, by its names in every log: ``rate/LAYER``, the rates of ``olr``."""
+        return {name: value for part in self._parts.values() for name, value in part.scalars().items()}
 
     def remove(self) -> None:
         """Take everything off; later steps are the optimizer's own. May be called twice.
@@ -171,24 +157,20 @@ class Treatment:
         The model's class, parameters, their order and identity are as before. A layer that had its weight treated keeps
         the weight in use, or, when no step has moved the stored tensor, gets its own weight back bit for bit.
         """
-        while self._undo:
-            self._undo[-1]()  # what is refused stays on the list, and is refused again
-            self._undo.pop()
-        self.nog = self.olr = self.ol = None
+        for name, part in reversed(self._parts.copy().items()):
+            part.remove()  # what refuses stays among the parts, and refuses again
+            del self._parts[name]
 
     def summary(self) -> str:
         """A table of what acts where."""
         rows = [("layer", "weight", "matrix", "treatments")]
-        acting = ", ".join(self._describe(name) for name in self.treatments) if self._undo else "removed"
+        acting = ", ".join(self._describe(name) for name in self.treatments) if self._parts else "removed"
         for name, target in self._targets.items():
             shape = tuple(target.parameter.shape)
             groups, m, n = target.view.matrix(torch.empty(shape, device="meta")).shape  # sharded or not
             matrix = f"{m} × {n}" if groups == 1 else f"{groups} of {m} × {n}"
             rows.append((name, " × ".join(map(str, shape)), matrix, acting))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join(lines)
+        return aligned(rows)
 
     def _describe(self, name: str) -> str:
         chosen = " ".join(f"{key}={value}" for key, value in self._options.get(name, {}).items())
@@ -200,8 +182,8 @@ class Treatment:
     def state_dict(self) -> dict[str, Any]:
         """What acts where, and the counters; loads with ``torch.load(weights_only=True)``."""
         state: dict[str, Any] = {"treatments": list(self.treatments), "layers": list(self.layers)}
-        hooks = {"nog": self.nog, "olr": self.olr}
-        return state | {name: hook.state_dict() for name, hook in hooks.items() if hook is not None}
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        return state | {name: held for name, held in parts.items() if held}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue a saved run that was treated in the same way.
@@ -212,7 +194,5 @@ class Treatment:
         for key, mine in (("treatments", list(self.treatments)), ("layers", list(self.layers))):
             if state[key] != mine:
                 raise ValueError(f"the saved state is of the {key} {state[key]}, this model has {mine}; treat it alike")
-        if self.nog is not None:
-            self.nog.load_state_dict(state["nog"])
-        if self.olr is not None:
-            self.olr.load_state_dict(state["olr"])
+        for name, part in self._parts.items():
+            part.load_state_dict(state.get(name, {}))

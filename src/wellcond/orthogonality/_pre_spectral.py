@@ -13,6 +13,7 @@ from torch import nn
 from wellcond._shared.models import is_spectral, unwrapped
 
 from ._autograd_walk import layers_by_running
+from ._remedies import NAME_LAYERS
 from ._symbolic_walk import layers_by_tracing
 
 
@@ -46,7 +47,7 @@ def pre_spectral_layers(model: nn.Module, example_input: Any = None) -> dict[str
     if not spectral:
         raise ValueError(
             f"{type(model).__name__} has no spectral layer; put one in (such as wellcond.nn.DecorrelatedBatchNorm2d or "
-            "GlobalCovariancePool2d), or name the layers to treat with layers=..."
+            f"GlobalCovariancePool2d), or {NAME_LAYERS}"
         )
     if example_input is None:
         found = layers_by_tracing(unwrapped(model))
@@ -56,6 +57,6 @@ def pre_spectral_layers(model: nn.Module, example_input: Any = None) -> dict[str
         raise ValueError(
             "no layer with a matrix-like weight comes before the spectral layer "
             f"{', '.join(repr(name) for name in spectral)}, only the model's input or operations without a weight; "
-            "name the layers to treat with layers=..."
+            f"{NAME_LAYERS}"
         )
     return {name: m for name, m in model.named_modules() if m in found}

@@ -5,7 +5,7 @@ Song, Sebe and Wang, "Improving Covariance Conditioning of the SVD Meta-layer by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from wellcond._shared.names import require_known
 from wellcond.linalg import polar, value_checks
 
-from ._matrix import Target, Treatable
-from ._step_hook import StepHook, decoupled_decay, gradient_scale, require_dense, require_linear_in_lr
+from ._matrix import Target, Treatables
+from ._step_treatment import StepTreatment, decoupled_decay, gradient_scale, require_linear_in_lr
 
 _COUNTS = ("treated", "zero", "nonfinite")
 _Write = Callable[[Tensor, Tensor], None]
@@ -57,7 +57,7 @@ _SCALES = {
 """By name: the singular value that an m × n matrix gets in every direction."""
 
 
-class NearestOrthogonalGradient(StepHook):
+class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthogonal gradient, eq. (14)-(17)"):
     """Make the gradient of chosen layers orthogonal in every step of an optimizer; the training loop does not change.
 
     The gradient is replaced in place when the optimizer begins its step: after backward, after the all-reduce of DDP,
@@ -85,7 +85,7 @@ class NearestOrthogonalGradient(StepHook):
             one weight, LBFGS, an unknown option; or, with ``on="update"``, a half-precision weight (whose rounding is
             as large as the update) or an optimizer whose step is not known to be proportional to its learning rate.
 
-    A zero, tiny or non-finite gradient is left as it is and counted in :meth:`counts`; nothing waits for the device.
+    A zero, tiny or non-finite gradient is left unchanged and counted in :meth:`counts`; nothing waits for the device.
 
     Example:
         >>> import torch
@@ -103,7 +103,7 @@ class NearestOrthogonalGradient(StepHook):
     def __init__(
         self,
         optimizer: Optimizer,
-        params: Treatable | Iterable[Treatable] | Mapping[str, Treatable],
+        params: Treatables,
         *,
         on: str = "gradient",
         scale: str = "paper",
@@ -134,7 +134,6 @@ class NearestOrthogonalGradient(StepHook):
     def before(self, target: Target, group: dict[str, Any]) -> None:
         gradient = target.parameter.grad
         assert gradient is not None
-        require_dense(gradient, target, self.treatment)
         if self.on == "update":
             self._before[target.name] = target.parameter.detach().clone()
             return

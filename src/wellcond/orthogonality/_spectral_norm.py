@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from wellcond._shared.names import require_known
 
+from ._convolution_spectrum import layer_grid, operator_norm
 from ._largest_eigenvalue import largest_eigenvalue
-from ._matrix import MatrixView
-from ._parametrised import WeightParametrisation, attach, require_free
-from .convolution_spectrum import Grid, layer_grid, operator_norm
+from ._matrix import Target
+from ._weight_treatment import WeightTreatment
 
 
 def weight_norm(W: Tensor) -> Tensor:
@@ -31,14 +31,20 @@ def weight_norm(W: Tensor) -> Tensor:
     return largest_eigenvalue(gram).amax().clamp_min(torch.finfo(W.dtype).tiny).sqrt() * size
 
 
-class SpectralNorm(WeightParametrisation):
+# Put on after an orthogonal weight.
+class SpectralNorm(WeightTreatment, name="sn", about="spectral norm of the weight, eq. (11)", order=1):
     """The parametrisation that :func:`spectral_norm` registers."""
 
     treatment = "spectral norm"
 
-    def __init__(self, view: MatrixView, grid: Grid | None = None) -> None:
-        super().__init__(view)
-        self.grid = grid
+    def __init__(self, target: Target, *, of: str = "weight", input_size: int | Sequence[int] | None = None) -> None:
+        super().__init__(target)
+        require_known(of, ("weight", "operator"), "norm of the spectral norm")
+        if of == "operator" and input_size is None:
+            raise ValueError(f"spectral norm of {target.where}: of='operator' needs input_size, the size of its images")
+        if of == "weight" and input_size is not None:
+            raise ValueError(f"spectral norm of {target.where}: input_size is for of='operator'; leave it out")
+        self.grid = None if input_size is None else layer_grid(target.layer, input_size, target.where)
 
     def forward(self, stored: Tensor) -> Tensor:
         with torch.autocast(stored.device.type, enabled=False):
@@ -47,17 +53,13 @@ class SpectralNorm(WeightParametrisation):
                 return (stored / operator_norm(full, self.grid)).to(stored.dtype)
             return (stored / weight_norm(self.view.matrix(full))).to(stored.dtype)
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """Any weight may be stored."""
-        return weight
-
     def extra_repr(self) -> str:
         grid = f"of='operator' on {self.grid.size}" if self.grid is not None else ""
         return ", ".join(filter(None, [grid, super().extra_repr()]))
 
 
 def spectral_norm(
-    layer: nn.Module, *, of: str = "weight", input_size: int | Sequence[int] | None = None, name: str = ""
+    layer: nn.Module, name: str = "weight", *, of: str = "weight", input_size: int | Sequence[int] | None = None
 ) -> nn.Module:
     """Keep the largest singular value of the layer's weight at exactly 1, eq. (11).
 
@@ -66,23 +68,25 @@ def spectral_norm(
     share one divisor. The optimizer's parameter stays the same tensor with the same values.
 
     Args:
-        layer: a layer with a matrix-like ``weight``; changed in place.
+        layer: a layer with a matrix-like tensor ``name``; changed in place.
+        name: of the tensor, as in ``torch.nn.utils.parametrizations``; others than ``"weight"`` are read as
+            ``flatten(1)``.
         of: ``"weight"``, the flattened weight of eq. (11), or ``"operator"``: the convolution as a map on images with
             circular padding, whose norm is then exactly 1 (see :func:`convolution_singular_values`).
         input_size: with ``of="operator"``, the size of the layer's images.
-        name: what to call the layer in messages.
 
     Returns:
         ``layer``.
 
     Raises:
-        ValueError: no matrix-like weight, a parametrisation already on it (an orthogonal weight may be), an unknown
-            ``of``; for the operator, not a convolution, or an input_size that is missing or does not fit.
+        ValueError: no matrix-like tensor of that name (with the nearest right one), a parametrisation already on it (an
+            orthogonal weight may be), an unknown ``of``; for the operator, not a convolution, or an input_size that is
+            missing or does not fit.
 
     Complexity: O(m n min(m, n)) for the Gram matrix and its eigenvalues; for the operator that of one Gram matrix of
-    min(out, in) channels for half of the pixels, in every forward pass; off the CPU by some 30 products of those,
-    which do not make the host wait. Take it off with
-    ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")``.
+    min(out, in) channels for half of the pixels, in every forward pass; off the CPU about 30 products of
+    those, which do not make the host wait. Take it off with
+    ``torch.nn.utils.parametrize.remove_parametrizations(layer, name)``.
 
     Example:
         >>> import torch
@@ -90,12 +94,5 @@ def spectral_norm(
         >>> abs(torch.linalg.matrix_norm(conv.weight.flatten(1), 2) - 1) < 1e-5
         tensor(True)
     """
-    require_known(of, ("weight", "operator"), "norm of the spectral norm")
-    target = require_free(layer, name, SpectralNorm)
-    if of == "operator" and input_size is None:
-        raise ValueError(f"spectral norm of {target.where}: of='operator' needs input_size, the size of its images")
-    if of == "weight" and input_size is not None:
-        raise ValueError(f"spectral norm of {target.where}: input_size is for of='operator'; leave it out")
-    grid = None if input_size is None else layer_grid(layer, input_size, target.where)
-    attach(layer, SpectralNorm(target.view, grid))
+    SpectralNorm.put_on(layer, name, of=of, input_size=input_size)
     return layer

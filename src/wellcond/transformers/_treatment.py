@@ -10,26 +10,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from wellcond._shared.models import layers_by_name
-from wellcond.orthogonality import Treatment, parse_treatments, pre_spectral_layers, treat
-from wellcond.orthogonality._step_hook import gradient_scale, unwrap
+from wellcond._shared.models import unwrapped_optimizer
+from wellcond.orthogonality import Treatment
+from wellcond.orthogonality.callbacks import TreatmentInStages
 
-from ._treating import add_loss_gradient, split_treatments, treat_weights, weights_treated
-from .transformers_log import add_to_log, put_first, saved_state
+from ._log import add_to_log, put_first, saved_state
 
 
-class TreatmentCallback(TrainerCallback, ExportableState):
+class TreatmentCallback(TreatmentInStages, TrainerCallback, ExportableState):
     """Treat the layers before the spectral layers while the ``Trainer`` trains: ``TreatmentCallback("nog+ow+olr")``.
 
     Works with gradient accumulation, clipping, mixed precision and several processes. Its state is in the checkpoint's
@@ -38,10 +36,9 @@ class TreatmentCallback(TrainerCallback, ExportableState):
     `ow` or `sn` took is loaded into one that is treated alike.
 
     Args:
-        treatments: names joined by ``+``, as for :func:`wellcond.orthogonality.treat`.
+        treatments: names joined by ``+``: see :func:`wellcond.orthogonality.treat`.
         layers: names in the model, or modules, to treat; found by tracing when left out.
-        example_input: for that search, as for :func:`wellcond.orthogonality.pre_spectral_layers`; for a model that is
-            called with keywords a dict.
+        example_input: for that search: what the model is called with, a tensor, a tuple or a dict of keywords.
         options: keyword arguments by treatment, such as ``{"olr": {"rule": "exact"}}``.
 
     Attributes:
@@ -61,62 +58,35 @@ class TreatmentCallback(TrainerCallback, ExportableState):
         >>> callback = TreatmentCallback("nog+olr")  # Trainer(callbacks=[callback])
     """
 
-    def __init__(
-        self,
-        treatments: str,
-        *,
-        layers: Iterable[str | nn.Module] | str | nn.Module | None = None,
-        example_input: Any = None,
-        options: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> None:
-        self.treatments = parse_treatments(treatments)
-        self.layers: dict[str, nn.Module] = {}
+    def __init__(self, treatments: str, **options: Any) -> None:
+        super().__init__(treatments, **options)
         self.treatment: Treatment | None = None
-        self._on_weights, self._in_step = split_treatments(self.treatments)
-        self._given, self._example_input, self._options = layers, example_input, dict(options or {})
-        self._model: nn.Module | None = None
         self._loss_hook: RemovableHandle | None = None
-        if unused := self._options.keys() - set(self.treatments):
-            raise ValueError(f"options for '{min(unused)}', which is not among the treatments '{treatments}'")
 
     def add_to(self, trainer: Any) -> TreatmentCallback:
         """Join a ``Trainer`` that is there already, ahead of its reporters; the callback itself."""
         put_first(self, trainer)
-        self._treat_weights(trainer.model)
+        self.treat_weights(trainer.model)
         return self
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Treat the weights: nothing has been loaded yet, and no optimizer made by the ``Trainer``."""
         if kwargs.get("model") is not None:
-            self._treat_weights(kwargs["model"])
-
-    def _treat_weights(self, model: nn.Module) -> None:
-        if self._model is model:
-            return
-        if self._given is not None:
-            self.layers = layers_by_name(model, self._given)
-        else:
-            device = next((p.device for p in model.parameters()), torch.device("cpu"))
-            self.layers = pre_spectral_layers(model, send_to_device(self._example_input, device))
-        self._model = model
-        if not weights_treated(self.layers, self._on_weights):
-            treat_weights(self.layers, self._on_weights, self._options)
+            self.treat_weights(kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Treat the optimizer, and go on from the checkpoint's state."""
-        model, optimizer = kwargs["model"], unwrap(kwargs["optimizer"])
+        model, optimizer = kwargs["model"], unwrapped_optimizer(kwargs["optimizer"])
         saved = saved_state(self, state)
-        if saved is not None and sorted(saved["treatments"]) != sorted(self.treatments):
-            raise ValueError(
-                f"the checkpoint is of a run treated with '{'+'.join(saved['treatments'])}', this callback is "
-                f"TreatmentCallback('{'+'.join(self.treatments)}'); resume with the same treatments"
-            )
+        if saved is not None:
+            self.require_alike(saved)
         resumed, known = bool(state.global_step), self._model is model
-        self._treat_weights(model)
+        self.treat_weights(model)
         if self._on_weights and resumed and (saved is None or not known):
             why = "of a run without this callback" if saved is None else "loaded before this callback knew the model"
+            names = "+".join(kind.name for kind in self._on_weights)
             raise ValueError(
-                f"the checkpoint's weights of {', '.join(self.layers)} are {why}, so '{'+'.join(self._on_weights)}' "
+                f"the checkpoint's weights of {', '.join(self.layers)} are {why}, so '{names}' "
                 "was not on then; resume with the same treatments, give the callback to Trainer(callbacks=[...]) or "
                 "call add_to(trainer), and do not use model_init with it"
             )
@@ -131,26 +101,23 @@ class TreatmentCallback(TrainerCallback, ExportableState):
             self._loss_hook.remove()
         if not self._in_step:
             return
-        if "ol" in self._in_step:  # before the hooks of `nog`
-            self._loss_hook = optimizer.register_step_pre_hook(self._add_loss_gradient)
-        options = {name: given for name, given in self._options.items() if name in self._in_step}
-        layers = list(self.layers.values())
-        self.treatment = treat(model, optimizer, "+".join(self._in_step), layers=layers, options=options)
+        # Registered first, so that it acts before the hooks of `nog`.
+        self._loss_hook = optimizer.register_step_pre_hook(self._add_loss_gradient)
+        self.treatment = self.treat_optimizer(model, optimizer, self.layers)
 
     def _add_loss_gradient(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.treatment is not None:
-            add_loss_gradient(self.treatment, gradient_scale(optimizer))
+            self.treatment.add_loss_gradient()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the rates of the last step to what is logged with the loss."""
+        """Add what the last step has to log to what is logged with the loss."""
         if self.treatment is not None:
-            rates = {f"rate/{name}": float(rate) for name, rate in self.treatment.rates().items()}
-            add_to_log(rates, state, kwargs.get("logs"))
+            scalars = {name: float(value) for name, value in self.treatment.scalars().items()}
+            add_to_log(scalars, state, kwargs.get("logs"))
 
     def summary(self) -> str:
         """What acts where, as text."""
-        weight = [f"{name}: {'+'.join(self._on_weights)}" for name in self.layers if self._on_weights]
-        return "\n".join(weight + ([] if self.treatment is None else [self.treatment.summary()]))
+        return self.describe([] if self.treatment is None else [self.treatment])
 
     def state(self) -> dict[str, Any]:
         """What acts where and the counters, as JSON, for the ``Trainer`` to save."""
@@ -160,7 +127,7 @@ class TreatmentCallback(TrainerCallback, ExportableState):
 
 
 def _plain(value: Any) -> Any:
-    """Tensors as lists with their dtype."""
+    """The value with tensors as lists and their dtype, which JSON can hold."""
     if isinstance(value, torch.Tensor):
         return {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
     if isinstance(value, Mapping):

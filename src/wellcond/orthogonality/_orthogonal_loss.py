@@ -6,16 +6,71 @@ Wang, NeurIPS 2018.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from wellcond._shared.names import require_known
 
 from ._largest_eigenvalue import largest_eigenvalue
-from ._matrix import MatrixView, targets
+from ._matrix import Target, Treatables, targets
+from ._registry import Applied, TreatmentClass
 from ._sharded import whole
+
+
+class LossTreatment(Applied, TreatmentClass):
+    """Base of the treatments in the loss: ``loss + treatment()`` adds the sum of ``term`` over the layers.
+
+    Derived classes have ``treatment``, what messages call it, and ``term``.
+
+    Args:
+        layers: layers with a matrix-like ``weight`` (the one in use, if it is parametrised): one, a list, or a dict.
+    """
+
+    place: ClassVar[int] = 1
+    _treated: ClassVar[WeakSet[nn.Module]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._treated = WeakSet()
+
+    def __init__(self, layers: Treatables) -> None:
+        self.targets = targets(layers)
+
+    def term(self, W: Tensor) -> Tensor:
+        """The term of one layer, a scalar, from its weight (groups, m, n) in float32 or better."""
+        raise NotImplementedError
+
+    def __call__(self) -> Tensor:
+        """The sum of the terms at the present weights, a scalar with a gradient."""
+        return torch.stack([self._term(target) for target in self.targets]).sum()
+
+    def _term(self, target: Target) -> Tensor:
+        weight: Any = target.parameter if target.layer is None else target.layer.weight  # the one in use
+        weight = whole(weight)
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.term(target.view.matrix(weight.to(torch.promote_types(weight.dtype, torch.float32))))
+
+    @classmethod
+    def require_free(cls, layer: nn.Module, target: Target) -> None:
+        if layer in cls._treated:
+            raise ValueError(f"treatment '{cls.name}' of {target.where} is already on; call .remove() on the first")
+
+    @classmethod
+    def apply_to(cls, optimizer: Optimizer, layers: Mapping[str, nn.Module], options: Mapping[str, Any]) -> Applied:
+        applied = cls(layers, **options)
+        cls._treated.update(layers.values())
+        return applied
+
+    def loss(self) -> Tensor:
+        return self()
+
+    def remove(self) -> None:
+        self._treated.difference_update(target.layer for target in self.targets if target.layer is not None)
 
 
 def _gap(W: Tensor) -> Tensor:
@@ -30,7 +85,7 @@ def soft(W: Tensor) -> Tensor:
 
 
 def double_soft(W: Tensor) -> Tensor:
-    """‖WᵀW − I‖²_F + ‖WWᵀ − I‖²_F less its least value |m − n|: twice the square of the smaller side's norm."""
+    """‖WᵀW − I‖²_F + ‖WWᵀ − I‖²_F less its minimum |m − n|: twice the square of the smaller side's norm."""
     return 2 * _gap(W).square().sum((-2, -1))
 
 
@@ -48,7 +103,7 @@ def srip(W: Tensor) -> Tensor:
 _FORMS = {"soft": soft, "double_soft": double_soft, "srip": srip}
 
 
-class OrthogonalLoss:
+class OrthogonalLoss(LossTreatment, name="ol", about="orthogonal loss, eq. (12)"):
     """A term to add to the loss: ``loss + orthogonal_loss()``.
 
     Args:
@@ -71,33 +126,17 @@ class OrthogonalLoss:
         tensor(True)
     """
 
-    def __init__(
-        self,
-        layers: nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module],
-        *,
-        form: str = "soft",
-        coefficient: float = 1.0,
-    ) -> None:
+    treatment = "orthogonal loss"
+
+    def __init__(self, layers: Treatables, *, form: str = "soft", coefficient: float = 1.0) -> None:
         require_known(form, _FORMS, "form of the orthogonal loss")
         if not coefficient >= 0:
             raise ValueError(f"coefficient of the orthogonal loss must be >= 0, got {coefficient}")
-        if isinstance(layers, nn.Module):
-            layers = [layers]
-        elif isinstance(layers, Mapping):
-            layers = dict(layers)
-        else:
-            layers = list(layers)
-        views = [target.view for target in targets(layers)]
-        held = list(layers.values()) if isinstance(layers, dict) else layers
+        super().__init__(layers)
         self.form, self.coefficient = form, coefficient
-        self._layers: list[tuple[nn.Module, MatrixView]] = list(zip(held, views, strict=True))
+
+    def term(self, W: Tensor) -> Tensor:
+        return _FORMS[self.form](W).sum()
 
     def __call__(self) -> Tensor:
-        """The term at the present weights, a scalar with a gradient."""
-        terms = [self._term(layer.weight, view) for layer, view in self._layers]  # pyright: ignore[reportArgumentType]
-        return self.coefficient * torch.stack(terms).sum()
-
-    def _term(self, weight: Tensor, view: MatrixView) -> Tensor:
-        weight = whole(weight)
-        with torch.autocast(weight.device.type, enabled=False):
-            return _FORMS[self.form](view.matrix(weight.to(torch.promote_types(weight.dtype, torch.float32)))).sum()
+        return self.coefficient * super().__call__()

@@ -1,38 +1,34 @@
-"""What the treatments of an optimizer step share: hooks before and after ``optimizer.step``, and their removal.
+"""Treatments of the optimizer step: hooks before and after ``optimizer.step``, and their removal.
 
 With ``step(closure)`` the gradients appear only when the closure runs, so there the closure is wrapped: that is how
 Lightning's automatic optimisation steps. With a fused optimizer under ``GradScaler`` the gradients are still scaled
-when the step begins; :func:`gradient_scale` tells by how much. A sharded weight reaches ``before`` and ``after`` whole.
+when the step begins; :func:`gradient_scale` tells by how much. ``before`` and ``after`` see a sharded weight whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from ._matrix import Target, Treatable, targets
+from wellcond._shared.models import unwrapped_optimizer
+
+from ._matrix import Target, Treatables, targets
+from ._registry import Applied, TreatmentClass
 from ._sharded import gathered
 
-LINEAR_IN_LR = tuple(
-    getattr(torch.optim, name)
-    for name in ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta", "Muon"]
-    if hasattr(torch.optim, name)
-)
+
+def _of_this_torch(names: str) -> tuple[type[Optimizer], ...]:
+    return tuple(getattr(torch.optim, name) for name in names.split() if hasattr(torch.optim, name))
+
+
+LINEAR_IN_LR = _of_this_torch("SGD Adam AdamW NAdam RAdam Adamax RMSprop Adagrad Adadelta Muon")
 """Optimizers whose step is lr times a direction, with a state that depends on neither lr nor the step taken."""
-
-
-def unwrap(optimizer: Any) -> Optimizer:
-    """The ``torch.optim`` optimizer inside wrappers that keep it as ``.optimizer`` (Lightning, Accelerate)."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    return optimizer
+_DECOUPLED = _of_this_torch("AdamW Muon")
 
 
 def gradient_scale(optimizer: Optimizer) -> Tensor | None:
@@ -45,15 +41,14 @@ def decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Any:
 
     Zero in a step that ``GradScaler`` let a fused optimizer skip by itself, which leaves all weights as they were.
     """
-    apart = tuple(getattr(torch.optim, name) for name in ("AdamW", "Muon") if hasattr(torch.optim, name))
-    if not (isinstance(optimizer, apart) or group.get("decoupled_weight_decay")):
+    if not (isinstance(optimizer, _DECOUPLED) or group.get("decoupled_weight_decay")):
         return 0.0
     share = group["lr"] * group["weight_decay"]
     found_inf = getattr(optimizer, "found_inf", None)
     return share if found_inf is None else torch.where(found_inf == 0, share, 0.0)
 
 
-def active_hooks(optimizer: Optimizer) -> list[StepHook]:
+def _active(optimizer: Optimizer) -> list[StepTreatment]:
     """The treatments that are on in ``optimizer``, kept with it (a copy of the optimizer has no hooks, and no list)."""
     return optimizer.__dict__.setdefault("_wellcond_hooks", [])
 
@@ -77,25 +72,41 @@ def require_linear_in_lr(optimizer: Optimizer, treatment: str, target: Target) -
         )
 
 
-class StepHook:
+class StepTreatment(Applied, TreatmentClass):
     """Base of the treatments that act in ``optimizer.step``; ``before`` and ``after`` do the work.
+
+    Derived classes have ``treatment``, what messages call it, and ``before``, ``after``, or both.
+
+    Args:
+        optimizer: any ``torch.optim`` optimizer except LBFGS; a wrapper with an ``.optimizer`` is opened.
+        params: layers (their ``weight``) or raw parameters (as ``flatten(1)``): one, a list, or a dict by name.
 
     Attributes:
         targets: the treated parameters.
         optimizer: the optimizer whose steps are treated.
+
+    A treatment of your own, which ``treat``, the callbacks and the command then know as ``gc``::
+
+        class GradientCentralisation(StepTreatment, name="gc", about="gradient centralisation (Yong et al. 2020)"):
+            treatment = "gradient centralisation"
+
+            def before(self, target, group):
+                gradient = target.view.matrix(target.parameter.grad)
+                centred = gradient - gradient.mean(-1, keepdim=True)
+                target.parameter.grad.copy_(target.view.tensor(centred, target.parameter.shape))
     """
 
-    treatment: ClassVar[str]
+    place: ClassVar[int] = 2
 
-    def __init__(self, optimizer: Optimizer, params: Treatable | Iterable[Treatable] | Mapping[str, Treatable]) -> None:
-        self.optimizer = unwrap(optimizer)
+    def __init__(self, optimizer: Optimizer, params: Treatables) -> None:
+        self.optimizer = unwrapped_optimizer(optimizer)
         self.targets = targets(params)
         if isinstance(self.optimizer, LBFGS):
             raise ValueError(
                 f"{self.treatment} of {self.targets[0].where}: LBFGS evaluates the gradient several times a step and "
                 "needs it as it is; use a first-order optimizer such as SGD or AdamW"
             )
-        others = active_hooks(self.optimizer)
+        others = _active(self.optimizer)
         taken = {id(t.parameter) for other in others if type(other) is type(self) for t in other.targets}
         named: dict[int, str] = {}
         for target in self.targets:
@@ -113,6 +124,10 @@ class StepHook:
         ]
         others.append(self)
 
+    @classmethod
+    def apply_to(cls, optimizer: Optimizer, layers: Mapping[str, nn.Module], options: Mapping[str, Any]) -> Applied:
+        return cls(optimizer, layers, **options)
+
     def validate(self) -> None:
         """Refuse what this treatment cannot do with ``self.optimizer``, before anything is changed."""
 
@@ -126,7 +141,7 @@ class StepHook:
         """Take the hooks off: later steps are the optimizer's own. May be called twice."""
         for handle in self._handles:
             handle.remove()
-        if self in (others := active_hooks(self.optimizer)):
+        if self in (others := _active(self.optimizer)):
             others.remove(self)
         if not others:
             del self.optimizer.__dict__["_wellcond_hooks"]
@@ -160,11 +175,10 @@ class StepHook:
         for target in self.targets:
             if id(target.parameter) not in groups:
                 raise RuntimeError(f"{self.treatment} of {target.where}: the optimizer no longer holds its weight")
-            if target.parameter.grad is not None:
-                act(target, groups[id(target.parameter)])
-
-
-def require_dense(gradient: Tensor, target: Target, treatment: str) -> None:
-    """Refuse a sparse gradient, which is not a matrix that can be decomposed."""
-    if gradient.layout is not torch.strided:
-        raise ValueError(f"{treatment} of {target.where}: its gradient is sparse ({gradient.layout}); use a dense one")
+            if (gradient := target.parameter.grad) is None:
+                continue
+            if gradient.layout is not torch.strided:
+                raise ValueError(
+                    f"{self.treatment} of {target.where}: its gradient is sparse ({gradient.layout}); use a dense one"
+                )
+            act(target, groups[id(target.parameter)])

@@ -5,7 +5,7 @@ try:
 except ImportError as error:
     raise ImportError("wellcond.lightning needs Lightning: pip install 'wellcond[train]'") from error
 
-from .integrations.lightning_monitor import ConditionMonitorCallback
-from .integrations.lightning_treatment import TreatmentCallback
+from ._monitor import ConditionMonitorCallback
+from ._treatment import TreatmentCallback
 
 __all__ = ["ConditionMonitorCallback", "TreatmentCallback"]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import nn
 
-from wellcond.monitor import ConditionMonitor, ConditionRecord
-from wellcond.monitor._record import MEASURES
+from wellcond.monitor.callbacks import MonitorInTraining
 
 
-class ConditionMonitorCallback(pl.Callback):
+class ConditionMonitorCallback(MonitorInTraining, pl.Callback):
     """Watch the spectral layers during ``fit``; :attr:`monitor` holds the records during and after it.
 
     A step is ``trainer.global_step``, under automatic and manual optimisation and with gradient accumulation
@@ -24,8 +20,8 @@ class ConditionMonitorCallback(pl.Callback):
     processes the first writes and logs what it sees of its own share of the batch.
 
     Args:
-        every, layers, writers, on_alarm, kappa_above, max_matrices: as for
-            :class:`wellcond.monitor.ConditionMonitor`; layer names are those in the LightningModule.
+        every, layers, writers, on_alarm, kappa_above, max_matrices: of :class:`wellcond.monitor.ConditionMonitor`, with
+            the layer names of the LightningModule.
         log: send records to the trainer's loggers.
 
     Example:
@@ -33,53 +29,22 @@ class ConditionMonitorCallback(pl.Callback):
         >>> callback = ConditionMonitorCallback(every=20)  # Trainer(callbacks=[callback])
     """
 
-    def __init__(
-        self,
-        *,
-        every: int = 10,
-        layers: Iterable[str | nn.Module] | str | nn.Module | None = None,
-        writers: Any = (),
-        log: bool = True,
-        on_alarm: Callable[[ConditionRecord, str], None] | None = None,
-        kappa_above: float = math.inf,
-        max_matrices: int = 16,
-    ) -> None:
-        self.monitor: ConditionMonitor | None = None
-        self._options: dict[str, Any] = {
-            "every": every,
-            "layers": layers,
-            "on_alarm": on_alarm,
-            "kappa_above": kappa_above,
-            "max_matrices": max_matrices,
-        }
-        self._writers = writers
+    def __init__(self, *, log: bool = True, **options: Any) -> None:
+        super().__init__(**options)
         self._log = log
         self._sent = 0
         self._shown = ""
         self._restored: dict[str, Any] | None = None
-
-    @property
-    def records(self) -> list[ConditionRecord]:
-        """The records so far."""
-        return [] if self.monitor is None else self.monitor.records
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach, and go on from a restored state if there is one."""
         state = self._restored
         if state is None and trainer.global_step and self.monitor is not None:
             state = self.monitor.state_dict()  # a second fit of the same trainer continues
-        # Counting the steps of an optimizer rather than forward passes: training_step may call forward any number
-        # of times, or only the module's parts. Before each batch the count is set to the trainer's.
-        self.monitor = ConditionMonitor(
-            pl_module,
-            writers=self._writers if trainer.is_global_zero else (),
-            optimizer=trainer.optimizers[0],
-            **self._options,
-        )
-        if state is not None:
-            self.monitor.load_state_dict(state)
+        # Before each batch the count of steps is set to the trainer's.
+        self.attach(pl_module, trainer.optimizers[0], writes=trainer.is_global_zero, state=state)
         self._restored = None
-        self._sent = len(self.monitor.records)
+        self._sent = len(self.records)
         self._extend_progress_bar(trainer)
 
     def _extend_progress_bar(self, trainer: pl.Trainer) -> None:
@@ -91,12 +56,6 @@ class ConditionMonitorCallback(pl.Callback):
                 return items | ({"κ": self._shown} if self._shown else {})
 
             bar.get_metrics = get_metrics  # removed in _detach: text cannot pass through self.log
-
-    def _worst(self) -> ConditionRecord:
-        """The latest record of the layer that is conditioned worst."""
-        assert self.monitor is not None
-        latest = {record.layer: record for record in self.monitor.records[-len(self.monitor.layers) :]}
-        return max(latest.values(), key=lambda record: record.kappa if record.finite else math.inf)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -114,26 +73,24 @@ class ConditionMonitorCallback(pl.Callback):
         self._sent = len(self.monitor.records)
         if not new:
             return
-        worst = self._worst()
+        worst = self.worst()
         pl_module.log("kappa", worst.kappa, logger=False)
         self._shown = self.monitor.sparkline(worst.layer).split(" ", 1)[1]
         if self._log:
             for record in new:
-                measures = {f"condition/{record.layer}/{name}": getattr(record, name) for name in MEASURES}
                 for logger in trainer.loggers:
-                    logger.log_metrics(measures, step=record.step)
+                    logger.log_metrics(record.scalars(), step=record.step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the hooks off; the records stay."""
         self._detach(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """As :meth:`teardown`, which Lightning does not call after an error or Ctrl-C."""
+        """Take the hooks off here too: Lightning does not call ``teardown`` after an error or Ctrl-C."""
         self._detach(trainer)
 
     def _detach(self, trainer: pl.Trainer) -> None:
-        if self.monitor is not None:
-            self.monitor.close()
+        self.close()
         if (bar := trainer.progress_bar_callback) is not None:
             bar.__dict__.pop("get_metrics", None)
 

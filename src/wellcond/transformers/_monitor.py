@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from wellcond.monitor import ConditionMonitor, ConditionRecord
-from wellcond.monitor._record import MEASURES
-from wellcond.orthogonality._step_hook import unwrap
+from wellcond.monitor.callbacks import MonitorInTraining
 
-from .transformers_log import add_to_log, put_first, saved_state
+from ._log import add_to_log, put_first, saved_state
 
 
-class ConditionMonitorCallback(TrainerCallback, ExportableState):
+class ConditionMonitorCallback(MonitorInTraining, TrainerCallback, ExportableState):
     """Watch the spectral layers while the ``Trainer`` trains; :attr:`monitor` holds the records during and after it.
 
     A step is the trainer's ``global_step``; of accumulated batches the first is measured. The latest record of every
@@ -26,8 +22,7 @@ class ConditionMonitorCallback(TrainerCallback, ExportableState):
     on as if it had not stopped. In several processes the first writes and logs what it sees of its share of the batch.
 
     Args:
-        every, layers, writers, on_alarm, kappa_above, max_matrices: as for
-            :class:`wellcond.monitor.ConditionMonitor`.
+        every, layers, writers, on_alarm, kappa_above, max_matrices: of :class:`wellcond.monitor.ConditionMonitor`.
 
     Give it to ``Trainer(callbacks=[...])``, or call :meth:`add_to`, which puts it ahead of the reporters, so that
     TensorBoard, W&B and MLflow see what it logs.
@@ -37,31 +32,6 @@ class ConditionMonitorCallback(TrainerCallback, ExportableState):
         >>> callback = ConditionMonitorCallback(every=20)  # Trainer(callbacks=[callback])
     """
 
-    def __init__(
-        self,
-        *,
-        every: int = 10,
-        layers: Iterable[str | nn.Module] | str | nn.Module | None = None,
-        writers: Any = (),
-        on_alarm: Callable[[ConditionRecord, str], None] | None = None,
-        kappa_above: float = math.inf,
-        max_matrices: int = 16,
-    ) -> None:
-        self.monitor: ConditionMonitor | None = None
-        self._writers = writers
-        self._options: dict[str, Any] = {
-            "every": every,
-            "layers": layers,
-            "on_alarm": on_alarm,
-            "kappa_above": kappa_above,
-            "max_matrices": max_matrices,
-        }
-
-    @property
-    def records(self) -> list[ConditionRecord]:
-        """The records so far."""
-        return [] if self.monitor is None else self.monitor.records
-
     def add_to(self, trainer: Any) -> ConditionMonitorCallback:
         """Join a ``Trainer`` that is there already, ahead of its reporters; the callback itself."""
         put_first(self, trainer)
@@ -70,16 +40,7 @@ class ConditionMonitorCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach, and go on from the checkpoint's records."""
         saved = saved_state(self, state)
-        if self.monitor is not None:
-            self.monitor.close()
-        self.monitor = ConditionMonitor(
-            kwargs["model"],
-            writers=self._writers if state.is_world_process_zero else (),
-            optimizer=unwrap(kwargs["optimizer"]),
-            **self._options,
-        )
-        if saved is not None:
-            self.monitor.load_state_dict(saved)
+        self.attach(kwargs["model"], kwargs["optimizer"], writes=state.is_world_process_zero, state=saved)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the trainer's step."""
@@ -90,17 +51,14 @@ class ConditionMonitorCallback(TrainerCallback, ExportableState):
         """Add the latest record of every layer to what is logged with the loss."""
         if not self.records:
             return
-        latest = {record.layer: record for record in self.records}
-        values = {
-            f"condition/{layer}/{name}": getattr(record, name) for layer, record in latest.items() for name in MEASURES
-        }
-        kappas = [record.kappa if record.finite else math.inf for record in latest.values()]
-        add_to_log(values | {"kappa": max(kappas)}, state, kwargs.get("logs"))
+        values = {name: value for record in self.latest().values() for name, value in record.scalars().items()}
+        worst = self.worst()
+        kappa = worst.kappa if worst.finite else math.inf
+        add_to_log(values | {"kappa": kappa}, state, kwargs.get("logs"))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks off; the records stay."""
-        if self.monitor is not None:
-            self.monitor.close()
+        self.close()
 
     def state(self) -> dict[str, Any]:
         """The monitor's state, for the ``Trainer`` to save."""

@@ -5,7 +5,7 @@ try:
 except ImportError as error:
     raise ImportError("wellcond.transformers needs transformers: pip install 'wellcond[huggingface]'") from error
 
-from .integrations.transformers_monitor import ConditionMonitorCallback
-from .integrations.transformers_treatment import TreatmentCallback
+from ._monitor import ConditionMonitorCallback
+from ._treatment import TreatmentCallback
 
 __all__ = ["ConditionMonitorCallback", "TreatmentCallback"]

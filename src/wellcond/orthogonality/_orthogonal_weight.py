@@ -7,24 +7,31 @@ layer starts at the nearest orthogonal matrix.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from wellcond._shared.names import require_known
 
-from ._matrix import MatrixView
-from ._parametrised import WeightParametrisation, attach, require_free
+from ._matrix import Target, matrix_names
 from ._stiefel_maps import MAPS
+from ._weight_treatment import WeightTreatment
 
 
-class OrthogonalWeight(WeightParametrisation):
+class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq. (13)"):
     """The parametrisation that :func:`orthogonal_weight` registers; the frame F is its buffer ``frame``."""
 
     treatment = "orthogonal weight"
     frame: Tensor
 
-    def __init__(self, view: MatrixView, map: str = "exp") -> None:
-        super().__init__(view)
+    def __init__(self, target: Target, *, map: str = "exp") -> None:
+        super().__init__(target)
+        require_known(map, MAPS, "map of the orthogonal weight")
+        if target.layer is None or all(p is not target.parameter for p in target.layer._parameters.values()):
+            raise ValueError(f"{self.treatment} of {target.where}: put it on before the spectral norm")
+        if not bool(torch.isfinite(target.parameter).all()):
+            raise ValueError(f"{self.treatment} of {target.where}: its weight holds NaN or infinite entries")
         self.map = map
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -57,7 +64,7 @@ class OrthogonalWeight(WeightParametrisation):
         return ", ".join(filter(None, [f"map={self.map!r}", super().extra_repr()]))
 
 
-def orthogonal_weight(layer: nn.Module, map: str = "exp", *, name: str = "") -> nn.Module:
+def orthogonal_weight(layer: nn.Module, name: str = "weight", map: str = "exp") -> nn.Module:
     """Keep the weight of ``layer`` orthogonal from now on: WᵀW = I or WWᵀ = I, whichever is possible.
 
     W is the weight as a matrix (out, in·kh·kw), per group of a convolution; transposed convolutions are turned round.
@@ -67,18 +74,20 @@ def orthogonal_weight(layer: nn.Module, map: str = "exp", *, name: str = "") -> 
     half-precision layer the map is computed in float32 and rounded once.
 
     Args:
-        layer: a layer with a matrix-like ``weight``; changed in place.
+        layer: a layer with a matrix-like tensor ``name``; changed in place.
+        name: of the tensor, as in ``torch.nn.utils.parametrizations``: such as ``"weight_hh_l0"`` of ``nn.LSTM`` or
+            ``"in_proj_weight"`` of ``nn.MultiheadAttention``. Others than ``"weight"`` are read as ``flatten(1)``.
         map: ``"exp"``, the matrix exponential of eq. (13); or, at about a third of its cost, ``"cayley"``, one linear
             solve, or ``"householder"``, a product of reflections.
-        name: what to call the layer in messages.
 
     Returns:
         ``layer``.
 
     Raises:
-        ValueError: no matrix-like weight, NaN or infinity in it, a parametrisation already on it, or an unknown map.
+        ValueError: no matrix-like tensor of that name (with the nearest right one), NaN or infinity in it, a
+            parametrisation already on it, or an unknown map.
 
-    Take it off with ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")``.
+    Take it off with ``torch.nn.utils.parametrize.remove_parametrizations(layer, name)``.
 
     Example:
         >>> import torch
@@ -87,11 +96,13 @@ def orthogonal_weight(layer: nn.Module, map: str = "exp", *, name: str = "") -> 
         >>> torch.dist(W.T @ W, torch.eye(27)) < 1e-5
         tensor(True)
     """
-    require_known(map, MAPS, "map of the orthogonal weight")
-    target = require_free(layer, name, OrthogonalWeight)
-    if torch.nn.utils.parametrize.is_parametrized(layer, "weight"):
-        raise ValueError(f"{OrthogonalWeight.treatment} of {target.where}: put it on before the spectral norm")
-    if not bool(torch.isfinite(target.parameter).all()):
-        raise ValueError(f"{OrthogonalWeight.treatment} of {target.where}: its weight holds NaN or infinite entries")
-    attach(layer, OrthogonalWeight(target.view, map))
+    if name in MAPS and name not in matrix_names(layer):
+        warnings.warn(
+            f"orthogonal_weight(layer, '{name}'): the second argument is now the name of the tensor, as in PyTorch; "
+            f"write orthogonal_weight(layer, map='{name}')",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        name, map = "weight", name
+    OrthogonalWeight.put_on(layer, name, map=map)
     return layer

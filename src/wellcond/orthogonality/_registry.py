@@ -1,0 +1,126 @@
+"""The treatments that there are. Everything that offers treatments (``treat``, callbacks, command line) reads this.
+
+A treatment is a class: deriving it from :class:`WeightTreatment`, :class:`LossTreatment` or :class:`StepTreatment` with
+a name and a sentence registers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from wellcond._shared.names import require_known
+
+from ._matrix import Target
+
+Options = Mapping[str, Mapping[str, Any]]
+
+TREATMENTS: dict[str, str] = {}
+"""Every treatment by name, and what it is, in the order of the paper's tables."""
+_classes: dict[str, type[TreatmentClass]] = {}
+
+
+class Applied:
+    """A treatment in place on some layers; the defaults are those of one that has nothing to report."""
+
+    def loss(self) -> Tensor | None:
+        """A term to add to the loss."""
+        return None
+
+    def rates(self) -> dict[str, Tensor]:
+        """By layer: the learning rate that the last step really had, where the treatment chooses one."""
+        return {}
+
+    def scalars(self) -> dict[str, Tensor]:
+        """What training frameworks log after a step, by the names in the log: ``rate/LAYER``."""
+        return {f"rate/{layer}": rate for layer, rate in self.rates().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside model and optimizer: tensors and plain types."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a saved run."""
+
+    def remove(self) -> None:
+        """Take the treatment off; may be called twice."""
+
+
+class TreatmentClass:
+    """What is asked of the class of a treatment; its three bases answer it.
+
+    Attributes:
+        place: 0 for the weight, 1 for the loss, 2 for the step: the order in which treatments are put on.
+        order: of treatments in one place those with a smaller one are put on first.
+        name: as in ``"nog+ow"`` and in the paper's tables.
+        treatment: what messages call it.
+    """
+
+    place: ClassVar[int]
+    order: ClassVar[int] = 0
+    name: ClassVar[str]
+    treatment: ClassVar[str]
+
+    def __init_subclass__(cls, *, name: str = "", about: str = "", order: int = 0, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not name:  # a base of others
+            return
+        if name != name.strip().lower() or "+" in name:
+            raise ValueError(f"the name of a treatment is lower case, without '+' and blanks, got '{name}'")
+        there = _classes.get(name)
+        if there is not None and there.__qualname__ != cls.__qualname__:  # else a cell of a notebook that is run again
+            raise ValueError(f"the treatment '{name}' is {there.__name__} already; choose another name")
+        cls.name, cls.order = name, order
+        _classes[name], TREATMENTS[name] = cls, about
+
+    @classmethod
+    def require_free(cls, layer: nn.Module, target: Target) -> None:
+        """Refuse a layer that cannot take this treatment (any more), before anything is changed."""
+
+    @classmethod
+    def apply_to(cls, optimizer: Optimizer, layers: Mapping[str, nn.Module], options: Mapping[str, Any]) -> Applied:
+        """Treat ``layers``, whose weights ``optimizer`` holds. If it fails, the layers are as before."""
+        raise NotImplementedError
+
+
+def in_order(names: Iterable[str]) -> list[type[TreatmentClass]]:
+    """The named treatments in the order in which they are put on."""
+    return sorted((_classes[name] for name in names), key=lambda cls: (cls.place, cls.order))
+
+
+def parse_treatments(names: str) -> tuple[str, ...]:
+    """``"nog+ow+olr"`` as ``("nog", "ow", "olr")``: the order kept, case and blanks ignored.
+
+    A treatment of an installed package is found by its entry point in the group ``wellcond.treatments``.
+
+    Raises:
+        TypeError: ``names`` is not a string.
+        ValueError: an empty name, an unknown one (with the nearest right one), or the same one twice.
+
+    Example:
+        >>> parse_treatments("NOG + OW")
+        ('nog', 'ow')
+    """
+    if not isinstance(names, str):
+        raise TypeError(f"treatments are one string such as 'nog+ow+olr', got {type(names).__name__}")
+    parsed = tuple(name.strip().lower() for name in names.split("+"))
+    if not all(name in TREATMENTS for name in parsed):
+        for plugin in entry_points(group="wellcond.treatments"):
+            plugin.load()
+    for name in parsed:
+        require_known(name, TREATMENTS, "treatment", f" in '{names}'")
+    twice = sorted({name for name in parsed if parsed.count(name) > 1})
+    if twice:
+        raise ValueError(f"treatment '{twice[0]}' is named twice in '{names}'; name it once")
+    return parsed
+
+
+def options_of(names: Iterable[str], options: Options | None) -> dict[str, Mapping[str, Any]]:
+    """The options by treatment; a ValueError for those of a treatment that is not among ``names``."""
+    for name in options or {}:
+        require_known(name, names, "treatment", " in options, which are for the treatments asked for")
+    return dict(options or {})

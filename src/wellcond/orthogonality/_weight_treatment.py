@@ -1,0 +1,188 @@
+"""Treatments of the weight: a parametrisation is put on it and taken off so that the optimizer never notices.
+
+The stored tensor is the weight's own ``Parameter`` with its values, so the optimizer, its state, DDP and averaged
+copies keep hold of the right one. Removal does not go through ``torch.nn.utils.parametrize.remove_parametrizations``,
+which takes the attribute away from every deep copy of the layer too (they share one generated class).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from wellcond._shared.models import described
+
+from ._matrix import Target, layer_target, parametrisations
+from ._registry import Applied, TreatmentClass
+from ._sharded import is_sharded, spread, whole
+
+
+class WeightTreatment(nn.Module, TreatmentClass):
+    """Base of the treatments of the weight: a parametrisation, from the stored tensor to the one in use.
+
+    Derived classes have ``treatment``, what messages call it, ``forward(stored)``, and if need be ``right_inverse``,
+    as in ``torch.nn.utils.parametrize``; :class:`StepTreatment` shows the line that names one. ``self.view.matrix``
+    reads a tensor as (groups, m, n) matrices, ``self.view.tensor`` writes them back.
+
+    Args:
+        target: the tensor, its layer, how messages call it, and how it is read as matrices.
+    """
+
+    place: ClassVar[int] = 0
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self.view = target.view
+
+    def __call__(self, stored: Tensor) -> Tensor:
+        """The weight in use; outside of the layer's forward pass ``fully_shard`` leaves only a shard of ``stored``."""
+        return spread(super().__call__(whole(stored)), stored)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What is stored when ``weight`` is assigned, or is there when the treatment is put on."""
+        return weight
+
+    def extra_repr(self) -> str:
+        return f"groups={self.view.groups}" if self.view.groups > 1 else ""
+
+    @classmethod
+    def put_on(cls, layer: nn.Module, name: str = "weight", label: str = "", **options: Any) -> None:
+        """Treat one tensor of a layer that messages call ``label``."""
+        for there in parametrisations(layer, name):
+            if isinstance(there, cls):
+                raise ValueError(f"{cls.treatment} of {described(layer, label)} is already on; remove it first")
+            if not isinstance(there, WeightTreatment):
+                raise ValueError(
+                    f"{cls.treatment} of {described(layer, label)}: its weight already has the parametrisation "
+                    f"{type(there).__name__}; remove that first"
+                )
+        target = layer_target(layer, label, name)
+        if is_sharded(target.parameter):
+            raise ValueError(
+                f"{cls.treatment} of {target.where}: its weight is sharded over processes already; call "
+                f"{cls.treatment.replace(' ', '_')}(layer) before fully_shard, and make the optimizer after both"
+            )
+        _attach(layer, name, cls(target, **options))
+
+    @classmethod
+    def is_on(cls, layer: nn.Module) -> bool:
+        """Whether the weight of ``layer`` has this treatment."""
+        return any(isinstance(there, cls) for there in parametrisations(layer))
+
+    @classmethod
+    def require_free(cls, layer: nn.Module, target: Target) -> None:
+        for there in parametrisations(layer):
+            raise ValueError(
+                f"treatment '{cls.name}' of {target.where}: its weight already has the parametrisation "
+                f"{type(there).__name__}; remove that first, and ask for several in one call, such as 'ow+sn'"
+            )
+
+    @classmethod
+    def apply_to(cls, optimizer: Optimizer, layers: Mapping[str, nn.Module], options: Mapping[str, Any]) -> Applied:
+        return _OnWeights(cls, layers, options)
+
+
+class _OnWeights(Applied):
+    """A treatment on the weights of several layers."""
+
+    def __init__(self, kind: type[WeightTreatment], layers: Mapping[str, nn.Module], options: Mapping[str, Any]):
+        self._undo: list[Callable[[], None]] = []
+        try:
+            for label, layer in layers.items():
+                if not parametrisations(layer):  # else the treatment below is taken off with all that is on top
+                    self._undo.append(_restorer(layer))
+                kind.put_on(layer, label=label, **options)
+        except Exception:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        while self._undo:
+            self._undo[-1]()  # what is refused stays on the list, and is refused again
+            self._undo.pop()
+
+
+def _attach(layer: nn.Module, name: str, parametrisation: nn.Module) -> None:
+    """Put it on top of what is on the tensor."""
+    bare = not parametrisations(layer, name)
+    weight = layer_target(layer, "", name).parameter
+    if bare:  # registered with a stand-in: PyTorch would call weight.set_, which cuts it off from DDP's hooks
+        layer._parameters[name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    try:
+        parametrize.register_parametrization(layer, name, parametrisation)
+    except Exception:
+        if bare:
+            layer._parameters[name] = weight
+        raise
+    lists: Any = layer.parametrizations
+    lists[name].original = weight
+    # PyTorch refuses to pickle a parametrised module, because its class is made at run time; ours can be made again.
+    type(layer).__reduce__ = _reduce  # pyright: ignore[reportAttributeAccessIssue]
+
+
+_CACHED_BY_RNN = ("_flat_weights", "_flat_weight_refs")  # of the last forward pass, and not to be pickled
+
+
+def _reduce(layer: nn.Module) -> tuple[Any, ...]:
+    lists: Any = layer.parametrizations
+    if not all(isinstance(one, WeightTreatment) for chain in lists.values() for one in chain):
+        raise RuntimeError(f"{type(layer).__name__} has other parametrisations than wellcond's; save its state_dict")
+    state = {name: value for name, value in layer.__dict__.items() if name not in _CACHED_BY_RNN}
+    return _rebuild, (type(layer).__bases__[0], state)
+
+
+def _rebuild(base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    """The parametrised layer again, from its bare class and its attributes."""
+    layer = base.__new__(base)
+    modules = dict(state["_modules"])
+    chains = modules.pop("parametrizations")
+    parameters = {**state["_parameters"], **{name: chain.original for name, chain in chains.items()}}
+    layer.__dict__.update(state, _modules=modules, _parameters=parameters)
+    for name, chain in chains.items():
+        for parametrisation in chain:
+            buffers = dict(parametrisation._buffers)  # registering would start them afresh from the stored weight
+            _attach(layer, name, parametrisation)
+            parametrisation._buffers.update(buffers)
+    if isinstance(layer, nn.RNNBase):
+        layer._init_flat_weights()
+    return layer
+
+
+def _restorer(layer: nn.Module) -> Callable[[], None]:
+    """A function that takes all parametrisations off the weight of ``layer``, which has none now.
+
+    The layer keeps the weight in use; but if the stored tensor is what it is now (no step has been taken), it gets
+    that one back bit for bit. The parameters keep their order.
+    """
+    untouched = layer_target(layer, "").parameter.detach().clone()
+    order = list(layer._parameters)
+
+    def restore() -> None:
+        if not parametrisations(layer):
+            return
+        # Read again: loading with assign=True or a move to another kind of device makes it a new tensor.
+        weight = layer_target(layer, "").parameter
+        if is_sharded(weight):
+            raise RuntimeError(
+                f"{described(layer, '')} was sharded since its weight was treated, and fully_shard cannot be undone; "
+                "load the state into a model that is not sharded, and call remove() there"
+            )
+        with torch.no_grad():
+            if not torch.equal(weight, untouched.to(weight)):
+                weight.copy_(layer.weight)  # pyright: ignore[reportArgumentType]
+        lists: Any = layer.parametrizations
+        if len(lists) == 1:
+            layer.__class__ = type(layer).__bases__[0]
+            del layer.parametrizations
+            layer.register_parameter("weight", weight)
+        else:
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        for name in (name for name in order if name in layer._parameters):
+            layer._parameters[name] = layer._parameters.pop(name)
+
+    return restore

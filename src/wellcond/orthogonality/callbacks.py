@@ -1,0 +1,90 @@
+"""What the treatment callbacks of all training frameworks share.
+
+Treatments of the weight rename it in the state dict, so they have to be there before a checkpoint is loaded, and often
+before there is an optimizer; those in the step and in the loss come when training begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from wellcond._shared.models import Layers, layers_by_name
+
+from ._pre_spectral import pre_spectral_layers
+from ._registry import Options, in_order, options_of, parse_treatments
+from ._treat import Treatment, treat
+from ._weight_treatment import WeightTreatment
+
+
+class TreatmentInStages:
+    """Base of the callbacks; its arguments are those of :func:`wellcond.orthogonality.treat`."""
+
+    def __init__(
+        self,
+        treatments: str,
+        *,
+        layers: Layers | None = None,
+        example_input: Any = None,
+        options: Options | None = None,
+    ) -> None:
+        self.treatments = parse_treatments(treatments)
+        self.layers: dict[str, nn.Module] = {}
+        kinds = in_order(self.treatments)
+        self._on_weights = [kind for kind in kinds if issubclass(kind, WeightTreatment)]
+        self._in_step = [kind.name for kind in kinds if not issubclass(kind, WeightTreatment)]
+        self._given, self._example_input = layers, example_input
+        self._options = options_of(self.treatments, options)
+        self._model: nn.Module | None = None
+
+    def treat_weights(self, model: nn.Module) -> None:
+        """Find the layers and treat their weights, once for each model."""
+        if self._model is model:
+            return
+        self.layers = self.find_layers(model) if self._given is None else layers_by_name(model, self._given)
+        self._model = model
+        # They are all there already in a model that comes back after another.
+        if all(kind.is_on(layer) for kind in self._on_weights for layer in self.layers.values()):
+            return
+        for kind in self._on_weights:
+            for label, layer in self.layers.items():
+                kind.put_on(layer, label=label, **self._options.get(kind.name, {}))
+
+    def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The layers to treat when none were given."""
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        return pre_spectral_layers(model, _moved(self._example_input, device))
+
+    def treat_optimizer(self, model: nn.Module, optimizer: Optimizer, layers: Iterable[str]) -> Treatment:
+        """Treat the steps of ``optimizer`` with all that does not act on the weight."""
+        options = {name: given for name, given in self._options.items() if name in self._in_step}
+        return treat(model, optimizer, "+".join(self._in_step), layers=list(layers), options=options)
+
+    def require_alike(self, saved: Mapping[str, Any]) -> None:
+        """Refuse the state of a run that was treated otherwise."""
+        if sorted(saved["treatments"]) != sorted(self.treatments):
+            theirs = "+".join(saved["treatments"])
+            raise ValueError(f"the checkpoint is of a run treated with '{theirs}', {self._resume}")
+
+    @property
+    def _resume(self) -> str:
+        return f"this callback is TreatmentCallback('{'+'.join(self.treatments)}'); resume with the same treatments"
+
+    def describe(self, treatments: Iterable[Treatment]) -> str:
+        """What acts where, as text, given what treats the optimizers."""
+        names = "+".join(kind.name for kind in self._on_weights)
+        return "\n".join(
+            [*(f"{layer}: {names}" for layer in self.layers if names), *(one.summary() for one in treatments)]
+        )
+
+
+def _moved(example: Any, device: torch.device) -> Any:
+    if isinstance(example, Tensor):
+        return example.to(device)
+    if isinstance(example, Mapping):
+        return {name: _moved(value, device) for name, value in example.items()}
+    return type(example)(_moved(value, device) for value in example) if type(example) in (list, tuple) else example
