@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wellcond._shared.precision import HALF
 
-if TYPE_CHECKING:
-    from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
-
 KEYS = {"covariance": "running_cov", "whitening": "running_whitening"}
 
 
-def upgrade(layer: _DecorrelatedBatchNorm, state: dict[str, Any], prefix: str, version: int | None) -> str | None:
+def upgrade(layer: Any, state: dict[str, Any], prefix: str, version: int | None) -> str | None:
     """Make the entries of ``state`` those that ``layer`` expects, in place; returns why if that is impossible.
 
     A running variance becomes the diagonal of the running covariance (or of the whitening matrix). Before version 2 a
