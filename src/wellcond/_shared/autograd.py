@@ -26,7 +26,7 @@ class BatchedFunction(torch.autograd.Function):
             out = cls.apply(*front)
             return out, (0,) * len(out) if isinstance(out, tuple) else 0
 
-        # ``apply`` binds its arguments to the signature at every call, and looks it up anew unless it is there already.
+        # ``apply`` binds its arguments to the signature at every call, and inspects it again unless it is cached here.
         cls.forward.__signature__ = inspect.signature(cls.forward)  # pyright: ignore[reportFunctionMemberAccess]
         cls.vmap = staticmethod(vmap)  # pyright: ignore[reportAttributeAccessIssue]
 

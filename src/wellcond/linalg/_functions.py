@@ -29,7 +29,10 @@ def powm(P: Tensor, exponent: float, *, eps: float = 0.0, rank: Rank = "ridge") 
         (..., d, d) in the dtype of P.
 
     Raises:
-        TypeError, ValueError, DecompositionError: as :func:`sqrtm`; a non-finite exponent.
+        TypeError: P is not a floating or complex tensor.
+        ValueError: P is not square, finite, Hermitian or positive semidefinite (read on the CPU by default), or singular
+            for a negative exponent with neither ε nor a policy; a non-finite exponent, an unknown policy.
+        DecompositionError: every step of the fall-back chain failed.
 
     At an eigenvalue 0 with ε = 0 the derivative of a power below 1 does not exist; null pairs contribute 0 there.
 
@@ -50,7 +53,22 @@ def powm(P: Tensor, exponent: float, *, eps: float = 0.0, rank: Rank = "ridge") 
 def logm(P: Tensor, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:
     """The principal logarithm log(P + εI) of a Hermitian positive definite P.
 
-    Arguments, errors, complexity and source as for :func:`powm`.
+    Args:
+        P: (..., d, d) real symmetric or complex Hermitian; any floating or complex dtype, half precision is computed
+            in float32.
+        eps, rank: what is done to eigenvalues that are zero up to rounding, as in :func:`invsqrtm`.
+
+    Returns:
+        (..., d, d) in the dtype of P.
+
+    Raises:
+        TypeError: P is not a floating or complex tensor.
+        ValueError: P is not square, finite, Hermitian or positive definite (read on the CPU by default), an unknown
+            policy.
+        DecompositionError: every step of the fall-back chain failed.
+
+    Complexity: one eigendecomposition and one product; four products backward; O(d³) memory for second derivatives.
+    Source: Daleckii and Krein 1965; Higham, Functions of Matrices, 2008, ch. 3 and 11.
 
     Example:
         >>> import torch
@@ -67,7 +85,16 @@ def expm(S: Tensor) -> Tensor:
     Args:
         S: (..., d, d) real symmetric or complex Hermitian. For other matrices take ``torch.linalg.matrix_exp``.
 
-    Returns, errors, complexity and source as for :func:`powm`.
+    Returns:
+        (..., d, d) Hermitian positive definite, in the dtype of S.
+
+    Raises:
+        TypeError: S is not a floating or complex tensor.
+        ValueError: S is not square, finite or Hermitian (read on the CPU by default).
+        DecompositionError: every step of the fall-back chain failed.
+
+    Complexity: one eigendecomposition and one product; four products backward; O(d³) memory for second derivatives.
+    Source: Daleckii and Krein 1965; Higham, Functions of Matrices, 2008, ch. 3 and 10.
 
     Example:
         >>> import torch

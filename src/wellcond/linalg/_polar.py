@@ -164,21 +164,19 @@ class Polar(BatchedFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if grad is None:
-            return None, None, None, None
-        A, W, sigma, V = ctx.saved_tensors
-        with full_precision(A):
-            H, inverse = _hermitian_factor(A, W, sigma, V)
-            inside = W.mH @ grad
-            return W @ sylvester(H, inside - inside.mH, sigma, V) + (grad - W @ inside) @ inverse, None, None, None
+        return None if grad is None else _derivative(grad, *ctx.saved_tensors), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dA: Tensor, *_: Any) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        A, W, sigma, V = ctx.saved_tensors
-        with full_precision(A):
-            H, inverse = _hermitian_factor(A, W, sigma, V)
-            inside = W.mH @ dA
-            return W @ sylvester(H, inside - inside.mH, sigma, V) + (dA - W @ inside) @ inverse, None, None
+        return _derivative(dA, *ctx.saved_tensors), None, None
+
+
+def _derivative(E: Tensor, A: Tensor, W: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
+    """The derivative of W along E, which is its own adjoint; differentiable in E, A and W."""
+    with full_precision(A):
+        H, inverse = _hermitian_factor(A, W, sigma, V)
+        inside = W.mH @ E
+        return W @ sylvester(H, inside - inside.mH, sigma, V) + (E - W @ inside) @ inverse
 
 
 def _hermitian_factor(A: Tensor, W: Tensor, sigma: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:

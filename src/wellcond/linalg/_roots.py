@@ -52,7 +52,10 @@ def invsqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank
     """The inverse square root (P + εI)^{-1/2}: the ZCA whitening matrix of a covariance P.
 
     Args:
-        P, eps, solver: as for :func:`sqrtm`.
+        P: (..., d, d) real symmetric or complex Hermitian, positive definite; any floating or complex dtype. Half
+            precision is computed in float32.
+        eps: ε ≥ 0, added to every eigenvalue.
+        solver: a name of :data:`wellcond.linalg.SOLVERS`, a configured solver, or ``"auto"``.
         rank: what is done to eigenvalues that are zero up to rounding (d·eps of the largest): ``"ridge"`` adds ε to
             all (a singular P with ε = 0 is refused); ``"pinv"`` inverts on the range alone; ``"floor"`` raises them to
             the tolerance; ``"raise"`` refuses them. What was clamped has no gradient of its own. Policies other than
@@ -62,9 +65,14 @@ def invsqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank
         (..., d, d) in the dtype of P.
 
     Raises:
-        TypeError, ValueError, DecompositionError: as :func:`sqrtm`; ε with a policy that takes none.
+        TypeError: P is not a floating or complex tensor.
+        ValueError: P is not square, finite, Hermitian or positive definite, each beyond rounding (the last four are
+            checked on the CPU; elsewhere inside ``value_checks(True)``); an unknown solver or policy, ε with a policy
+            that takes none.
+        DecompositionError: every step of the fall-back chain failed.
 
-    Complexity, source: as for :func:`sqrtm`.
+    Complexity: O(d³) per matrix. With the default solver derivatives of every order are exact at repeated eigenvalues.
+    Source: Higham, Functions of Matrices, 2008, ch. 6; eq. (3)–(4) of Song, Sebe and Wang, ECCV 2022.
 
     Example:
         >>> import torch
@@ -80,7 +88,24 @@ def sqrtm_invsqrtm(
 ) -> tuple[Tensor, Tensor]:
     """Both (P + εI)^{1/2} and (P + εI)^{-1/2} from one decomposition.
 
-    Arguments, errors and sources as for :func:`invsqrtm`.
+    Args:
+        P: (..., d, d) real symmetric or complex Hermitian, positive definite; any floating or complex dtype.
+        eps, solver, rank: as in :func:`invsqrtm`.
+
+    Returns:
+        Two tensors (..., d, d) in the dtype of P.
+
+    Raises:
+        TypeError, ValueError, DecompositionError: what :func:`invsqrtm` refuses.
+
+    Complexity: that of :func:`invsqrtm` and one product.
+
+    Example:
+        >>> import torch
+        >>> Q, S = sqrtm_invsqrtm(torch.diag(torch.tensor([4.0, 16.0])))
+        >>> Q @ S
+        tensor([[1., 0.],
+                [0., 1.]])
     """
     Q, S = _roots(P, ("sqrt", "invsqrt"), eps, solver, rank)
     return Q, S

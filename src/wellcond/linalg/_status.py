@@ -1,7 +1,7 @@
 """Roots with a status for every matrix instead of an exception, without reading a value: the ``_ex`` forms.
 
-With a solver of matrix products alone nothing waits for the device. LAPACK and its like report failures to the host
-by themselves: ``torch.linalg.eigh`` waits on an accelerator, whoever calls it.
+With a solver of matrix products alone nothing waits for the device. Decompositions report failures to the host, so
+``torch.linalg.eigh`` always synchronises with an accelerator.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def sqrtm_ex(
     """:func:`sqrtm` with a status for every matrix: no value raises, and none is read.
 
     Args:
-        P, eps, solver: as for :func:`sqrtm`.
+        P: (..., d, d) real symmetric or complex Hermitian; any floating or complex dtype.
+        eps: ε ≥ 0, added to every eigenvalue.
+        solver: a name of :data:`SOLVERS`, a configured solver, or ``"auto"``.
         tolerance: residual above which ``info`` is 2; by default 10·d·eps of the working dtype, what rounding
             leaves of an exact solver.
 
@@ -67,9 +69,27 @@ def sqrtm_ex(
 def invsqrtm_ex(
     P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", tolerance: float | None = None
 ) -> RootStatus:
-    """:func:`invsqrtm` with a status for every matrix; see :func:`sqrtm_ex`.
+    """:func:`invsqrtm` with a status for every matrix: no value raises, and none is read.
 
-    The residual of an inverse root grows with κ: give ``tolerance`` for matrices that are not well conditioned.
+    Args:
+        P: (..., d, d) real symmetric or complex Hermitian; any floating or complex dtype.
+        eps: ε ≥ 0, added to every eigenvalue.
+        solver: a name of :data:`SOLVERS`, a configured solver, or ``"auto"``.
+        tolerance: residual above which ``info`` is 2; by default 10·d·eps of the working dtype. It grows with κ: give
+            one for matrices that are not well conditioned.
+
+    Returns:
+        :class:`RootStatus`; the other matrices of a batch are untouched by a bad one.
+
+    Raises:
+        TypeError, ValueError: for dtype, shape and solver only.
+
+    Complexity: :func:`invsqrtm` and two products.
+
+    Example:
+        >>> import torch
+        >>> invsqrtm_ex(torch.stack([torch.eye(2), torch.full((2, 2), torch.nan)])).info
+        tensor([0, 1], dtype=torch.int32)
     """
     return _with_status(P, "invsqrt", eps, solver, tolerance)
 

@@ -76,7 +76,7 @@ def sylvester(Q: Tensor, G: Tensor, s: Tensor, U: Tensor) -> Tensor:
 def lyapunov(Q: Tensor, G: Tensor) -> Tensor:
     """Solve the Lyapunov equation QX + XQ = G.
 
-    Where an eigenvalue pair of Q sums to zero the equation has no or many solutions; the solution of least norm
+    Where an eigenvalue pair of Q sums to zero the equation has no or many solutions; the solution of minimum norm
     on the other pairs is returned.
 
     Args:

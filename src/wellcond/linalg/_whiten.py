@@ -73,8 +73,11 @@ def whiten(
         (..., d, n) in the dtype of X.
 
     Raises:
-        TypeError, ValueError, DecompositionError: as :func:`covariance` and :func:`invsqrtm`; an unknown method;
-            an option that ``via="factor"`` does not take.
+        TypeError: X is not a floating or complex tensor.
+        ValueError: fewer than two dimensions, n ≤ correction, NaN or infinity, a covariance that is singular without ε
+            or a policy (both read on the CPU by default); an unknown method, solver or policy, or ones that do not go
+            together.
+        DecompositionError: every step of the fall-back chain failed.
 
     Complexity: two products of d × d by d × n and O(d³); with the factor, O(d n min(d, n)). ZCA and Cholesky
     differentiate to every order at any spectrum; PCA is differentiable only where the eigenvalues are simple (tied

@@ -41,7 +41,7 @@ class Eigh(LyapunovSolver):
 
 
 def _gradient(done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
-    """:meth:`Solver.backward` in one pass through the eigenbasis, where nobody differentiates again.
+    """:meth:`Solver.backward` in one pass through the eigenbasis, where no second derivative is wanted.
 
     Three arrays of the size of the batch hold everything in turn: fresh memory costs more than a product writes.
     """

@@ -1,6 +1,6 @@
 """A square root from matrix products alone that reaches float32 accuracy: minimax polynomials instead of Newton–Schulz.
 
-The coupled iteration Y ← Y h(ZY), Z ← h(ZY) Z with h chosen anew in every step (``_minimax_polynomials``) needs 9 steps
+The coupled iteration Y ← Y h(ZY), Z ← h(ZY) Z with another h in every step (``_minimax_polynomials``) needs 9 steps
 for κ = 1e6 where Newton–Schulz needs some 25. The derivative solves the Lyapunov equation by the same polynomials.
 """
 

@@ -5,7 +5,7 @@ With few steps this is not a square root but a damped one: at κ = 1e4 five step
 function of P all the same, and its derivative here is the derivative of what was computed, at any number of steps.
 
 In exact arithmetic Y grows towards the root and Z towards the inverse root, so both residuals only fall. Along null
-directions Z grows by 3/2 a step for ever, which in the end spoils Y too: ``adaptive`` stops before that.
+directions Z grows without bound by 3/2 a step, which eventually spoils Y too: ``adaptive`` stops before that.
 """
 
 from __future__ import annotations
