@@ -447,3 +447,20 @@ def test_integer_powers_of_a_singular_matrix_have_every_derivative(exponent):
 def test_sqrtm_equals_torch():
     P = with_spectrum(geometric(5, 1e4))
     assert relative_error(wl.sqrtm(P), torch.linalg.matrix_sqrth(P)) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_expm_takes_an_asymmetry_that_is_rounding_beside_the_identity(dtype):
+    """exp(S) = I + S + …; the loop for a Karcher mean (Moakher 2005) ends in S of pure rounding."""
+    S = torch.tensor([[0.0, 1e-17], [0.0, 0.0]], dtype=dtype)
+    assert (wl.expm(S) - torch.eye(2, dtype=dtype)).abs().max() < 2 * eps_of(dtype)
+    with pytest.raises(wl.NotSymmetricError):
+        wl.expm(torch.tensor([[0.0, 1e-2], [0.0, 0.0]], dtype=dtype))
+    P = torch.stack([with_spectrum([3.0, 1.0, 0.2], dtype) for _ in range(5)])
+    M = P.mean(0)
+    for _ in range(40):
+        root, inverse = wl.sqrtm_invsqrtm(M)
+        step = wl.logm(inverse @ P @ inverse).mean(0)
+        M = root @ wl.expm(step) @ root
+    # The gradient of the sum of squared distances vanishes at the mean.
+    assert step.abs().max() < 50 * eps_of(dtype)

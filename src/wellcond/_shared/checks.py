@@ -95,10 +95,13 @@ def require_finite(x: Tensor, name: str) -> None:
         )
 
 
-def require_symmetric(P: Tensor, name: str) -> None:
-    """Refuse a matrix further from Hermitian than √eps of its largest entry (rounding stays far below it)."""
+def require_symmetric(P: Tensor, name: str, unit: float = 0.0) -> None:
+    """Refuse a matrix further from Hermitian than √eps of its largest entry, or of ``unit`` where that is larger.
+
+    Rounding stays far below it.
+    """
     gap = (P - P.mH).abs().amax((-2, -1))
-    size = P.abs().amax((-2, -1))
+    size = P.abs().amax((-2, -1)).clamp_min(unit)
     bad = gap > torch.finfo(P.dtype).eps ** 0.5 * size
     if bad.any():
         worst = (gap / size.clamp_min(torch.finfo(P.dtype).tiny)).max().item()
@@ -108,8 +111,8 @@ def require_symmetric(P: Tensor, name: str) -> None:
         )
 
 
-def hermitian(P: Tensor, name: str = "P") -> Tensor:
-    """The Hermitian part of P, after the value checks where they are on."""
+def hermitian(P: Tensor, name: str = "P", unit: float = 0.0) -> Tensor:
+    """The Hermitian part of P, after the value checks where they are on; see :func:`require_symmetric`."""
     if not checks_values(P):
         return (P + P.mH) / 2
     # Two passes without a temporary settle the usual case: exactly Hermitian (NaN equals nothing) and a finite sum.
@@ -118,5 +121,5 @@ def hermitian(P: Tensor, name: str = "P") -> Tensor:
             require_finite(P, name)
         return P
     require_finite(P, name)
-    require_symmetric(P, name)
+    require_symmetric(P, name, unit)
     return (P + P.mH) / 2

@@ -30,8 +30,8 @@ def powm(P: Tensor, exponent: float, *, eps: float = 0.0, rank: Rank = "ridge") 
 
     Raises:
         TypeError: P is not a floating or complex tensor.
-        ValueError: P is not square, finite, Hermitian or positive semidefinite (read on the CPU by default), or singular
-            for a negative exponent with neither ε nor a policy; a non-finite exponent, an unknown policy.
+        ValueError: P is not square, finite, Hermitian or positive semidefinite (read on the CPU by default), or
+            singular for a negative exponent with neither ε nor a policy; a non-finite exponent, an unknown policy.
         DecompositionError: every step of the fall-back chain failed.
 
     At an eigenvalue 0 with ε = 0 the derivative of a power below 1 does not exist; null pairs contribute 0 there.
@@ -105,7 +105,8 @@ def expm(S: Tensor) -> Tensor:
     require_matrix(S, "S", square=True)
     with full_precision(S):
         work = S.to(working_dtype(S.dtype))
-        return apply_function(work, Exp(), *eigenpairs(work)).to(S.dtype)
+        # exp(S) = I + S + …: an asymmetry counts beside 1, not beside a small S (as in a mean that converges).
+        return apply_function(work, Exp(), *eigenpairs(work, unit=1.0)).to(S.dtype)
 
 
 def functions_of(

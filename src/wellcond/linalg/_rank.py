@@ -168,8 +168,8 @@ class _Eigenpairs(BatchedFunction):
     """Decomposition, checks and policy in one function, so that they see real values under ``torch.func``."""
 
     @staticmethod
-    def forward(P: Tensor, shift: Shift | None) -> tuple[Tensor, Tensor]:
-        eigvals, U = eigh(hermitian(P))
+    def forward(P: Tensor, shift: Shift | None, unit: float) -> tuple[Tensor, Tensor]:
+        eigvals, U = eigh(hermitian(P, unit=unit))
         if shift is not None:
             eigvals = shifted_spectrum(eigvals, shift.eps, invertible=shift.invertible, rank=shift.rank)
         return eigvals, U
@@ -179,14 +179,14 @@ class _Eigenpairs(BatchedFunction):
         ctx.mark_non_differentiable(*output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return None, None
 
 
-def eigenpairs(P: Tensor, shift: Shift | None = None) -> tuple[Tensor, Tensor]:
+def eigenpairs(P: Tensor, shift: Shift | None = None, unit: float = 0.0) -> tuple[Tensor, Tensor]:
     """Checked eigenvalues (ascending, shifted if asked) and eigenvectors of Hermitian P, not differentiable."""
-    return _Eigenpairs.call(P, shift)
+    return _Eigenpairs.call(P, shift, unit)

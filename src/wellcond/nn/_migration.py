@@ -50,7 +50,7 @@ def upgrade(layer: Any, state: dict[str, Any], prefix: str, version: int | None)
     return None
 
 
-def _scale(layer: _DecorrelatedBatchNorm, variance: Tensor) -> Tensor:
+def _scale(layer: Any, variance: Tensor) -> Tensor:
     """1/√(variance + ε), with ε in units of the group's mean variance if the layer's is relative."""
     unit = variance.mean(-1, keepdim=True) if layer.relative else 1.0
     return (variance + layer.eps * unit).rsqrt()
