@@ -1,9 +1,4 @@
-"""What every spectral layer shares: a name for messages, its solver events, and what it decomposes, for the monitor.
-
-A module is a *spectral layer* when ``is_spectral_layer`` is true: that is all that the treatments and the monitor ask
-for. Of a layer without :meth:`~SpectralModule.observed_features` the monitor watches the input, as it does of batch
-norm; a layer that decomposes the covariance of something else says of what there.
-"""
+"""What every spectral layer shares: a name for messages, its solver events, and what it decomposes, for the monitor."""
 
 from __future__ import annotations
 
@@ -44,13 +39,13 @@ class SpectralModule(nn.Module):
     """Base of the spectral layers.
 
     Attributes:
-        is_spectral_layer: the mark by which treatments and monitor find it.
+        is_spectral_layer: the mark by which treatments and monitor find it, all that they ask of a module.
         layer_name: the name used in error messages, set by whoever knows the whole model; "" if nobody did.
         solver_events: calls, retries and failures of the decompositions made by this layer.
 
-    A subclass that decomposes anything but the covariance of its input (N, C, *spatial) defines
-    ``observed_features(*args, **kwargs)``, which takes the arguments of a forward pass and returns an
-    :class:`Observation`; the monitor calls it, before the forward pass, when it is going to record.
+    The monitor watches the covariance of the input (N, C, *spatial), as it does of batch norm. A subclass that
+    decomposes anything else defines ``observed_features(*args, **kwargs)``, which takes the arguments of a forward pass
+    and returns an :class:`Observation`; it is called before the forward passes that are recorded.
     """
 
     is_spectral_layer = True
@@ -84,3 +79,11 @@ class SpectralModule(nn.Module):
         """Counts and names the events of this block; not of a traceable ``solver`` in a graph, which stays whole so."""
         whole = is_compiling() and solver is not None and choose_solver(solver).traceable
         return nullcontext() if whole else recording(self.solver_events, self.describe)
+
+
+def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    """Put the values in the places of the keys, under each of the names that one module may have."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in new:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, new[module])
