@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -13,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from wellcond._shared.torch_internals import is_compiling
 from wellcond.linalg import Solver, SolverEvents, recording
 from wellcond.linalg.solvers import choose_solver
+
+F = TypeVar("F", bound=Callable)
 
 
 class Observation(NamedTuple):
@@ -33,6 +36,27 @@ def require_input(x: Tensor, dims: tuple[int, ...], channels: int) -> None:
         raise ValueError(f"expected {' or '.join(f'{dim}D' for dim in dims)} input (got {x.dim()}D input)")
     if x.shape[1] != channels:
         raise ValueError(f"expected input with {channels} channels (got {x.shape[1]} channels)")
+
+
+def naming_options_of(parent: type) -> Callable[[F], F]:
+    """Decorates an ``__init__`` that hands ``*args`` and ``**options`` on: its signature names those of ``parent``.
+
+    Positional parameters of its own stand in the places of as many of the parent's.
+    """
+
+    def named(init: F) -> F:
+        own = list(inspect.signature(init).parameters.values())
+        explicit = [p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        places = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in own)
+        rest = list(inspect.signature(parent.__init__).parameters.values())[places:]
+        rest = [p for p in rest if p.name not in {q.name for q in own}]
+        if not any(p.kind is p.VAR_POSITIONAL for p in own):
+            rest = [p.replace(kind=p.KEYWORD_ONLY) for p in rest]
+        parameters = sorted([*explicit, *rest], key=lambda p: p.kind)
+        init.__signature__ = inspect.Signature(parameters, return_annotation="None")  # pyright: ignore[reportFunctionMemberAccess]
+        return init
+
+    return named
 
 
 class SpectralModule(nn.Module):
