@@ -62,11 +62,10 @@ def fold(model: Model) -> Model:
     plain: dict[nn.Module, nn.Module] = {}
     for norm in norms:
         layer = before.get(norm)
-        folded = None if layer is None else _absorbed(layer, norm)
-        if layer is None or folded is None:
-            plain[norm] = _as_convolution(norm).eval()
-        else:
+        if layer is not None and (folded := _absorbed(layer, norm)) is not None:
             plain[layer], plain[norm] = folded.eval(), nn.Identity().eval()
+        else:
+            plain[norm] = _as_convolution(norm).eval()
     if model in plain:
         return plain[model]  # pyright: ignore[reportReturnType]
     replace_modules(model, plain)

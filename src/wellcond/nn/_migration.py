@@ -31,12 +31,12 @@ def upgrade(layer: Any, state: dict[str, Any], prefix: str, version: int | None)
             unit = variance.mean(-1, keepdim=True) if layer.relative else 1.0  # of ε
             state[prefix + "running_whitening"] = torch.diag_embed((variance + layer.eps * unit).rsqrt())
     mine, other = layer.running, "whitening" if layer.running == "covariance" else "covariance"
-    for key in KEYS.values():
-        saved = state.get(prefix + key)
-        if saved is not None and saved.dtype in HALF:
+    for name in (prefix + key for key in KEYS.values()):
+        if name in state and state[name].dtype in HALF:
+            dtype = state[name].dtype
             warnings.warn(
-                f"{prefix}{key} was saved in {saved.dtype}: eigenvalues below {torch.finfo(saved.dtype).eps:.0e} of "
-                "the largest are rounding, and so is the whitening along them; save the statistics in float32",
+                f"{name} was saved in {dtype}: eigenvalues below {torch.finfo(dtype).eps:.0e} of the largest are "
+                "rounding, and so is the whitening along them; save the statistics in float32",
                 stacklevel=2,
             )
     count = prefix + "num_batches_tracked"

@@ -64,9 +64,9 @@ def replace_batchnorm(model: nn.Module, which: Which = "first", **options: Any) 
     if not chosen:
         raise ValueError(f"which chose none of the batch norms {', '.join(name for name, _ in norms)}")
     new: dict[nn.Module, nn.Module] = {}
-    for _, module in chosen:
-        old: Any = module
-        new[module] = norm = DECORRELATED[type(old)].from_batchnorm(old, **options)
+    old: Any
+    for _, old in chosen:
+        new[old] = norm = DECORRELATED[type(old)].from_batchnorm(old, **options)
         if norm.weight is not None and old.weight is not None:
             norm.weight, norm.bias = old.weight, old.bias
     replace_modules(model, new)

@@ -32,9 +32,7 @@ def as_blocks(x: Tensor, groups: int, last: bool) -> Tensor:
 
 def new_like(x: Tensor, last: bool) -> Tensor:
     """An empty tensor of the shape and dtype of x in that layout."""
-    if not last:
-        return x.new_empty(x.shape)
-    return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1)
+    return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1) if last else x.new_empty(x.shape)
 
 
 def from_blocks(blocks: Tensor, like: Tensor, last: bool) -> Tensor:

@@ -81,16 +81,15 @@ class CentredPieces:
             return part
         if self._buffer is None or self._buffer.shape != part.shape or self._slot != slot:
             self._slot, self._buffer = slot, scratch_buffer(part, self.dtype, slot, contiguous=piece.joined)
-        origin = None if self.origin is None else self.origin[: len(part)]
-        if origin is not None and piece.joined:
-            origin = origin.unsqueeze(-1)
-        if origin is not None and part.dtype == self.dtype:
-            torch.sub(part, origin, out=self._buffer)
-        else:
+        if self.origin is None:
             self._buffer.copy_(part)
-            if origin is not None:
-                self._buffer.sub_(origin)
-        return self._buffer.flatten(2) if piece.joined else self._buffer
+        else:
+            origin = self.origin.unsqueeze(-1) if piece.joined else self.origin[: len(part)]
+            if part.dtype == self.dtype:
+                torch.sub(part, origin, out=self._buffer)
+            else:
+                self._buffer.copy_(part).sub_(origin)
+        return self._buffer.flatten(2)
 
 
 def per_image(groupwise: Tensor, blocks: Tensor) -> Tensor:
@@ -107,12 +106,11 @@ def write_products(out: Tensor, start: Tensor | None, *terms: tuple[Tensor, Cent
     factors = [(per_image(A, out), B) for A, B in terms]
     # Along the samples the product adds the start at no cost; across short rows of channels it is added later.
     along = out.stride(-1) == 1
-    dtype, direct = terms[0][1].dtype, out.dtype == terms[0][1].dtype
+    dtype = terms[0][1].dtype
     for piece in pieces(out):
         target = into = piece.of(out)
-        if piece.joined or not direct:
-            into = scratch_buffer(target, dtype, len(terms), contiguous=piece.joined)
-            into = into.flatten(2) if piece.joined else into
+        if piece.joined or out.dtype != dtype:
+            into = scratch_buffer(target, dtype, len(terms), contiguous=piece.joined).flatten(2)
         total = None
         for slot, (A, features) in enumerate(factors):
             B = features.read(piece, slot)
@@ -127,7 +125,7 @@ def write_products(out: Tensor, start: Tensor | None, *terms: tuple[Tensor, Cent
         if start is not None and not along:
             total += start[: len(total)]
         if into is not target:
-            target.copy_(total.view(target.shape) if piece.joined else total)
+            target.copy_(total.view(target.shape))
 
 
 def sum_of_products(left: CentredPieces, right: CentredPieces) -> Tensor:
@@ -138,7 +136,7 @@ def sum_of_products(left: CentredPieces, right: CentredPieces) -> Tensor:
     for piece in pieces(left.blocks):
         A = left.read(piece, 0)
         B = A if right is left else right.read(piece, 1)
-        if total is None:  # the first piece is the longest, and has as many matrices as any
+        if total is None:  # the first piece has as many matrices as any
             total = A.new_zeros(A.shape[0], d, d) if half else torch.bmm(A, B.mT)
             if not half:
                 continue
