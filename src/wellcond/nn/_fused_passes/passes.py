@@ -106,16 +106,17 @@ class _Moments(torch.autograd.Function):
         context: PassContext = ctx.context
         W, context.deferred_weight = context.deferred_weight, None
         with full_precision(x):
-            count = _samples(context.blocks(x))
+            blocks = context.blocks(x)
+            count = _samples(blocks)
             shift = torch.zeros_like(mean) if grad_mean is None else grad_mean / count
             D = mean.new_zeros(*mean.shape[:2], mean.shape[1]) if grad_cov is None else (grad_cov + grad_cov.mT) / count
             if _in_plain_operations(grad_mean, grad_cov):
-                work = context.blocks(x).to(context.dtype)
+                work = blocks.to(context.dtype)
                 grad_x = D @ (work - work.mean((0, 3), keepdim=True)) + shift
                 return from_blocks(grad_x, x, context.last).to(x.dtype), None
             shift = shift - D @ context.from_origin(mean)
             grad_x = new_like(x, context.last)
-            terms = [(D, context.pieces(x))]
+            terms = [(D, CentredPieces(blocks, context.dtype, context.origin))]
             if grad_y is not None:
                 assert W is not None
                 terms.insert(0, (W.mT, CentredPieces(context.blocks(grad_y), context.dtype)))

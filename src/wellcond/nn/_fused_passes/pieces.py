@@ -93,7 +93,10 @@ class CentredPieces:
 
 
 def per_image(groupwise: Tensor, blocks: Tensor) -> Tensor:
-    """One matrix or vector a group, (G, …), repeated for every image of the longest piece: (k·G, …)."""
+    """One matrix or vector a group, (G, …), repeated for every image of the longest piece: (k·G, …).
+
+    One group is not copied.
+    """
     longest = next(pieces(blocks), None)
     if longest is None or longest.axis != 0 or longest.joined or longest.length == 1:
         return groupwise
