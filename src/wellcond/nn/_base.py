@@ -1,16 +1,12 @@
-"""What every spectral layer shares: a name for messages, its solver events, and what it decomposes, for the monitor.
-
-A module is a *spectral layer* when ``is_spectral_layer`` is true: that is all that the treatments and the monitor ask
-for. Of a layer without :meth:`~SpectralModule.observed_features` the monitor watches the input, as it does of batch
-norm; a layer that decomposes the covariance of something else says of what there.
-"""
+"""What every spectral layer shares: a name for messages, its solver events, and what it decomposes, for the monitor."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -18,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from wellcond._shared.torch_internals import is_compiling
 from wellcond.linalg import Solver, SolverEvents, recording
 from wellcond.linalg.solvers import choose_solver
+
+F = TypeVar("F", bound=Callable)
 
 
 class Observation(NamedTuple):
@@ -40,17 +38,38 @@ def require_input(x: Tensor, dims: tuple[int, ...], channels: int) -> None:
         raise ValueError(f"expected input with {channels} channels (got {x.shape[1]} channels)")
 
 
+def naming_options_of(parent: type) -> Callable[[F], F]:
+    """Decorates an ``__init__`` that hands ``*args`` and ``**options`` on: its signature names those of ``parent``.
+
+    Positional parameters of its own stand in the places of as many of the parent's.
+    """
+
+    def named(init: F) -> F:
+        own = list(inspect.signature(init).parameters.values())
+        explicit = [p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        places = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in own)
+        rest = list(inspect.signature(parent.__init__).parameters.values())[places:]
+        rest = [p for p in rest if p.name not in {q.name for q in own}]
+        if not any(p.kind is p.VAR_POSITIONAL for p in own):
+            rest = [p.replace(kind=p.KEYWORD_ONLY) for p in rest]
+        parameters = sorted([*explicit, *rest], key=lambda p: p.kind)
+        init.__signature__ = inspect.Signature(parameters, return_annotation="None")  # pyright: ignore[reportFunctionMemberAccess]
+        return init
+
+    return named
+
+
 class SpectralModule(nn.Module):
     """Base of the spectral layers.
 
     Attributes:
-        is_spectral_layer: the mark by which treatments and monitor find it.
+        is_spectral_layer: the mark by which treatments and monitor find it, all that they ask of a module.
         layer_name: the name used in error messages, set by whoever knows the whole model; "" if nobody did.
         solver_events: calls, retries and failures of the decompositions made by this layer.
 
-    A subclass that decomposes anything but the covariance of its input (N, C, *spatial) defines
-    ``observed_features(*args, **kwargs)``, which takes the arguments of a forward pass and returns an
-    :class:`Observation`; the monitor calls it, before the forward pass, when it is going to record.
+    The monitor watches the covariance of the input (N, C, *spatial), as it does of batch norm. A subclass that
+    decomposes anything else defines ``observed_features(*args, **kwargs)``, which takes the arguments of a forward pass
+    and returns an :class:`Observation`; it is called before the forward passes that are recorded.
     """
 
     is_spectral_layer = True
@@ -84,3 +103,11 @@ class SpectralModule(nn.Module):
         """Counts and names the events of this block; not of a traceable ``solver`` in a graph, which stays whole so."""
         whole = is_compiling() and solver is not None and choose_solver(solver).traceable
         return nullcontext() if whole else recording(self.solver_events, self.describe)
+
+
+def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    """Put the values in the places of the keys, under each of the names that one module may have."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in new:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, new[module])

@@ -27,15 +27,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Running = Literal["covariance", "whitening"]
-STATISTICS = ("running_mean", "running_cov", "running_whitening", "evaluation_whitening")
+SHOWN = "groups", "eps", "momentum", "affine", "track_running_stats", "solver", "running", "sync", "method", "relative"
 
 
 class _DecorrelatedBatchNorm(SpectralModule):
-    """The layer; a subclass says for which dimensions. See :class:`DecorrelatedBatchNorm2d`.
-
-    Statistics stay in float32 where a module is converted to half precision: rounded to 8 or 11 bits a covariance is
-    indefinite as soon as its condition number exceeds 256 or 2048, and its whitening matrix noise.
-    """
+    """The layer; a subclass says for which dimensions. See :class:`DecorrelatedBatchNorm2d`."""
 
     _version = 2
     _dims: tuple[int, ...] = ()
@@ -171,15 +167,15 @@ class _DecorrelatedBatchNorm(SpectralModule):
         self.register_buffer("num_batches_tracked", count)
         self._derived_from: tuple[Tensor, int] | None = None
 
+    @torch.no_grad()
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running covariance (or whitening) to I and the count to 0."""
-        with torch.no_grad():
-            if self.running_mean is not None and self.num_batches_tracked is not None:
-                self.running_mean.zero_()
-                self.num_batches_tracked.zero_()
-            for matrix in (self.running_cov, self.running_whitening):
-                if matrix is not None:
-                    matrix.copy_(torch.eye(matrix.shape[-1], device=matrix.device).expand_as(matrix))
+        for vector in (self.running_mean, self.num_batches_tracked):
+            if vector is not None:
+                vector.zero_()
+        for matrix in (self.running_cov, self.running_whitening):
+            if matrix is not None:
+                matrix.copy_(torch.eye(matrix.shape[-1], device=matrix.device).expand_as(matrix))
         self._derive()
 
     @torch.no_grad()
@@ -197,11 +193,11 @@ class _DecorrelatedBatchNorm(SpectralModule):
             self.running_whitening.lerp_(whitening.to(self.running_whitening.dtype), factor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = {name: self._buffers.get(name) for name in STATISTICS}
+        # Rounded to half precision a covariance is indefinite from a condition number of 256 or 2048 on.
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers.get(name)
-            if old is not None and new is not None and new.dtype in HALF:
+        for name, new in self._buffers.items():
+            if (old := before[name]) is not None and new is not None and new.dtype in HALF:
                 self._buffers[name] = old.to(new.device)
         return self
 
@@ -300,11 +296,7 @@ class _DecorrelatedBatchNorm(SpectralModule):
             )
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, groups={self.groups}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, track_running_stats={self.track_running_stats}, solver={self.solver!r}, "
-            f"running={self.running!r}, sync={self.sync}, method={self.method!r}, relative={self.relative}"
-        )
+        return ", ".join([str(self.num_features), *(f"{name}={getattr(self, name)!r}" for name in SHOWN)])
 
 
 def _require_groups(layer: str, num_features: int, groups: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from ._base import replace_modules
 from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,19 +62,13 @@ def fold(model: Model) -> Model:
     plain: dict[nn.Module, nn.Module] = {}
     for norm in norms:
         layer = before.get(norm)
-        folded = None if layer is None else _absorbed(layer, norm)
-        if layer is None or folded is None:
-            plain[norm] = _as_convolution(norm)
+        if layer is not None and (folded := _absorbed(layer, norm)) is not None:
+            plain[layer], plain[norm] = folded.eval(), nn.Identity().eval()
         else:
-            plain[layer], plain[norm] = folded, nn.Identity()
-    for module in plain.values():
-        module.eval()
+            plain[norm] = _as_convolution(norm).eval()
     if model in plain:
         return plain[model]  # pyright: ignore[reportReturnType]
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in plain:
-            path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, plain[module])
+    replace_modules(model, plain)
     return model
 
 
@@ -95,14 +90,19 @@ def _absorbed(layer: nn.Module, norm: _DecorrelatedBatchNorm) -> nn.Module | Non
         return None
     matrix, shift = (tensor.to(weight.device) for tensor in norm.evaluation_map(torch.float64))
     M = matrix.reshape(norm.groups, -1, channels // norm.groups)
+
+    def times(rows: Tensor) -> Tensor:
+        """M times a tensor whose first dimension is the channels."""
+        return (M @ rows.reshape(norm.groups, channels // norm.groups, -1)).reshape(rows.shape)
+
     if kind in TRANSPOSED:
         # (in, out/groups, *kernel): rows that are output channels come second, in each group of inputs.
         rows = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-        mixed = _times(M, rows).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        mixed = times(rows).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     else:
-        mixed = _times(M, weight)
+        mixed = times(weight)
     if bias is not None:
-        shift = shift + _times(M, bias.detach().double())
+        shift = shift + times(bias.detach().double())
     # The names of torch's own arguments are those of the attributes.
     form = [name for name in inspect.signature(kind).parameters if name not in ("bias", "device", "dtype")]
     where = {"device": source.weight.device, "dtype": source.weight.dtype}
@@ -110,11 +110,6 @@ def _absorbed(layer: nn.Module, norm: _DecorrelatedBatchNorm) -> nn.Module | Non
     new.weight.copy_(mixed)
     new.bias.copy_(shift)
     return new.requires_grad_(source.weight.requires_grad)
-
-
-def _times(M: Tensor, rows: Tensor) -> Tensor:
-    """Diagonal blocks (groups, d, d) times a tensor whose first dimension is the channels."""
-    return (M @ rows.reshape(M.shape[0], M.shape[1], -1)).reshape(rows.shape)
 
 
 @torch.no_grad()
@@ -141,9 +136,8 @@ class _Tracer(fx.Tracer):
     """Looks into a module only if a decorrelated batch norm is inside."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, _DecorrelatedBatchNorm):
-            return True
-        return type(m) is not nn.Sequential and not any(isinstance(x, _DecorrelatedBatchNorm) for x in m.modules())
+        contains = type(m) is nn.Sequential or any(isinstance(x, _DecorrelatedBatchNorm) for x in m.modules())
+        return isinstance(m, _DecorrelatedBatchNorm) or not contains
 
 
 def _layers_before(model: nn.Module) -> dict[nn.Module, nn.Module]:

@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from wellcond._shared.precision import HALF
 
@@ -26,17 +25,18 @@ def upgrade(layer: Any, state: dict[str, Any], prefix: str, version: int | None)
         if variance.shape != (layer.num_features,):
             return f"running_var of shape {tuple(variance.shape)} is not that of {layer.num_features} channels"
         variance = variance.view(layer.groups, -1)
-        if layer.running_cov is not None:
+        if layer.running == "covariance":
             state[prefix + "running_cov"] = torch.diag_embed(variance)
         else:
-            state[prefix + "running_whitening"] = torch.diag_embed(_scale(layer, variance))
+            unit = variance.mean(-1, keepdim=True) if layer.relative else 1.0  # of ε
+            state[prefix + "running_whitening"] = torch.diag_embed((variance + layer.eps * unit).rsqrt())
     mine, other = layer.running, "whitening" if layer.running == "covariance" else "covariance"
-    for key in KEYS.values():
-        saved = state.get(prefix + key)
-        if saved is not None and saved.dtype in HALF:
+    for name in (prefix + key for key in KEYS.values()):
+        if name in state and state[name].dtype in HALF:
+            dtype = state[name].dtype
             warnings.warn(
-                f"{prefix}{key} was saved in {saved.dtype}: eigenvalues below {torch.finfo(saved.dtype).eps:.0e} of "
-                "the largest are rounding, and so is the whitening along them; save the statistics in float32",
+                f"{name} was saved in {dtype}: eigenvalues below {torch.finfo(dtype).eps:.0e} of the largest are "
+                "rounding, and so is the whitening along them; save the statistics in float32",
                 stacklevel=2,
             )
     count = prefix + "num_batches_tracked"
@@ -48,9 +48,3 @@ def upgrade(layer: Any, state: dict[str, Any], prefix: str, version: int | None)
             f"running={mine!r}; make it with running={other!r}, or train it further from new statistics"
         )
     return None
-
-
-def _scale(layer: Any, variance: Tensor) -> Tensor:
-    """1/√(variance + ε), with ε in units of the group's mean variance if the layer's is relative."""
-    unit = variance.mean(-1, keepdim=True) if layer.relative else 1.0
-    return (variance + layer.eps * unit).rsqrt()

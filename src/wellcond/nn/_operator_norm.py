@@ -19,7 +19,7 @@ from torch import Tensor
 SQUARINGS = 5
 
 
-def spectral_norm_bound(A: Tensor, squarings: int = SQUARINGS) -> Tensor:
+def spectral_norm_bound(A: Tensor) -> Tensor:
     """An upper bound of the largest singular value of A (m, n): a scalar; 0 for a zero matrix."""
     # The bound is homogeneous, so this scale needs no derivative of its own.
     scale = A.detach().abs().amax()
@@ -29,14 +29,14 @@ def spectral_norm_bound(A: Tensor, squarings: int = SQUARINGS) -> Tensor:
     log, weight = torch.zeros((), dtype=A.dtype, device=A.device), 0.5
     size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     nonzero = size > 0
-    for step in range(squarings):
+    for step in range(SQUARINGS):
         # Divided by its trace before each squaring, so that no power leaves the range of the dtype.
         size = torch.where(nonzero, size, 1.0)
         gram = gram / size
         log, weight = log + weight * size.log(), weight / 2
         # The trace of a square is the sum of squares: the last one is not formed.
         size = gram.square().sum((-2, -1))
-        if step < squarings - 1:
+        if step < SQUARINGS - 1:
             gram = gram @ gram
     log = log + weight * torch.where(nonzero, size, 1.0).log()
     return torch.where(nonzero, scale * log.exp(), 0.0)

@@ -9,6 +9,7 @@ from torch import nn
 
 from wellcond._shared.names import require_known
 
+from ._base import replace_modules
 from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
 
 DECORRELATED = {
@@ -63,13 +64,10 @@ def replace_batchnorm(model: nn.Module, which: Which = "first", **options: Any) 
     if not chosen:
         raise ValueError(f"which chose none of the batch norms {', '.join(name for name, _ in norms)}")
     new: dict[nn.Module, nn.Module] = {}
-    for _, module in chosen:
-        old: Any = module
-        new[module] = norm = DECORRELATED[type(old)].from_batchnorm(old, **options)
+    old: Any
+    for _, old in chosen:
+        new[old] = norm = DECORRELATED[type(old)].from_batchnorm(old, **options)
         if norm.weight is not None and old.weight is not None:
             norm.weight, norm.bias = old.weight, old.bias
-    for name, module in list(model.named_modules(remove_duplicate=False)):  # one norm may have several names
-        if module in new:
-            path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, new[module])
+    replace_modules(model, new)
     return [name for name, _ in chosen]

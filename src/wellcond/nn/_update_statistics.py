@@ -47,6 +47,10 @@ def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch
         >>> update_statistics(model, [torch.randn(16, 3, 8, 8) for _ in range(4)])
         1
     """
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if device is not None and isinstance(value, torch.Tensor) else value
+
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
     if not norms:
         return 0
@@ -61,7 +65,10 @@ def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch
             norm.momentum = None
             norm.training = True
         for batch in batches:
-            _call(model, batch, device)
+            if isinstance(batch, dict):
+                model(**{name: moved(value) for name, value in batch.items()})
+            else:
+                model(moved(batch[0] if isinstance(batch, (tuple, list)) else batch))
             count += 1
         if not count:
             raise ValueError("no batch was given, so there is nothing to compute statistics of")
@@ -79,14 +86,3 @@ def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch
         if isinstance(norm, _DecorrelatedBatchNorm) and not norm.training:
             norm.eval()  # compiled and exported graphs take the whitening matrix from a buffer
     return len(norms)
-
-
-def _call(model: nn.Module, batch: Any, device: torch.device | str | None) -> None:
-    if isinstance(batch, dict):
-        model(**{name: _moved(value, device) for name, value in batch.items()})
-    else:
-        model(_moved(batch[0] if isinstance(batch, (tuple, list)) else batch, device))
-
-
-def _moved(value: Any, device: torch.device | str | None) -> Any:
-    return value.to(device) if device is not None and isinstance(value, torch.Tensor) else value

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wellcond.linalg import Solver
 
-from ._base import require_input
+from ._base import naming_options_of, require_input
 from .spectral_layer import Normalisation, SpectralLayer
 
 
@@ -162,34 +162,9 @@ class TokenCovariancePool(_CovariancePool):
         torch.Size([2, 136])
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        reduction: int | None = None,
-        function: str | Callable[[Tensor], Tensor] = "sqrt",
-        triu: bool = True,
-        eps: float = 0.0,
-        solver: str | Solver = "auto",
-        *,
-        exponent: float | None = None,
-        normalisation: Normalisation | None = None,
-        isometric: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_features,
-            reduction,
-            function,
-            triu,
-            eps,
-            solver,
-            exponent=exponent,
-            normalisation=normalisation,
-            isometric=isometric,
-            device=device,
-            dtype=dtype,
-        )
+    @naming_options_of(_CovariancePool)
+    def __init__(self, in_features: int, *args: Any, **options: Any) -> None:
+        super().__init__(in_features, *args, **options)
         self.in_features = in_features
 
     def _reduction_to(self, channels: int, **kind: Any) -> nn.Module:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from wellcond.linalg import NewtonSchulz
 
-from wellcond.linalg import NewtonSchulz, WhiteningMethod
-
-from ._decorrelated_batchnorm import Running, _DecorrelatedBatchNorm
+from ._base import naming_options_of
+from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
 
 
 class _Iterated(_DecorrelatedBatchNorm):
     """Puts the iteration in the place of the solver."""
 
+    @naming_options_of(_DecorrelatedBatchNorm)
     def __init__(
         self,
         num_features: int,
@@ -25,14 +25,8 @@ class _Iterated(_DecorrelatedBatchNorm):
         track_running_stats: bool = True,
         *,
         steps: int = 5,
-        running: Running = "covariance",
-        sync: bool = False,
-        method: WhiteningMethod = "zca",
-        relative: bool = False,
-        process_group: Any = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
         solver: None = None,
+        **options: Any,
     ) -> None:
         if solver is not None:
             name = type(self).__name__
@@ -40,23 +34,9 @@ class _Iterated(_DecorrelatedBatchNorm):
                 f"{name} has a solver of its own, the Newton–Schulz iteration: write steps= for its length, or "
                 f"{name.replace('IterNorm', 'DecorrelatedBatchNorm')}(..., solver={solver!r}) for another one"
             )
-        super().__init__(
-            num_features,
-            groups,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            # A damped root is what is asked for here, so it is no cause for a warning.
-            solver=NewtonSchulz(steps, tolerance=None),
-            running=running,
-            sync=sync,
-            method=method,
-            relative=relative,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
+        # A damped root is what is asked for here, so it is no cause for a warning.
+        options["solver"] = NewtonSchulz(steps, tolerance=None)
+        super().__init__(num_features, groups, eps, momentum, affine, track_running_stats, **options)
 
 
 class IterNorm1d(_Iterated, DecorrelatedBatchNorm1d):

@@ -119,9 +119,8 @@ class SkewOrthogonalConv2d(nn.Module):
         In evaluation without gradients it is kept until the weight changes.
         """
         weight = self.weight
-        if self.training or (torch.is_grad_enabled() and weight.requires_grad) or weight.is_inference():
-            return self._computed_kernel()
-        if is_compiling() or under_functorch():
+        differentiated = self.training or (torch.is_grad_enabled() and weight.requires_grad)
+        if differentiated or weight.is_inference() or is_compiling() or under_functorch():
             return self._computed_kernel()
         if self._kept is None or self._kept[0] is not weight or self._kept[1] != weight._version:
             # A kernel made in inference mode could not be used outside of it.
@@ -149,19 +148,14 @@ class SkewOrthogonalConv2d(nn.Module):
         x = F.pad(x, (0, 0, 0, 0, 0, c - x.shape[1])) if x.shape[1] < c else x
         L = self.kernel().to(x.dtype)
         total = power = x
-        terms = self.terms if self.training else self._terms_to(torch.finfo(x.dtype).eps)
+        terms = self.terms
+        while not self.training and truncation_error(self.max_norm, terms) > torch.finfo(x.dtype).eps:
+            terms += 1
         for k in range(1, terms + 1):
             power = self._convolve(power, L / k)
             total = total + power
         total = total[:, : self.out_channels]
         return total if self.bias is None else total + self.bias.to(total.dtype).view(-1, 1, 1)
-
-    def _terms_to(self, error: float) -> int:
-        """The highest power that an error of the series needs, not below ``terms``."""
-        k = self.terms
-        while truncation_error(self.max_norm, k) > error:
-            k += 1
-        return k
 
     def _convolve(self, x: Tensor, L: Tensor) -> Tensor:
         if self.padding_mode == "zeros":

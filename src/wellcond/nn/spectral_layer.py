@@ -89,18 +89,20 @@ class SpectralLayer(SpectralModule):
             raise ValueError(f"exponent must be a finite number, got {exponent}")
         if function not in ROOTS and solver != "auto":
             raise ValueError(f"solver={solver!r} is for {' and '.join(ROOTS)}, not {function!r}")
-        self.function, self.takes, self.eps, self.solver = function, takes, eps, solver
+        self.function, self.eps, self.solver = function, eps, solver
+        self.takes: Takes = takes
         self.normalisation: Normalisation | None = normalisation
         self.exponent = (0.5 if exponent is None else float(exponent)) if function == "power" else None
 
     def forward(self, x: Tensor) -> Tensor:
         solver = self.solver if self.function in ROOTS else None
         with self._recording(solver), full_precision(x):
-            return self._apply_function(self._normalised(x.to(working_dtype(x.dtype)))).to(x.dtype)
+            work = _normalised(x.to(working_dtype(x.dtype)), self.takes, self.normalisation)
+            return self._apply_function(work).to(x.dtype)
 
     def observed_features(self, x: Tensor) -> Observation:
         """Features of the covariance that the function is taken of; of a given covariance, in its eigenbasis."""
-        x = self._normalised(x.detach())
+        x = _normalised(x.detach(), self.takes, self.normalisation)
         if self.takes == "covariance":
             eigvals, tolerance = matrix_spectrum(x)
             kept = torch.where(eigvals > tolerance.unsqueeze(-1), eigvals, 0.0)
@@ -108,11 +110,6 @@ class SpectralLayer(SpectralModule):
             A = torch.diag_embed((x.shape[-1] * kept).sqrt())
             x = torch.cat([A, -A], -1)
         return Observation(x, self.eps)
-
-    def _normalised(self, x: Tensor) -> Tensor:
-        if self.normalisation is None:
-            return x
-        return (_normalised_features if self.takes == "features" else _normalised_matrix)(x, self.normalisation)
 
     def _apply_function(self, x: Tensor) -> Tensor:
         if self.takes == "features":
@@ -122,8 +119,8 @@ class SpectralLayer(SpectralModule):
             if self.function == "log":
                 return covariance_logm(x, eps=self.eps)
             x = covariance(x)
-        if self.function in ROOTS:
-            return ROOTS[str(self.function)](x, eps=self.eps, solver=self.solver)
+        if root := ROOTS.get(str(self.function)):
+            return root(x, eps=self.eps, solver=self.solver)
         if self.function == "log":
             return logm(x, eps=self.eps)
         if self.exponent is not None:
@@ -138,35 +135,30 @@ class SpectralLayer(SpectralModule):
         return f"{name!r}, takes={self.takes!r}, eps={self.eps}, solver={self.solver!r}{power}{size}"
 
 
-# iSQRT-COV (Li et al., CVPR 2018) divides by c = tr P or ‖P‖_F for its iteration and multiplies the root by √c
-# afterwards: √c (P/c)^{1/2} = P^{1/2}, so this pair is what a solver does inside and changes nothing. Left without the
-# second step, f(P/c) is the same for features of any scale. For the root, (P/tr P)^{1/2} = P^{1/2}/‖P^{1/2}‖_F is the
-# Frobenius normalisation of MPN-COV (Li et al., ICCV 2017).
+def _normalised(x: Tensor, takes: Takes, kind: Normalisation | None) -> Tensor:
+    """Features (..., d, n) of zero mean and covariance P/c, or P/c of P (..., d, d); what is zero stays so.
 
-
-def _normalised_features(X: Tensor, kind: Normalisation) -> Tensor:
-    """Features (..., d, n) of zero mean and covariance P/c; features that are all equal become zero."""
-    X = _by_largest_entry(X - X.mean(-1, keepdim=True))
-    n = X.shape[-1]
-    if kind == "trace":
-        size = X.abs().square().sum((-2, -1), keepdim=True) / n
-    else:
-        size = torch.linalg.matrix_norm(X.mH @ X if n < X.shape[-2] else X @ X.mH, keepdim=True) / n
-    return X / torch.where(size > 0, size, 1.0).sqrt()
-
-
-def _normalised_matrix(P: Tensor, kind: Normalisation) -> Tensor:
-    """P/c; a zero matrix stays zero."""
-    P = _by_largest_entry(P)
-    trace = P.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None]
-    size = trace if kind == "trace" else torch.linalg.matrix_norm(P, keepdim=True)
-    return P / torch.where(size > 0, size, 1.0)
-
-
-def _by_largest_entry(X: Tensor) -> Tensor:
-    """X with largest entry 1, so that neither its squares nor its fourth powers leave the range of the dtype.
-
-    What follows divides by the size, so this scale has no derivative.
+    iSQRT-COV (Li et al., CVPR 2018) divides by c = tr P or ‖P‖_F for its iteration and multiplies the root by √c again,
+    which changes nothing. Without the second step (P/tr P)^{1/2} = P^{1/2}/‖P^{1/2}‖_F is the Frobenius normalisation
+    of MPN-COV (Li et al., ICCV 2017).
     """
-    largest = X.detach().abs().amax((-2, -1), keepdim=True)
-    return X / torch.where(largest > 0, largest, 1.0)
+    if kind is None:
+        return x
+    if takes == "features":
+        x = x - x.mean(-1, keepdim=True)
+    # Neither squares nor fourth powers then leave the range of the dtype. What follows divides by the size, so this
+    # scale has no derivative.
+    x = _divided(x, x.detach().abs().amax((-2, -1), keepdim=True))
+    if takes == "covariance":
+        trace = x.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None]
+        return _divided(x, trace if kind == "trace" else torch.linalg.matrix_norm(x, keepdim=True))
+    d, n = x.shape[-2:]
+    if kind == "trace":
+        return _divided(x, x.abs().square().sum((-2, -1), keepdim=True) / n, root=True)
+    return _divided(x, torch.linalg.matrix_norm(x.mH @ x if n < d else x @ x.mH, keepdim=True) / n, root=True)
+
+
+def _divided(x: Tensor, size: Tensor, *, root: bool = False) -> Tensor:
+    """x over the size, or its root; over 1 where it is zero."""
+    size = torch.where(size > 0, size, 1.0)
+    return x / (size.sqrt() if root else size)

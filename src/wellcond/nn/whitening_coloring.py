@@ -5,15 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._base import Observation, SpectralModule
-from .functional._whitening_coloring import (
-    Method,
-    chosen,
-    flat_mask,
-    grouped,
-    mean_eigenvalue,
-    require_options,
-    whitening_coloring,
-)
+from .functional._whitening_coloring import Method, mean_eigenvalue, require_options, samples, whitening_coloring
 
 
 class WhiteningColoring(SpectralModule):
@@ -50,11 +42,7 @@ class WhiteningColoring(SpectralModule):
         self.method: Method = method
 
     def forward(
-        self,
-        content: Tensor,
-        style: Tensor,
-        content_mask: Tensor | None = None,
-        style_mask: Tensor | None = None,
+        self, content: Tensor, style: Tensor, content_mask: Tensor | None = None, style_mask: Tensor | None = None
     ) -> Tensor:
         with self._recording():
             return whitening_coloring(
@@ -73,8 +61,7 @@ class WhiteningColoring(SpectralModule):
         self, content: Tensor, style: Tensor, content_mask: Tensor | None = None, style_mask: Tensor | None = None
     ) -> Observation:
         """Features whose covariance is the one that is whitened, in the units of ε."""
-        mask = flat_mask(content_mask, content, "content_mask")
-        features = chosen(grouped(content.detach(), self.groups), mask).features
+        features = samples(content.detach(), content_mask, self.groups, "content_mask").features
         return Observation(features / mean_eigenvalue(features).sqrt() if self.relative else features, self.eps)
 
     def extra_repr(self) -> str:

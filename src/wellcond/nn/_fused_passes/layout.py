@@ -32,9 +32,7 @@ def as_blocks(x: Tensor, groups: int, last: bool) -> Tensor:
 
 def new_like(x: Tensor, last: bool) -> Tensor:
     """An empty tensor of the shape and dtype of x in that layout."""
-    if not last:
-        return x.new_empty(x.shape)
-    return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1)
+    return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1) if last else x.new_empty(x.shape)
 
 
 def from_blocks(blocks: Tensor, like: Tensor, last: bool) -> Tensor:
@@ -58,7 +56,7 @@ _scratch = _ScratchBuffers()
 
 
 def scratch_buffer(part: Tensor, dtype: torch.dtype, slot: int, *, contiguous: bool) -> Tensor:
-    """An uninitialised tensor of the shape of ``part``, and of its strides unless ``contiguous``.
+    """``empty_like`` of ``part``, in its strides unless ``contiguous``.
 
     On the CPU every call with the same slot returns the same memory and overwrites what was there, so nothing of it may
     be handed to a caller or saved for the backward pass.
@@ -70,16 +68,5 @@ def scratch_buffer(part: Tensor, dtype: torch.dtype, slot: int, *, contiguous: b
     if kept is None or kept.numel() < part.numel():
         with torch.inference_mode(False):  # a tensor made in inference mode cannot be written to outside of it
             kept = _scratch.slots[slot, dtype] = torch.empty(part.numel(), dtype=dtype, device=part.device)
-    if not contiguous and _is_dense(part):
-        return kept.as_strided(part.shape, part.stride())
-    return kept[: part.numel()].view(part.shape)
-
-
-def _is_dense(part: Tensor) -> bool:
-    """Whether the strides are those of a contiguous tensor whose dimensions were permuted."""
-    expected = 1
-    for stride, size in sorted(zip(part.stride(), part.shape, strict=True)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+    strides = torch.empty_like(part, memory_format=layout, device="meta").stride()
+    return kept.as_strided(part.shape, strides)

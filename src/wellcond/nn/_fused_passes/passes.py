@@ -89,7 +89,8 @@ class _Moments(torch.autograd.Function):
         blocks = context.blocks(x)
         mean = sum_of_samples(blocks, context.dtype) / _samples(blocks)
         # Off the CPU the host would have to wait for the variance: there x is always centred.
-        centre = x.device.type != "cpu" or _cancels(mean, _sampled_variance(blocks, mean))
+        first = blocks[:1, :, :, :SAMPLED]
+        centre = x.device.type != "cpu" or (first.numel() > 0 and _cancels(mean, (first - mean).square_().mean((0, 3))))
         cov = _covariance(blocks, mean, mean if centre else None)
         if not centre and _cancels(mean, cov.diagonal(dim1=-2, dim2=-1)):  # the sample did not show it
             centre, cov = True, _covariance(blocks, mean, mean)
@@ -137,9 +138,14 @@ class _AffineMap(torch.autograd.Function):
         x, W = ctx.saved_tensors
         context: PassContext = ctx.context
         with full_precision(x):
-            if _in_plain_operations(grad_y):
-                return _differentiable_backward(x, W, grad_y, context)
             g = context.blocks(grad_y)
+            if _in_plain_operations(grad_y):
+                # Operations that autograd differentiates again; nothing is left to the moments.
+                work, g = context.blocks(x).to(context.dtype), g.to(context.dtype)
+                if context.origin is not None:
+                    work = work - context.origin
+                grad_x = from_blocks(W.mT @ g, x, context.last).to(x.dtype)
+                return grad_x, None, (g @ work.mT).sum(0), g.sum((0, 3)).unsqueeze(-1), None
             grad_W = grad_b = grad_x = grad_alias = None
             if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
                 grad_W = sum_of_products(CentredPieces(g, context.dtype), context.pieces(x))
@@ -157,15 +163,6 @@ def _in_plain_operations(*grads: Tensor | None) -> bool:
     return torch.is_grad_enabled() or along_many_directions(*grads)
 
 
-def _differentiable_backward(x: Tensor, W: Tensor, grad_y: Tensor, context: PassContext) -> tuple[Tensor | None, ...]:
-    """The same derivative in operations that autograd differentiates again; nothing is left to the moments."""
-    work, g = (context.blocks(t).to(context.dtype) for t in (x, grad_y))
-    if context.origin is not None:
-        work = work - context.origin
-    grad_x = from_blocks(W.mT @ g, x, context.last).to(x.dtype)
-    return grad_x, None, (g @ work.mT).sum(0), g.sum((0, 3)).unsqueeze(-1), None
-
-
 def _samples(blocks: Tensor) -> int:
     """M, to divide by."""
     return max(blocks.shape[0] * blocks.shape[-1], 1)
@@ -177,12 +174,6 @@ def _covariance(blocks: Tensor, mean: Tensor, origin: Tensor | None) -> Tensor:
     return P - mean @ mean.mT if origin is None else P
 
 
-def _sampled_variance(blocks: Tensor, mean: Tensor) -> Tensor:
-    """The variance (G, d) of the first samples, to guess from."""
-    first = blocks[:1, :, :, :SAMPLED].to(mean.dtype)
-    return (first - mean).square_().mean((0, 3)) if first.numel() else torch.zeros_like(mean).squeeze(-1)
-
-
 def _cancels(mean: Tensor, variance: Tensor) -> bool:
-    """Whether Σ x xᵀ − M μ μᵀ loses digits in some channel."""
+    """Whether Σ x xᵀ − M μ μᵀ loses digits in some channel, of this variance (G, d)."""
     return bool((mean.squeeze(-1).square() > HARMLESS_RATIO * variance).any())

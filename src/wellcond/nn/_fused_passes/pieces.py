@@ -42,7 +42,10 @@ class Piece(NamedTuple):
 
 
 def pieces(blocks: Tensor) -> Iterator[Piece]:
-    """Cut (K, G, d, n) into pieces of about :data:`CACHED_ENTRIES` entries, along K or, for a single block, n."""
+    """Cut (K, G, d, n) into pieces of about :data:`CACHED_ENTRIES` entries, along K or, for a single block, n.
+
+    The first piece is the longest. Only the shape and the device matter: the pieces of one tensor serve for another.
+    """
     if not blocks.numel():
         return
     K, _, d, n = blocks.shape
@@ -64,7 +67,7 @@ class CentredPieces:
 
     def __init__(self, blocks: Tensor, dtype: torch.dtype, origin: Tensor | None = None) -> None:
         self.blocks, self.dtype = blocks, dtype
-        self.origin = None if origin is None else PerImage(origin)
+        self.origin = None if origin is None else per_image(origin, blocks)
         self._buffer: Tensor | None = None
         self._slot = 0
 
@@ -78,58 +81,54 @@ class CentredPieces:
             return part
         if self._buffer is None or self._buffer.shape != part.shape or self._slot != slot:
             self._slot, self._buffer = slot, scratch_buffer(part, self.dtype, slot, contiguous=piece.joined)
-        origin = None if self.origin is None else self.origin.of(part)
-        if origin is not None and piece.joined:
-            origin = origin.unsqueeze(-1)
-        if origin is not None and part.dtype == self.dtype:
-            torch.sub(part, origin, out=self._buffer)
-        else:
+        if self.origin is None:
             self._buffer.copy_(part)
-            if origin is not None:
-                self._buffer.sub_(origin)
-        return self._buffer.flatten(2) if piece.joined else self._buffer
+        else:
+            origin = self.origin.unsqueeze(-1) if piece.joined else self.origin[: len(part)]
+            if part.dtype == self.dtype:
+                torch.sub(part, origin, out=self._buffer)
+            else:
+                self._buffer.copy_(part).sub_(origin)
+        return self._buffer.flatten(2)
 
 
-class PerImage:
-    """One matrix or vector a group, (G, …), repeated for every image of a piece: (k·G, …). One group is not copied."""
+def per_image(groupwise: Tensor, blocks: Tensor) -> Tensor:
+    """One matrix or vector a group, (G, …), repeated for every image of the longest piece: (k·G, …).
 
-    def __init__(self, groupwise: Tensor) -> None:
-        self.groupwise, self._repeated = groupwise, groupwise
-
-    def of(self, part: Tensor) -> Tensor:
-        if part.shape[0] > self._repeated.shape[0]:
-            count = part.shape[0] // self.groupwise.shape[0]
-            self._repeated = self.groupwise.expand(count, *self.groupwise.shape).flatten(0, 1)
-        return self._repeated[: part.shape[0]]
+    One group is not copied.
+    """
+    longest = next(pieces(blocks), None)
+    if longest is None or longest.axis != 0 or longest.joined or longest.length == 1:
+        return groupwise
+    return groupwise.expand(longest.length, *groupwise.shape).flatten(0, 1)
 
 
 def write_products(out: Tensor, start: Tensor | None, *terms: tuple[Tensor, CentredPieces]) -> None:
     """``out`` = start + Σ A B: A (G, d, d) and start (G, d, 1) by groups, B and ``out`` (K, G, d, n)."""
-    begin = None if start is None else PerImage(start)
-    factors = [(PerImage(A), B) for A, B in terms]
+    start = None if start is None else per_image(start, out)
+    factors = [(per_image(A, out), B) for A, B in terms]
     # Along the samples the product adds the start at no cost; across short rows of channels it is added later.
     along = out.stride(-1) == 1
-    dtype, direct = terms[0][1].dtype, out.dtype == terms[0][1].dtype
+    dtype = terms[0][1].dtype
     for piece in pieces(out):
         target = into = piece.of(out)
-        if piece.joined:
-            into = scratch_buffer(target, dtype, len(terms), contiguous=True).flatten(2)
-        elif not direct:
-            into = scratch_buffer(target, dtype, len(terms), contiguous=False)
+        if piece.joined or out.dtype != dtype:
+            into = scratch_buffer(target, dtype, len(terms), contiguous=piece.joined).flatten(2)
         total = None
         for slot, (A, features) in enumerate(factors):
             B = features.read(piece, slot)
+            A = A[: len(B)]
             if total is not None:
-                total.baddbmm_(A.of(B), B)
-            elif begin is not None and along:
-                total = torch.baddbmm(begin.of(B), A.of(B), B, out=into)
+                total.baddbmm_(A, B)
+            elif start is not None and along:
+                total = torch.baddbmm(start[: len(B)], A, B, out=into)
             else:
-                total = torch.bmm(A.of(B), B, out=into)
+                total = torch.bmm(A, B, out=into)
         assert total is not None
-        if begin is not None and not along:
-            total += begin.of(total)
+        if start is not None and not along:
+            total += start[: len(total)]
         if into is not target:
-            target.copy_(total.view(target.shape) if piece.joined else total)
+            target.copy_(total.view(target.shape))
 
 
 def sum_of_products(left: CentredPieces, right: CentredPieces) -> Tensor:
@@ -140,7 +139,7 @@ def sum_of_products(left: CentredPieces, right: CentredPieces) -> Tensor:
     for piece in pieces(left.blocks):
         A = left.read(piece, 0)
         B = A if right is left else right.read(piece, 1)
-        if total is None:  # the first piece is the longest, and has as many matrices as any
+        if total is None:  # the first piece has as many matrices as any
             total = A.new_zeros(A.shape[0], d, d) if half else torch.bmm(A, B.mT)
             if not half:
                 continue

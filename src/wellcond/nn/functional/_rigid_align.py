@@ -95,15 +95,11 @@ def _skew_solution(S: Tensor, G: Tensor) -> Tensor:
 def _require_points(source: Tensor, target: Tensor, weights: Tensor | None) -> None:
     for name, points in (("source", source), ("target", target)):
         if points.ndim < 2 or not points.is_floating_point():
-            raise ValueError(
-                f"{name} must be floating points (..., n, d), got {points.dtype} of shape {tuple(points.shape)}"
-            )
+            raise ValueError(f"{name} must be floating points (..., n, d), got {points.dtype} {tuple(points.shape)}")
+    shapes = f"got {tuple(source.shape)} and {tuple(target.shape)}"
     if source.shape[-1] < 2:
-        raise ValueError(f"a rotation needs points of at least 2 dimensions, got shape {tuple(source.shape)}")
+        raise ValueError(f"a rotation needs points of at least 2 dimensions, {shapes}")
     if source.shape[-2:] != target.shape[-2:]:
-        raise ValueError(
-            f"source and target must hold the same number of corresponding points, got {tuple(source.shape)} and "
-            f"{tuple(target.shape)}"
-        )
+        raise ValueError(f"source and target must hold the same number of corresponding points, {shapes}")
     if weights is not None and weights.shape[-1:] != source.shape[-2:-1]:
         raise ValueError(f"weights must be (..., {source.shape[-2]}), got {tuple(weights.shape)}")

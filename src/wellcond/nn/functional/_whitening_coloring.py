@@ -21,16 +21,20 @@ from wellcond.linalg import NotPositiveSemidefiniteError, covariance, covariance
 Method = Literal["zca", "cholesky"]
 
 
-class Chosen(NamedTuple):
-    """The samples that count.
+class Samples(NamedTuple):
+    """What counts of an image, and its statistics.
 
     Attributes:
-        mean: (..., d, 1) of them.
-        features: (..., d, n) whose covariance is theirs: x, or under a mask ``stretch`` · (x − mean) at the chosen
-            samples and 0 elsewhere.
+        x: (N, groups, C/groups, n), without N for one image; in float32 or better.
+        mask: (N, 1, 1, n), likewise, or None where all positions are chosen.
+        mean: (..., C/groups, 1) of the chosen ones.
+        features: like x, and with their covariance: x, or under a mask ``stretch`` · (x − mean) at the chosen positions
+            and 0 elsewhere.
         stretch: √(n/number of them).
     """
 
+    x: Tensor
+    mask: Tensor | None
     mean: Tensor
     features: Tensor
     stretch: Tensor | float
@@ -89,18 +93,18 @@ def whitening_coloring(
     require_options(eps, alpha, method, groups)
     _require_fitting(content, style, groups)
     with full_precision(content):
-        c, c_mask = grouped(content, groups), flat_mask(content_mask, content, "content_mask")
-        s, s_mask = grouped(style.to(c.dtype), groups), flat_mask(style_mask, style, "style_mask")
-        of_content, of_style = chosen(c, c_mask), chosen(s, s_mask)
-        if method == "cholesky":
-            colour = _cholesky(of_style.features, eps, relative)
+        c = samples(content, content_mask, groups, "content_mask")
+        s = samples(style.to(c.x.dtype), style_mask, groups, "style_mask")
+        colour = _cholesky(s.features, eps, relative) if method == "cholesky" else covariance_sqrtm(s.features)
+        if eps > 0.0 or method == "cholesky":
+            white = whiten(c.features, eps=eps, method=method, relative=relative)
         else:
-            colour = covariance_sqrtm(of_style.features)
-        white = _whitened(of_content.features, eps, method, relative)
-        y = (colour / of_content.stretch) @ white + of_style.mean
-        y = torch.lerp(c.expand_as(y), y, alpha) if alpha < 1.0 else y
-        if c_mask is not None:
-            y = torch.where(c_mask, y, c)
+            # In float64 the rounding of P lies below that of float32 features, so the rank is theirs.
+            white = whiten(c.features.double(), rank="pinv", via="covariance").to(c.x.dtype)
+        y = (colour / c.stretch) @ white + s.mean
+        y = torch.lerp(c.x.expand_as(y), y, alpha) if alpha < 1.0 else y
+        if c.mask is not None:
+            y = torch.where(c.mask, y, c.x)
         return y.reshape(*y.shape[:-3], *content.shape[y.ndim - 3 :]).to(content.dtype)
 
 
@@ -114,34 +118,31 @@ def require_options(eps: float, alpha: float, method: str, groups: int) -> None:
         raise ValueError(f"groups must be at least 1, got {groups}")
 
 
-def grouped(x: Tensor, groups: int) -> Tensor:
-    """(N, groups, C/groups, n) of (N, C, *spatial), without N of (C, n); in float32 or better."""
-    channels = 1 if x.ndim > 2 else 0
-    return x.to(working_dtype(x.dtype)).flatten(channels + 1).unflatten(channels, (groups, -1))
-
-
-def chosen(x: Tensor, mask: Tensor | None) -> Chosen:
-    """The samples of features (..., d, n) that a mask (..., 1, n) chooses; all without one."""
+def samples(image: Tensor, mask: Tensor | None, groups: int, name: str) -> Samples:
+    """The positions of (N, C, *spatial) or (C, n) that a mask of this name chooses; all without one."""
+    batched = image.ndim > 2
+    x = image.to(working_dtype(image.dtype)).flatten(1 + batched).unflatten(int(batched), (groups, -1))
     if mask is None:
-        return Chosen(x.mean(-1, keepdim=True), x, 1.0)
+        return Samples(x, None, x.mean(-1, keepdim=True), x, 1.0)
+    expected = (image.shape[0], *image.shape[2:]) if batched else image.shape[-1:]
+    if mask.dtype != torch.bool or mask.shape != expected:
+        raise ValueError(
+            f"{name} must be boolean of shape {tuple(expected)} for features of shape {tuple(image.shape)}, "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    mask = mask.reshape(*mask.shape[:batched], 1, 1, -1)
+    if readable(mask) and not mask.any(-1).all():
+        raise ValueError(f"{name} chooses no position in some image; leave that image out")
     count = mask.sum(-1, keepdim=True).clamp_min(1)
     stretch = (x.shape[-1] / count.to(x.dtype)).sqrt()
     mean = torch.where(mask, x, 0.0).sum(-1, keepdim=True) / count
-    return Chosen(mean, torch.where(mask, x - mean, 0.0) * stretch, stretch)
+    return Samples(x, mask, mean, torch.where(mask, x - mean, 0.0) * stretch, stretch)
 
 
 def mean_eigenvalue(features: Tensor) -> Tensor:
     """tr P/d as (..., 1, 1); 1 for a zero matrix."""
     size = features.var(-1, correction=0, keepdim=True).mean(-2, keepdim=True)
     return torch.where(size > 0, size, 1.0)
-
-
-def _whitened(features: Tensor, eps: float, method: Method, relative: bool) -> Tensor:
-    """W times the features; with ε = 0 ZCA acts on the range of P."""
-    if eps > 0.0 or method == "cholesky":
-        return whiten(features, eps=eps, method=method, relative=relative)
-    # In float64 the rounding of P lies below that of float32 features, so the rank is theirs.
-    return whiten(features.double(), rank="pinv", via="covariance").to(features.dtype)
 
 
 def _cholesky(features: Tensor, eps: float, relative: bool) -> Tensor:
@@ -158,22 +159,6 @@ def _cholesky(features: Tensor, eps: float, relative: bool) -> Tensor:
     return factor
 
 
-def flat_mask(mask: Tensor | None, x: Tensor, name: str) -> Tensor | None:
-    """(N, 1, 1, n) or (1, 1, n), to stand beside the grouped features."""
-    if mask is None:
-        return None
-    expected = x.shape[-1:] if x.ndim == 2 else (x.shape[0], *x.shape[2:])
-    if mask.dtype != torch.bool or tuple(mask.shape) != tuple(expected):
-        raise ValueError(
-            f"{name} must be boolean of shape {tuple(expected)} for features of shape {tuple(x.shape)}, "
-            f"got {mask.dtype} of shape {tuple(mask.shape)}"
-        )
-    flat = mask.reshape(1, 1, -1) if x.ndim == 2 else mask.reshape(x.shape[0], 1, 1, -1)
-    if readable(mask) and not flat.any(-1).all():
-        raise ValueError(f"{name} chooses no position in some image; leave that image out")
-    return flat
-
-
 def _require_fitting(content: Tensor, style: Tensor, groups: int) -> None:
     for name, x in (("content", content), ("style", style)):
         if not x.is_floating_point():
@@ -184,10 +169,10 @@ def _require_fitting(content: Tensor, style: Tensor, groups: int) -> None:
         raise ValueError(
             f"content and style must both be batched or neither, got {tuple(content.shape)} and {tuple(style.shape)}"
         )
-    channels = [x.shape[1 if x.ndim > 2 else 0] for x in (content, style)]
-    if channels[0] != channels[1]:
-        raise ValueError(f"content and style must have the same channels, got {channels[0]} and {channels[1]}")
-    if channels[0] % groups:
-        raise ValueError(f"channels must be divisible by groups, got {channels[0]} channels and groups={groups}")
+    channels, others = (x.shape[0 if x.ndim == 2 else 1] for x in (content, style))
+    if channels != others:
+        raise ValueError(f"content and style must have the same channels, got {channels} and {others}")
+    if channels % groups:
+        raise ValueError(f"channels must be divisible by groups, got {channels} channels and groups={groups}")
     if content.ndim > 2 and content.shape[0] != style.shape[0] and 1 not in (content.shape[0], style.shape[0]):
         raise ValueError(f"batches of {content.shape[0]} and {style.shape[0]} do not broadcast")
