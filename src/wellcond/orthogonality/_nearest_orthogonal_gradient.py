@@ -23,19 +23,11 @@ _Write = Callable[[Tensor, Tensor], None]
 
 
 def nearest_orthogonal(matrix: Tensor, solver: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
-    """The solution R = U Vᵀ of eq. (14), eq. (17), for every matrix of a batch that has one.
+    """The solution R = U Vᵀ of eq. (14), eq. (17), for every matrix (..., m, n) of a batch that has one.
 
-    Args:
-        matrix: (..., m, n), any real floating dtype. Its scale does not matter.
-        solver: as in :func:`wellcond.linalg.polar`; ``"auto"`` is ``"svd"`` on the CPU and ``"minimax"`` elsewhere.
-
-    Returns:
-        R of the shape and dtype of ``matrix``, and two flags (...,): ``zero`` (every entry zero or below the smallest
-        normal number, so that its direction is rounding) and ``nonfinite``. A flagged matrix is returned unchanged.
-        Singular directions that vanish to rounding are left out of R, rather than filled in at random.
-
-    Nothing here makes the host wait for an accelerator, unless ``"svd"`` is asked for there, whose routine does.
-    Complexity: O(m n min(m, n)): one thin SVD, or the products of ``"minimax"``.
+    With it come two flags (...,): ``zero`` (every entry zero or below the smallest normal number, so that its
+    direction is rounding) and ``nonfinite``. A flagged matrix is returned unchanged. Singular directions that vanish
+    to rounding are left out of R, rather than filled in at random. Only ``"svd"`` makes the host wait for a device.
     """
     if solver == "auto":
         solver = "svd" if matrix.device.type == "cpu" else "minimax"
@@ -158,18 +150,15 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
 
         self._waiting.append((target, start - parameter, write))  # lr times the update: the scale does not matter
 
-    def _each(self, act: Any) -> None:
-        self._waiting = []
-        super()._each(act)  # which puts there what is to be made orthogonal
+    def finish(self) -> None:
         batches: dict[Any, list[tuple[Target, Tensor, _Write]]] = {}
         for item in self._waiting:
             matrix = item[0].view.matrix(item[1])
             batches.setdefault((matrix.shape[-2:], matrix.dtype, matrix.device), []).append(item)
-        self._waiting = []
+        self._waiting.clear()
         for batch in batches.values():
             self._treat(batch)
 
-    @torch.no_grad()
     def _treat(self, batch: list[tuple[Target, Tensor, _Write]]) -> None:
         """Matrices of one shape at once: fewer calls, and several cores or one kernel for all of them."""
         matrices = [target.view.matrix(tensor) for target, tensor, _ in batch]

@@ -16,6 +16,7 @@ from ._matrix import Target, layer_target
 from ._pre_spectral import pre_spectral_layers
 from ._registry import TREATMENTS, Applied, Options, in_order, options_of, parse_treatments
 from ._step_treatment import gradient_scale, require_held
+from ._weight_treatment import WeightTreatment, restorer
 
 
 def treat(
@@ -103,6 +104,8 @@ class Treatment:
         self.layers, self.treatments = layers, treatments
         self._optimizer, self._targets, self._options = optimizer, targets, options
         self._parts: dict[str, Applied] = {}
+        weights = any(issubclass(kind, WeightTreatment) for kind in in_order(treatments))
+        self._restorers = [restorer(layer) for layer in layers.values()] if weights else []
         try:
             for kind in in_order(treatments):
                 self._parts[kind.name] = kind.apply_to(optimizer, layers, options.get(kind.name, {}))
@@ -157,14 +160,17 @@ class Treatment:
         The model's class, parameters, their order and identity are as before. A layer that had its weight treated keeps
         the weight in use, or, when no step has moved the stored tensor, gets its own weight back bit for bit.
         """
-        for name, part in reversed(self._parts.copy().items()):
-            part.remove()  # what refuses stays among the parts, and refuses again
-            del self._parts[name]
+        while self._restorers:
+            self._restorers[-1]()  # what refuses stays, with all the rest, and refuses again
+            self._restorers.pop()
+        for part in self._parts.values():
+            part.remove()
+        self._parts.clear()
 
     def summary(self) -> str:
         """A table of what acts where."""
         rows = [("layer", "weight", "matrix", "treatments")]
-        acting = ", ".join(self._describe(name) for name in self.treatments) if self._parts else "removed"
+        acting = ", ".join(map(self._described, self.treatments)) if self._parts else "removed"
         for name, target in self._targets.items():
             shape = tuple(target.parameter.shape)
             groups, m, n = target.view.matrix(torch.empty(shape, device="meta")).shape  # sharded or not
@@ -172,7 +178,7 @@ class Treatment:
             rows.append((name, " × ".join(map(str, shape)), matrix, acting))
         return aligned(rows)
 
-    def _describe(self, name: str) -> str:
+    def _described(self, name: str) -> str:
         chosen = " ".join(f"{key}={value}" for key, value in self._options.get(name, {}).items())
         return f"{name} ({chosen})" if chosen else name
 
