@@ -52,18 +52,17 @@ _SCALES = {
 class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthogonal gradient, eq. (14)-(17)"):
     """Make the gradient of chosen layers orthogonal in every step of an optimizer; the training loop does not change.
 
-    The gradient is replaced in place when the optimizer begins its step: after backward, after the all-reduce of DDP,
-    after accumulation, unscaling and clipping (which it undoes for these layers: U Vᵀ does not depend on the scale
-    of G, and its norm is the square root of the rank; to bound the step, lower the learning rate). Matrices of one
-    shape, from whatever layers, are decomposed in one batch.
+    The gradient is replaced in place when the optimizer begins its step: after backward, the all-reduce of DDP,
+    accumulation, unscaling and clipping (which it undoes for these layers: the norm of U Vᵀ is the square root of the
+    rank; to bound the step, lower the learning rate). Matrices of one shape are decomposed in one batch.
 
     Args:
         optimizer: any ``torch.optim`` optimizer except LBFGS; a wrapper with an ``.optimizer`` is opened.
         params: layers (their ``weight``, one matrix per group of a convolution) or raw parameters (as ``flatten(1)``):
             one, a list, or a dict by name.
-        on: ``"gradient"``, the paper's place, or ``"update"``: the step of the optimizer (momentum, Adam's scaling,
-            coupled weight decay) is made orthogonal instead, which is where Muon does it; decoupled weight decay stays
-            outside, as there. The update is read from the move of the weight, so it is known to eps·|w|/lr.
+        on: ``"gradient"``, the paper's place, or ``"update"``, Muon's: the step of the optimizer (momentum, Adam's
+            scaling, coupled weight decay) is made orthogonal instead; decoupled weight decay stays outside. The update
+            is read from the move of the weight, so it is known to eps·|w|/lr.
         scale: ``"paper"``: all singular values 1; ``"rms"``: 0.2·√max(m, n), which makes the root mean square entry 0.2
             at full rank, the size of an Adam step, so that a rate tuned for Adam fits; ``"muon"``: √max(1, m/n), the
             scale of the original Muon. The last two are ``match_rms_adamw`` and ``original`` of ``torch.optim.Muon``.

@@ -32,8 +32,7 @@ def treat(
 
     The order of the names does not matter: the weight is treated first (``ow``, then ``sn``), then at every optimizer
     step the gradient (``nog``), then the learning rate (``olr``, which sees the treated gradient). The ``ol`` term is
-    added to the loss by the user, from :meth:`Treatment.loss`. Treatments of your own join when
-    their class is made: see :class:`StepTreatment`. With ``ow`` or ``sn``, ``nog`` and ``olr`` act on the
+    added to the loss by the user, from :meth:`Treatment.loss`. With ``ow`` or ``sn``, ``nog`` and ``olr`` act on the
     stored tensor that the optimizer moves, as in the authors' code, not on the weight computed from it.
 
     Args:
@@ -41,13 +40,11 @@ def treat(
             sharded by ``fully_shard``: the weight is then gathered in every step, and :func:`orthogonal_weight` or
             :func:`spectral_norm` have to be put on before sharding, as ``ow`` and ``sn`` come too late here.
         optimizer: holds the weights of those layers; changed in place, its state and its groups stay.
-        treatments: names joined by ``+``: ``sn``, ``ol``, ``ow``, ``nog``, ``olr``, or your own.
+        treatments: names joined by ``+``: ``sn``, ``ol``, ``ow``, ``nog``, ``olr``, or those of your own classes, which
+            join when the class is made (see :class:`StepTreatment`).
         layers: names in ``model.named_modules()`` or modules; without them :func:`pre_spectral_layers` finds them.
         example_input: for that search, as there.
         options: keyword arguments by treatment, such as ``{"olr": {"rule": "exact"}, "ol": {"form": "srip"}}``.
-
-    Returns:
-        A :class:`Treatment`.
 
     Raises:
         ValueError: an unknown or repeated name; no spectral layer; a layer that is unknown, without a matrix-like
@@ -136,11 +133,11 @@ class Treatment:
         scale = gradient_scale(self._optimizer) if scale is None else scale
         with torch.enable_grad():
             loss = self.loss()
+            if not loss.requires_grad:  # there is no term, or the weights are frozen, or toggled off in this step
+                return
+            weights = [p for layer in self.layers.values() for p in layer.parameters() if p.requires_grad]
             with torch.autocast(loss.device.type, enabled=False):
-                if not loss.requires_grad:  # there is no term, or the weights are frozen, or toggled off in this step
-                    return
                 loss = loss if scale is None else loss * scale
-                weights = [p for layer in self.layers.values() for p in layer.parameters() if p.requires_grad]
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         for weight, gradient in zip(weights, gradients, strict=True):
             if gradient is not None:
@@ -157,8 +154,8 @@ class Treatment:
     def remove(self) -> None:
         """Take everything off; later steps are the optimizer's own. May be called twice.
 
-        The model's class, parameters, their order and identity are as before. A layer that had its weight treated keeps
-        the weight in use, or, when no step has moved the stored tensor, gets its own weight back bit for bit.
+        Classes and parameters of the model, their order and identity are as before. A layer that had its weight treated
+        keeps the weight in use, or, when no step has moved the stored tensor, gets its own back bit for bit.
         """
         while self._restorers:
             self._restorers[-1]()  # what refuses stays, with all the rest, and refuses again
@@ -172,7 +169,7 @@ class Treatment:
         rows = [("layer", "weight", "matrix", "treatments")]
         acting = ", ".join(map(self._described, self.treatments)) if self._parts else "removed"
         for name, target in self._targets.items():
-            shape = tuple(target.parameter.shape)
+            shape = target.parameter.shape
             groups, m, n = target.view.matrix(torch.empty(shape, device="meta")).shape  # sharded or not
             matrix = f"{m} × {n}" if groups == 1 else f"{groups} of {m} × {n}"
             rows.append((name, " × ".join(map(str, shape)), matrix, acting))

@@ -25,9 +25,9 @@ from ._sharded import is_sharded, spread, whole
 class WeightTreatment(nn.Module, TreatmentClass):
     """Base of the treatments of the weight: a parametrisation, from the stored tensor to the one in use.
 
-    Derived classes have ``treatment``, what messages call it, ``forward(stored)``, and if need be ``right_inverse``,
-    as in ``torch.nn.utils.parametrize``; :class:`StepTreatment` shows the line that names one. ``self.view.matrix``
-    reads a tensor as (groups, m, n) matrices, ``self.view.tensor`` writes them back.
+    Derived classes have ``forward(stored)``, and if need be ``right_inverse``, as in ``torch.nn.utils.parametrize``;
+    :class:`StepTreatment` shows how one is named. ``self.view.matrix`` reads a tensor as (groups, m, n) matrices,
+    ``self.view.tensor`` writes them back.
 
     Args:
         target: the tensor, its layer, how messages call it, and how it is read as matrices.
