@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._matrix import has_matrix_weight, stored_tensor
+from ._matrix import matrix_names, stored_tensor
 from ._walk_back import NAME_LAYERS, first_layers, raw_parameter
 
 _ELEMENTWISE = ("AddBackward", "SubBackward", "MulBackward", "DivBackward", "CatBackward", "WhereBackward")
@@ -27,7 +27,7 @@ def layers_by_running(model: nn.Module, spectral: list[nn.Module], example_input
     def note_input(module: nn.Module, args: Any, kwargs: Any) -> None:
         inputs.extend(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
 
-    weighted = [m for m in model.modules() if has_matrix_weight(m)]
+    weighted = [m for m in model.modules() if "weight" in matrix_names(m)]
     with ExitStack() as stack:
         for module in model.modules():  # each module's own mode comes back
             stack.callback(setattr, module, "training", module.training)

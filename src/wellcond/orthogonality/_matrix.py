@@ -46,8 +46,7 @@ class MatrixView:
 class Target:
     """A parameter to treat: its short name, what messages call it, how it is a matrix, and the layer that it is in.
 
-    Raises:
-        ValueError: it cannot be treated as a matrix; the message says why, and what to do.
+    One that cannot be treated as a matrix is refused.
     """
 
     name: str
@@ -90,11 +89,6 @@ def stored_tensor(layer: nn.Module, name: str = "weight") -> Tensor | None:
     return layer._parameters.get(name)
 
 
-def has_matrix_weight(layer: nn.Module) -> bool:
-    """Whether the layer has a ``weight`` that is one initialised tensor of at least two dimensions."""
-    return "weight" in matrix_names(layer)
-
-
 def matrix_names(layer: nn.Module) -> list[str]:
     """The tensors of the layer, parametrised or not, that can be read as matrices."""
     names = [*layer._parameters, *getattr(layer, "parametrizations", ())]
@@ -103,11 +97,7 @@ def matrix_names(layer: nn.Module) -> list[str]:
 
 
 def layer_target(layer: nn.Module, label: str, name: str = "weight") -> Target:
-    """A matrix-like tensor of a layer that messages call ``label``.
-
-    Raises:
-        ValueError: the layer has none of that name, with its label and what to do.
-    """
+    """A matrix-like tensor of a layer that messages call ``label``, which is refused if it has none of that name."""
     tensor = stored_tensor(layer, name)
     where = described(layer, label)
     if not isinstance(tensor, nn.Parameter):

@@ -168,8 +168,7 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
         flags = torch.stack([found, zero, nonfinite], -1)
         sizes = [len(matrix) for matrix in matrices]
         for (target, tensor, write), factor, flag in zip(batch, factors.split(sizes), flags.split(sizes), strict=True):
-            # Kept on the device: reading a counter is the only thing that waits for it.
-            self._counts[target.name] += flag.sum(0)
+            self._counts[target.name] += flag.sum(0)  # on the device: only reading a counter waits for it
             everywhere = target.view.tensor(flag[:, :1, None].expand_as(factor), tensor.shape)
             write(target.view.tensor(factor, tensor.shape), everywhere)
 

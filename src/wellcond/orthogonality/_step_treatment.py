@@ -118,7 +118,7 @@ class StepTreatment(Applied, TreatmentClass):
         self.validate()
         self._handles = [
             self.optimizer.register_step_pre_hook(self._pre),
-            self.optimizer.register_step_post_hook(self._post),
+            self.optimizer.register_step_post_hook(lambda *_: self._run(self.after)),
         ]
         others.append(self)
 
@@ -161,9 +161,6 @@ class StepTreatment(Applied, TreatmentClass):
         if len(args) > 1:
             return (args[0], treated, *args[2:]), kwargs
         return args, {**kwargs, "closure": treated}
-
-    def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._run(self.after)
 
     @torch.no_grad()
     def _run(self, act: Any) -> None:

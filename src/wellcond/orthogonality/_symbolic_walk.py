@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from wellcond._shared.models import is_spectral
 
-from ._matrix import has_matrix_weight
+from ._matrix import matrix_names
 from ._sharded import is_fully_sharded
 from ._walk_back import GIVE_EXAMPLE, first_layers, raw_parameter
 
@@ -34,7 +34,7 @@ class _Tracer(fx.Tracer):
         return (
             is_spectral(m)
             or parametrize.is_parametrized(m)
-            or has_matrix_weight(m)
+            or "weight" in matrix_names(m)
             or super().is_leaf_module(m, module_qualified_name)
         )
 
@@ -109,7 +109,7 @@ def _nearest(model: nn.Module, graph: fx.Graph) -> set[nn.Module]:
     def look(node: fx.Node) -> tuple[list[nn.Module], list[fx.Node]]:
         before = [i for i in node.all_input_nodes if i in from_input]
         module = calls.get(node)
-        if module is not None and has_matrix_weight(module):
+        if module is not None and "weight" in matrix_names(module):
             return [module], []
         if module is not None and node not in spectral and any(p.ndim > 1 for p in module.parameters()):
             raise ValueError(

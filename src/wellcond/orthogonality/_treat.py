@@ -101,10 +101,11 @@ class Treatment:
         self.layers, self.treatments = layers, treatments
         self._optimizer, self._targets, self._options = optimizer, targets, options
         self._parts: dict[str, Applied] = {}
-        weights = any(issubclass(kind, WeightTreatment) for kind in in_order(treatments))
-        self._restorers = [restorer(layer) for layer in layers.values()] if weights else []
+        kinds = in_order(treatments)
+        on_weights = any(issubclass(kind, WeightTreatment) for kind in kinds)
+        self._restorers = [restorer(layer) for layer in layers.values()] if on_weights else []
         try:
-            for kind in in_order(treatments):
+            for kind in kinds:
                 self._parts[kind.name] = kind.apply_to(optimizer, layers, options.get(kind.name, {}))
         except Exception:
             self.remove()

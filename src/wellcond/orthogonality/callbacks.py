@@ -22,12 +22,7 @@ from ._weight_treatment import WeightTreatment
 
 
 class TreatmentInStages:
-    """Base of the callbacks; its arguments are those of :func:`wellcond.orthogonality.treat`.
-
-    Attributes:
-        layers: the treated layers by name, once they are known.
-        handles: by optimizer, what :func:`~wellcond.orthogonality.treat` gave for the step and the loss.
-    """
+    """Base of the callbacks; its arguments are those of :func:`wellcond.orthogonality.treat`."""
 
     def __init__(
         self,
@@ -45,7 +40,7 @@ class TreatmentInStages:
         self._given, self._example_input = layers, example_input
         self._options = options_of(self.treatments, options)
         self._model: nn.Module | None = None
-        self.handles: dict[Optimizer, Treatment] = {}
+        self.handles: dict[Optimizer, Treatment] = {}  # what treats the steps and the loss
 
     def treat_weights(self, model: nn.Module) -> None:
         """Find the layers and treat their weights, once for each model."""
