@@ -41,7 +41,7 @@ def brute_force(features: torch.Tensor) -> np.ndarray:
 
 
 def record_of(features: torch.Tensor, eps: float = 0.0, max_matrices: int = 16) -> ConditionRecord:
-    return measure(features, eps, step=0, layer="x", max_matrices=max_matrices, failures=0, retries=0)
+    return measure(features, eps, max_matrices, step=0, layer="x", failures=0, retries=0)
 
 
 class ConvNet(nn.Module):

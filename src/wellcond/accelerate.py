@@ -15,7 +15,7 @@ except ImportError as error:
 from torch import nn
 from torch.optim import Optimizer
 
-from wellcond.monitor import ConditionMonitor, ConditionRecord
+from wellcond.monitor import ConditionMonitor
 from wellcond.orthogonality import Treatment, treat
 
 __all__ = ["attach_monitor", "attach_treatment"]
@@ -73,14 +73,9 @@ def attach_monitor(
         log: send every record to ``accelerator.log`` at its step, as ``condition/<layer>/<measure>``.
         options: the other arguments of the monitor.
     """
-
     first = accelerator.is_main_process
     monitor = ConditionMonitor(model, writers=writers if first else (), optimizer=optimizer, **options)
     if log and first:
-
-        def report(record: ConditionRecord) -> None:
-            accelerator.log(record.scalars(), step=record.step)
-
-        monitor.writers.append(report)
+        monitor.writers.append(lambda record: accelerator.log(record.scalars(), step=record.step))
     accelerator.register_for_checkpointing(monitor)
     return monitor

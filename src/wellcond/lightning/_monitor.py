@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import lightning.pytorch as pl
@@ -45,9 +46,6 @@ class ConditionMonitorCallback(MonitorInTraining, pl.Callback):
         self.attach(pl_module, trainer.optimizers[0], writes=trainer.is_global_zero, state=state)
         self._restored = None
         self._sent = len(self.records)
-        self._extend_progress_bar(trainer)
-
-    def _extend_progress_bar(self, trainer: pl.Trainer) -> None:
         if (bar := trainer.progress_bar_callback) is not None:
             inner = type(bar).get_metrics
 
@@ -60,29 +58,24 @@ class ConditionMonitorCallback(MonitorInTraining, pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Take the trainer's step."""
         assert self.monitor is not None
         self.monitor.step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Send the new records to the loggers."""
-        assert self.monitor is not None
-        new = self.monitor.records[self._sent :]
-        self._sent = len(self.monitor.records)
-        if not new:
+        new = self.records[self._sent :]
+        self._sent = len(self.records)
+        if self.monitor is None or not new:
             return
         worst = self.worst()
         pl_module.log("kappa", worst.kappa, logger=False)
         self._shown = self.monitor.sparkline(worst.layer).split(" ", 1)[1]
         if self._log:
-            for record in new:
-                for logger in trainer.loggers:
-                    logger.log_metrics(record.scalars(), step=record.step)
+            for record, logger in product(new, trainer.loggers):
+                logger.log_metrics(record.scalars(), step=record.step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take the hooks off; the records stay."""
         self._detach(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

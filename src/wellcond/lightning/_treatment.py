@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from wellcond._shared.models import is_spectral
-from wellcond.orthogonality import Treatment
 from wellcond.orthogonality.callbacks import TreatmentInStages
 
 
@@ -57,7 +55,6 @@ class TreatmentCallback(TreatmentInStages, pl.Callback):
 
     def __init__(self, treatments: str, **options: Any) -> None:
         super().__init__(treatments, **options)
-        self.handles: dict[Optimizer, Treatment] = {}
         self._load_hook: Any = None
         self._restored: dict[str, Any] | None = None
 
@@ -65,33 +62,29 @@ class TreatmentCallback(TreatmentInStages, pl.Callback):
         """Treat the weights now if the model is there, and in any case before a treated checkpoint is loaded."""
         self.teardown(trainer, pl_module, stage)  # of an earlier run that ended in an error
         self._load_hook = pl_module.register_load_state_dict_pre_hook(partial(self._before_load, stage))
-        if stage == "fit" and any(is_spectral(module) for module in pl_module.modules()):
+        if stage == "fit" and any(map(is_spectral, pl_module.modules())):
             self.treat_weights(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Stop looking at the checkpoints that are loaded."""
         if self._load_hook is not None:
             self._load_hook.remove()
             self._load_hook = None
 
     def _before_load(self, stage: str, pl_module: Any, state_dict: dict[str, Any], *_: Any) -> None:
         treated = any(".parametrizations." in key for key in state_dict)
-        if stage == "fit" or (treated and self._on_weights):
-            self.treat_weights(pl_module)
-            for name in self.layers:
-                if (f"{name}.parametrizations.weight.original" in state_dict) != bool(self._on_weights):
-                    raise ValueError(
-                        f"the checkpoint's weight of layer '{name}' is {'' if treated else 'not '}treated, and "
-                        f"{self._resume}"
-                    )
+        if stage != "fit" and not (treated and self._on_weights):
+            return
+        self.treat_weights(pl_module)
+        for name in self.layers:
+            if (f"{name}.parametrizations.weight.original" in state_dict) != bool(self._on_weights):
+                found = f"the checkpoint's weight of layer '{name}' is {'' if treated else 'not '}treated"
+                raise ValueError(f"{found}, and {self._resume}")
 
     def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
         if not isinstance(model, pl.LightningModule) or is_overridden("forward", model):
             return super().find_layers(model)
         # Without a forward of its own the module cannot be traced, but its one part with the spectral layers can.
-        parts = {
-            name: part for name, part in model.named_children() if any(is_spectral(module) for module in part.modules())
-        }
+        parts = {name: part for name, part in model.named_children() if any(map(is_spectral, part.modules()))}
         if len(parts) != 1:
             raise ValueError(
                 f"{type(model).__name__} has no forward() to trace, and {len(parts)} parts with spectral layers "
@@ -104,51 +97,34 @@ class TreatmentCallback(TreatmentInStages, pl.Callback):
         """Treat the optimizers: they exist now, and their state is restored after this."""
         self.treat_weights(pl_module)
         state = self._restored or (self.state_dict() if trainer.global_step else None)
-        for handle in self.handles.values():  # of an earlier fit, whose optimizers are gone
-            handle.remove()
-        self.handles = {}
-        if self._in_step:
-            for optimizer, layers in self._shares(trainer.optimizers):
-                self.handles[optimizer] = self.treat_optimizer(pl_module, optimizer, layers)
+        self.treat_steps(pl_module, self._shares(trainer.optimizers))
         if state is not None:
             for handle, saved in zip(self.handles.values(), state["handles"], strict=True):
                 handle.load_state_dict(saved)
         self._restored = None
 
-    def _shares(self, optimizers: list[Optimizer]) -> Iterable[tuple[Optimizer, list[str]]]:
+    def _shares(self, optimizers: list[Optimizer]) -> dict[Optimizer, list[str]]:
         """Each optimizer with the layers that it holds; layers that none holds go to the first, which refuses them."""
-        left = dict(self.layers)
-        shares = []
-        for optimizer in optimizers:
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            shares.append([name for name, layer in left.items() if any(id(p) in held for p in layer.parameters())])
-            left = {name: layer for name, layer in left.items() if name not in shares[-1]}
-        shares[0] += left
-        return [(optimizer, share) for optimizer, share in zip(optimizers, shares, strict=True) if share]
+        shares: dict[Optimizer, list[str]] = {optimizer: [] for optimizer in optimizers}
+        for name, layer in self.layers.items():
+            own = {id(p) for p in layer.parameters()}
+            holders = (o for o in optimizers if any(id(p) in own for group in o.param_groups for p in group["params"]))
+            shares[next(holders, optimizers[0])].append(name)
+        return {optimizer: names for optimizer, names in shares.items() if names}
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Add the gradient of the `ol` term of the layers that this optimizer holds."""
-        handle = self.handles.get(optimizer)
-        if handle is None:
-            return
         # A fused optimizer unscales the gradients itself, so they are still scaled here.
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
-        handle.add_loss_gradient(scaler.get_scale() if scaler is not None and scaled else None)
-
-    def summary(self) -> str:
-        """What acts where, as text."""
-        return self.describe(self.handles.values())
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        scaler = getattr(trainer.precision_plugin, "scaler", None) if fused else None
+        if (handle := self.handles.get(optimizer)) is not None:
+            handle.add_loss_gradient(None if scaler is None else scaler.get_scale())
 
     def state_dict(self) -> dict[str, Any]:
         """What acts where and the counters, for the checkpoint."""
-        return {
-            "treatments": list(self.treatments),
-            "layers": list(self.layers),
-            "handles": [handle.state_dict() for handle in self.handles.values()],
-        }
+        handles = [handle.state_dict() for handle in self.handles.values()]
+        return {"treatments": list(self.treatments), "layers": list(self.layers), "handles": handles}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the optimizers are treated: Lightning restores callbacks before ``on_fit_start``."""
@@ -158,7 +134,6 @@ class TreatmentCallback(TreatmentInStages, pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what the step has to log, such as the rates that `olr` chose, as ``rate/LAYER``."""
         for handle in self.handles.values():
             # On their device: Lightning reads them when it writes, at its own interval.
             pl_module.log_dict({name: value.float() for name, value in handle.scalars().items()})

@@ -21,8 +21,6 @@ _NAMES = {
     "eig_max": "largest eigenvalue of P",
     "eig_min": "smallest eigenvalue of P",
 }
-
-
 _COLUMNS = ("kappa", "kappa_eps", "numerical_rank", "effective_rank", "dim", "records", "failures", "retries")
 
 

@@ -11,14 +11,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from wellcond._shared.models import Layers, unwrapped, unwrapped_optimizer
 from wellcond._shared.torch_internals import in_backward_pass
 
 from . import _display
-from ._probe import Hook, attach, solver_counts, untraced, watched_layers
+from ._probe import Hook, attach, observed, solver_counts, watched_layers
 from ._record import FIELDS, MEASURES, ConditionRecord, alarms, measure, medians
 from ._writers import as_writers, deliver
 
@@ -26,16 +27,15 @@ from ._writers import as_writers, deliver
 class ConditionMonitor:
     """Watch the covariance behind every spectral layer of a model in training.
 
-    A step is a training-mode forward pass of ``model``, or with ``optimizer`` a step of that (which is what
-    you want under gradient accumulation, and the only right count when ``model`` itself is not called, only
-    its parts). A layer is recorded at the first of its forward passes in every block of ``every`` steps: at
-    steps 0, ``every``, 2 ``every``, … of an ordinary loop. Between records nothing is computed and nothing
-    waits for the device. Nor does the monitor change the training: it reads detached activations.
+    A step is a training-mode forward pass of ``model``, or with ``optimizer`` a step of that (which is what you want
+    under gradient accumulation, and the only right count when only parts of ``model`` are called). A layer is recorded
+    at the first of its forward passes in every block of ``every`` steps: at steps 0, ``every``, 2 ``every``, … of an
+    ordinary loop. Between records nothing is computed and nothing waits for the device; activations are only read.
 
-    Under DistributedDataParallel each process watches its own share of the batch (give ``writers`` to one of
-    them); under autocast and in half precision the spectra are still computed in float64; a deep copy or a
-    pickle of the model is not watched. With ``torch.compile``, make the monitor before the first call of the
-    compiled model: each watched layer is then a graph break (so not with ``fullgraph=True``).
+    Under DistributedDataParallel each process watches its own share of the batch (give ``writers`` to one of them);
+    under autocast and in half precision the spectra are still computed in float64; a deep copy or a pickle of the model
+    is not watched. With ``torch.compile``, make the monitor before the first call of the compiled model: each watched
+    layer is then a graph break (so not with ``fullgraph=True``).
 
     Args:
         model: a module with spectral layers (``is_spectral_layer = True``); each gets its name in the model
@@ -56,9 +56,8 @@ class ConditionMonitor:
         ValueError: no spectral layer, an unknown layer (with the nearest name), ``every`` or ``max_matrices``
             below 1 or no whole number, a path whose format is unknown, or a bound without ``on_alarm``.
 
-    Complexity:
-        Per record and matrix one float64 product of d²n multiplications and O(d³); see
-        ``benchmarks/how_much_does_the_monitor_cost.py`` for the share of a training step.
+    Complexity: per record and matrix one float64 product of d²n multiplications and O(d³); see
+    ``benchmarks/how_much_does_the_monitor_cost.py`` for the share of a training step.
 
     Example:
         >>> import torch
@@ -89,10 +88,8 @@ class ConditionMonitor:
             raise ValueError("kappa_above is NaN, which no condition number passes")
         if kappa_above < math.inf and on_alarm is None:
             raise ValueError(f"kappa_above={kappa_above:g} needs on_alarm, the callable that is told")
-        self.every = int(every)
-        self.max_matrices = int(max_matrices)
-        self.kappa_above = float(kappa_above)
-        self.on_alarm = on_alarm
+        self.every, self.max_matrices = int(every), int(max_matrices)
+        self.kappa_above, self.on_alarm = float(kappa_above), on_alarm
         self.writers = as_writers(writers)
         self.records: list[ConditionRecord] = []
         self.step = 0
@@ -104,14 +101,11 @@ class ConditionMonitor:
         for name, layer in self.layers.items():
             if hasattr(layer, "layer_name"):
                 setattr(layer, "layer_name", name)  # noqa: B010 - an attribute of spectral layers only
-            due, observe = partial(self._is_due, name), partial(self._observe, name)
-            self._handles.append(attach(layer, untraced(due), untraced(observe)))
+            self._handles.append(attach(layer, partial(self._look, name)))
         if optimizer is not None:
             self._handles.append(unwrapped_optimizer(optimizer).register_step_post_hook(Hook(self._count)))
         else:
-            self._handles.append(model.register_forward_hook(Hook(untraced(self._count_forward))))
-
-    # -- observing --------------------------------------------------------------------------------------------
+            self._handles.append(model.register_forward_hook(Hook(torch.compiler.disable(self._count_forward))))
 
     def _count(self, *_: Any) -> None:
         self.step += 1
@@ -120,24 +114,16 @@ class ConditionMonitor:
         if model.training and not in_backward_pass():
             self.step += 1
 
-    def _is_due(self, name: str) -> bool:
+    def _look(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         last = self._last.get(name)
         due = last is None or self.step // self.every > last // self.every
-        return due and bool(self._handles) and not in_backward_pass()
-
-    def _observe(self, name: str, features: Tensor, eps: float) -> None:
+        if not (due and self._handles) or in_backward_pass():
+            return
+        features, eps = observed(layer, args, kwargs)
         self._last[name] = self.step
         failures, retries = self._pending(name)
-        self._events[name] = solver_counts(self.layers[name])
-        record = measure(
-            features,
-            eps,
-            step=self.step,
-            layer=name,
-            max_matrices=self.max_matrices,
-            failures=failures,
-            retries=retries,
-        )
+        self._events[name] = solver_counts(layer)
+        record = measure(features, eps, self.max_matrices, self.step, name, failures, retries)
         self.records.append(record)
         for writer in self.writers:
             deliver(record, writer)
@@ -161,8 +147,6 @@ class ConditionMonitor:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-    # -- reading ----------------------------------------------------------------------------------------------
 
     def of(self, layer: str) -> list[ConditionRecord]:
         """The records of one layer."""
@@ -213,8 +197,6 @@ class ConditionMonitor:
             raise ValueError(f"measure must be one of {', '.join(MEASURES)}; got '{measure}'")
         return _display.plot({layer: self.of(layer) for layer in self.layers}, target, measure)
 
-    # -- resuming ---------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """The step and all records, in plain types that ``torch.load(weights_only=True)`` accepts."""
         columns = {name: [getattr(record, name) for record in self.records] for name in FIELDS}
@@ -226,9 +208,8 @@ class ConditionMonitor:
         self.step = state["step"]
         self._last = dict(state["last"])
         columns = state["records"]
-        self.records = [
-            ConditionRecord(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)
-        ]
+        rows = zip(*columns.values(), strict=True)
+        self.records = [ConditionRecord(**dict(zip(columns, row, strict=True))) for row in rows]
         for name, (failures, retries) in state["pending"].items():
             if name in self._events:
                 now = solver_counts(self.layers[name])

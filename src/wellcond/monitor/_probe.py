@@ -7,7 +7,7 @@ hook along without effect, so that it neither copies the monitor nor reports to 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from wellcond._shared.torch_internals import is_compiling
 class Hook:
     """A callable that the copies of a model do not inherit: there it does nothing but take itself off."""
 
-    def __init__(self, function: Callable[..., None] | None = None) -> None:
+    def __init__(self, function: Any = None) -> None:
         self.function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
@@ -41,11 +41,6 @@ class Hook:
         return (Hook, ())
 
 
-def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as torch.compile leaves it alone: it reads the step, which changes with every call."""
-    return cast("Callable[..., Any]", torch.compiler.disable(function))
-
-
 def solver_counts(layer: nn.Module) -> tuple[int, int]:
     """Failures and retries of a layer's solver so far; none for an ordinary layer."""
     events = getattr(layer, "solver_events", None)
@@ -53,11 +48,7 @@ def solver_counts(layer: nn.Module) -> tuple[int, int]:
 
 
 def watched_layers(model: nn.Module, layers: Layers | None) -> dict[str, nn.Module]:
-    """The layers to watch, by their bare names: every spectral layer, or those that ``layers`` names or holds.
-
-    Raises:
-        ValueError: as :func:`layers_by_name`, or when nothing is named and the model has no spectral layer.
-    """
+    """The layers to watch, by their bare names: every spectral layer, or those that ``layers`` names or holds."""
     if layers is not None:
         return layers_by_name(model, layers)
     found = {bare_name(name): module for name, module in unwrapped(model).named_modules() if is_spectral(module)}
@@ -69,21 +60,21 @@ def watched_layers(model: nn.Module, layers: Layers | None) -> dict[str, nn.Modu
     return found
 
 
-def attach(module: nn.Module, due: Callable[[], bool], observe: Callable[[Tensor, float], None]) -> RemovableHandle:
-    """Hand features (..., d, n) and ε to ``observe`` in each training-mode forward pass in which it is ``due``."""
+def attach(module: nn.Module, look: Callable[..., None]) -> RemovableHandle:
+    """Call ``look(module, args, kwargs)`` at the begin of each training-mode forward pass."""
+    untraced: Any = torch.compiler.disable(look)  # it reads the step, which changes with every call
 
     def entered(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if layer.training and due():  # without running statistics, evaluation takes batch statistics too
-            observe(*observed(layer, args, kwargs))
+        if layer.training:  # without running statistics, evaluation takes batch statistics too
+            untraced(layer, args, kwargs)
 
     return module.register_forward_pre_hook(Hook(entered), with_kwargs=True)
 
 
 def observed(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, float]:
-    """What ``layer.observed_features`` says of these arguments, for a layer that has it.
+    """Features (..., d, n) and ε: what ``layer.observed_features`` says of these arguments, for a layer that has it.
 
-    Of any other layer the input (N, C, *spatial) is taken as C × (N·L), with its ``eps`` if it has one (a batch norm's)
-    and 0 if not.
+    Of any other layer the input (N, C, *spatial) as C × (N·L), with its ``eps`` if it has one (a batch norm's), or 0.
     """
     own = getattr(layer, "observed_features", None)
     if own is not None:

@@ -17,44 +17,25 @@ from wellcond.linalg import covariance_spectrum
 class ConditionRecord:
     """The covariance P of one layer at one step. Of several matrices in a layer (groups, or one an image) each
     field is the median, the lower one of an even number, except where it says otherwise.
-
-    Attributes:
-        step: steps finished before this forward pass.
-        layer: the layer's name in the model.
-        kappa: κ(P) without ε; infinite when ``numerical_rank < dim``.
-        kappa_eps: κ(P + εI), which the solver sees.
-        kappa_range: κ over the numerical range of P.
-        numerical_rank: eigenvalues above ``rank_tolerance``; -1 where the features were not finite (else NaN).
-        rank_tolerance: the largest eigenvalue that rounding of the features alone can make.
-        effective_rank: (tr P)²/tr P².
-        eig_max: largest eigenvalue.
-        eig_min: smallest eigenvalue; rounding noise where it is below ``rank_tolerance``.
-        eps: the layer's absolute ε.
-        dim: d, the order of P.
-        samples: n, the samples behind P.
-        matrices: matrices in the layer, of which at most ``max_matrices`` were looked at.
-        kappa_max: the largest κ(P) of those looked at.
-        failures: decompositions that failed since the last record of this layer.
-        retries: matrices that a fall-back saved since then.
     """
 
-    step: int
-    layer: str
-    kappa: float
-    kappa_eps: float
-    kappa_range: float
-    numerical_rank: int
-    rank_tolerance: float
-    effective_rank: float
-    eig_max: float
-    eig_min: float
-    eps: float
-    dim: int
-    samples: int
-    matrices: int
-    kappa_max: float
-    failures: int
-    retries: int
+    step: int  #: steps finished before this forward pass
+    layer: str  #: the layer's name in the model
+    kappa: float  #: κ(P) without ε; infinite when ``numerical_rank < dim``
+    kappa_eps: float  #: κ(P + εI), which the solver sees
+    kappa_range: float  #: κ over the numerical range of P
+    numerical_rank: int  #: eigenvalues above ``rank_tolerance``; -1 where the features were not finite (else NaN)
+    rank_tolerance: float  #: the largest eigenvalue that rounding of the features alone can make
+    effective_rank: float  #: (tr P)²/tr P²
+    eig_max: float  #: largest eigenvalue
+    eig_min: float  #: smallest eigenvalue; rounding noise where it is below ``rank_tolerance``
+    eps: float  #: the layer's absolute ε
+    dim: int  #: d, the order of P
+    samples: int  #: n, the samples behind P
+    matrices: int  #: matrices in the layer, of which at most ``max_matrices`` were looked at
+    kappa_max: float  #: the largest κ(P) of those looked at
+    failures: int  #: decompositions that failed since the last record of this layer
+    retries: int  #: matrices that a fall-back saved since then
 
     def as_dict(self) -> dict[str, int | float | str]:
         """The fields by name, in order."""
@@ -72,16 +53,13 @@ class ConditionRecord:
 
 def alarms(record: ConditionRecord, kappa_above: float) -> list[str]:
     """What is alarming about a record, in words."""
-    reasons = []
-    if not record.finite:
-        reasons.append(f"the features of '{record.layer}' are not finite at step {record.step}")
-    if record.kappa_max > kappa_above:
-        reasons.append(
-            f"κ of '{record.layer}' is {record.kappa_max:.3e} at step {record.step}, above {kappa_above:.3e}"
-        )
-    if record.failures:
-        reasons.append(f"{record.failures} decompositions of '{record.layer}' failed before step {record.step}")
-    return reasons
+    layer, step, kappa = record.layer, record.step, record.kappa_max
+    reasons = {
+        f"the features of '{layer}' are not finite at step {step}": not record.finite,
+        f"κ of '{layer}' is {kappa:.3e} at step {step}, above {kappa_above:.3e}": kappa > kappa_above,
+        f"{record.failures} decompositions of '{layer}' failed before step {step}": record.failures > 0,
+    }
+    return [reason for reason, holds in reasons.items() if holds]
 
 
 FIELDS: tuple[str, ...] = tuple(field.name for field in fields(ConditionRecord))
@@ -103,7 +81,7 @@ def medians(records: Iterable[ConditionRecord]) -> dict[str, float]:
 
 
 def measure(
-    features: Tensor, eps: float, *, step: int, layer: str, max_matrices: int, failures: int, retries: int
+    features: Tensor, eps: float, max_matrices: int, step: int, layer: str, failures: int, retries: int
 ) -> ConditionRecord:
     """The record of ``features`` (..., d, n): of at most ``max_matrices`` matrices, evenly spread over the batch."""
     d, n = features.shape[-2:]

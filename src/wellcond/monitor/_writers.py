@@ -7,14 +7,13 @@ request what a resumed run is about to measure again (:meth:`rewind`).
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ._record import FIELDS, ConditionRecord
 
@@ -24,15 +23,18 @@ Writer = Callable[[ConditionRecord], Any]
 class _FileWriter:
     """Lines of a text file, one a record."""
 
+    header = ""
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
     def __call__(self, record: ConditionRecord) -> None:
         """Append the record."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not self.path.exists() or self.path.stat().st_size == 0
         with self.path.open("a", encoding="utf-8", newline="") as file:
-            file.write((self._header() if fresh else "") + self._line(record))
+            if file.tell() == 0:
+                file.write(self.header)
+            self._write(file, record)
 
     def rewind(self, step: int) -> None:
         """Drop the lines of ``step`` and later, and any that a crash cut short; the file is replaced atomically."""
@@ -45,13 +47,16 @@ class _FileWriter:
             partial.write_text("".join(kept), encoding="utf-8")
             partial.replace(self.path)
 
-    def _header(self) -> str:
-        return ""
+    def _is_before(self, line: str, step: int) -> bool:
+        try:
+            return line == self.header or (line.endswith("\n") and self._step(line) < step)
+        except ValueError:  # two lines in one, of which a crash cut the first
+            return False
 
-    def _line(self, record: ConditionRecord) -> str:
+    def _write(self, file: TextIO, record: ConditionRecord) -> None:
         raise NotImplementedError
 
-    def _is_before(self, line: str, step: int) -> bool:
+    def _step(self, line: str) -> int:
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -67,35 +72,25 @@ class CSVWriter(_FileWriter):
         >>> writer = CSVWriter(tempfile.mkdtemp() + "/condition.csv")
     """
 
-    def _header(self) -> str:
-        return ",".join(FIELDS) + "\n"
+    header = ",".join(FIELDS) + "\n"
 
-    def _line(self, record: ConditionRecord) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(record.as_dict().values())
-        return text.getvalue()
+    def _write(self, file: TextIO, record: ConditionRecord) -> None:
+        csv.writer(file, lineterminator="\n").writerow(record.as_dict().values())
 
-    def _is_before(self, line: str, step: int) -> bool:
-        if line == self._header():
-            return True
-        row = next(csv.reader([line]), [])
-        return line.endswith("\n") and len(row) == len(FIELDS) and int(row[0]) < step
+    def _step(self, line: str) -> int:
+        return int(dict(zip(FIELDS, next(csv.reader([line])), strict=True))["step"])
 
 
 class JSONLinesWriter(_FileWriter):
     """One JSON object a line; infinity and NaN as the strings ``"inf"`` and ``"nan"``, which JSON itself lacks."""
 
-    def _line(self, record: ConditionRecord) -> str:
-        values = {
-            k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.as_dict().items()
-        }
-        return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
+    def _write(self, file: TextIO, record: ConditionRecord) -> None:
+        values = record.as_dict()
+        not_json = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+        file.write(json.dumps(values | not_json, ensure_ascii=False, allow_nan=False) + "\n")
 
-    def _is_before(self, line: str, step: int) -> bool:
-        try:
-            return line.endswith("\n") and json.loads(line)["step"] < step
-        except ValueError:
-            return False
+    def _step(self, line: str) -> int:
+        return json.loads(line)["step"]
 
 
 class TensorBoardWriter:
@@ -125,7 +120,7 @@ def as_writers(targets: Any) -> list[Writer]:
     if targets is None:
         return []
     if isinstance(targets, (str, os.PathLike)) or callable(targets) or hasattr(targets, "add_scalar"):
-        return [_as_writer(targets)]
+        targets = [targets]
     return [_as_writer(target) for target in targets]
 
 

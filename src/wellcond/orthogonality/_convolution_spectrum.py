@@ -16,10 +16,6 @@ from torch import Tensor, nn
 
 from wellcond._shared.models import described
 
-from ._largest_eigenvalue import largest_eigenvalue
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -32,15 +28,11 @@ class Grid:
 
 
 def layer_grid(layer: nn.Module | None, input_size: int | Sequence[int], where: str) -> Grid:
-    """The grid of a convolution; of a transposed one that of its output, since it is the adjoint of a convolution.
-
-    Raises:
-        ValueError: not a convolution, or a size that does not fit it.
-    """
+    """The grid of a convolution; of a transposed one that of its output, since it is the adjoint of a convolution."""
     if not isinstance(layer, nn.modules.conv._ConvNd):
         raise ValueError(f"{where} is not a convolution; only a convolution is another map on images than its weight")
     size = _size(input_size, len(layer.kernel_size), where)
-    if isinstance(layer, _TRANSPOSED):
+    if layer.transposed:
         size = tuple(n * s for n, s in zip(size, layer.stride, strict=True))
     elif any(n % s for n, s in zip(size, layer.stride, strict=True)):
         raise ValueError(f"input_size {size} of {where} is not a multiple of its stride {tuple(layer.stride)}")
@@ -62,28 +54,16 @@ def transfer_matrices(weight: Tensor, grid: Grid) -> Tensor:
     The last frequency axis is halved, as in ``torch.fft.rfftn``: a real kernel has conjugate matrices in the rest.
     """
     kernel = weight.reshape(grid.groups, weight.shape[0] // grid.groups, *weight.shape[1:])
-    coarse, phases = [], []
+    dimensions = len(grid.size)
     for axis, (n, dilation) in enumerate(zip(grid.size, grid.dilation, strict=True)):
         # Taps beyond the grid wrap around; where they begin (the padding) only permutes the input.
         at = torch.arange(kernel.shape[3 + axis], device=weight.device) * dilation % n
         shape = (*kernel.shape[: 3 + axis], n, *kernel.shape[4 + axis :])
         kernel = kernel.new_zeros(shape).index_add(3 + axis, at, kernel)
-        coarse.append(3 + 2 * axis)
-        phases.append(4 + 2 * axis)
     split = [part for n, stride in zip(grid.size, grid.stride, strict=True) for part in (n // stride, stride)]
-    kernel = kernel.reshape(*kernel.shape[:3], *split).permute(0, *coarse, 1, 2, *phases)
-    matrices = kernel.flatten(2 + len(coarse))
-    return torch.fft.rfftn(matrices, dim=list(range(1, 1 + len(coarse))))
-
-
-def operator_norm(weight: Tensor, grid: Grid) -> Tensor:
-    """The largest singular value of the periodic convolution, from the smaller Gram matrices; differentiable.
-
-    The gradient is that of the eigenvalue, finite also at repeated ones, and zero at a zero weight.
-    """
-    T = transfer_matrices(weight, grid)
-    gram = T.mH @ T if T.shape[-2] >= T.shape[-1] else T @ T.mH
-    return largest_eigenvalue(gram).amax().clamp_min(torch.finfo(weight.dtype).tiny).sqrt()
+    coarse, phases = range(3, 3 + 2 * dimensions, 2), range(4, 4 + 2 * dimensions, 2)
+    matrices = kernel.reshape(*kernel.shape[:3], *split).permute(0, *coarse, 1, 2, *phases).flatten(2 + dimensions)
+    return torch.fft.rfftn(matrices, dim=list(range(1, 1 + dimensions)))
 
 
 def convolution_singular_values(layer: nn.Module | Tensor, input_size: int | Sequence[int]) -> Tensor:

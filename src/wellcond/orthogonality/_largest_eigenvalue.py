@@ -30,6 +30,18 @@ def largest_eigenvalue(P: Tensor) -> Tensor:
     return by_products(P)
 
 
+def largest_singular_value(W: Tensor) -> Tensor:
+    """σ_max (...,) of W (..., m, n), from the smaller Gram matrix.
+
+    For W = 0 its gradient is zero. By the largest entry first, of which the result is no function: squares beyond 1e19
+    leave single precision.
+    """
+    size = W.detach().abs().amax((-2, -1), keepdim=True)
+    W = W / torch.where(size > 0, size, 1.0)
+    gram = W.mH @ W if W.shape[-2] >= W.shape[-1] else W @ W.mH
+    return largest_eigenvalue(gram).clamp_min(torch.finfo(W.dtype).tiny).sqrt() * size[..., 0, 0]
+
+
 def by_products(P: Tensor) -> Tensor:
     """λmax (...,) by repeated squaring, on any device; its derivatives of any order do not wait for the host either."""
     function = _Traceable if is_compiling() else _ByProducts

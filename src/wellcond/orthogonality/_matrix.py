@@ -44,21 +44,39 @@ class MatrixView:
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter to treat: its short name, what messages call it, how it is a matrix, and the layer that it is in."""
+    """A parameter to treat: its short name, what messages call it, how it is a matrix, and the layer that it is in.
+
+    One that cannot be treated as a matrix is refused.
+    """
 
     name: str
     where: str
     parameter: nn.Parameter
-    view: MatrixView
+    view: MatrixView = MatrixView()
     layer: nn.Module | None = None
 
+    def __post_init__(self) -> None:
+        if hasattr(self.parameter, "_fsdp_flattened") or hasattr(self.parameter, "ds_id"):
+            raise ValueError(
+                f"{self.where} has its weight flattened over processes (FullyShardedDataParallel, DeepSpeed ZeRO-3), "
+                "where no matrix is left to treat; shard with torch.distributed.fsdp.fully_shard instead"
+            )
+        if self.parameter.ndim < 2:
+            matrices = listed(matrix_names(self.layer)) if self.layer is not None else ""
+            raise ValueError(
+                f"{self.where} has a weight of shape {tuple(self.parameter.shape)}, which is not a matrix; "
+                f"at least two dimensions are needed{f' (matrices: {matrices})' if matrices else ''}"
+            )
+        if self.parameter.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{self.where} has a weight of dtype {self.parameter.dtype}; a real floating dtype is needed"
+            )
 
-def parametrisations(layer: nn.Module, name: str = "weight") -> list[nn.Module]:
-    """The parametrisations on the tensor ``name`` of the layer, first to last."""
-    if not parametrize.is_parametrized(layer, name):
-        return []
-    lists: Any = layer.parametrizations
-    return list(lists[name])
+
+def parametrisations(layer: nn.Module, name: str = "weight") -> Any:
+    """PyTorch's list of what is on the tensor ``name`` of the layer, first to last; empty where nothing is."""
+    lists: Any = layer.parametrizations if parametrize.is_parametrized(layer, name) else {name: ()}
+    return lists[name]
 
 
 def stored_tensor(layer: nn.Module, name: str = "weight") -> Tensor | None:
@@ -66,16 +84,9 @@ def stored_tensor(layer: nn.Module, name: str = "weight") -> Tensor | None:
 
     None where there is no such tensor, or a parametrisation (weight norm) spreads it over several tensors.
     """
-    if parametrize.is_parametrized(layer, name):
-        lists: Any = layer.parametrizations
-        return lists[name].original if lists[name].is_tensor else None
+    if chain := parametrisations(layer, name):
+        return chain.original if chain.is_tensor else None
     return layer._parameters.get(name)
-
-
-def has_matrix_weight(layer: nn.Module) -> bool:
-    """Whether the layer has a ``weight`` that is one initialised tensor of at least two dimensions."""
-    weight = stored_tensor(layer)
-    return weight is not None and not is_lazy(weight) and weight.ndim > 1
 
 
 def matrix_names(layer: nn.Module) -> list[str]:
@@ -86,11 +97,7 @@ def matrix_names(layer: nn.Module) -> list[str]:
 
 
 def layer_target(layer: nn.Module, label: str, name: str = "weight") -> Target:
-    """A matrix-like tensor of a layer that messages call ``label``.
-
-    Raises:
-        ValueError: the layer has none of that name, with its label and what to do.
-    """
+    """A matrix-like tensor of a layer that messages call ``label``, which is refused if it has none of that name."""
     tensor = stored_tensor(layer, name)
     where = described(layer, label)
     if not isinstance(tensor, nn.Parameter):
@@ -105,10 +112,11 @@ def layer_target(layer: nn.Module, label: str, name: str = "weight") -> Target:
     if getattr(layer, "sparse", False):
         raise ValueError(f"{where} has sparse gradients, which no matrix treatment can read; set sparse=False")
     if name != "weight":
-        return _target(label, f"parameter '{name}' of {where}", tensor, MatrixView(), layer)
-    transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-    groups = layer.groups if isinstance(layer, nn.modules.conv._ConvNd) else 1
-    return _target(label, where, tensor, MatrixView(groups, transposed), layer)
+        return Target(label, f"parameter '{name}' of {where}", tensor, layer=layer)
+    convolution = isinstance(layer, nn.modules.conv._ConvNd)
+    return Target(
+        label, where, tensor, MatrixView(layer.groups, layer.transposed) if convolution else MatrixView(), layer
+    )
 
 
 def weight_matrices(layer: nn.Module, name: str = "weight") -> Tensor:
@@ -132,23 +140,6 @@ def weight_matrices(layer: nn.Module, name: str = "weight") -> Tensor:
     return layer_target(layer, "", name).view.matrix(getattr(layer, name))
 
 
-def _target(name: str, where: str, parameter: nn.Parameter, view: MatrixView, layer: nn.Module | None = None) -> Target:
-    if hasattr(parameter, "_fsdp_flattened") or hasattr(parameter, "ds_id"):
-        raise ValueError(
-            f"{where} has its weight flattened over processes (FullyShardedDataParallel, DeepSpeed ZeRO-3), where no "
-            "matrix is left to treat; shard with torch.distributed.fsdp.fully_shard instead"
-        )
-    if parameter.ndim < 2:
-        matrices = [] if layer is None else matrix_names(layer)
-        raise ValueError(
-            f"{where} has a weight of shape {tuple(parameter.shape)}, which is not a matrix; "
-            f"at least two dimensions are needed{f' (matrices: {listed(matrices)})' if matrices else ''}"
-        )
-    if parameter.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{where} has a weight of dtype {parameter.dtype}; a real floating dtype is needed")
-    return Target(name, where, parameter, view, layer)
-
-
 Treatable = nn.Module | nn.Parameter
 Treatables = Treatable | Iterable[Treatable] | Mapping[str, Treatable]
 
@@ -163,7 +154,7 @@ def targets(what: Treatables) -> list[Target]:
         if isinstance(item, nn.Module):
             found.append(layer_target(item, name))
         elif isinstance(item, nn.Parameter):
-            found.append(_target(name, f"parameter '{name}'", item, MatrixView()))
+            found.append(Target(name, f"parameter '{name}'", item))
         else:
             raise TypeError(f"expected layers or parameters to treat, got {type(item).__name__} at '{name}'")
     if not found:

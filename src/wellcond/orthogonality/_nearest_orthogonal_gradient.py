@@ -23,19 +23,11 @@ _Write = Callable[[Tensor, Tensor], None]
 
 
 def nearest_orthogonal(matrix: Tensor, solver: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
-    """The solution R = U Vᵀ of eq. (14), eq. (17), for every matrix of a batch that has one.
+    """The solution R = U Vᵀ of eq. (14), eq. (17), for every matrix (..., m, n) of a batch that has one.
 
-    Args:
-        matrix: (..., m, n), any real floating dtype. Its scale does not matter.
-        solver: as in :func:`wellcond.linalg.polar`; ``"auto"`` is ``"svd"`` on the CPU and ``"minimax"`` elsewhere.
-
-    Returns:
-        R of the shape and dtype of ``matrix``, and two flags (...,): ``zero`` (every entry zero or below the smallest
-        normal number, so that its direction is rounding) and ``nonfinite``. A flagged matrix is returned unchanged.
-        Singular directions that vanish to rounding are left out of R, rather than filled in at random.
-
-    Nothing here makes the host wait for an accelerator, unless ``"svd"`` is asked for there, whose routine does.
-    Complexity: O(m n min(m, n)): one thin SVD, or the products of ``"minimax"``.
+    With it come two flags (...,): ``zero`` (every entry zero or below the smallest normal number, so that its
+    direction is rounding) and ``nonfinite``. A flagged matrix is returned unchanged. Singular directions that vanish
+    to rounding are left out of R, rather than filled in at random. Only ``"svd"`` makes the host wait for a device.
     """
     if solver == "auto":
         solver = "svd" if matrix.device.type == "cpu" else "minimax"
@@ -60,18 +52,17 @@ _SCALES = {
 class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthogonal gradient, eq. (14)-(17)"):
     """Make the gradient of chosen layers orthogonal in every step of an optimizer; the training loop does not change.
 
-    The gradient is replaced in place when the optimizer begins its step: after backward, after the all-reduce of DDP,
-    after accumulation, unscaling and clipping (which it undoes for these layers: U Vᵀ does not depend on the scale
-    of G, and its norm is the square root of the rank; to bound the step, lower the learning rate). Matrices of one
-    shape, from whatever layers, are decomposed in one batch.
+    The gradient is replaced in place when the optimizer begins its step: after backward, the all-reduce of DDP,
+    accumulation, unscaling and clipping (which it undoes for these layers: the norm of U Vᵀ is the square root of the
+    rank; to bound the step, lower the learning rate). Matrices of one shape are decomposed in one batch.
 
     Args:
         optimizer: any ``torch.optim`` optimizer except LBFGS; a wrapper with an ``.optimizer`` is opened.
         params: layers (their ``weight``, one matrix per group of a convolution) or raw parameters (as ``flatten(1)``):
             one, a list, or a dict by name.
-        on: ``"gradient"``, the paper's place, or ``"update"``: the step of the optimizer (momentum, Adam's scaling,
-            coupled weight decay) is made orthogonal instead, which is where Muon does it; decoupled weight decay stays
-            outside, as there. The update is read from the move of the weight, so it is known to eps·|w|/lr.
+        on: ``"gradient"``, the paper's place, or ``"update"``, Muon's: the step of the optimizer (momentum, Adam's
+            scaling, coupled weight decay) is made orthogonal instead; decoupled weight decay stays outside. The update
+            is read from the move of the weight, so it is known to eps·|w|/lr.
         scale: ``"paper"``: all singular values 1; ``"rms"``: 0.2·√max(m, n), which makes the root mean square entry 0.2
             at full rank, the size of an Adam step, so that a rate tuned for Adam fits; ``"muon"``: √max(1, m/n), the
             scale of the original Muon. The last two are ``match_rms_adamw`` and ``original`` of ``torch.optim.Muon``.
@@ -158,18 +149,15 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
 
         self._waiting.append((target, start - parameter, write))  # lr times the update: the scale does not matter
 
-    def _each(self, act: Any) -> None:
-        self._waiting = []
-        super()._each(act)  # which puts there what is to be made orthogonal
+    def finish(self) -> None:
         batches: dict[Any, list[tuple[Target, Tensor, _Write]]] = {}
         for item in self._waiting:
             matrix = item[0].view.matrix(item[1])
             batches.setdefault((matrix.shape[-2:], matrix.dtype, matrix.device), []).append(item)
-        self._waiting = []
+        self._waiting.clear()
         for batch in batches.values():
             self._treat(batch)
 
-    @torch.no_grad()
     def _treat(self, batch: list[tuple[Target, Tensor, _Write]]) -> None:
         """Matrices of one shape at once: fewer calls, and several cores or one kernel for all of them."""
         matrices = [target.view.matrix(tensor) for target, tensor, _ in batch]
@@ -180,8 +168,7 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
         flags = torch.stack([found, zero, nonfinite], -1)
         sizes = [len(matrix) for matrix in matrices]
         for (target, tensor, write), factor, flag in zip(batch, factors.split(sizes), flags.split(sizes), strict=True):
-            # Kept on the device: reading a counter is the only thing that waits for it.
-            self._counts[target.name] += flag.sum(0)
+            self._counts[target.name] += flag.sum(0)  # on the device: only reading a counter waits for it
             everywhere = target.view.tensor(flag[:, :1, None].expand_as(factor), tensor.shape)
             write(target.view.tensor(factor, tensor.shape), everywhere)
 

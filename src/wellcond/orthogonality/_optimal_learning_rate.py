@@ -85,8 +85,7 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
         if target.name not in self._before:
             return
         start, rate = self._before.pop(target.name)
-        parameter = target.parameter
-        lr = group["lr"]
+        parameter, lr = target.parameter, group["lr"]
         if rate is None:
             rate = self._optimal(target, start, start.double() - parameter.double()) * lr  # L = step / lr
         lr = lr.to(rate) if isinstance(lr, Tensor) else torch.full_like(rate, lr)
@@ -100,8 +99,7 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
         self._shortened[target.name] += chosen
 
     def _optimal(self, target: Target, weight: Tensor, direction: Tensor) -> Tensor:
-        view = target.view
-        return RULES[self.rule](view.matrix(weight.detach()), view.matrix(direction))
+        return RULES[self.rule](target.view.matrix(weight.detach()), target.view.matrix(direction))
 
     def rates(self) -> dict[str, Tensor]:
         """The rate of each layer in the last step, float64 scalars on its device; empty before the first step."""

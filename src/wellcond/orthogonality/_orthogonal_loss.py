@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from wellcond._shared.names import require_known
 
-from ._largest_eigenvalue import largest_eigenvalue
+from ._largest_eigenvalue import largest_singular_value
 from ._matrix import Target, Treatables, targets
 from ._registry import Applied, TreatmentClass
 from ._sharded import whole
@@ -24,8 +24,6 @@ from ._sharded import whole
 
 class LossTreatment(Applied, TreatmentClass):
     """Base of the treatments in the loss: ``loss + treatment()`` adds the sum of ``term`` over the layers.
-
-    Derived classes have ``treatment``, what messages call it, and ``term``.
 
     Args:
         layers: layers with a matrix-like ``weight`` (the one in use, if it is parametrised): one, a list, or a dict.
@@ -92,12 +90,9 @@ def double_soft(W: Tensor) -> Tensor:
 def srip(W: Tensor) -> Tensor:
     """σ_max(WᵀW − I) (or of WWᵀ, the smaller), exactly: the largest deviation of a squared singular value from 1.
 
-    By the largest eigenvalue of the square of that symmetric matrix, which a device finds without the host.
+    By a largest eigenvalue, which a device finds without the host.
     """
-    gap = _gap(W)
-    largest = gap.detach().abs().amax((-2, -1), keepdim=True)
-    gap = gap / torch.where(largest > 0, largest, 1.0)  # squares beyond 1e19 leave single precision
-    return largest_eigenvalue(gap @ gap).clamp_min(torch.finfo(W.dtype).tiny).sqrt() * largest[..., 0, 0]
+    return largest_singular_value(_gap(W))
 
 
 _FORMS = {"soft": soft, "double_soft": double_soft, "srip": srip}

@@ -13,8 +13,8 @@ from torch import nn
 from wellcond._shared.models import is_spectral, unwrapped
 
 from ._autograd_walk import layers_by_running
-from ._remedies import NAME_LAYERS
 from ._symbolic_walk import layers_by_tracing
+from ._walk_back import NAME_LAYERS
 
 
 def pre_spectral_layers(model: nn.Module, example_input: Any = None) -> dict[str, nn.Module]:

@@ -1,7 +1,8 @@
 """The two rules for the optimal learning rate: eq. (20) of the paper, and the true minimiser of eq. (18).
 
-Song, Sebe and Wang, ECCV 2022, section 5.2. Both ask for the η that brings W − ηL nearest to
-an orthogonal matrix; the smaller Gram side is meant, since the larger one cannot be the identity.
+Song, Sebe and Wang, ECCV 2022, section 5.2. Both ask for the η that brings W − ηL nearest to an orthogonal matrix; the
+smaller Gram side is meant, since the larger one cannot be the identity. Weights and directions are (..., m, n), all
+matrices of a batch (the groups of a convolution) share one rate, and the rate is a float64 scalar, unguarded.
 """
 
 from __future__ import annotations
@@ -15,13 +16,8 @@ from torch import Tensor
 def paper_rate(W: Tensor, L: Tensor) -> Tensor:
     """η* of eq. (20): one truncated step on ‖w − ηl‖⁴, not the minimiser of eq. (18).
 
-    Args:
-        W, L: (..., m, n) weight and direction. All matrices of the batch share one rate (the groups of a convolution).
-
-    Returns:
-        η* as a float64 scalar, unguarded: negative when ⟨W, L⟩ < 0, NaN when L = 0. A product ⟨W, L⟩ within
-        the rounding of W's dtype (as for L in the tangent space of an orthogonal W) counts as zero.
-        For orthogonal W and L, |η*| ≤ 1/(2√2).
+    Negative when ⟨W, L⟩ < 0, NaN when L = 0. A product ⟨W, L⟩ within the rounding of W's dtype (as for L in the
+    tangent space of an orthogonal W) counts as zero. For orthogonal W and L, |η*| ≤ 1/(2√2).
     """
     w, (l, size) = W.double().flatten(), _unit(L)
     l = l.flatten()
@@ -35,14 +31,7 @@ def exact_rate(W: Tensor, L: Tensor) -> Tensor:
 
     With A₀ = WᵀW − I, B = WᵀL + LᵀW, C = LᵀL the square of the objective is the quartic
     ‖A₀‖² − 2η⟨A₀,B⟩ + η²(‖B‖² + 2⟨A₀,C⟩) − 2η³⟨B,C⟩ + η⁴‖C‖²; the best of the real roots of its derivative is taken.
-
-    Args:
-        W, L: (..., m, n) weight and direction. All matrices of the batch share one rate (the groups of a convolution).
-
-    Returns:
-        η as a float64 scalar, unguarded: it may be negative, and is NaN when L = 0.
-
-    Complexity: three products of O(m n min(m, n)) in float64; no host synchronisation.
+    It may be negative, and is NaN when L = 0. Three products of O(m n min(m, n)) in float64.
     """
     w, (l, size) = W.double(), _unit(L)
     if w.shape[-2] < w.shape[-1]:

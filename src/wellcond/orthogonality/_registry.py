@@ -25,7 +25,7 @@ _classes: dict[str, type[TreatmentClass]] = {}
 
 
 class Applied:
-    """A treatment in place on some layers; the defaults are those of one that has nothing to report."""
+    """A treatment in place on some layers; by default it has nothing to report, to save or to undo."""
 
     def loss(self) -> Tensor | None:
         """A term to add to the loss."""
@@ -51,19 +51,13 @@ class Applied:
 
 
 class TreatmentClass:
-    """What is asked of the class of a treatment; its three bases answer it.
-
-    Attributes:
-        place: 0 for the weight, 1 for the loss, 2 for the step: the order in which treatments are put on.
-        order: of treatments in one place those with a smaller one are put on first.
-        name: as in ``"nog+ow"`` and in the paper's tables.
-        treatment: what messages call it.
-    """
+    """What is asked of the class of a treatment; its three bases answer it."""
 
     place: ClassVar[int]
-    order: ClassVar[int] = 0
-    name: ClassVar[str]
-    treatment: ClassVar[str]
+    """0 for the weight, 1 for the loss, 2 for the step: the order in which treatments are put on."""
+    order: ClassVar[int] = 0  # among those in one place
+    name: ClassVar[str]  # as in "nog+ow" and in the paper's tables
+    treatment: ClassVar[str]  # what messages call it
 
     def __init_subclass__(cls, *, name: str = "", about: str = "", order: int = 0, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -13,22 +13,10 @@ from torch import Tensor, nn
 
 from wellcond._shared.names import require_known
 
-from ._convolution_spectrum import layer_grid, operator_norm
-from ._largest_eigenvalue import largest_eigenvalue
+from ._convolution_spectrum import layer_grid, transfer_matrices
+from ._largest_eigenvalue import largest_singular_value
 from ._matrix import Target
 from ._weight_treatment import WeightTreatment
-
-
-def weight_norm(W: Tensor) -> Tensor:
-    """σ_max of (groups, m, n), the largest over the groups; small and positive for a zero weight, which so stays zero.
-
-    By its largest entry first (of which the result is no function): squares beyond 1e19 leave single precision.
-    """
-    size = W.detach().abs().amax()
-    size = torch.where(size > 0, size, 1.0)
-    W = W / size
-    gram = W.mT @ W if W.shape[-2] >= W.shape[-1] else W @ W.mT
-    return largest_eigenvalue(gram).amax().clamp_min(torch.finfo(W.dtype).tiny).sqrt() * size
 
 
 # Put on after an orthogonal weight.
@@ -49,9 +37,10 @@ class SpectralNorm(WeightTreatment, name="sn", about="spectral norm of the weigh
     def forward(self, stored: Tensor) -> Tensor:
         with torch.autocast(stored.device.type, enabled=False):
             full = stored.to(torch.promote_types(stored.dtype, torch.float32))
-            if self.grid is not None:
-                return (stored / operator_norm(full, self.grid)).to(stored.dtype)
-            return (stored / weight_norm(self.view.matrix(full))).to(stored.dtype)
+            matrices = self.view.matrix(full) if self.grid is None else transfer_matrices(full, self.grid)
+            norm = largest_singular_value(matrices).amax()
+            # Of a zero weight small and positive, so that the weight stays zero.
+            return (stored / torch.where(norm == 0, torch.finfo(norm.dtype).tiny ** 0.5, norm)).to(stored.dtype)
 
     def extra_repr(self) -> str:
         grid = f"of='operator' on {self.grid.size}" if self.grid is not None else ""

@@ -73,9 +73,7 @@ def require_linear_in_lr(optimizer: Optimizer, treatment: str, target: Target) -
 
 
 class StepTreatment(Applied, TreatmentClass):
-    """Base of the treatments that act in ``optimizer.step``; ``before`` and ``after`` do the work.
-
-    Derived classes have ``treatment``, what messages call it, and ``before``, ``after``, or both.
+    """Base of the treatments that act in ``optimizer.step``; ``before``, ``after``, or both do the work.
 
     Args:
         optimizer: any ``torch.optim`` optimizer except LBFGS; a wrapper with an ``.optimizer`` is opened.
@@ -88,7 +86,7 @@ class StepTreatment(Applied, TreatmentClass):
     A treatment of your own, which ``treat``, the callbacks and the command then know as ``gc``::
 
         class GradientCentralisation(StepTreatment, name="gc", about="gradient centralisation (Yong et al. 2020)"):
-            treatment = "gradient centralisation"
+            treatment = "gradient centralisation"  # what messages call it
 
             def before(self, target, group):
                 gradient = target.view.matrix(target.parameter.grad)
@@ -120,7 +118,7 @@ class StepTreatment(Applied, TreatmentClass):
         self.validate()
         self._handles = [
             self.optimizer.register_step_pre_hook(self._pre),
-            self.optimizer.register_step_post_hook(self._post),
+            self.optimizer.register_step_post_hook(lambda *_: self._run(self.after)),
         ]
         others.append(self)
 
@@ -136,6 +134,9 @@ class StepTreatment(Applied, TreatmentClass):
 
     def after(self, target: Target, group: dict[str, Any]) -> None:
         """Act on the same parameter when the optimizer has moved it."""
+
+    def finish(self) -> None:
+        """Act on all of them together, once each has been given to ``before``, and again after ``after``."""
 
     def remove(self) -> None:
         """Take the hooks off: later steps are the optimizer's own. May be called twice."""
@@ -161,17 +162,10 @@ class StepTreatment(Applied, TreatmentClass):
             return (args[0], treated, *args[2:]), kwargs
         return args, {**kwargs, "closure": treated}
 
-    def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._run(self.after)
-
     @torch.no_grad()
     def _run(self, act: Any) -> None:
-        with ExitStack() as sharded:  # whose changes are put back when all targets are done
-            self._each(lambda target, group: act(sharded.enter_context(gathered(target)), group))
-
-    @torch.no_grad()
-    def _each(self, act: Any) -> None:
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        moving: list[Target] = []
         for target in self.targets:
             if id(target.parameter) not in groups:
                 raise RuntimeError(f"{self.treatment} of {target.where}: the optimizer no longer holds its weight")
@@ -181,4 +175,8 @@ class StepTreatment(Applied, TreatmentClass):
                 raise ValueError(
                     f"{self.treatment} of {target.where}: its gradient is sparse ({gradient.layout}); use a dense one"
                 )
-            act(target, groups[id(target.parameter)])
+            moving.append(target)
+        with ExitStack() as sharded:  # whose changes are put back when all targets are done
+            for target in moving:
+                act(sharded.enter_context(gathered(target)), groups[id(target.parameter)])
+            self.finish()

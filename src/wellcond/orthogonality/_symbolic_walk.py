@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,31 +11,30 @@ from torch.nn.utils import parametrize
 
 from wellcond._shared.models import is_spectral
 
-from ._matrix import has_matrix_weight
-from ._remedies import GIVE_EXAMPLE, raw_parameter
+from ._matrix import matrix_names
 from ._sharded import is_fully_sharded
+from ._walk_back import GIVE_EXAMPLE, first_layers, raw_parameter
 
 _MOST_TRACES = 64
 _ELEMENTWISE = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "div", "cat", "concat", "where"}
 
 
 class _Tracer(fx.Tracer):
-    """Stops at layers with a weight, spectral layers and torch's own modules; answers ``bool(proxy)`` from a script.
+    """Stops at layers with a weight, spectral layers and torch's own modules.
 
-    Attributes:
-        decisions: the answers given; past the end of the script they are False.
+    It answers ``bool(proxy)`` from a script, False past its end, and keeps the answers in ``decisions``.
     """
 
-    def __init__(self, script: tuple[bool, ...]) -> None:
+    def __init__(self, script: list[bool]) -> None:
         super().__init__()
-        self._script = script
-        self.decisions: tuple[bool, ...] = ()
+        self._answers = iter(script)
+        self.decisions: list[bool] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             is_spectral(m)
             or parametrize.is_parametrized(m)
-            or has_matrix_weight(m)
+            or "weight" in matrix_names(m)
             or super().is_leaf_module(m, module_qualified_name)
         )
 
@@ -43,10 +43,8 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, m.forward if is_fully_sharded(m) else forward, args, kwargs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        i = len(self.decisions)
-        answer = self._script[i] if i < len(self._script) else False
-        self.decisions = (*self.decisions, answer)
-        return answer
+        self.decisions.append(next(self._answers, False))
+        return self.decisions[-1]
 
 
 def layers_by_tracing(model: nn.Module) -> set[nn.Module]:
@@ -62,7 +60,7 @@ def layers_by_tracing(model: nn.Module) -> set[nn.Module]:
 def _graphs(model: nn.Module) -> list[fx.Graph]:
     """One graph for every outcome of the questions that the forward function asks about its data."""
     graphs: list[fx.Graph] = []
-    scripts: list[tuple[bool, ...]] = [()]
+    scripts: list[list[bool]] = [[]]
     refusal: Exception | None = None
     for _ in range(_MOST_TRACES):
         if not scripts:
@@ -76,7 +74,7 @@ def _graphs(model: nn.Module) -> list[fx.Graph]:
                 raise _untraceable(model, error) from error
             refusal = refusal or error  # a check of the input, which this outcome did not pass
         taken = tracer.decisions
-        scripts += [(*taken[:i], True) for i in range(len(script), len(taken))]
+        scripts += [[*taken[:i], True] for i in range(len(script), len(taken))]
     if scripts:
         raise _untraceable(model, f"more than {_MOST_TRACES} paths through its control flow")
     if not graphs:
@@ -86,10 +84,8 @@ def _graphs(model: nn.Module) -> list[fx.Graph]:
 
 def _from_tracing(error: Exception) -> bool:
     """Whether tracing itself failed, in torch.fx or where the model needs a number from a proxy."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    inside = last is not None and last.tb_frame.f_globals.get("__name__", "").startswith("torch.fx")
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    inside = frame.f_globals.get("__name__", "").startswith("torch.fx")
     return inside or (isinstance(error, TypeError) and "'Proxy'" in str(error))
 
 
@@ -109,33 +105,24 @@ def _nearest(model: nn.Module, graph: fx.Graph) -> set[nn.Module]:
     spectral = [node for node, m in calls.items() if is_spectral(m)]
     if not spectral:
         raise _untraceable(model, "the graph calls no spectral layer")
-    found: set[nn.Module] = set()
-    seen: set[fx.Node] = set()
-    front = [i for node in spectral for i in node.all_input_nodes]
-    while front:
-        node = front.pop()
-        if node in seen or node not in from_input:
-            continue
-        seen.add(node)
+
+    def look(node: fx.Node) -> tuple[list[nn.Module], list[fx.Node]]:
+        before = [i for i in node.all_input_nodes if i in from_input]
         module = calls.get(node)
-        if module is not None and has_matrix_weight(module):
-            found.add(module)
-        elif module is not None and node not in spectral and any(p.ndim > 1 for p in module.parameters()):
+        if module is not None and "weight" in matrix_names(module):
+            return [module], []
+        if module is not None and node not in spectral and any(p.ndim > 1 for p in module.parameters()):
             raise ValueError(
                 f"layer '{node.target}' ({type(module).__name__}) before the spectral layer has several weights, and "
                 f"tracing does not see which of them is used last; {GIVE_EXAMPLE}"
             )
-        elif node.op in ("call_function", "call_method") and _operation(node) not in _ELEMENTWISE:
-            owners = [o for i in node.all_input_nodes if i not in from_input for o in _weights_in(model, i)]
-            found.update(owners)  # a weight used as a function: F.conv2d(x, self.weight)
-            front += [] if owners else node.all_input_nodes
-        else:
-            front += node.all_input_nodes
-    return found
+        # a function is known by its name, a method by the node's target
+        if module is not None or getattr(node.target, "__name__", node.target) in _ELEMENTWISE:
+            return [], before
+        # a weight used as a function: F.conv2d(x, self.weight)
+        return [o for i in node.all_input_nodes if i not in from_input for o in _weights_in(model, i)], before
 
-
-def _operation(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return first_layers((i for node in spectral for i in node.all_input_nodes if i in from_input), look)
 
 
 def _weights_in(model: nn.Module, node: fx.Node) -> Iterator[nn.Module]:

@@ -16,6 +16,7 @@ from ._matrix import Target, layer_target
 from ._pre_spectral import pre_spectral_layers
 from ._registry import TREATMENTS, Applied, Options, in_order, options_of, parse_treatments
 from ._step_treatment import gradient_scale, require_held
+from ._weight_treatment import WeightTreatment, restorer
 
 
 def treat(
@@ -31,8 +32,7 @@ def treat(
 
     The order of the names does not matter: the weight is treated first (``ow``, then ``sn``), then at every optimizer
     step the gradient (``nog``), then the learning rate (``olr``, which sees the treated gradient). The ``ol`` term is
-    added to the loss by the user, from :meth:`Treatment.loss`. Treatments of your own join when
-    their class is made: see :class:`StepTreatment`. With ``ow`` or ``sn``, ``nog`` and ``olr`` act on the
+    added to the loss by the user, from :meth:`Treatment.loss`. With ``ow`` or ``sn``, ``nog`` and ``olr`` act on the
     stored tensor that the optimizer moves, as in the authors' code, not on the weight computed from it.
 
     Args:
@@ -40,13 +40,11 @@ def treat(
             sharded by ``fully_shard``: the weight is then gathered in every step, and :func:`orthogonal_weight` or
             :func:`spectral_norm` have to be put on before sharding, as ``ow`` and ``sn`` come too late here.
         optimizer: holds the weights of those layers; changed in place, its state and its groups stay.
-        treatments: names joined by ``+``: ``sn``, ``ol``, ``ow``, ``nog``, ``olr``, or your own.
+        treatments: names joined by ``+``: ``sn``, ``ol``, ``ow``, ``nog``, ``olr``, or those of your own classes, which
+            join when the class is made (see :class:`StepTreatment`).
         layers: names in ``model.named_modules()`` or modules; without them :func:`pre_spectral_layers` finds them.
         example_input: for that search, as there.
         options: keyword arguments by treatment, such as ``{"olr": {"rule": "exact"}, "ol": {"form": "srip"}}``.
-
-    Returns:
-        A :class:`Treatment`.
 
     Raises:
         ValueError: an unknown or repeated name; no spectral layer; a layer that is unknown, without a matrix-like
@@ -103,8 +101,11 @@ class Treatment:
         self.layers, self.treatments = layers, treatments
         self._optimizer, self._targets, self._options = optimizer, targets, options
         self._parts: dict[str, Applied] = {}
+        kinds = in_order(treatments)
+        on_weights = any(issubclass(kind, WeightTreatment) for kind in kinds)
+        self._restorers = [restorer(layer) for layer in layers.values()] if on_weights else []
         try:
-            for kind in in_order(treatments):
+            for kind in kinds:
                 self._parts[kind.name] = kind.apply_to(optimizer, layers, options.get(kind.name, {}))
         except Exception:
             self.remove()
@@ -133,11 +134,11 @@ class Treatment:
         scale = gradient_scale(self._optimizer) if scale is None else scale
         with torch.enable_grad():
             loss = self.loss()
+            if not loss.requires_grad:  # there is no term, or the weights are frozen, or toggled off in this step
+                return
+            weights = [p for layer in self.layers.values() for p in layer.parameters() if p.requires_grad]
             with torch.autocast(loss.device.type, enabled=False):
-                if not loss.requires_grad:  # there is no term, or the weights are frozen, or toggled off in this step
-                    return
                 loss = loss if scale is None else loss * scale
-                weights = [p for layer in self.layers.values() for p in layer.parameters() if p.requires_grad]
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         for weight, gradient in zip(weights, gradients, strict=True):
             if gradient is not None:
@@ -154,25 +155,28 @@ class Treatment:
     def remove(self) -> None:
         """Take everything off; later steps are the optimizer's own. May be called twice.
 
-        The model's class, parameters, their order and identity are as before. A layer that had its weight treated keeps
-        the weight in use, or, when no step has moved the stored tensor, gets its own weight back bit for bit.
+        Classes and parameters of the model, their order and identity are as before. A layer that had its weight treated
+        keeps the weight in use, or, when no step has moved the stored tensor, gets its own back bit for bit.
         """
-        for name, part in reversed(self._parts.copy().items()):
-            part.remove()  # what refuses stays among the parts, and refuses again
-            del self._parts[name]
+        while self._restorers:
+            self._restorers[-1]()  # what refuses stays, with all the rest, and refuses again
+            self._restorers.pop()
+        for part in self._parts.values():
+            part.remove()
+        self._parts.clear()
 
     def summary(self) -> str:
         """A table of what acts where."""
         rows = [("layer", "weight", "matrix", "treatments")]
-        acting = ", ".join(self._describe(name) for name in self.treatments) if self._parts else "removed"
+        acting = ", ".join(map(self._described, self.treatments)) if self._parts else "removed"
         for name, target in self._targets.items():
-            shape = tuple(target.parameter.shape)
+            shape = target.parameter.shape
             groups, m, n = target.view.matrix(torch.empty(shape, device="meta")).shape  # sharded or not
             matrix = f"{m} × {n}" if groups == 1 else f"{groups} of {m} × {n}"
             rows.append((name, " × ".join(map(str, shape)), matrix, acting))
         return aligned(rows)
 
-    def _describe(self, name: str) -> str:
+    def _described(self, name: str) -> str:
         chosen = " ".join(f"{key}={value}" for key, value in self._options.get(name, {}).items())
         return f"{name} ({chosen})" if chosen else name
 

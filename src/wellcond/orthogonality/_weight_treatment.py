@@ -25,9 +25,9 @@ from ._sharded import is_sharded, spread, whole
 class WeightTreatment(nn.Module, TreatmentClass):
     """Base of the treatments of the weight: a parametrisation, from the stored tensor to the one in use.
 
-    Derived classes have ``treatment``, what messages call it, ``forward(stored)``, and if need be ``right_inverse``,
-    as in ``torch.nn.utils.parametrize``; :class:`StepTreatment` shows the line that names one. ``self.view.matrix``
-    reads a tensor as (groups, m, n) matrices, ``self.view.tensor`` writes them back.
+    Derived classes have ``forward(stored)``, and if need be ``right_inverse``, as in ``torch.nn.utils.parametrize``;
+    :class:`StepTreatment` shows how one is named. ``self.view.matrix`` reads a tensor as (groups, m, n) matrices,
+    ``self.view.tensor`` writes them back.
 
     Args:
         target: the tensor, its layer, how messages call it, and how it is read as matrices.
@@ -53,19 +53,18 @@ class WeightTreatment(nn.Module, TreatmentClass):
     @classmethod
     def put_on(cls, layer: nn.Module, name: str = "weight", label: str = "", **options: Any) -> None:
         """Treat one tensor of a layer that messages call ``label``."""
+        what = f"{cls.treatment} of {described(layer, label)}"
         for there in parametrisations(layer, name):
             if isinstance(there, cls):
-                raise ValueError(f"{cls.treatment} of {described(layer, label)} is already on; remove it first")
+                raise ValueError(f"{what} is already on; remove it first")
             if not isinstance(there, WeightTreatment):
-                raise ValueError(
-                    f"{cls.treatment} of {described(layer, label)}: its weight already has the parametrisation "
-                    f"{type(there).__name__}; remove that first"
-                )
+                kind = type(there).__name__
+                raise ValueError(f"{what}: its weight already has the parametrisation {kind}; remove that first")
         target = layer_target(layer, label, name)
         if is_sharded(target.parameter):
             raise ValueError(
-                f"{cls.treatment} of {target.where}: its weight is sharded over processes already; call "
-                f"{cls.treatment.replace(' ', '_')}(layer) before fully_shard, and make the optimizer after both"
+                f"{what}: its weight is sharded over processes already; call {cls.treatment.replace(' ', '_')}(layer) "
+                "before fully_shard, and make the optimizer after both"
             )
         _attach(layer, name, cls(target, **options))
 
@@ -84,34 +83,17 @@ class WeightTreatment(nn.Module, TreatmentClass):
 
     @classmethod
     def apply_to(cls, optimizer: Optimizer, layers: Mapping[str, nn.Module], options: Mapping[str, Any]) -> Applied:
-        return _OnWeights(cls, layers, options)
-
-
-class _OnWeights(Applied):
-    """A treatment on the weights of several layers."""
-
-    def __init__(self, kind: type[WeightTreatment], layers: Mapping[str, nn.Module], options: Mapping[str, Any]):
-        self._undo: list[Callable[[], None]] = []
-        try:
-            for label, layer in layers.items():
-                if not parametrisations(layer):  # else the treatment below is taken off with all that is on top
-                    self._undo.append(_restorer(layer))
-                kind.put_on(layer, label=label, **options)
-        except Exception:
-            self.remove()
-            raise
-
-    def remove(self) -> None:
-        while self._undo:
-            self._undo[-1]()  # what is refused stays on the list, and is refused again
-            self._undo.pop()
+        for label, layer in layers.items():
+            cls.put_on(layer, label=label, **options)
+        return Applied()  # ``treat`` itself gives the layers their weights back
 
 
 def _attach(layer: nn.Module, name: str, parametrisation: nn.Module) -> None:
     """Put it on top of what is on the tensor."""
-    bare = not parametrisations(layer, name)
     weight = layer_target(layer, "", name).parameter
-    if bare:  # registered with a stand-in: PyTorch would call weight.set_, which cuts it off from DDP's hooks
+    if bare := not parametrisations(
+        layer, name
+    ):  # registered with a stand-in: PyTorch would call weight.set_, which cuts it off from DDP's hooks
         layer._parameters[name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     try:
         parametrize.register_parametrization(layer, name, parametrisation)
@@ -119,8 +101,7 @@ def _attach(layer: nn.Module, name: str, parametrisation: nn.Module) -> None:
         if bare:
             layer._parameters[name] = weight
         raise
-    lists: Any = layer.parametrizations
-    lists[name].original = weight
+    parametrisations(layer, name).original = weight
     # PyTorch refuses to pickle a parametrised module, because its class is made at run time; ours can be made again.
     type(layer).__reduce__ = _reduce  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -153,11 +134,10 @@ def _rebuild(base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     return layer
 
 
-def _restorer(layer: nn.Module) -> Callable[[], None]:
+def restorer(layer: nn.Module) -> Callable[[], None]:
     """A function that takes all parametrisations off the weight of ``layer``, which has none now.
 
-    The layer keeps the weight in use; but if the stored tensor is what it is now (no step has been taken), it gets
-    that one back bit for bit. The parameters keep their order.
+    The layer keeps the weight in use, or, if no step has moved the stored tensor, has its own back bit for bit.
     """
     untouched = layer_target(layer, "").parameter.detach().clone()
     order = list(layer._parameters)
@@ -175,8 +155,7 @@ def _restorer(layer: nn.Module) -> Callable[[], None]:
         with torch.no_grad():
             if not torch.equal(weight, untouched.to(weight)):
                 weight.copy_(layer.weight)  # pyright: ignore[reportArgumentType]
-        lists: Any = layer.parametrizations
-        if len(lists) == 1:
+        if len(layer.parametrizations) == 1:  # pyright: ignore[reportArgumentType]
             layer.__class__ = type(layer).__bases__[0]
             del layer.parametrizations
             layer.register_parameter("weight", weight)

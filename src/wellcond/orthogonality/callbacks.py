@@ -40,6 +40,7 @@ class TreatmentInStages:
         self._given, self._example_input = layers, example_input
         self._options = options_of(self.treatments, options)
         self._model: nn.Module | None = None
+        self.handles: dict[Optimizer, Treatment] = {}  # what treats the steps and the loss
 
     def treat_weights(self, model: nn.Module) -> None:
         """Find the layers and treat their weights, once for each model."""
@@ -59,10 +60,16 @@ class TreatmentInStages:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         return pre_spectral_layers(model, _moved(self._example_input, device))
 
-    def treat_optimizer(self, model: nn.Module, optimizer: Optimizer, layers: Iterable[str]) -> Treatment:
-        """Treat the steps of ``optimizer`` with all that does not act on the weight."""
+    def treat_steps(self, model: nn.Module, shares: Mapping[Optimizer, Iterable[str]]) -> None:
+        """Treat the steps of the optimizers, each on its layers, with all that does not act on the weight."""
+        for handle in self.handles.values():  # of an earlier training, whose optimizers are gone
+            handle.remove()
+        self.handles = {}
         options = {name: given for name, given in self._options.items() if name in self._in_step}
-        return treat(model, optimizer, "+".join(self._in_step), layers=list(layers), options=options)
+        for optimizer, layers in shares.items() if self._in_step else ():
+            self.handles[optimizer] = treat(
+                model, optimizer, "+".join(self._in_step), layers=list(layers), options=options
+            )
 
     def require_alike(self, saved: Mapping[str, Any]) -> None:
         """Refuse the state of a run that was treated otherwise."""
@@ -74,12 +81,11 @@ class TreatmentInStages:
     def _resume(self) -> str:
         return f"this callback is TreatmentCallback('{'+'.join(self.treatments)}'); resume with the same treatments"
 
-    def describe(self, treatments: Iterable[Treatment]) -> str:
-        """What acts where, as text, given what treats the optimizers."""
+    def summary(self) -> str:
+        """What acts where, as text."""
         names = "+".join(kind.name for kind in self._on_weights)
-        return "\n".join(
-            [*(f"{layer}: {names}" for layer in self.layers if names), *(one.summary() for one in treatments)]
-        )
+        on_weights = [f"{layer}: {names}" for layer in self.layers if names]
+        return "\n".join([*on_weights, *(handle.summary() for handle in self.handles.values())])
 
 
 def _moved(example: Any, device: torch.device) -> Any:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
-
 from wellcond.monitor.callbacks import MonitorInTraining
 
-from ._log import add_to_log, put_first, saved_state
+from ._part import PartOfTrainer
 
 
-class ConditionMonitorCallback(MonitorInTraining, TrainerCallback, ExportableState):
+class ConditionMonitorCallback(MonitorInTraining, PartOfTrainer):
     """Watch the spectral layers while the ``Trainer`` trains; :attr:`monitor` holds the records during and after it.
 
     A step is the trainer's ``global_step``; of accumulated batches the first is measured. The latest record of every
@@ -32,32 +29,26 @@ class ConditionMonitorCallback(MonitorInTraining, TrainerCallback, ExportableSta
         >>> callback = ConditionMonitorCallback(every=20)  # Trainer(callbacks=[callback])
     """
 
-    def add_to(self, trainer: Any) -> ConditionMonitorCallback:
-        """Join a ``Trainer`` that is there already, ahead of its reporters; the callback itself."""
-        put_first(self, trainer)
-        return self
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach, and go on from the checkpoint's records."""
-        saved = saved_state(self, state)
-        self.attach(kwargs["model"], kwargs["optimizer"], writes=state.is_world_process_zero, state=saved)
+        writes, saved = state.is_world_process_zero, self.saved(state)
+        self.attach(kwargs["model"], kwargs["optimizer"], writes=writes, state=saved)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the trainer's step."""
         assert self.monitor is not None
         self.monitor.step = state.global_step
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the latest record of every layer to what is logged with the loss."""
+    def scalars(self) -> dict[str, float]:
+        """The latest record of every layer."""
         if not self.records:
-            return
-        values = {name: value for record in self.latest().values() for name, value in record.scalars().items()}
+            return {}
         worst = self.worst()
-        kappa = worst.kappa if worst.finite else math.inf
-        add_to_log(values | {"kappa": kappa}, state, kwargs.get("logs"))
+        values = {"kappa": worst.kappa if worst.finite else math.inf}
+        for record in self.latest().values():
+            values |= record.scalars()
+        return values
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the hooks off; the records stay."""
         self.close()
 
     def state(self) -> dict[str, Any]:

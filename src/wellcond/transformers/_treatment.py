@@ -14,20 +14,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from wellcond._shared.models import unwrapped_optimizer
 from wellcond.orthogonality import Treatment
 from wellcond.orthogonality.callbacks import TreatmentInStages
 
-from ._log import add_to_log, put_first, saved_state
+from ._part import PartOfTrainer
 
 
-class TreatmentCallback(TreatmentInStages, TrainerCallback, ExportableState):
+class TreatmentCallback(TreatmentInStages, PartOfTrainer):
     """Treat the layers before the spectral layers while the ``Trainer`` trains: ``TreatmentCallback("nog+ow+olr")``.
 
     Works with gradient accumulation, clipping, mixed precision and several processes. Its state is in the checkpoint's
@@ -43,7 +39,6 @@ class TreatmentCallback(TreatmentInStages, TrainerCallback, ExportableState):
 
     Attributes:
         layers: the treated layers by name, once they are known.
-        treatment: what :func:`~wellcond.orthogonality.treat` gave for `nog`, `olr` and `ol`, once training has begun.
 
     Raises:
         ValueError: unknown treatments (here), layers that cannot be found or treated (when the ``Trainer`` is made), a
@@ -60,14 +55,17 @@ class TreatmentCallback(TreatmentInStages, TrainerCallback, ExportableState):
 
     def __init__(self, treatments: str, **options: Any) -> None:
         super().__init__(treatments, **options)
-        self.treatment: Treatment | None = None
         self._loss_hook: RemovableHandle | None = None
+
+    @property
+    def treatment(self) -> Treatment | None:
+        """What :func:`~wellcond.orthogonality.treat` gave for `nog`, `olr` and `ol`, once training has begun."""
+        return next(iter(self.handles.values()), None)
 
     def add_to(self, trainer: Any) -> TreatmentCallback:
         """Join a ``Trainer`` that is there already, ahead of its reporters; the callback itself."""
-        put_first(self, trainer)
         self.treat_weights(trainer.model)
-        return self
+        return super().add_to(trainer)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Treat the weights: nothing has been loaded yet, and no optimizer made by the ``Trainer``."""
@@ -77,7 +75,7 @@ class TreatmentCallback(TreatmentInStages, TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Treat the optimizer, and go on from the checkpoint's state."""
         model, optimizer = kwargs["model"], unwrapped_optimizer(kwargs["optimizer"])
-        saved = saved_state(self, state)
+        saved = self.saved(state)
         if saved is not None:
             self.require_alike(saved)
         resumed, known = bool(state.global_step), self._model is model
@@ -90,34 +88,22 @@ class TreatmentCallback(TreatmentInStages, TrainerCallback, ExportableState):
                 "was not on then; resume with the same treatments, give the callback to Trainer(callbacks=[...]) or "
                 "call add_to(trainer), and do not use model_init with it"
             )
-        self._treat_step(model, optimizer)
+        if self._loss_hook is not None:  # of an earlier training
+            self._loss_hook.remove()
+        # Registered first, so that it acts before the hooks of `nog`.
+        self._loss_hook = optimizer.register_step_pre_hook(self._add_loss_gradient)
+        self.treat_steps(model, {optimizer: self.layers})
         if self.treatment is not None and saved is not None:
             self.treatment.load_state_dict(_tensors(saved["treatment"]))
 
-    def _treat_step(self, model: nn.Module, optimizer: Optimizer) -> None:
-        if self.treatment is not None:  # of an earlier training
-            self.treatment.remove()
-        if self._loss_hook is not None:
-            self._loss_hook.remove()
-        if not self._in_step:
-            return
-        # Registered first, so that it acts before the hooks of `nog`.
-        self._loss_hook = optimizer.register_step_pre_hook(self._add_loss_gradient)
-        self.treatment = self.treat_optimizer(model, optimizer, self.layers)
-
-    def _add_loss_gradient(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _add_loss_gradient(self, *_: Any) -> None:
         if self.treatment is not None:
             self.treatment.add_loss_gradient()
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add what the last step has to log to what is logged with the loss."""
-        if self.treatment is not None:
-            scalars = {name: float(value) for name, value in self.treatment.scalars().items()}
-            add_to_log(scalars, state, kwargs.get("logs"))
-
-    def summary(self) -> str:
-        """What acts where, as text."""
-        return self.describe([] if self.treatment is None else [self.treatment])
+    def scalars(self) -> dict[str, float]:
+        """What the last step has to log, such as the rates of `olr`."""
+        scalars = {} if self.treatment is None else self.treatment.scalars()
+        return {name: float(value) for name, value in scalars.items()}
 
     def state(self) -> dict[str, Any]:
         """What acts where and the counters, as JSON, for the ``Trainer`` to save."""
