@@ -292,7 +292,7 @@ def bench(
         from wellcond.bench.run import bench as run_bench
         from wellcond.experiments.show.render import for_terminal
 
-        found = run_bench(
+        results, remarks = run_bench(
             out,
             full=full,
             tasks=_listed(task) if task else None,
@@ -304,9 +304,9 @@ def bench(
             overwrite=overwrite,
             finished=lambda index, count, result: say(f"[{index + 1}/{count}] {report.line(result)}"),
         )
-        for table in report.tables(found.results):
+        for table in report.tables(results):
             console.print(for_terminal(table))
-        for line in report.remarks(found.results, found.missing, found.truths):
+        for line in remarks:
             say(line)
         say(f"in {out}: bench.json, tables.md, speed.png, speed.svg")
 

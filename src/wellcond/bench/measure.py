@@ -129,7 +129,7 @@ def measure_case(
             call()
         times = take_turns({**calls, **limits}, device, seconds=seconds)
     for row in rows:
-        row.forward, row.both = times.get(_key(row, "forward")), times.get(_key(row, "both"))
+        row.forward, row.both = (times.get(f"{row.name}/{what}") for what in ("forward", "both"))
     peak = count_operations(limits[LARGE_PRODUCT]) / times[LARGE_PRODUCT].least
     return CaseResult(case, X.numel() * X.element_size(), rows, {name: times[name] for name in limits}, peak)
 
@@ -166,10 +166,6 @@ def limit_calls(case: Case, X: Tensor) -> dict[str, Call]:
     return found
 
 
-def _key(row: Measured, what: str) -> str:
-    return f"{row.name}/{what}"
-
-
 def _try(
     case: Case,
     contestant: Contestant,
@@ -179,8 +175,17 @@ def _try(
     calls: dict[str, Call],
 ) -> Measured:
     """Run it once each way, which finds its errors and its memory, and enter in `calls` what can be timed."""
-    row = Measured(contestant.name, contestant.ours)
-    forward, both = _calls(contestant, X, direction)
+    row, f = Measured(contestant.name, contestant.ours), contestant.f
+    leaf = X.detach().requires_grad_()
+    wanted = (leaf, *f.parameters()) if isinstance(f, nn.Module) else (leaf,)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return f(X)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(f(leaf), wanted, direction)
+
     try:
         out = forward()
     except Exception as error:  # whatever it is, the others go on
@@ -188,7 +193,7 @@ def _try(
         return row
     if contestant.comparable:
         row.error = relative_error(out, truth[0])
-    calls[_key(row, "forward")] = forward
+    calls[f"{row.name}/forward"] = forward
     del out
     try:
         gradient = both()[0]
@@ -197,28 +202,13 @@ def _try(
         return row
     if contestant.comparable:
         row.gradient_error = relative_error(symmetric_part(gradient, case), truth[1])
-    calls[_key(row, "both")] = both
+    calls[f"{row.name}/both"] = both
     del gradient
-    row.saved = saved_bytes(contestant.f, X)
+    row.saved = saved_bytes(f, X)
     row.peak = peak_bytes(both, X.device)
     if contestant.products_only:
         row.operations = count_operations(both)
     return row
-
-
-def _calls(contestant: Contestant, X: Tensor, direction: Tensor) -> tuple[Call, Call]:
-    f = contestant.f
-    leaf = X.detach().requires_grad_()
-    wanted = (leaf, *f.parameters()) if isinstance(f, nn.Module) else (leaf,)
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return f(X)
-
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(f(leaf), wanted, direction)
-
-    return forward, both
 
 
 def _said(error: Exception) -> str:

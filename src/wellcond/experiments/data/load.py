@@ -56,7 +56,6 @@ class ImageData:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
         return len(self.classes)
 
     @property

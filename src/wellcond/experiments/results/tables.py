@@ -6,8 +6,9 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
-from wellcond.experiments.results.summary import Label, Row
+from wellcond.experiments.results.summary import Label
 from wellcond.experiments.results.table import SPACE, Column, Strong, Table, number, percent, rank, short
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.result import RunResult
@@ -42,16 +43,16 @@ def run_table(result: RunResult) -> Table:
     )
 
 
-def comparison_table(rows: Sequence[Row], title: str = "") -> Table:
+def comparison_table(rows: Sequence[Any], title: str = "") -> Table:
     """A line for each configuration, and for each of its observed layers where there are several; the best is bold."""
     best = {name: min(getattr(row, name) for row in rows) for name in ("test_error_mean", "test_error_min", "kappa")}
     groups = [list(layers) for _, layers in itertools.groupby(rows, key=lambda row: row.label)]
     one_layer_each = len(groups) == len(rows)
 
-    def cell(text: str, row: Row, name: str) -> str:
+    def cell(text: str, row: Any, name: str) -> str:
         return Strong(text) if getattr(row, name) == best[name] < math.inf else text
 
-    def measures(row: Row) -> list[str]:
+    def measures(row: Any) -> list[str]:
         return [
             *([short(row.layer)] if one_layer_each else []),
             cell(number(row.kappa), row, "kappa"),
