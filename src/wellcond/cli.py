@@ -123,7 +123,6 @@ def _listed(values: list[str]) -> list[str]:
 def common(
     version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
 ) -> None:
-    """Spectral layers that stay well-conditioned: train, measure and compare."""
     if version:
         say(f"wellcond {wellcond.__version__}")
         raise typer.Exit
@@ -311,9 +310,7 @@ def bench(
         say(f"in {out}: bench.json, tables.md, speed.png, speed.svg")
 
 
-def main() -> None:
-    """The entry point."""
-    app()
+main = app  # the entry point of the package
 
 
 if __name__ == "__main__":

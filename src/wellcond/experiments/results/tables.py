@@ -71,21 +71,14 @@ def comparison_table(rows: Sequence[Any], title: str = "") -> Table:
             cell(f"{percent(first.test_error_mean)}{spread}", first, "test_error_mean"),
             cell(percent(first.test_error_min), first, "test_error_min"),
         ]
-        time = f"{first.seconds_per_step:.4f}"
-        if len(layers) == 1:
-            body.append([*head, *measures(first), time])
-        else:
-            body.append([*head, *[""] * 5, time])
-            body += [[f"{2 * SPACE}{short(row.layer)}", "", "", *measures(row), ""] for row in layers]
+        several = len(layers) > 1
+        body.append([*head, *([""] * 5 if several else measures(first)), f"{first.seconds_per_step:.4f}"])
+        body += [[f"{2 * SPACE}{short(row.layer)}", "", "", *measures(row), ""] for row in layers if several]
+    layer = [Column("layer", text=True, wide=True)] if one_layer_each else []
+    measured = ["κ(P)", "κ(P+εI)", "rank", "eff. rank", "fails", f"s{SPACE}per step"]
     several_seeds = any(row.seeds > 1 for row in rows)
     return Table(
-        [
-            "configuration",
-            f"test error{SPACE}%",
-            "min",
-            *([Column("layer", text=True, wide=True)] if one_layer_each else []),
-            *("κ(P)", "κ(P+εI)", "rank", "eff. rank", "fails", f"s{SPACE}per step"),
-        ],
+        ["configuration", f"test error{SPACE}%", "min", *layer, *measured],
         body,
         caption=("± is the sample standard deviation over the seeds (n − 1). " if several_seeds else "")
         + "κ and ranks: medians over steps, then over seeds, of the layer's batch covariance P. Fails: decompositions "

@@ -7,8 +7,7 @@ by what builds a part, so that ``wellcond --help`` is quick.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from wellcond._shared.names import require_known
 from wellcond.experiments.errors import ConfigError
@@ -20,16 +19,14 @@ GCP_CHANNELS = 256
 """Channels of which covariance heads take the covariance, after Li et al. (iSQRT-COV, CVPR 2018)."""
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """A norm after the first convolution: ``build(channels, groups, eps)``, and whether it is a spectral layer."""
 
     build: Callable[[int, int, float], nn.Module]
     spectral: bool = True
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """A pooling before the classifier: ``build(channels)`` gives it and the number of its features.
 
     Spectral heads get the last stage at the size of the one before, as in that literature, for more positions.
