@@ -29,21 +29,13 @@ Function = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to do a task.
-
-    Attributes:
-        name: in the tables.
-        f: the function; a module where it has parameters.
-        ours: whether it is this library's.
-        products_only: whether all its work is matrix products, so that its FLOP/s mean something.
-        comparable: whether it computes the function of the task, so that its error means something.
-    """
+    """One way to do a task."""
 
     name: str
-    f: Function
-    ours: bool = False
-    products_only: bool = False
-    comparable: bool = True
+    f: Function  # a module where it has parameters
+    ours: bool = False  # whether it is this library's
+    products_only: bool = False  # whether all its work is matrix products, so that its FLOP/s mean something
+    comparable: bool = True  # whether it computes the function of the task, so that its error means something
 
 
 def contestants(

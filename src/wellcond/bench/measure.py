@@ -25,25 +25,23 @@ PRODUCT_COUNT = 5
 
 @dataclass
 class Measured:
-    """A contestant on a case; what could not be measured is None, and `failure` says why.
-
-    Attributes:
-        forward, both: of the function alone (without a graph), and with the gradient of input and parameters.
-        saved, peak: bytes, see :mod:`wellcond.bench.gauges`.
-        error, gradient_error: the largest relative error of a matrix (an image for layers) against the truth.
-        operations: floating-point operations of forward and backward, where they are products alone.
-    """
+    """A contestant on a case; what could not be measured is None, and `failure` says why."""
 
     name: str
     ours: bool
-    forward: Time | None = None
-    both: Time | None = None
-    saved: int | None = None
+    forward: Time | None = None  # the function alone, without a graph
+    both: Time | None = None  # with the gradient of input and parameters
+    saved: int | None = None  # bytes, see `wellcond.bench.gauges`
     peak: int | None = None
-    error: float | None = None
+    error: float | None = None  # the largest relative error of a matrix (an image for layers) against the truth
     gradient_error: float | None = None
-    operations: int | None = None
+    operations: int | None = None  # floating-point, forward and backward, where they are products alone
     failure: str = ""
+
+    @property
+    def operations_per_second(self) -> float | None:
+        """FLOP/s of forward and backward, of those that only multiply."""
+        return self.operations / self.both.least if self.operations and self.both else None
 
 
 @dataclass
@@ -64,11 +62,6 @@ class CaseResult:
         mine, reference = getattr(row, what), getattr(self[REFERENCE], what)
         return reference.least / mine.least if mine and reference else None
 
-    @staticmethod
-    def operations_per_second(row: Measured) -> float | None:
-        """FLOP/s of forward and backward, of those that only multiply."""
-        return row.operations / row.both.least if row.operations and row.both else None
-
     @property
     def overhead(self) -> float | None:
         """The time of `wellcond` over that of (eigh + five products), less 1."""
@@ -85,7 +78,7 @@ class CaseResult:
                 **asdict(row),
                 "faster_forward": self.faster(row, "forward"),
                 "faster_both": self.faster(row),
-                "flops_per_second": self.operations_per_second(row),
+                "flops_per_second": row.operations_per_second,
             }
             for row in self.rows
         ]

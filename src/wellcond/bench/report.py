@@ -78,7 +78,7 @@ def detail_table(result: CaseResult) -> Table:
     """Everything about one case; GFLOP/s, and their share of a large product's, of those that only multiply."""
     rows = []
     for row in result.rows:
-        rate = result.operations_per_second(row)
+        rate = row.operations_per_second
         rows.append(
             [
                 row.name,

@@ -27,25 +27,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images still in their files' encoding; indexing with a 1-D int64 tensor decodes to (B, C, H, W) uint8.
-
-    Attributes:
-        table: a data set whose column `column` is a `datasets.Image(decode=False)`.
-        index: (N,) int64, the rows of the table that belong to this set.
-        place: what error messages call it, such as "'DIR', split 'train'".
-        channels: 1 or 3.
-        size: (H, W) of every image.
-        resize: scale the shorter side and crop the middle, so that images of any size come out as `size`;
-            otherwise an image of another size is an error.
-    """
+    """Images still in their files' encoding; indexing with a 1-D int64 tensor decodes to (B, C, H, W) uint8."""
 
     table: datasets.Dataset
-    column: str
-    index: Tensor
-    place: str
-    channels: int = 3
-    size: tuple[int, int] = (0, 0)
+    column: str  # of the table, a `datasets.Image(decode=False)`
+    index: Tensor  # (N,) int64, the rows of the table that belong to this set
+    place: str  # what error messages call it, such as "'DIR', split 'train'"
+    channels: int = 3  # 1 or 3
+    size: tuple[int, int] = (0, 0)  # (H, W) of every image
     resize: bool = False
+    """Scale the shorter side and crop the middle, to `size`; otherwise an image of another size is an error."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -79,11 +79,7 @@ def configs_in(comparison: Mapping[str, Any]) -> list[RunConfig]:
 
 
 def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
-    """The results of all finished runs in the folders, each once, and a line for each that is not finished.
-
-    Raises:
-        RunError: a folder without a run, or no finished run at all.
-    """
+    """The results of all finished runs in the folders, each once, and a line for each that is not finished."""
     found = dict.fromkeys(path.resolve() for place in places for path in _runs_in(place))
     results, notes = [], []
     here = Path.cwd()

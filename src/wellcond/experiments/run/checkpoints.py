@@ -55,11 +55,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds.
-
-    Raises:
-        ValueError: it cannot be read, or is not a training checkpoint; the reason in a line.
-    """
+    """What a checkpoint holds; a `ValueError` says in a line why it cannot be read or is none of a training."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, Mapping) or not {"state_dict", "epoch", "global_step"} <= checkpoint.keys():
@@ -93,16 +89,11 @@ def newest_readable(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
 
 
 class BestAndLast(Checkpoint):
-    """Save at the end of every epoch: `last.ckpt`, and `best.ckpt` when validation accuracy rose.
-
-    Attributes:
-        best_accuracy: the highest validation accuracy so far (a fraction), -1 before the first epoch.
-        best_epoch: the epoch that had it, counted from 0.
-    """
+    """Save at the end of every epoch: `last.ckpt`, and `best.ckpt` when validation accuracy rose."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.best_accuracy, self.best_epoch = -1.0, -1
+        self.best_accuracy, self.best_epoch = -1.0, -1  # a fraction, and counted from 0, once there is one
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_accuracy": self.best_accuracy, "best_epoch": self.best_epoch}

@@ -72,11 +72,7 @@ HEADS = {"avg": Head(_avg, spectral=False), "gcp": Head(_gcp)}
 
 
 def is_treatable(norm: str, head: str) -> bool:
-    """Whether a network of these parts has a spectral layer, before which a treatment acts.
-
-    Raises:
-        ConfigError: an unknown norm or head.
-    """
+    """Whether a network of these parts has a spectral layer, before which a treatment acts."""
     require_known(norm, NORMS, "norm", error=ConfigError)
     require_known(head, HEADS, "head", error=ConfigError)
     return NORMS[norm].spectral or HEADS[head].spectral

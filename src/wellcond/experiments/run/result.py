@@ -64,11 +64,7 @@ class RunResult:
 
 
 def load_result(folder: Path) -> RunResult | None:
-    """The result of a finished run, or None if it has not finished.
-
-    Raises:
-        RunError: `result.json` is there and is not a run's.
-    """
+    """The result of a finished run, or None if it has not finished; a `RunError` where `result.json` is damaged."""
     path = folder / RESULT
     if not path.exists():
         return None
