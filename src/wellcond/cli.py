@@ -123,7 +123,6 @@ def _listed(values: list[str]) -> list[str]:
 def common(
     version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
 ) -> None:
-    """Spectral layers that stay well-conditioned: train, measure and compare."""
     if version:
         say(f"wellcond {wellcond.__version__}")
         raise typer.Exit
@@ -292,7 +291,7 @@ def bench(
         from wellcond.bench.run import bench as run_bench
         from wellcond.experiments.show.render import for_terminal
 
-        found = run_bench(
+        results, remarks = run_bench(
             out,
             full=full,
             tasks=_listed(task) if task else None,
@@ -304,16 +303,14 @@ def bench(
             overwrite=overwrite,
             finished=lambda index, count, result: say(f"[{index + 1}/{count}] {report.line(result)}"),
         )
-        for table in report.tables(found.results):
+        for table in report.tables(results):
             console.print(for_terminal(table))
-        for line in report.remarks(found.results, found.missing, found.truths):
+        for line in remarks:
             say(line)
         say(f"in {out}: bench.json, tables.md, speed.png, speed.svg")
 
 
-def main() -> None:
-    """The entry point."""
-    app()
+main = app  # the entry point of the package
 
 
 if __name__ == "__main__":

@@ -60,11 +60,7 @@ class Case:
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """Shapes from ``128x64x64,32x256x7x7``.
-
-    Raises:
-        ValueError: not whole positive numbers; neither (batch, d, d) nor (N, C, H, W).
-    """
+    """Shapes from ``128x64x64,32x256x7x7``; a `ValueError` names the first that is none."""
     shapes = []
     for part in text.replace("×", "x").split(","):
         try:
@@ -80,11 +76,7 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 
 def cases(tasks: Sequence[str], shapes: Sequence[Shape]) -> list[Case]:
-    """Every task on every shape that it takes, task by task.
-
-    Raises:
-        ValueError: an unknown task, or nothing left to measure.
-    """
+    """Every task on every shape that it takes, task by task; a `ValueError` where nothing is left to measure."""
     for task in tasks:
         require_known(task, TASKS, "task")
     found = [Case(task, s) for task in tasks for s in shapes if (len(s) == 3) == (task in ON_MATRICES)]

@@ -26,44 +26,23 @@ ISQRT = f"iSQRT-COV, {ISQRT_STEPS} steps"
 
 Function = Callable[[Tensor], Tensor]
 
-# What a peer is looked for under, by its name in the tables.
-PEERS = {
-    "spd-learn": "spd_learn.functional",
-    "pyriemann": "pyriemann.geometry.base",
-    "kornia": "kornia.enhance",
-    "torch.optim.Muon": "torch.optim._muon",
-    "torch.linalg.matrix_sqrth": "torch.linalg",
-    "torch.linalg.polar": "torch.linalg",
-}
-
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to do a task.
-
-    Attributes:
-        name: in the tables.
-        f: the function; a module where it has parameters.
-        ours: whether it is this library's.
-        products_only: whether all its work is matrix products, so that its FLOP/s mean something.
-        comparable: whether it computes the function of the task, so that its error means something.
-    """
+    """One way to do a task."""
 
     name: str
-    f: Function
-    ours: bool = False
-    products_only: bool = False
-    comparable: bool = True
+    f: Function  # a module where it has parameters
+    ours: bool = False  # whether it is this library's
+    products_only: bool = False  # whether all its work is matrix products, so that its FLOP/s mean something
+    comparable: bool = True  # whether it computes the function of the task, so that its error means something
 
 
 def contestants(
     case: Case, dtype: torch.dtype, device: torch.device, names: Collection[str] | None = None
 ) -> list[Contestant]:
     """All contestants of a case (or those of these names), the reference first, then ours."""
-    found = [c for c in (*_references(case), *_ours(case)) if names is None or c.name in names]
-    for name in PEERS:
-        if (names is None or name in names) and not isinstance(module := _import(name), str):
-            found += [Contestant(name, f) for f in _offered(name, module, case.task)]
+    found = [c for c in (*_references(case), *_ours(case), *_peers(case)) if names is None or c.name in names]
     for contestant in found:
         if isinstance(contestant.f, nn.Module):
             contestant.f.to(device, dtype).train()
@@ -103,42 +82,6 @@ def _our_function(case: Case, solver: str | Solver) -> Function:
     return partial(sqrtm if case.task == "sqrt" else invsqrtm, solver=solver)
 
 
-def missing_peers() -> dict[str, str]:
-    """The peers that are not at hand, and why."""
-    return {name: found for name in PEERS if isinstance(found := _import(name), str)}
-
-
-def _import(name: str) -> Any:
-    """The module, or a line that says why it cannot be used."""
-    try:
-        module = importlib.import_module(PEERS[name])
-    except ModuleNotFoundError as error:
-        return f"not installed (no module '{error.name}')"
-    except Exception as error:  # a peer that breaks at import is its own affair
-        return f"cannot be imported ({type(error).__name__}: {error})"
-    if name.startswith("torch.linalg.") and not hasattr(module, name.rpartition(".")[2]):
-        return f"not in torch {torch.__version__}"
-    return module
-
-
-def _offered(name: str, module: Any, task: str) -> Iterator[Function]:
-    if name == "spd-learn":
-        if task in ("sqrt", "invsqrt"):
-            yield (module.matrix_sqrt if task == "sqrt" else module.matrix_inv_sqrt).apply
-        elif task == "polar" and hasattr(module, "orthogonal_polar_factor"):
-            yield module.orthogonal_polar_factor
-    elif name == "pyriemann" and task in ("sqrt", "invsqrt"):
-        yield module.sqrtm if task == "sqrt" else module.invsqrtm
-    elif name == "kornia" and task == "whitening_layer":
-        yield partial(_kornia_layer, module.zca_whiten)
-    elif name == "torch.optim.Muon" and task == "polar":
-        yield partial(_muon_iteration, module._zeropower_via_newtonschulz)
-    elif name == "torch.linalg.matrix_sqrth" and task == "sqrt":
-        yield module.matrix_sqrth
-    elif name == "torch.linalg.polar" and task == "polar":
-        yield lambda G: module.polar(G)[0]
-
-
 def _kornia_layer(zca_whiten: Callable[..., Tensor], x: Tensor) -> Tensor:
     """Its whitening of samples × channels as the norm layer of a map; no statistics are kept."""
     samples = x.movedim(1, -1).flatten(0, -2)
@@ -150,3 +93,52 @@ def _muon_iteration(iteration: Callable[..., Tensor], G: Tensor) -> Tensor:
     """Five steps with the optimizer's own coefficients, one matrix after another as it does; in bfloat16."""
     steps = [iteration(g, (3.4445, -4.7750, 2.0315), 5, 1e-7) for g in G.reshape(-1, *G.shape[-2:])]
     return torch.stack(steps).to(G.dtype).reshape(G.shape)
+
+
+PEERS: dict[str, tuple[str, dict[str, Callable[[Any], Function]]]] = {
+    "spd-learn": (
+        "spd_learn.functional",
+        {
+            "sqrt": lambda m: m.matrix_sqrt.apply,
+            "invsqrt": lambda m: m.matrix_inv_sqrt.apply,
+            "polar": lambda m: m.orthogonal_polar_factor,
+        },
+    ),
+    "pyriemann": ("pyriemann.geometry.base", {"sqrt": lambda m: m.sqrtm, "invsqrt": lambda m: m.invsqrtm}),
+    "kornia": ("kornia.enhance", {"whitening_layer": lambda m: partial(_kornia_layer, m.zca_whiten)}),
+    "torch.optim.Muon": (
+        "torch.optim._muon",
+        {"polar": lambda m: partial(_muon_iteration, m._zeropower_via_newtonschulz)},
+    ),
+    "torch.linalg.matrix_sqrth": ("torch.linalg", {"sqrt": lambda m: m.matrix_sqrth}),
+    "torch.linalg.polar": ("torch.linalg", {"polar": lambda m: lambda G: m.polar(G)[0]}),
+}
+"""By its name in the tables: the module that a peer is looked for under, and the function for each task it has."""
+
+
+def missing_peers() -> dict[str, str]:
+    """The peers that are not at hand, and why."""
+    return {name: found for name in PEERS if isinstance(found := _import(name), str)}
+
+
+def _peers(case: Case) -> Iterator[Contestant]:
+    for name, (_, functions) in PEERS.items():
+        if case.task in functions and not isinstance(module := _import(name), str):
+            try:
+                f = functions[case.task](module)
+            except AttributeError:  # an older version lacks it
+                continue
+            yield Contestant(name, f)
+
+
+def _import(name: str) -> Any:
+    """The module, or a line that says why it cannot be used."""
+    try:
+        module = importlib.import_module(PEERS[name][0])
+    except ModuleNotFoundError as error:
+        return f"not installed (no module '{error.name}')"
+    except Exception as error:  # a peer that breaks at import is its own affair
+        return f"cannot be imported ({type(error).__name__}: {error})"
+    if name.startswith("torch.linalg.") and not hasattr(module, name.rpartition(".")[2]):
+        return f"not in torch {torch.__version__}"
+    return module

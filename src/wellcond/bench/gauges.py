@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,19 +45,13 @@ class Time:
 
 
 def seconds_of(call: Call, device: torch.device, repeats: int = 1) -> float:
-    """Seconds of one of several calls in a row; on CUDA by events, which the device itself sets."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1e3 / repeats
+    """Seconds of one of several calls in a row, the device idle before and after."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
     begun = time.perf_counter()
     for _ in range(repeats):
         call()
+    wait()
     return (time.perf_counter() - begun) / repeats
 
 
@@ -67,7 +62,6 @@ def take_turns(
 
     Args:
         calls: what to time; each has been called before (compiled, cached, its memory paged in).
-        device: where they run.
         seconds: go on with rounds until this much time is used up.
         rounds: but at least and at most this many.
     """

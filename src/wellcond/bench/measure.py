@@ -25,25 +25,23 @@ PRODUCT_COUNT = 5
 
 @dataclass
 class Measured:
-    """A contestant on a case; what could not be measured is None, and `failure` says why.
-
-    Attributes:
-        forward, both: of the function alone (without a graph), and with the gradient of input and parameters.
-        saved, peak: bytes, see :mod:`wellcond.bench.gauges`.
-        error, gradient_error: the largest relative error of a matrix (an image for layers) against the truth.
-        operations: floating-point operations of forward and backward, where they are products alone.
-    """
+    """A contestant on a case; what could not be measured is None, and `failure` says why."""
 
     name: str
     ours: bool
-    forward: Time | None = None
-    both: Time | None = None
-    saved: int | None = None
+    forward: Time | None = None  # the function alone, without a graph
+    both: Time | None = None  # with the gradient of input and parameters
+    saved: int | None = None  # bytes, see `wellcond.bench.gauges`
     peak: int | None = None
-    error: float | None = None
+    error: float | None = None  # the largest relative error of a matrix (an image for layers) against the truth
     gradient_error: float | None = None
-    operations: int | None = None
+    operations: int | None = None  # floating-point, forward and backward, where they are products alone
     failure: str = ""
+
+    @property
+    def operations_per_second(self) -> float | None:
+        """FLOP/s of forward and backward, of those that only multiply."""
+        return self.operations / self.both.least if self.operations and self.both else None
 
 
 @dataclass
@@ -64,11 +62,6 @@ class CaseResult:
         mine, reference = getattr(row, what), getattr(self[REFERENCE], what)
         return reference.least / mine.least if mine and reference else None
 
-    @staticmethod
-    def operations_per_second(row: Measured) -> float | None:
-        """FLOP/s of forward and backward, of those that only multiply."""
-        return row.operations / row.both.least if row.operations and row.both else None
-
     @property
     def overhead(self) -> float | None:
         """The time of `wellcond` over that of (eigh + five products), less 1."""
@@ -85,7 +78,7 @@ class CaseResult:
                 **asdict(row),
                 "faster_forward": self.faster(row, "forward"),
                 "faster_both": self.faster(row),
-                "flops_per_second": self.operations_per_second(row),
+                "flops_per_second": row.operations_per_second,
             }
             for row in self.rows
         ]
@@ -129,7 +122,7 @@ def measure_case(
             call()
         times = take_turns({**calls, **limits}, device, seconds=seconds)
     for row in rows:
-        row.forward, row.both = times.get(_key(row, "forward")), times.get(_key(row, "both"))
+        row.forward, row.both = (times.get(f"{row.name}/{what}") for what in ("forward", "both"))
     peak = count_operations(limits[LARGE_PRODUCT]) / times[LARGE_PRODUCT].least
     return CaseResult(case, X.numel() * X.element_size(), rows, {name: times[name] for name in limits}, peak)
 
@@ -166,10 +159,6 @@ def limit_calls(case: Case, X: Tensor) -> dict[str, Call]:
     return found
 
 
-def _key(row: Measured, what: str) -> str:
-    return f"{row.name}/{what}"
-
-
 def _try(
     case: Case,
     contestant: Contestant,
@@ -179,8 +168,17 @@ def _try(
     calls: dict[str, Call],
 ) -> Measured:
     """Run it once each way, which finds its errors and its memory, and enter in `calls` what can be timed."""
-    row = Measured(contestant.name, contestant.ours)
-    forward, both = _calls(contestant, X, direction)
+    row, f = Measured(contestant.name, contestant.ours), contestant.f
+    leaf = X.detach().requires_grad_()
+    wanted = (leaf, *f.parameters()) if isinstance(f, nn.Module) else (leaf,)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return f(X)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(f(leaf), wanted, direction)
+
     try:
         out = forward()
     except Exception as error:  # whatever it is, the others go on
@@ -188,7 +186,7 @@ def _try(
         return row
     if contestant.comparable:
         row.error = relative_error(out, truth[0])
-    calls[_key(row, "forward")] = forward
+    calls[f"{row.name}/forward"] = forward
     del out
     try:
         gradient = both()[0]
@@ -197,28 +195,13 @@ def _try(
         return row
     if contestant.comparable:
         row.gradient_error = relative_error(symmetric_part(gradient, case), truth[1])
-    calls[_key(row, "both")] = both
+    calls[f"{row.name}/both"] = both
     del gradient
-    row.saved = saved_bytes(contestant.f, X)
+    row.saved = saved_bytes(f, X)
     row.peak = peak_bytes(both, X.device)
     if contestant.products_only:
         row.operations = count_operations(both)
     return row
-
-
-def _calls(contestant: Contestant, X: Tensor, direction: Tensor) -> tuple[Call, Call]:
-    f = contestant.f
-    leaf = X.detach().requires_grad_()
-    wanted = (leaf, *f.parameters()) if isinstance(f, nn.Module) else (leaf,)
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return f(X)
-
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(f(leaf), wanted, direction)
-
-    return forward, both
 
 
 def _said(error: Exception) -> str:

@@ -59,11 +59,6 @@ def polar_by_svd(G: Tensor) -> Tensor:
     return U @ Vh
 
 
-def polar_by_root(G: Tensor, root: Root) -> Tensor:
-    """G (GᵀG)^{-1/2}, given the inverse root."""
-    return G @ root(G.mT @ G)
-
-
 class CovariancePool(nn.Module):
     """The upper triangle of the root of each image's covariance: global covariance pooling with any root."""
 
@@ -77,33 +72,32 @@ class CovariancePool(nn.Module):
         return Q[:, rows, columns]
 
 
-class WhiteningBatchNorm2d(nn.Module):
+class WhiteningBatchNorm2d(nn.BatchNorm2d):
     """Decorrelated batch norm in its plainest form, with any inverse root: for timing in training mode only.
 
     The output lies in memory as every norm layer's and as the published one's: image after image.
     """
 
-    def __init__(self, num_features: int, inverse_root: Root, eps: float, momentum: float = 0.1) -> None:
-        super().__init__()
-        self.inverse_root, self.eps, self.momentum = inverse_root, eps, momentum
-        self.weight, self.bias = nn.Parameter(torch.ones(num_features)), nn.Parameter(torch.zeros(num_features))
-        self.running_mean: Tensor
-        self.running_cov: Tensor
-        self.register_buffer("running_mean", torch.zeros(num_features))
+    running_cov: Tensor
+
+    def __init__(self, num_features: int, inverse_root: Root, eps: float) -> None:
+        super().__init__(num_features, eps)
+        self.inverse_root = inverse_root
         self.register_buffer("running_cov", torch.eye(num_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        columns = x.transpose(0, 1).flatten(1)
+    def forward(self, input: Tensor) -> Tensor:
+        columns = input.transpose(0, 1).flatten(1)
         mean = columns.mean(1, keepdim=True)
         centred = columns - mean
         P = centred @ centred.mT / columns.shape[1]
         eye = torch.eye(P.shape[0], dtype=P.dtype, device=P.device)
         white = self.inverse_root(P + self.eps * eye) @ centred
+        assert self.running_mean is not None  # for the type checker: the statistics are tracked
         with torch.no_grad():
-            self.running_mean.lerp_(mean.flatten(), self.momentum)
-            self.running_cov.lerp_(P, self.momentum)
+            self.running_mean.lerp_(mean.flatten(), 0.1)
+            self.running_cov.lerp_(P, 0.1)
         y = self.weight[:, None] * white + self.bias[:, None]
-        return y.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1).contiguous()
+        return y.view(input.shape[1], input.shape[0], *input.shape[2:]).transpose(0, 1).contiguous()
 
 
 class ExactRoot(torch.autograd.Function):
@@ -139,7 +133,7 @@ def with_root(case: Case, root: Callable[..., Tensor]) -> Callable[[Tensor], Ten
     return {
         "sqrt": lambda: sqrt,
         "invsqrt": lambda: invsqrt,
-        "polar": lambda: partial(polar_by_root, root=invsqrt),
+        "polar": lambda: lambda G: G @ invsqrt(G.mT @ G),
         "covariance_sqrt": lambda: lambda X: sqrt(covariance_of(X.flatten(2))),
         "pooling_layer": lambda: CovariancePool(sqrt),
         "whitening_layer": lambda: WhiteningBatchNorm2d(case.channels, invsqrt, LAYER_EPS),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import cycle, groupby
 from typing import Any
 
 from wellcond.bench.contestants import AUTO, ISQRT, REFERENCE, SVD
@@ -65,7 +65,7 @@ def summary_table(results: Sequence[CaseResult]) -> Table:
                 result.case.size,
                 milliseconds(ours.both),
                 *(ratio(other.least / ours.both.least if other and ours.both else None) for other in others),
-                f"{100 * result.overhead:+.0f} %" if result.overhead is not None else NOTHING,
+                cell(result.overhead, "+.0%").replace("%", " %"),
                 *measures(ours, result),
             ]
         )
@@ -75,18 +75,20 @@ def summary_table(results: Sequence[CaseResult]) -> Table:
 
 
 def detail_table(result: CaseResult) -> Table:
-    """Everything about one case."""
-    rows = [
-        [
-            row.name,
-            *(milliseconds(time) for time in (row.forward, row.both)),
-            ratio(result.faster(row, "forward")),
-            ratio(result.faster(row)),
-            *measures(row, result),
-            *throughput(result, row),
-        ]
-        for row in result.rows
-    ]
+    """Everything about one case; GFLOP/s, and their share of a large product's, of those that only multiply."""
+    rows = []
+    for row in result.rows:
+        rate = row.operations_per_second
+        rows.append(
+            [
+                row.name,
+                *map(milliseconds, (row.forward, row.both)),
+                *(ratio(result.faster(row, what)) for what in ("forward", "both")),
+                *measures(row, result),
+                cell(rate and rate / 1e9, ".3g"),
+                cell(rate and rate / result.peak, ".0%"),
+            ]
+        )
     heads = ["", "forward ms", "both ms", "× forward", "× both", "saved", "peak", "error", "grad. error"]
     return Table([*heads, "GFLOP/s", "of peak"], rows)
 
@@ -116,26 +118,25 @@ def remarks(results: Sequence[CaseResult], missing: Mapping[str, str], truths: M
     return lines
 
 
-def throughput(result: CaseResult, row: Measured) -> tuple[str, str]:
-    """GFLOP/s and their share of a large product's, of those that only multiply."""
-    rate = result.operations_per_second(row)
-    return (NOTHING, NOTHING) if rate is None else (f"{rate / 1e9:.3g}", f"{rate / result.peak:.0%}")
+def cell(value: float | None, form: str) -> str:
+    """A number as the format says, or what stands for none."""
+    return NOTHING if value is None else format(value, form)
 
 
 def measures(row: Measured, result: CaseResult) -> list[str]:
     """Memory in units of the input (d × d matrices per matrix where those are the input), and both errors."""
-    sizes = [NOTHING if size is None else f"{size / result.input_bytes:.2g}" for size in (row.saved, row.peak)]
-    return [*sizes, *(NOTHING if e is None else f"{e:.1e}" for e in (row.error, row.gradient_error))]
+    sizes = [cell(size if size is None else size / result.input_bytes, ".2g") for size in (row.saved, row.peak)]
+    return [*sizes, *(cell(error, ".1e") for error in (row.error, row.gradient_error))]
 
 
 def milliseconds(time: Time | None) -> str:
     """The minimum, to three digits."""
-    return f"{1e3 * time.least:.3g}" if time else NOTHING
+    return cell(time and 1e3 * time.least, ".3g")
 
 
 def ratio(value: float | None) -> str:
     """Two digits; one digit more is noise."""
-    return NOTHING if value is None else f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
+    return cell(value, ".0f" if value and value >= 9.95 else ".2g")
 
 
 def speed_figure(results: Sequence[CaseResult], environment: dict[str, str]) -> Any:
@@ -143,31 +144,25 @@ def speed_figure(results: Sequence[CaseResult], environment: dict[str, str]) -> 
     from matplotlib.figure import Figure
 
     tasks = by_task(results)
-    shapes = list(dict.fromkeys(result.case.size for result in results))
-    looks = {size: (COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]) for i, size in enumerate(shapes)}
-    heights = [len(_names(group)) for _, group in tasks]
+    shapes = dict.fromkeys(result.case.size for result in results)
+    looks = dict(zip(shapes, zip(cycle(COLOURS), cycle(MARKS), strict=False), strict=False))
     columns = min(2, len(tasks))
-    rows = -(-len(tasks) // columns)
-    row_heights = [max(heights[i * columns : (i + 1) * columns]) + 2 for i in range(rows)]
+    heights = [len(_timed(group)) + 2 for _, group in tasks]
+    row_heights = [max(heights[i : i + columns]) for i in range(0, len(tasks), columns)]
     figure = Figure(figsize=(6.6 * columns, 0.26 * sum(row_heights) + 1.1), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"height_ratios": row_heights})
-    for axis, (task, group) in zip(axes.flat, tasks, strict=False):
-        _panel(axis, task, group, looks)
+    axes = figure.subplots(len(row_heights), columns, squeeze=False, gridspec_kw={"height_ratios": row_heights})
     factors = [factor for result in results for row in result.rows if (factor := result.faster(row)) is not None]
     low, high = min(factors, default=1.0) / 1.3, max(factors, default=1.0) * 1.3
     ticks = [tick for tick in TICKS if low <= tick <= high]
-    for axis in axes.flat:
-        axis.set_xscale("log")
-        axis.set_xlim(low, high)
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    for axis, (task, group) in zip(axes.flat, tasks, strict=False):
+        _panel(axis, task, group, looks)
+        axis.set(xscale="log", xlim=(low, high))
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
         axis.set_xticks([], minor=True)
-        axis.tick_params(axis="x", labelsize=8)
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
-    marks = {
-        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(marks.values(), marks, loc="outside lower center", ncols=min(len(marks), 5), frameon=False)
+    marks = [axes.flat[0].plot([], [], mark, color=colour, markersize=5.5)[0] for colour, mark in looks.values()]
+    figure.legend(marks, shapes, loc="outside lower center", ncols=min(len(marks), 5), frameon=False)
     figure.suptitle(
         f"Forward and backward, times as fast as {REFERENCE}: to the right is faster; "
         f"hollow where the gradient is off by more than {OFF:.0%}\n"
@@ -177,25 +172,22 @@ def speed_figure(results: Sequence[CaseResult], environment: dict[str, str]) -> 
     return figure
 
 
-def _names(group: Sequence[CaseResult]) -> list[str]:
+def _timed(group: Sequence[CaseResult]) -> list[str]:
     return list(dict.fromkeys(row.name for result in group for row in result.rows if row.both))
 
 
 def _panel(axis: Any, task: str, group: Sequence[CaseResult], looks: dict[str, tuple[str, str]]) -> None:
-    names = _names(group)
+    names = _timed(group)
     for result in group:
         colour, mark = looks[result.case.size]
         for row in result.rows:
             if (factor := result.faster(row)) is not None:
                 face = "none" if (row.gradient_error or 0.0) > OFF else colour
                 axis.plot(factor, names.index(row.name), mark, color=colour, markerfacecolor=face, markersize=5.5)
-        axis.plot([], [], mark, color=colour, markersize=5.5, label=result.case.size)  # the legend's, filled
     axis.axvline(1.0, color="#000000", linewidth=0.8)
     axis.axhspan(names.index(AUTO) - 0.5, names.index(AUTO) + 0.5, color="#E69F00", alpha=0.18, linewidth=0)
-    axis.set_yticks(range(len(names)), names)
-    for label in axis.get_yticklabels():
-        label.set_fontweight("bold" if label.get_text() == AUTO else "normal")
-        label.set_fontsize(8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.get_yticklabels()[names.index(AUTO)].set_fontweight("bold")
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_title(TITLES[task], fontsize=10)
     axis.grid(True, which="major", alpha=0.3)

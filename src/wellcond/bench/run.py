@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,16 +33,6 @@ MADE = (folders.CONFIG, EVERYTHING, TABLES, f"{FIGURE}.png", f"{FIGURE}.svg")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A finished benchmark: the results, who was missing, how good the truth is, and the machine."""
-
-    results: list[CaseResult]
-    missing: dict[str, str]
-    truths: dict[str, float | None]
-    environment: dict[str, str]
-
-
 def bench(
     out: str | os.PathLike[str],
     *,
@@ -56,20 +45,11 @@ def bench(
     threads: int | None = None,
     overwrite: bool = False,
     finished: Callable[[int, int, CaseResult], None] = lambda index, count, result: None,
-) -> Bench:
-    """Measure the solvers and layers on this machine and write what was found.
+) -> tuple[list[CaseResult], list[str]]:
+    """Measure the solvers and layers on this machine and write what was found; the results, and remarks on them.
 
-    Args:
-        out: the folder; made if it is not there.
-        full: all shapes instead of a few, and more timings of each.
-        tasks: of `TASKS`; all by default.
-        shapes: instead of the built-in ones, (batch, d, d) or (N, C, H, W).
-        device: "cuda" where there is one, else "cpu".
-        dtype: "float32" or "float64".
-        seconds: of timing a case; 1.5 by default, 8 with `full`.
-        threads: of the CPU; as PyTorch has them by default.
-        overwrite: delete the benchmark that `out` holds (what it made, nothing else).
-        finished: called with index, number of cases and result of every case that is done.
+    The options are those of `wellcond bench`; `finished` is called with index, number of cases and result of every
+    case that is done.
 
     Raises:
         ValueError: an unknown task or dtype, shapes that no task takes, a device that is not there.
@@ -89,12 +69,23 @@ def bench(
     folders.prepare(out, KIND, config, MADE)
     if threads is not None:
         torch.set_num_threads(threads)
-    found = Bench([], missing_peers(), truth_of_the_truth(), environment(where))
+    missing, truths, machine = missing_peers(), truth_of_the_truth(), environment(where)
+    results = []
     for index, case in enumerate(wanted):
-        found.results.append(measure_case(case, DTYPES[dtype], where, seconds=each))
-        finished(index, len(wanted), found.results[-1])
-    _write(out, found, config)
-    return found
+        results.append(measure_case(case, DTYPES[dtype], where, seconds=each))
+        finished(index, len(wanted), results[-1])
+    everything = {
+        "environment": machine,
+        "config": config,
+        "missing_peers": missing,
+        "truth_against_mpmath": truths,
+        "results": [result.to_dict() for result in results],
+    }
+    remarks = report.remarks(results, missing, truths)
+    write_json(out / EVERYTHING, everything)
+    write_atomically(out / TABLES, markdown(results, remarks, machine).encode())
+    save_figure(report.speed_figure(results, machine), out / FIGURE)
+    return results, remarks
 
 
 def _device(name: str | None) -> torch.device:
@@ -122,28 +113,12 @@ def environment(device: torch.device) -> dict[str, str]:
     return {**versions(), "device": f"{name}, {os.cpu_count()} cores"}
 
 
-def _write(out: Path, found: Bench, config: dict[str, Any]) -> None:
-    write_json(
-        out / EVERYTHING,
-        {
-            "environment": found.environment,
-            "config": config,
-            "missing_peers": found.missing,
-            "truth_against_mpmath": found.truths,
-            "results": [result.to_dict() for result in found.results],
-        },
-    )
-    write_atomically(out / TABLES, markdown(found).encode())
-    save_figure(report.speed_figure(found.results, found.environment), out / FIGURE)
-
-
-def markdown(found: Bench) -> str:
+def markdown(results: Sequence[CaseResult], remarks: Sequence[str], machine: Mapping[str, str]) -> str:
     """Every table, and what there is to say beside them."""
-    parts = [", ".join(f"{key} {value}" for key, value in found.environment.items()) + ".", report.EXPLAINED]
-    *ratios, summary = report.tables(found.results)
-    parts += [for_markdown(table) for table in ratios]
-    parts += [summary.caption, for_markdown(summary)]
-    parts += [f"- {line}" for line in report.remarks(found.results, found.missing, found.truths)]
-    for result in found.results:
+    parts = [", ".join(f"{key} {value}" for key, value in machine.items()) + ".", report.EXPLAINED]
+    *ratios, summary = report.tables(results)
+    parts += [*map(for_markdown, ratios), summary.caption, for_markdown(summary)]
+    parts += [f"- {line}" for line in remarks]
+    for result in results:
         parts += [f"### {result.case.task} {result.case.size}", for_markdown(report.detail_table(result))]
     return "\n\n".join(parts) + "\n"

@@ -10,27 +10,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from wellcond.experiments import folders
 from wellcond.experiments.data.load import load_images
 from wellcond.experiments.errors import ConfigError, FolderError
 from wellcond.experiments.files import write_csv, write_json
-from wellcond.experiments.results.summary import COMPARISON, RUNS, Row, by_label, configs_in, summarise
+from wellcond.experiments.results.summary import COMPARISON, RUNS, by_label, configs_in, summarise
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.result import RunResult
 from wellcond.experiments.run.train import MADE as MADE_BY_RUN
 from wellcond.experiments.run.train import build, run
 from wellcond.experiments.show.figures import condition_figure, save_figure
 
-TABLE, EVERYTHING, FIGURE = "results.csv", "results.json", "condition"
+FIGURE = "condition"
 MADE = (
-    folders.CONFIG,
-    TABLE,
-    EVERYTHING,
-    f"{FIGURE}.png",
-    f"{FIGURE}.svg",
+    *(folders.CONFIG, "results.csv", "results.json", f"{FIGURE}.png", f"{FIGURE}.svg"),
     *(f"{RUNS}/*/{pattern}" for pattern in MADE_BY_RUN),
 )
 
@@ -43,16 +40,11 @@ def compare(
     overwrite: bool = False,
     progress: bool = False,
     finished: Callable[[int, RunResult], None] = lambda index, result: None,
-) -> list[Row]:
-    """Run every configuration and write table and figure; the rows of the table.
+) -> list[Any]:
+    """Run every configuration, all on the same data, and write table and figure; the rows of the table.
 
-    Args:
-        configs: what to run; all on the same data.
-        out: the folder; made if it is not there.
-        resume: go on with the comparison that `out` holds.
-        overwrite: delete it (what it made, nothing else) and start afresh.
-        progress: show a progress bar for the run under way.
-        finished: called with the index and the result of every run that is done.
+    `resume`, `overwrite` and `progress` are as in `run`; `finished` is called with the index and the result of every
+    run that is done.
 
     Raises:
         ConfigError: no configuration, the same twice, or different data.
@@ -79,7 +71,16 @@ def compare(
         begun = (folder / folders.CONFIG).exists()
         results.append(run(config, folder, resume=begun, data=data, progress=progress))
         finished(index, results[-1])
-    return _write(out, results)
+    rows = summarise(results)
+    table = [row._asdict() for row in rows]
+    write_csv(out / "results.csv", rows[0]._fields, table)
+    write_json(out / "results.json", {"rows": table, "runs": [asdict(result) for result in results]})
+    config = configs[0]
+    seeds = len({config.seed for config in configs})
+    band = f"median of {seeds} seeds, band from minimum to maximum" if seeds > 1 else f"seed {config.seed}"
+    figure = condition_figure(by_label(results), f"{config.model} on {Path(config.data).name}: {band}")
+    save_figure(figure, out / FIGURE)
+    return rows
 
 
 def _refuse_another_grid(out: Path, held: Sequence[RunConfig], configs: Sequence[RunConfig]) -> None:
@@ -90,20 +91,3 @@ def _refuse_another_grid(out: Path, held: Sequence[RunConfig], configs: Sequence
             f"cannot resume '{out}' with other options: it holds {labels} with {seeds} seeds on {held[0].data}; "
             "leave the options out, or choose another --out"
         )
-
-
-def _write(out: Path, results: Sequence[RunResult]) -> list[Row]:
-    """Write table, runs and figure."""
-    rows = summarise(results)
-    columns = [field.name for field in fields(Row)]
-    write_csv(out / TABLE, columns, (asdict(row) for row in rows))
-    write_json(
-        out / EVERYTHING,
-        {"rows": [asdict(row) for row in rows], "runs": [asdict(result) for result in results]},
-    )
-    config = results[0].config
-    seeds = len({result.config.seed for result in results})
-    band = f"median of {seeds} seeds, band from minimum to maximum" if seeds > 1 else f"seed {config.seed}"
-    figure = condition_figure(by_label(results), f"{config.model} on {Path(config.data).name}: {band}")
-    save_figure(figure, out / FIGURE)
-    return rows

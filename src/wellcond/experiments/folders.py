@@ -31,11 +31,7 @@ def kind_of(folder: Path) -> str | None:
 
 
 def read_config(folder: Path, kind: str) -> dict[str, Any]:
-    """The configuration of the `kind` (`run`, `comparison`) that the folder holds.
-
-    Raises:
-        FolderError: it holds none, or of another kind, or `config.json` is damaged.
-    """
+    """The configuration of the `kind` (`run`, `comparison`) that the folder holds, or a `FolderError`."""
     path = folder / CONFIG
     if not path.exists():
         raise FolderError(f"'{folder}' holds no {kind} to resume; leave out --resume to start one there")
@@ -66,12 +62,7 @@ def refuse_conflicts(held: Mapping[str, Any], asked: Mapping[str, Any], folder: 
 def check(
     folder: Path, kind: str, *, resume: bool = False, overwrite: bool = False, resumable: bool = True
 ) -> dict[str, Any]:
-    """The configuration held in the folder, {} where it is free.
-
-    Raises:
-        FolderError: it holds something else than a `kind`, or one and the user did not say what to do with it; or
-            there is none to resume.
-    """
+    """The configuration held in the folder, {} where it is free; a `FolderError` where something would be lost."""
     if resume and overwrite:
         raise FolderError("--resume and --overwrite exclude each other")
     if not resume and not is_occupied(folder):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +29,11 @@ from wellcond.experiments.run.training import Classifier, spectral_layers
 from wellcond.monitor import ConditionMonitor, ConditionRecord, as_writers
 from wellcond.orthogonality import pre_spectral_layers, weight_matrices
 
-SPLITS = ("train", "validation", "test")
+LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
 
 
-@dataclass(frozen=True)
-class WeightSpectrum:
-    """The singular values of a weight as a matrix (the groups of a convolution together).
-
-    Attributes:
-        layer: its name in the network.
-        rows, columns: of the matrix, (out, in·kh·kw).
-        largest, smallest: singular values; there are min(rows, columns), or that for each group.
-    """
+class WeightSpectrum(NamedTuple):
+    """The extreme singular values of a layer's weight as a matrix (out, in·kh·kw), all groups of it together."""
 
     layer: str
     rows: int
@@ -50,17 +44,7 @@ class WeightSpectrum:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
-
-    Attributes:
-        config: of the run.
-        checkpoint: the file.
-        epoch: how many epochs it had finished.
-        data, split, images: on what.
-        records: one for each layer and batch; the batch is the step.
-        layers: medians over the batches, as :meth:`wellcond.monitor.ConditionMonitor.statistics`.
-        weights: of the layers before the spectral layers.
-    """
+    """What was found of a run's checkpoint, after `epoch` epochs, on so many `images` of a split of the data."""
 
     config: RunConfig
     checkpoint: Path
@@ -68,9 +52,9 @@ class Inspection:
     data: str
     split: str
     images: int
-    records: tuple[ConditionRecord, ...]
-    layers: dict[str, dict[str, float]]
-    weights: tuple[WeightSpectrum, ...]
+    records: tuple[ConditionRecord, ...]  # one for each layer and batch; the batch is the step
+    layers: dict[str, dict[str, float]]  # medians over the batches, as `ConditionMonitor.statistics` has them
+    weights: tuple[WeightSpectrum, ...]  # of the layers before the spectral layers
 
     def table(self) -> Table:
         """A line for each observed layer."""
@@ -118,22 +102,16 @@ def inspect(
     batch_size: int | None = None,
     out: Path | None = None,
 ) -> Inspection:
-    """Measure the condition numbers of a run's network.
+    """Measure the condition numbers of the network of a run's newest checkpoint, or of one of its checkpoints.
 
-    Args:
-        place: the folder of a run, whose newest checkpoint is taken, or one of its checkpoints.
-        data: images to look at, as for `load_images`; those of the run when left out.
-        split: ``"train"``, ``"validation"`` or ``"test"``.
-        batches: how many batches at most.
-        batch_size: images in each; that of the run when left out.
-        out: write every batch's numbers here too; a path ending in .csv or .jsonl that is not there yet.
+    The options are those of `wellcond inspect`.
 
     Raises:
         RunError: there is no run, no checkpoint that can be read, or its weights are not those of the run.
         ValueError: an unknown split, a number below 1, or images that the network does not take.
         OSError: ``out`` cannot be written.
     """
-    require_known(split, SPLITS, "split", error=ConfigError)
+    require_known(split, LOADERS, "split", error=ConfigError)
     try:
         writers = as_writers(out)
     except ValueError as error:
@@ -144,8 +122,8 @@ def inspect(
         raise ConfigError(f"batches must be at least 1, got {batches}")
     run, path, checkpoint = _open(Path(place))
     config = RunConfig.from_dict(folders.read_config(run, KIND))
-    size = config.batch_size if batch_size is None else batch_size
     found = load_images(data or config.data, limit=None if data else config.limit)
+    size = config.batch_size if batch_size is None else batch_size
     images = ImageDataModule(found, size, augment=False, seed=config.seed)
     module = _restored(config, checkpoint["state_dict"], path)
     if (wanted := module.model.get_submodule("conv1").in_channels) != found.in_channels:
@@ -154,10 +132,10 @@ def inspect(
             f"{found.in_channels}; choose another --data"
         )
     module.train()
-    loader = {"train": images.train_dataloader, "validation": images.val_dataloader, "test": images.test_dataloader}
+    loader = getattr(images, LOADERS[split])
     seen = 0
     with ConditionMonitor(module, every=1, layers=observed_layers(module)) as monitor, torch.no_grad():
-        for _, batch in zip(range(batches), loader[split](), strict=False):
+        for _, batch in zip(range(batches), loader(), strict=False):
             inputs: Tensor = images.on_after_batch_transfer(batch, 0)[0]
             module.model(inputs)
             monitor.step += 1  # the model is a part of the module that is watched
@@ -175,7 +153,7 @@ def inspect(
         images=seen,
         records=tuple(monitor.records),
         layers=monitor.statistics(),
-        weights=_weights(module.model),
+        weights=tuple(_weights(module.model)),
     )
 
 
@@ -204,13 +182,9 @@ def _restored(config: RunConfig, state: dict[str, Tensor], path: Path) -> Classi
     return module
 
 
-def _weights(model: nn.Module) -> tuple[WeightSpectrum, ...]:
-    if not spectral_layers(model):
-        return ()
-    found = []
-    for name, layer in pre_spectral_layers(model).items():
+def _weights(model: nn.Module) -> Iterator[WeightSpectrum]:
+    for name, layer in pre_spectral_layers(model).items() if spectral_layers(model) else ():
         matrix = weight_matrices(layer).detach().double()  # of the weight in use
         values = torch.linalg.svdvals(matrix)
         rows, columns = matrix.shape[-2:]
-        found.append(WeightSpectrum(name, rows, columns, values.max().item(), values.min().item()))
-    return tuple(found)
+        yield WeightSpectrum(name, rows, columns, values.max().item(), values.min().item())

@@ -33,14 +33,9 @@ MADE = (folders.CONFIG, PAGE, *(f"{name}.{suffix}" for name in FIGURES for suffi
 
 
 def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> tuple[Path, list[str]]:
-    """Write the report of finished runs.
+    """Write the report of the finished runs in these folders; an earlier report in `out` is replaced.
 
-    Args:
-        runs: folders of runs or comparisons, or folders that hold such.
-        out: the report's folder; an earlier report there is replaced, anything else refused.
-
-    Returns:
-        The page, and what was left out and why, a line each (which the page says too).
+    Returns the page, and what was left out and why, a line each (which the page says too).
 
     Raises:
         RunError: a folder holds no run, none of the runs is finished, or ``out`` holds something else.

@@ -101,28 +101,15 @@ class EpochSampler(DistributedSampler[int]):
 class TrainLoader(DataLoader[Any]):
     """A loader that Lightning can resume in the middle of an epoch: it saves and restores `state_dict()`.
 
-    Args:
-        images: what to load from.
-        batch_size: of one rank; an incomplete last batch is dropped.
-        sampler: this rank's order.
-        steps_done: gives the number of batches of the current epoch that the training has finished with.
-        others: further arguments of `torch.utils.data.DataLoader`.
+    `progress` gives the number of batches of the current epoch that the training has finished with.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        batch_size: int,
-        sampler: EpochSampler,
-        steps_done: Callable[[], int],
-        **others: Any,
-    ) -> None:
-        super().__init__(images, batch_size, sampler=sampler, drop_last=True, **others)
-        self.epoch_sampler, self.steps_done = sampler, steps_done
+    def __init__(self, images: ImageSet, sampler: EpochSampler, progress: Callable[[], int], **options: Any) -> None:
+        super().__init__(images, sampler=sampler, drop_last=True, **options)
+        self.epoch_sampler, self.progress = sampler, progress
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch and how much of it is done."""
-        return {"epoch": self.epoch_sampler.epoch, "steps": self.steps_done()}
+        return {"epoch": self.epoch_sampler.epoch, "steps": self.progress()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to where `state` was taken: a finished epoch is followed by the next."""
@@ -135,9 +122,8 @@ class ImageDataModule(pl.LightningDataModule):
     """Batches of an `ImageData` for Lightning: uint8 on their way to the device, normalised float32 there.
 
     The order of the training images depends on (seed, epoch), the augmentation on (seed, epoch, batch, rank):
-    a run resumed from any checkpoint, also of mid-epoch, goes on with the batches it would have had. In several
-    processes every rank takes its own share, by samplers that Lightning leaves in place. Without a trainer the
-    loaders give everything, and `on_after_batch_transfer` normalises.
+    a run resumed from any checkpoint, also of mid-epoch, goes on with the batches it would have had. Without a
+    trainer the loaders give everything, and `on_after_batch_transfer` normalises.
 
     Args:
         data: the images.
@@ -170,41 +156,40 @@ class ImageDataModule(pl.LightningDataModule):
         """This rank's training batches (uint8 images, labels), in an order that `set_epoch` of its sampler changes."""
         sampler = self._sampler(self.data.train, train=True)
         self._check_batch(sampler.num_replicas)
-        return TrainLoader(self.data.train, self.batch_size, sampler, self._steps_done, **self._loading())
+        return TrainLoader(self.data.train, sampler, self._steps_done, **self._options())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """This rank's share of the validation images, in order."""
-        return self._evaluation_loader(self.data.validation)
+        images = self.data.validation
+        return DataLoader(images, sampler=self._sampler(images, train=False), **self._options())
 
     def test_dataloader(self) -> DataLoader[Any]:
         """This rank's share of the test images, in order."""
-        return self._evaluation_loader(self.data.test)
+        images = self.data.test
+        return DataLoader(images, sampler=self._sampler(images, train=False), **self._options())
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Normalise a batch on its device, and augment it while training."""
         images, labels = batch
         self.augmentation.to(images.device)
         trainer = self.trainer
-        if trainer is None or not (trainer.training and self.augment):
-            images = self.augmentation(images)
-        else:
+        if trainer is not None and trainer.training and self.augment:
             batch_index = trainer.fit_loop.epoch_loop.batch_progress.current.ready
             key = (self.seed, trainer.current_epoch, batch_index, trainer.global_rank)
             images = self.augmentation.augment(images, *key)
+        else:
+            images = self.augmentation(images)
         if trainer is not None:  # in "true" half or double precision the images are to have the weights' type
             images = trainer.precision_plugin.convert_input(images)
         return images, labels
-
-    def _evaluation_loader(self, images: ImageSet) -> DataLoader[Any]:
-        sampler = self._sampler(images, train=False)
-        return DataLoader(images, self.batch_size, sampler=sampler, **self._loading())
 
     def _sampler(self, images: ImageSet, train: bool) -> EpochSampler:
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         return EpochSampler(images, train=train, seed=self.seed, ranks=ranks, rank=rank)
 
-    def _loading(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         return {
+            "batch_size": self.batch_size,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -23,30 +23,20 @@ if TYPE_CHECKING:
 
 _CHUNK = 1000  # rows read from Arrow at once: large against its overhead, small against memory
 T = TypeVar("T")
-_GREY_MODES = frozenset({"1", "L", "LA", "La"})
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images still in their files' encoding; indexing with a 1-D int64 tensor decodes to (B, C, H, W) uint8.
-
-    Attributes:
-        table: a data set whose column `column` is a `datasets.Image(decode=False)`.
-        index: (N,) int64, the rows of the table that belong to this set.
-        place: what error messages call it, such as "'DIR', split 'train'".
-        channels: 1 or 3.
-        size: (H, W) of every image.
-        resize: scale the shorter side and crop the middle, so that images of any size come out as `size`;
-            otherwise an image of another size is an error.
-    """
+    """Images still in their files' encoding; indexing with a 1-D int64 tensor decodes to (B, C, H, W) uint8."""
 
     table: datasets.Dataset
-    column: str
-    index: Tensor
-    place: str
-    channels: int = 3
-    size: tuple[int, int] = (0, 0)
+    column: str  # of the table, a `datasets.Image(decode=False)`
+    index: Tensor  # (N,) int64, the rows of the table that belong to this set
+    place: str  # what error messages call it, such as "'DIR', split 'train'"
+    channels: int = 3  # 1 or 3
+    size: tuple[int, int] = (0, 0)  # (H, W) of every image
     resize: bool = False
+    """Scale the shorter side and crop the middle, to `size`; otherwise an image of another size is an error."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -54,63 +44,40 @@ class EncodedImages:
         return (len(self.index), self.channels, *self.size)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
+        def decode(image: Image.Image) -> np.ndarray:
+            image = image.convert("L" if self.channels == 1 else "RGB")
+            return _fitted(image, self.size) if self.resize else np.array(image)
+
         out = torch.empty(len(indices), self.channels, *self.size, dtype=torch.uint8)
-        for position, (row, encoded) in enumerate(self._rows(indices)):
-            out[position] = self._decode(row, encoded)
+        for position, (row, pixels) in enumerate(self.read(indices, decode)):
+            self._check_size(row, (pixels.shape[0], pixels.shape[1]))
+            out[position] = torch.from_numpy(pixels).view(*self.size, self.channels).permute(2, 0, 1)
         return out
-
-    def take(self, indices: Tensor) -> EncodedImages:
-        """Those images only, still encoded."""
-        return replace(self, index=self.index[indices])
-
-    def all_grey(self) -> bool:
-        """Whether every image has one channel (reads headers only, up to the first coloured one)."""
-        return all(mode in _GREY_MODES for _, mode, _ in self._headers(torch.arange(len(self.index))))
-
-    def first_size(self) -> tuple[int, int]:
-        """(H, W) of the first image."""
-        return next(self._headers(torch.tensor([0])))[2]
 
     def check_sizes(self, most: int) -> None:
         """Raise a `DataError` if any of `most` images spread over the set is not of the size of the set."""
         some = torch.linspace(0, len(self.index) - 1, min(most, len(self.index))).long()
-        for row, _, size in self._headers(some):
+        for row, size in self.read(some, _size):
             self._check_size(row, size)
 
-    def _rows(self, indices: Tensor) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        """(row number, {"bytes", "path"}) of each of these images."""
+    def read(self, indices: Tensor, use: Callable[[Image.Image], T]) -> Iterator[tuple[int, T]]:
+        """The row of each of these images, and what `use` makes of it.
+
+        The image is upright as its EXIF says, and decoded only if `use` looks at the pixels. Whatever fails becomes
+        a `DataError`.
+        """
         arrow = self.table.with_format("arrow")
         for chunk in self.index[indices].split(_CHUNK):
             rows: list[int] = chunk.tolist()
-            yield from zip(rows, arrow[rows][self.column].to_pylist(), strict=True)
+            for row, encoded in zip(rows, arrow[rows][self.column].to_pylist(), strict=True):
+                yield row, self._read(row, encoded or {}, use)
 
-    def _headers(self, indices: Tensor) -> Iterator[tuple[int, str, tuple[int, int]]]:
-        """(row number, mode, (H, W)) of each of these images; their pixels are not decoded."""
-        for row, encoded in self._rows(indices):
-            yield self._read(row, encoded, lambda image, row=row: (row, image.mode, (image.height, image.width)))
-
-    def _decode(self, row: int, encoded: dict[str, Any] | None) -> Tensor:
-        """One image as (C, H, W) uint8."""
-        mode, (height, width) = "L" if self.channels == 1 else "RGB", self.size
-
-        def pixels_of(image: Image.Image) -> tuple[tuple[int, int], bytearray]:
-            if image.mode != mode:
-                image = image.convert(mode)
-            if self.resize and image.size != (width, height):
-                image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-            return (image.height, image.width), bytearray(image.tobytes())
-
-        found, pixels = self._read(row, encoded, pixels_of)
-        self._check_size(row, found)
-        return torch.frombuffer(pixels, dtype=torch.uint8).view(height, width, self.channels).permute(2, 0, 1)
-
-    def _read(self, row: int, encoded: dict[str, Any] | None, use: Callable[[Image.Image], T]) -> T:
-        """What `use` makes of one image, upright as its EXIF says; whatever fails becomes a `DataError`."""
-        data, path = (encoded or {}).get("bytes"), (encoded or {}).get("path")
-        if data is None and path is None:
+    def _read(self, row: int, encoded: dict[str, Any], use: Callable[[Image.Image], T]) -> T:
+        data, path = encoded.get("bytes"), encoded.get("path")
+        if data is None and not path:
             raise DataError(f"{self.place}: row {row} has no image; remove the row")
         try:
-            image = Image.open(io.BytesIO(Path(path).read_bytes() if data is None else data))  # pyright: ignore[reportArgumentType]
+            image = Image.open(io.BytesIO(Path(path or "").read_bytes() if data is None else data))
             if not image.mode.startswith(("I", "F")):
                 return use(ImageOps.exif_transpose(image) if image.info.get("exif") else image)
         except Exception as error:  # of any kind: OSError, SyntaxError, ValueError, struct.error, …
@@ -131,6 +98,15 @@ class EncodedImages:
             )
 
 
+def _size(image: Image.Image) -> tuple[int, int]:
+    return image.height, image.width
+
+
+def _fitted(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """The image scaled to the shorter side of (H, W), its middle cropped."""
+    return np.array(ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR))
+
+
 class ImageSet(Dataset[tuple[Tensor, Tensor]]):
     """Images and their labels; item i is ((C, H, W) uint8, () int64).
 
@@ -144,10 +120,6 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def __repr__(self) -> str:
-        n, c, h, w = self.images.shape
-        return f"ImageSet({n} images {c}×{h}×{w}, {'in memory' if self.in_memory else 'decoded when read'})"
 
     @property
     def in_memory(self) -> bool:
@@ -168,9 +140,10 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         return list(zip(*self.batch(indices), strict=True))
 
     def subset(self, indices: Tensor) -> ImageSet:
-        """The set of these items only (int64 indices)."""
-        images = self.images[indices] if isinstance(self.images, Tensor) else self.images.take(indices)
-        return ImageSet(images, self.labels[indices])
+        """The set of these items only (int64 indices), encoded images still so."""
+        if isinstance(self.images, Tensor):
+            return ImageSet(self.images[indices], self.labels[indices])
+        return ImageSet(replace(self.images, index=self.images.index[indices]), self.labels[indices])
 
 
 def settle(sets: Sequence[ImageSet], image_size: int | None, memory_budget: int) -> list[ImageSet]:
@@ -185,8 +158,10 @@ def settle(sets: Sequence[ImageSet], image_size: int | None, memory_budget: int)
     encoded = [s.images for s in sets if isinstance(s.images, EncodedImages)]
     if not encoded:
         return [ImageSet(_resized(s.images, image_size), s.labels) for s in sets if isinstance(s.images, Tensor)]
-    channels = 1 if all(images.all_grey() for images in encoded) else 3
-    size = (image_size, image_size) if image_size else encoded[0].first_size()
+    modes = (mode for images in encoded for _, mode in images.read(torch.arange(len(images.index)), lambda i: i.mode))
+    channels = 1 if all(mode in ("1", "L", "LA", "La") for mode in modes) else 3
+    _, first_size = next(encoded[0].read(torch.tensor([0]), _size))
+    size = (image_size, image_size) if image_size else first_size
     fits = sum(map(len, sets)) * channels * size[0] * size[1] <= memory_budget
     settled = []
     for images, labels in zip(encoded, (s.labels for s in sets), strict=True):
@@ -199,11 +174,7 @@ def settle(sets: Sequence[ImageSet], image_size: int | None, memory_budget: int)
 
 def _resized(images: Tensor, image_size: int | None) -> Tensor:
     """In-memory images brought to a square of `image_size`, by the same rule as files."""
-    if image_size is None or images.shape[-2:] == (image_size, image_size):
+    if image_size is None:
         return images
-    out = images.new_empty(*images.shape[:2], image_size, image_size)
-    for i, c in itertools.product(range(images.shape[0]), range(images.shape[1])):
-        plane = Image.fromarray(images[i, c].numpy())
-        plane = ImageOps.fit(plane, (image_size, image_size), Image.Resampling.BILINEAR)
-        out[i, c] = torch.frombuffer(bytearray(plane.tobytes()), dtype=torch.uint8).view(image_size, image_size)
-    return out
+    planes = [_fitted(Image.fromarray(plane), (image_size, image_size)) for plane in images.flatten(0, 1).numpy()]
+    return torch.from_numpy(np.stack(planes)).unflatten(0, images.shape[:2])

@@ -28,21 +28,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageData:
-    """Labelled images for training, for choosing between results of training, and for the final test.
+    """Labelled images for training, for choosing between results of training, and for the final test."""
 
-    Attributes:
-        name: where they come from, in a word.
-        train, validation, test: disjoint sets of images.
-        classes: the names of the classes, by label.
-        notes: what was decided in loading that a reader of results should know.
-    """
-
-    name: str
+    name: str  # where they come from, in a word
     train: ImageSet
     validation: ImageSet
     test: ImageSet
-    classes: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    classes: tuple[str, ...]  # their names, by label
+    notes: tuple[str, ...] = ()  # what was decided in loading that a reader of results should know
 
     @property
     def in_channels(self) -> int:
@@ -56,7 +49,6 @@ class ImageData:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
         return len(self.classes)
 
     @property

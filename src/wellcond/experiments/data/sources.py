@@ -31,12 +31,7 @@ _HUB_TIMEOUT = 10.0  # seconds for the first answer of the hub
 
 
 def open_source(source: Any) -> Source:
-    """The splits of whatever `load_images` accepts. Images in files are not decoded yet.
-
-    Raises:
-        DataError: see `load_images`.
-        TypeError: `source` is of no kind that is understood.
-    """
+    """The splits of whatever `load_images` accepts. Images in files are not decoded yet."""
     if isinstance(source, os.PathLike):
         return _from_path(Path(source))
     if isinstance(source, tuple) and len(source) == 2:
@@ -94,17 +89,15 @@ def from_hub(hub_name: str, name: str) -> Source:
         from huggingface_hub.utils import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     repository, _, configuration = hub_name.partition(":")
-    reachable, trouble, nearby = True, "", _nearby(Path(name))
+    reachable, trouble = True, ""
     try:  # one short question first: unreachable, `datasets` would retry for half a minute
         HfApi().dataset_info(repository, timeout=_HUB_TIMEOUT)
     except GatedRepoError as error:
         raise DataError(f"data set '{name}' is gated on the hub: accept its terms there and log in") from error
     except RepositoryNotFoundError as error:
-        raise DataError(f"no data set '{name}' on the hub{nearby} ({EXPECTED})") from error
-    except HfHubHTTPError as error:
-        trouble = str(error)
-    except Exception as error:  # whatever the HTTP client of the installed version raises
-        reachable, trouble = False, f"{type(error).__name__}: {error}"
+        raise DataError(f"no data set '{name}' on the hub{_nearby(Path(name))} ({EXPECTED})") from error
+    except Exception as error:  # where there is no network, whatever the HTTP client of the installed version raises
+        reachable, trouble = isinstance(error, HfHubHTTPError), f"{type(error).__name__}: {error}"
     offline = config.HF_HUB_OFFLINE
     try:
         config.HF_HUB_OFFLINE = offline or not reachable  # then only what was downloaded before
@@ -112,8 +105,8 @@ def from_hub(hub_name: str, name: str) -> Source:
     except Exception as error:
         if not reachable:
             raise DataError(
-                f"data set '{name}' is not on this machine and the hub cannot be reached ({trouble}){nearby}; "
-                f"download it where there is a network, or give a path ({EXPECTED})"
+                f"data set '{name}' is not on this machine and the hub cannot be reached ({trouble})"
+                f"{_nearby(Path(name))}; download it where there is a network, or give a path ({EXPECTED})"
             ) from error
         hint = " (a configuration is chosen by OWNER/NAME:CONFIGURATION)" if "onfig" in str(error) else ""
         raise DataError(f"data set '{name}' cannot be loaded from the hub: {trouble} {error}{hint}") from error
@@ -190,9 +183,10 @@ def _image_folder(path: Path) -> dict[str, datasets.Dataset]:
             if file.suffix.lower() in IMAGE_SUFFIXES
         ]
         if not found:
+            inside = listed(sorted(p.name for p in root.iterdir())) or "nothing"
             raise DataError(
                 f"'{root}' has neither parquet files (train-*.parquet, test-*.parquet) nor images in one folder "
-                f"a class (train/CLASS/*.png, test/CLASS/*.png); it holds: {_listing(root)}"
+                f"a class (train/CLASS/*.png, test/CLASS/*.png); it holds: {inside}"
             )
         images, labels = zip(*found, strict=True)
         tables[split] = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
@@ -203,8 +197,3 @@ def _subfolders(path: Path) -> list[Path]:
     if not path.is_dir():
         raise DataError(f"'{path}' is neither a folder nor a parquet file")
     return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
-
-
-def _listing(path: Path) -> str:
-    names = sorted(p.name for p in path.iterdir())
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if names else "nothing"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,12 @@ from wellcond.experiments.errors import DataError
 if TYPE_CHECKING:
     import datasets
 
-IMAGE_COLUMNS = ("image", "img", "images")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
+COLUMNS = {
+    "image": ("image", "img", "images"),
+    "label": ("label", "labels", "fine_label", "target", "class"),
+}
+"""The names under which a column of undescribed images or labels is looked for, the likeliest first."""
+
 _SPLITS = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval"), "validation"
 )
@@ -56,8 +60,8 @@ def from_tables(place: str, tables: Mapping[Any, Any], name: str) -> Source:
         if not len(table):
             raise DataError(f"{place}, split '{split}' is empty")
     features = splits["train"].features
-    image = _column(place, "image", features, datasets.Image, IMAGE_COLUMNS, _may_be_images)
-    label = _column(place, "label", features, datasets.ClassLabel, LABEL_COLUMNS, _may_be_labels)
+    image = _column(place, "image", features, datasets.Image)
+    label = _column(place, "label", features, datasets.ClassLabel)
     values, notes = _label_values(place, splits, label)
     if isinstance(feature := features[label], datasets.ClassLabel):
         classes = tuple(feature.names)
@@ -109,32 +113,21 @@ def classes_of(values: Mapping[str, np.ndarray]) -> tuple[dict[str, Tensor], tup
     return codes, tuple(str(v) if known.dtype.kind == "U" else f"class {v}" for v in known)
 
 
-def _may_be_images(feature: Any) -> bool:
-    return getattr(feature, "dtype", "") in ("binary", "large_binary") or (
-        isinstance(feature, Mapping) and {"bytes", "path"} <= set(feature)
-    )
+def _may_be(what: str, feature: Any) -> bool:
+    """Whether an undescribed column may hold images (encoded bytes, or those with a path) or labels."""
+    kind = getattr(feature, "dtype", "")
+    if what == "label":
+        return bool(re.match(r"u?int|bool|(large_)?string", kind))
+    return kind in ("binary", "large_binary") or (isinstance(feature, Mapping) and {"bytes", "path"} <= set(feature))
 
 
-def _may_be_labels(feature: Any) -> bool:
-    return bool(re.match(r"u?int|bool|(large_)?string", getattr(feature, "dtype", "")))
-
-
-def _column(
-    place: str,
-    what: str,
-    features: Mapping[str, Any],
-    kind: type,
-    names: Iterable[str],
-    may_be: Callable[[Any], bool],
-) -> str:
+def _column(place: str, what: str, features: Mapping[str, Any], kind: type) -> str:
     """The column of that kind, or without any the one that may be it and is named so; of several the first name."""
+    names = COLUMNS[what]
     found = [name for name, feature in features.items() if isinstance(feature, kind)]
-    found = found or [name for name, feature in features.items() if name in names and may_be(feature)]
-    if len(found) == 1:
-        return found[0]
-    for name in names:
-        if name in found:
-            return name
+    found = found or [name for name, feature in features.items() if name in names and _may_be(what, feature)]
+    if chosen := found if len(found) == 1 else [name for name in names if name in found]:
+        return chosen[0]
     if found:
         raise DataError(f"{place} has several {what} columns, {', '.join(found)}; rename one to '{what}'")
     columns = ", ".join(f"{name} ({getattr(f, 'dtype', type(f).__name__)})" for name, f in features.items())

@@ -5,11 +5,9 @@ The spread over seeds is the sample standard deviation (divisor n − 1), undefi
 
 from __future__ import annotations
 
-import math
 import operator
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +21,36 @@ COMPARISON, RUNS = "comparison", "runs"
 """The kind of folder that holds a comparison, and the folder of its runs."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the comparison: a configuration and one of its observed layers, over seeds.
-
-    κ and ranks are medians over the seeds of each run's median; failures are summed; `seconds_per_step` is
-    the median.
-    """
-
-    label: str
-    layer: str
-    seeds: int
-    test_error_mean: float
-    test_error_std: float
-    test_error_min: float
-    kappa: float
-    kappa_eps: float
-    numerical_rank: float
-    dim: int
-    effective_rank: float
-    failures: int
-    seconds_per_step: float
-
-
 Label = Callable[[RunConfig], str]
 SHORT: Label = operator.attrgetter("label")
 
 
-def summarise(results: Iterable[RunResult], label: Label = SHORT) -> list[Row]:
-    """The table: one row for each configuration (what has one ``label``) and layer, in the order in which they come."""
-    return [row for name, runs in by_label(results, label).items() for row in _rows(name, runs)]
+def summarise(results: Iterable[RunResult], label: Label = SHORT) -> list[Any]:
+    """The table: a named tuple for each configuration (what has one ``label``) and layer, in the order of `results`.
+
+    κ and ranks are medians over the seeds of each run's median.
+    """
+    import pandas as pd
+
+    layers = pd.DataFrame(
+        {"label": label(run.config), "error": run.test_error, "seconds": run.seconds_per_step, **asdict(layer)}
+        for run in results
+        for layer in run.conditions
+    )
+    table = layers.groupby(["label", "layer"], sort=False).agg(
+        seeds=("error", "size"),
+        test_error_mean=("error", "mean"),
+        test_error_std=("error", "std"),
+        test_error_min=("error", "min"),
+        kappa=("kappa", "median"),
+        kappa_eps=("kappa_eps", "median"),
+        numerical_rank=("numerical_rank", "median"),
+        dim=("dim", "first"),
+        effective_rank=("effective_rank", "median"),
+        failures=("failures", "sum"),
+        seconds_per_step=("seconds", "median"),
+    )
+    return list(table.reset_index().itertuples(index=False, name="Row"))
 
 
 def by_label(results: Iterable[RunResult], label: Label = SHORT) -> dict[str, list[RunResult]]:
@@ -61,24 +59,6 @@ def by_label(results: Iterable[RunResult], label: Label = SHORT) -> dict[str, li
     for result in results:
         groups.setdefault(label(result.config), []).append(result)
     return groups
-
-
-def _rows(label: str, runs: Sequence[RunResult]) -> Iterator[Row]:
-    errors = [run.test_error for run in runs]
-    for layers in zip(*(run.conditions for run in runs), strict=True):
-        names = ("kappa", "kappa_eps", "numerical_rank", "effective_rank")
-        yield Row(
-            label=label,
-            layer=layers[0].layer,
-            seeds=len(runs),
-            test_error_mean=statistics.fmean(errors),
-            test_error_std=statistics.stdev(errors) if len(errors) > 1 else math.nan,
-            test_error_min=min(errors),
-            dim=layers[0].dim,
-            failures=sum(layer.failures for layer in layers),
-            seconds_per_step=statistics.median(run.seconds_per_step for run in runs),
-            **{name: statistics.median(getattr(layer, name) for layer in layers) for name in names},
-        )
 
 
 def labels(configs: Sequence[RunConfig]) -> Label:
@@ -99,11 +79,7 @@ def configs_in(comparison: Mapping[str, Any]) -> list[RunConfig]:
 
 
 def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
-    """The results of all finished runs in the folders, each once, and a line for each that is not finished.
-
-    Raises:
-        RunError: a folder without a run, or no finished run at all.
-    """
+    """The results of all finished runs in the folders, each once, and a line for each that is not finished."""
     found = dict.fromkeys(path.resolve() for place in places for path in _runs_in(place))
     results, notes = [], []
     here = Path.cwd()

@@ -6,8 +6,9 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
-from wellcond.experiments.results.summary import Label, Row
+from wellcond.experiments.results.summary import Label
 from wellcond.experiments.results.table import SPACE, Column, Strong, Table, number, percent, rank, short
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.result import RunResult
@@ -42,16 +43,16 @@ def run_table(result: RunResult) -> Table:
     )
 
 
-def comparison_table(rows: Sequence[Row], title: str = "") -> Table:
+def comparison_table(rows: Sequence[Any], title: str = "") -> Table:
     """A line for each configuration, and for each of its observed layers where there are several; the best is bold."""
     best = {name: min(getattr(row, name) for row in rows) for name in ("test_error_mean", "test_error_min", "kappa")}
     groups = [list(layers) for _, layers in itertools.groupby(rows, key=lambda row: row.label)]
     one_layer_each = len(groups) == len(rows)
 
-    def cell(text: str, row: Row, name: str) -> str:
+    def cell(text: str, row: Any, name: str) -> str:
         return Strong(text) if getattr(row, name) == best[name] < math.inf else text
 
-    def measures(row: Row) -> list[str]:
+    def measures(row: Any) -> list[str]:
         return [
             *([short(row.layer)] if one_layer_each else []),
             cell(number(row.kappa), row, "kappa"),
@@ -70,21 +71,14 @@ def comparison_table(rows: Sequence[Row], title: str = "") -> Table:
             cell(f"{percent(first.test_error_mean)}{spread}", first, "test_error_mean"),
             cell(percent(first.test_error_min), first, "test_error_min"),
         ]
-        time = f"{first.seconds_per_step:.4f}"
-        if len(layers) == 1:
-            body.append([*head, *measures(first), time])
-        else:
-            body.append([*head, *[""] * 5, time])
-            body += [[f"{2 * SPACE}{short(row.layer)}", "", "", *measures(row), ""] for row in layers]
+        several = len(layers) > 1
+        body.append([*head, *([""] * 5 if several else measures(first)), f"{first.seconds_per_step:.4f}"])
+        body += [[f"{2 * SPACE}{short(row.layer)}", "", "", *measures(row), ""] for row in layers if several]
+    layer = [Column("layer", text=True, wide=True)] if one_layer_each else []
+    measured = ["κ(P)", "κ(P+εI)", "rank", "eff. rank", "fails", f"s{SPACE}per step"]
     several_seeds = any(row.seeds > 1 for row in rows)
     return Table(
-        [
-            "configuration",
-            f"test error{SPACE}%",
-            "min",
-            *([Column("layer", text=True, wide=True)] if one_layer_each else []),
-            *("κ(P)", "κ(P+εI)", "rank", "eff. rank", "fails", f"s{SPACE}per step"),
-        ],
+        ["configuration", f"test error{SPACE}%", "min", *layer, *measured],
         body,
         caption=("± is the sample standard deviation over the seeds (n − 1). " if several_seeds else "")
         + "κ and ranks: medians over steps, then over seeds, of the layer's batch covariance P. Fails: decompositions "

@@ -25,14 +25,13 @@ LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's way to the disk: whole files or none, and the last good one kept beside the new one."""
+    """Lightning's way to the disk: whole files or none.
+
+    The old `last.ckpt` becomes `previous.ckpt` once the new one is on the disk. Where the disk is full or refuses, a
+    `CheckpointError` says so and what was there remains.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint`; the old `last.ckpt` becomes `previous.ckpt` once the new one is on the disk.
-
-        Raises:
-            CheckpointError: the disk is full or refuses; the checkpoints that were there remain.
-        """
         path = Path(path)
         # Serialised in memory first, so that a full disk is the OSError it is, not an archive half written.
         buffer = io.BytesIO()
@@ -56,11 +55,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds.
-
-    Raises:
-        ValueError: it cannot be read, or is not a training checkpoint; the reason in a line.
-    """
+    """What a checkpoint holds; a `ValueError` says in a line why it cannot be read or is none of a training."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, Mapping) or not {"state_dict", "epoch", "global_step"} <= checkpoint.keys():
@@ -94,23 +89,16 @@ def newest_readable(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
 
 
 class BestAndLast(Checkpoint):
-    """Save at the end of every epoch: `last.ckpt`, and `best.ckpt` when validation accuracy rose.
-
-    Attributes:
-        best_accuracy: the highest validation accuracy so far (a fraction), -1 before the first epoch.
-        best_epoch: the epoch that had it, counted from 0.
-    """
+    """Save at the end of every epoch: `last.ckpt`, and `best.ckpt` when validation accuracy rose."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.best_accuracy, self.best_epoch = -1.0, -1
+        self.best_accuracy, self.best_epoch = -1.0, -1  # a fraction, and counted from 0, once there is one
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to know the best so far."""
         return {"best_accuracy": self.best_accuracy, "best_epoch": self.best_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the best so far."""
         self.best_accuracy, self.best_epoch = state_dict["best_accuracy"], state_dict["best_epoch"]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

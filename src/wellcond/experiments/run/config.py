@@ -89,7 +89,6 @@ class RunConfig:
         return f"{self.label.replace('/', '-')}-seed{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as `config.json` holds them."""
         return asdict(self)
 
     @classmethod

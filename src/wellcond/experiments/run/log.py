@@ -21,19 +21,15 @@ log = logging.getLogger("wellcond")
 
 
 class RunLog(pl.Callback):
-    """A line of `metrics.csv` for every epoch, and the time of every step."""
-
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS
         self.seconds, self.recent = 0.0, deque[float](maxlen=1000)
         self._epoch_began = self._step_began = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Times so far."""
         return {"seconds": self.seconds, "recent": list(self.recent)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
         self.seconds, self.recent = state_dict["seconds"], deque(state_dict["recent"], maxlen=1000)
 
     def seconds_per_step(self) -> float:
@@ -41,15 +37,13 @@ class RunLog(pl.Callback):
         return statistics.median(self.recent)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the epoch's clock."""
         self._epoch_began = time.perf_counter()
 
     def on_train_batch_start(self, *_: Any, **__: Any) -> None:
-        """Start the step's clock."""
         self._step_began = time.perf_counter()
 
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        """Stop it; the loss was read in this step, so that no work of it is still queued on a GPU but the update."""
+        # The loss was read in this step, so that no work of it is still queued on a GPU but the update.
         self.recent.append(time.perf_counter() - self._step_began)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

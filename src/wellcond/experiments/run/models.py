@@ -11,6 +11,7 @@ Decorrelated batch norm takes the place of the batch norm after the first convol
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -62,10 +63,8 @@ class Design(NamedTuple):
     """What tells one residual network from another."""
 
     block: type[BasicBlock] | type[Bottleneck]
-    depths: tuple[int, ...]
-    """Blocks in each stage."""
-    width: int
-    """Channels of the first stage; every further stage doubles them and, with stride 2, halves the image."""
+    depths: tuple[int, ...]  # blocks in each stage
+    width: int  # of the first stage; every further stage doubles it and, with stride 2, halves the image
 
 
 MODELS = {
@@ -73,13 +72,6 @@ MODELS = {
     "resnet18": Design(BasicBlock, (2, 2, 2, 2), 64),
     "resnet50": Design(Bottleneck, (3, 4, 6, 3), 64),
 }
-
-
-class ResNet(nn.Sequential):
-    """A residual network: `conv1`, `norm1`, `relu`, `stage1` …, `pool`, `flatten`, `classifier`.
-
-    A sequence of named parts, so that what comes before a spectral layer is plain to see and to trace.
-    """
 
 
 def build_model(
@@ -93,8 +85,11 @@ def build_model(
     stem_kernel: int = 3,
     groups: int = 1,
     eps: float = 1e-5,
-) -> ResNet:
+) -> nn.Sequential:
     """A residual network for (N, in_channels, H, W) images, returning (N, num_classes) logits.
+
+    A sequence of `conv1`, `norm1`, `relu`, `stage1` …, `pool`, `flatten`, `classifier`, so that what comes before a
+    spectral layer is plain to see and to trace.
 
     Weights of convolutions are drawn from N(0, 2 / fan_out) (He et al., "Delving deep into rectifiers", ICCV
     2015), norms start as the identity, the classifier as `torch.nn.Linear` does; all from torch's global generator.
@@ -131,10 +126,11 @@ def build_model(
             raise ValueError(f"{what} must be at least 1, got {value}")
     if stem_kernel < 1 or stem_kernel % 2 == 0:
         raise ValueError(f"stem_kernel must be odd and positive, got {stem_kernel}")
-    model = ResNet()
-    model.add_module("conv1", _conv(in_channels, width, stem_kernel, 1))
-    model.add_module("norm1", NORMS[norm].build(width, groups, eps))
-    model.add_module("relu", nn.ReLU())
+    parts: dict[str, nn.Module] = {
+        "conv1": _conv(in_channels, width, stem_kernel, 1),
+        "norm1": NORMS[norm].build(width, groups, eps),
+        "relu": nn.ReLU(),
+    }
     channels = width
     for stage, depth in enumerate(design.depths):
         halve = stage > 0 and not (HEADS[head].spectral and stage == len(design.depths) - 1)
@@ -142,11 +138,10 @@ def build_model(
         for i in range(depth):
             blocks.append(design.block(channels, width << stage, stride=2 if halve and i == 0 else 1))
             channels = (width << stage) * design.block.expansion
-        model.add_module(f"stage{stage + 1}", blocks)
+        parts[f"stage{stage + 1}"] = blocks
     pool, features = HEADS[head].build(channels)
-    model.add_module("pool", pool)
-    model.add_module("flatten", nn.Flatten())
-    model.add_module("classifier", nn.Linear(features, num_classes))
+    parts |= {"pool": pool, "flatten": nn.Flatten(), "classifier": nn.Linear(features, num_classes)}
+    model = nn.Sequential(OrderedDict(parts))
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

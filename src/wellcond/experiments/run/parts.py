@@ -7,8 +7,7 @@ by what builds a part, so that ``wellcond --help`` is quick.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from wellcond._shared.names import require_known
 from wellcond.experiments.errors import ConfigError
@@ -20,16 +19,14 @@ GCP_CHANNELS = 256
 """Channels of which covariance heads take the covariance, after Li et al. (iSQRT-COV, CVPR 2018)."""
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """A norm after the first convolution: ``build(channels, groups, eps)``, and whether it is a spectral layer."""
 
     build: Callable[[int, int, float], nn.Module]
     spectral: bool = True
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """A pooling before the classifier: ``build(channels)`` gives it and the number of its features.
 
     Spectral heads get the last stage at the size of the one before, as in that literature, for more positions.
@@ -75,11 +72,7 @@ HEADS = {"avg": Head(_avg, spectral=False), "gcp": Head(_gcp)}
 
 
 def is_treatable(norm: str, head: str) -> bool:
-    """Whether a network of these parts has a spectral layer, before which a treatment acts.
-
-    Raises:
-        ConfigError: an unknown norm or head.
-    """
+    """Whether a network of these parts has a spectral layer, before which a treatment acts."""
     require_known(norm, NORMS, "norm", error=ConfigError)
     require_known(head, HEADS, "head", error=ConfigError)
     return NORMS[norm].spectral or HEADS[head].spectral

@@ -72,9 +72,7 @@ def interruptible() -> Iterator[None]:
 def spawn(work: Callable[..., None], count: int, *arguments: Any) -> None:
     """Call `work(*arguments)` in `count` new processes of one process group; return when all have finished.
 
-    Raises:
-        RunError: what the first process to fail had to say, if it was a `RunError` or a `ValueError`.
-        KeyboardInterrupt: Ctrl-C, when all have ended.
+    What the first process to fail had to say becomes a `RunError`; Ctrl-C comes out when all have ended.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -114,16 +112,9 @@ def _end(processes: Any) -> None:
 def _in_process(
     rank: int, count: int, port: int, failures: Any, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
-    """What one process does."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        NODE_RANK="0",
-        WORLD_SIZE=str(count),
-        LOCAL_WORLD_SIZE=str(count),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
+    os.environ |= {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         work(*arguments)
     except (RunError, ValueError, OSError) as error:

@@ -21,54 +21,38 @@ RESULT, CONDITION, METRICS = "result.json", "condition.csv", "metrics.csv"
 
 @dataclass(frozen=True)
 class LayerCondition:
-    """The conditioning of one layer's input covariance over one run; medians are over the recorded steps.
-
-    Attributes:
-        layer: its name in the model.
-        kappa: median κ(P), without ε.
-        kappa_eps: median κ(P + εI), what the solver sees.
-        numerical_rank, dim: median numerical rank of P and its size.
-        effective_rank: median (tr P)² / tr P².
-        failures: decompositions that failed at first, over the whole run.
-        records: how many measurements the medians are over.
-    """
+    """The conditioning of one layer's input covariance over one run; medians are over the recorded steps."""
 
     layer: str
-    kappa: float
-    kappa_eps: float
+    kappa: float  # κ(P), without ε
+    kappa_eps: float  # κ(P + εI), what the solver sees
     numerical_rank: float
     dim: int
-    effective_rank: float
-    failures: int
-    records: int
+    effective_rank: float  # (tr P)² / tr P²
+    failures: int  # decompositions that failed at first, over the whole run
+    records: int  # how many measurements the medians are over
+
+    @classmethod
+    def of(cls, layer: str, found: Mapping[str, float]) -> LayerCondition:
+        """From the statistics of a monitor."""
+        kinds: dict[str, Any] = {field.name: int if field.type == "int" else float for field in fields(cls)[1:]}
+        return cls(layer, **{name: kind(found[name]) for name, kind in kinds.items()})
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run.
-
-    Attributes:
-        config: what was run.
-        folder: where.
-        test_error, test_accuracy, test_loss: on the test images, seen once, with the last epoch's weights.
-        best_val_accuracy, best_epoch: of `best.ckpt`, on the validation images; epochs count from 0.
-        steps: optimizer steps in all.
-        seconds: training time, summed over the sessions of a resumed run.
-        seconds_per_step: median over steps (of which only every `monitor_every`-th measures κ).
-        conditions: one entry for each observed layer.
-        environment: versions and machine.
-    """
+    """One finished run: the test images are seen once, with the last epoch's weights; epochs count from 0."""
 
     config: RunConfig
     folder: str
     test_error: float
     test_accuracy: float
     test_loss: float
-    best_val_accuracy: float
+    best_val_accuracy: float  # on the validation images, of `best.ckpt`
     best_epoch: int
     steps: int
-    seconds: float
-    seconds_per_step: float
+    seconds: float  # of training, summed over the sessions of a resumed run
+    seconds_per_step: float  # median; of the steps only every `monitor_every`-th measures κ
     conditions: tuple[LayerCondition, ...]
     environment: dict[str, str]
 
@@ -80,11 +64,7 @@ class RunResult:
 
 
 def load_result(folder: Path) -> RunResult | None:
-    """The result of a finished run, or None if it has not finished.
-
-    Raises:
-        RunError: `result.json` is there and is not a run's.
-    """
+    """The result of a finished run, or None if it has not finished; a `RunError` where `result.json` is damaged."""
     path = folder / RESULT
     if not path.exists():
         return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -51,15 +50,8 @@ with needs_train_extra():
 KIND = "run"
 CHECKPOINTS = "checkpoints"
 MADE = (
-    folders.CONFIG,
-    METRICS,
-    CONDITION,
-    RESULT,
-    "events.out.tfevents.*",
-    "hparams.yaml",
-    f"{CHECKPOINTS}/*.ckpt",
-    ".*.part",
-    f"{CHECKPOINTS}/.*.part",
+    *(folders.CONFIG, METRICS, CONDITION, RESULT, "events.out.tfevents.*", "hparams.yaml", ".*.part"),
+    *(f"{CHECKPOINTS}/*.ckpt", f"{CHECKPOINTS}/.*.part"),
 )
 
 Start = tuple[Path | None, int]
@@ -78,14 +70,13 @@ def run(
     data: ImageData | None = None,
     progress: bool = False,
 ) -> RunResult:
-    """Train `config` to the end and test it; with `resume`, go on, or do nothing if it is finished.
+    """Train `config` to the end in `folder`, and test it.
 
     Args:
-        config: what to run.
-        folder: where; made if it is not there.
-        resume: continue the run that `folder` holds, from the end of its last finished epoch.
+        resume: continue the run that `folder` holds, from the end of its last finished epoch; a finished one is only
+            read back.
         overwrite: delete the run that `folder` holds (its own files only) and start afresh.
-        data: the images, if they are loaded already; else loaded as `config` says.
+        data: the images, if they are loaded already.
         progress: show a progress bar.
 
     Raises:
@@ -206,16 +197,9 @@ def _train(
         steps=trainer.global_step,
         seconds=run_log.seconds,
         seconds_per_step=run_log.seconds_per_step(),
-        conditions=tuple(_condition(name, found) for name, found in monitor.monitor.statistics().items()),
+        conditions=tuple(LayerCondition.of(name, found) for name, found in monitor.monitor.statistics().items()),
         environment={**versions(), "lightning": lightning.__version__, "device": str(device)},
     )
     if trainer.is_global_zero:
         result.save()
     return result
-
-
-def _condition(layer: str, found: Mapping[str, float]) -> LayerCondition:
-    """From a layer of the monitor's summary."""
-    names = ("kappa", "kappa_eps", "numerical_rank", "effective_rank")
-    counts = {name: int(found[name]) for name in ("dim", "failures", "records")}
-    return LayerCondition(layer, **{name: float(found[name]) for name in names}, **counts)

@@ -72,7 +72,6 @@ class Classifier(pl.LightningModule):
         torch.manual_seed(mixed_seed(self.config.seed, self.current_epoch, self.global_rank))
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
-        """Cross-entropy of a batch, plus the orthogonality loss where that treatment is on."""
         images, labels = batch
         try:
             logits = self.model(images)
@@ -106,14 +105,12 @@ class Classifier(pl.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the treatments' state and the solver events to what Lightning saves."""
         checkpoint["treatment"] = self.treatment.state_dict() if self.treatment is not None else None
         checkpoint["solver_events"] = {
             name: asdict(layer.solver_events) for name, layer in spectral_layers(self.model).items()
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them up again."""
         if self.treatment is not None:
             self.treatment.load_state_dict(checkpoint["treatment"])
         for name, layer in spectral_layers(self.model).items():

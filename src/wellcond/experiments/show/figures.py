@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import itertools
 import math
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wellcond.experiments.files import read_csv, write_atomically
+from wellcond.experiments.files import write_atomically
 from wellcond.experiments.run.result import CONDITION, METRICS, RunResult
 
 # Okabe & Ito (2008), distinguishable with any colour vision; the line styles say the same without colour.
@@ -26,25 +25,28 @@ def curve(runs: Sequence[RunResult], column: str) -> Curve:
     Infinite values stay infinite: matplotlib leaves a gap there.
     """
     layer = runs[0].conditions[0].layer
-    tables = [read_csv(Path(run.folder) / CONDITION) for run in runs]
-    return _over_seeds(
-        {int(row["step"]): float(row[column]) for row in table if row["layer"] == layer} for table in tables
-    )
+    return _over_seeds([table[table.layer == layer] for table in _tables(runs, CONDITION)], "step", column)
 
 
-def _over_seeds(runs: Iterable[Mapping[int, float]]) -> Curve:
-    series = list(runs)
-    steps = sorted(set.intersection(*(set(one) for one in series)))
-    values = [[one[step] for one in series] for step in steps]
-    return steps, [statistics.median(v) for v in values], [min(v) for v in values], [max(v) for v in values]
+def _tables(runs: Sequence[RunResult], name: str) -> list[Any]:
+    """A file of every run as a data frame."""
+    import pandas as pd
+
+    return [pd.read_csv(Path(run.folder) / name, float_precision="round_trip") for run in runs]
+
+
+def _over_seeds(tables: Sequence[Any], x: str, y: str) -> Curve:
+    import pandas as pd
+
+    found: Any = pd.concat([table.set_index(x)[y] for table in tables], axis=1, join="inner")
+    middle, low, high = found.median(axis=1), found.min(axis=1), found.max(axis=1)
+    return found.index.tolist(), middle.tolist(), low.tolist(), high.tolist()
 
 
 def condition_figure(runs: Mapping[str, Sequence[RunResult]], title: str) -> Any:
     """κ(P) and κ(P + εI) of the first observed layer over the steps, side by side, as a matplotlib figure.
 
-    Args:
-        runs: for each label its runs, one for each seed.
-        title: above the figure.
+    `runs` has for each label its runs, one for each seed.
     """
     figure, axes = _side_by_side(title, "training step", sharey=True)
     headings = {"kappa": "without ε:  κ(P)", "kappa_eps": "with ε:  κ(P + εI), what the solver sees"}
@@ -61,23 +63,15 @@ def condition_figure(runs: Mapping[str, Sequence[RunResult]], title: str) -> Any
 
 
 def learning_figure(runs: Mapping[str, Sequence[RunResult]], title: str) -> Any:
-    """Training loss and validation error (percent) over the epochs, side by side, as a matplotlib figure.
-
-    Args:
-        runs: for each label its runs, one for each seed.
-        title: above the figure.
-    """
+    """Training loss and validation error (percent) over the epochs, side by side, as a matplotlib figure."""
     figure, axes = _side_by_side(title, "epoch")
-    headings = {"train_loss": ("training loss", 1), "val_error": ("validation error, %", 100)}
-    for axis, (column, (heading, unit)) in zip(axes, headings.items(), strict=True):
-        curves = {
-            label: _over_seeds(
-                {int(row["epoch"]) + 1: unit * float(row[column]) for row in read_csv(Path(run.folder) / METRICS)}
-                for run in results
-            )
-            for label, results in runs.items()
-        }
-        _draw(axis, curves, heading)
+    tables = {
+        label: [t.assign(epoch=t.epoch + 1, val_error=100 * t.val_error) for t in _tables(results, METRICS)]
+        for label, results in runs.items()
+    }
+    headings = {"train_loss": "training loss", "val_error": "validation error, %"}
+    for axis, (column, heading) in zip(axes, headings.items(), strict=True):
+        _draw(axis, {label: _over_seeds(found, "epoch", column) for label, found in tables.items()}, heading)
         axis.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
