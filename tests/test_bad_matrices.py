@@ -8,29 +8,14 @@ import pytest
 import torch
 
 import wellcond.linalg as wl
+from function_table import OF_FEATURES, OF_MATRICES, PLAIN
 from helpers import eps_of, with_spectrum
 
-ON_MATRICES = {
-    "sqrtm": wl.sqrtm,
-    "invsqrtm": wl.invsqrtm,
-    "sqrtm_invsqrtm": wl.sqrtm_invsqrtm,
-    "powm": partial(wl.powm, exponent=0.5),
-    "logm": wl.logm,
-    "expm": wl.expm,
-    "lyapunov": lambda Q: wl.lyapunov(Q, torch.zeros_like(Q) if isinstance(Q, torch.Tensor) else Q),
-}
-ON_FEATURES = {
-    "covariance": wl.covariance,
-    "covariance_sqrtm": wl.covariance_sqrtm,
-    "covariance_logm": partial(wl.covariance_logm, eps=0.1),
-    "covariance_powm": partial(wl.covariance_powm, exponent=0.5),
-    "whiten": wl.whiten,
-    "whiten from the factor": partial(wl.whiten, via="factor"),
-    "cholesky from the factor": partial(wl.whiten, via="factor", method="cholesky"),
-    "polar": wl.polar,
-    "polar by products": partial(wl.polar, solver="minimax"),
-}
-EVERYTHING = {**ON_MATRICES, **ON_FEATURES}
+# The status forms report instead of raising.
+ON_MATRICES = {name: f for name, f in OF_MATRICES.items() if not name.endswith("_ex")}
+ON_MATRICES["lyapunov"] = lambda Q: wl.lyapunov(Q, Q)
+ON_FEATURES = {name: f for name, f in OF_FEATURES.items() if name in PLAIN or name.endswith("-factor")}
+EVERYTHING = {**ON_MATRICES, **ON_FEATURES, "polar-minimax": partial(wl.polar, solver="minimax")}
 
 
 def each(functions):

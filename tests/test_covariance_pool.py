@@ -281,15 +281,13 @@ def test_spectral_layer_gives_the_same_from_features_and_from_their_covariance(f
     torch.testing.assert_close(from_features, from_covariance)
 
 
-def test_a_head_of_matrix_products_compiles_whole():
-    torch._dynamo.reset()
+def test_a_head_of_matrix_products_compiles_whole(fresh_compiler):
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
     pool = GlobalCovariancePool2d(4, solver=NewtonSchulz(5, tolerance=None), isometric=True)
     compiled = torch.compile(pool, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), pool(x))
     gradients = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, pool)]
     torch.testing.assert_close(*gradients)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("function", ["sqrt", "invsqrt"])
