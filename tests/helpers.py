@@ -13,7 +13,16 @@ import mpmath
 import torch
 from torch import Tensor
 
+from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
+
 DIGITS = 50
+# Decorrelated batch norm by the number of dimensions of its input.
+NORMS = {
+    2: DecorrelatedBatchNorm1d,
+    3: DecorrelatedBatchNorm1d,
+    4: DecorrelatedBatchNorm2d,
+    5: DecorrelatedBatchNorm3d,
+}
 
 
 def eps_of(dtype: torch.dtype) -> float:

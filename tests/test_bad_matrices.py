@@ -155,12 +155,10 @@ def test_what_is_not_a_solver_is_refused(solver):
         wl.covariance_sqrtm(torch.ones(3, 2), solver=solver)
 
 
-def test_an_unknown_solver_of_the_factor_form_and_of_polar():
+def test_an_unknown_solver_of_the_factor_form():
     for shape in ((5, 3), (3, 9)):
         with pytest.raises(ValueError, match=r"unknown solver 'eihg'.*eigh"):
             wl.covariance_sqrtm(torch.randn(shape), solver="eihg")
-    with pytest.raises(ValueError, match=r"unknown solver 'qr' for polar"):
-        wl.polar(torch.eye(2), solver="qr")
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, "5"])
@@ -178,10 +176,11 @@ def test_epsilon_must_be_a_number_that_is_not_negative(f, eps):
         f(torch.eye(2), eps=eps)
 
 
+@pytest.mark.parametrize("f", [wl.powm, wl.covariance_powm])
 @pytest.mark.parametrize("exponent", [float("nan"), float("inf"), float("-inf")])
-def test_exponents_must_be_finite(exponent):
+def test_exponents_must_be_finite(f, exponent):
     with pytest.raises(ValueError, match=rf"exponent.*{exponent}"):
-        wl.powm(torch.eye(2), exponent)
+        f(torch.eye(2), exponent)
 
 
 @pytest.mark.parametrize("f", [wl.covariance, wl.covariance_sqrtm, partial(wl.whiten, eps=1.0)])

@@ -16,6 +16,7 @@ from torch import Tensor
 import wellcond.linalg as wl
 from helpers import with_spectrum
 from wellcond.bench.gauges import saved_bytes
+from wellcond.bench.references import root_by_isqrt
 
 D, BATCH = 16, 3
 
@@ -34,6 +35,12 @@ def test_roots_keep_at_most_three_matrices(function, solver, dtype):
     P = with_spectrum([1.0 + i for i in range(D)], dtype, (BATCH,)).requires_grad_()
     limit = 4 if solver == "svd" and function is wl.sqrtm_invsqrtm else 3
     assert 1 <= saved(partial(function, solver=solver), P) <= limit + 2 / D
+
+
+def test_the_iteration_keeps_ten():
+    """iSQRT-COV by autograd: three a step and more."""
+    P = with_spectrum([1.0 + i for i in range(D)], torch.float32, (BATCH,)).requires_grad_()
+    assert saved(lambda P: root_by_isqrt(P, 0.5), P) >= 10
 
 
 @pytest.mark.parametrize("n", [4, 15, 64])

@@ -113,14 +113,6 @@ def test_orthonormality_does_not_depend_on_the_condition_number(kappa, dtype):
     assert relative_error(W, wl.polar(G.double())) < 10 * kappa * eps_of(dtype)
 
 
-def test_convolution_weights_batch_like_a_loop():
-    G = torch.randn(2, 3, 8, 5, dtype=torch.float64)
-    W = wl.polar(G)
-    for i in range(2):
-        for j in range(3):
-            assert relative_error(W[i, j], wl.polar(G[i, j])) < 1e-14
-
-
 @pytest.mark.skipif(not hasattr(torch.linalg, "polar"), reason="torch.linalg.polar is new in torch 2.14")
 def test_it_equals_torch():
     G = torch.randn(6, 4, dtype=torch.float64)
