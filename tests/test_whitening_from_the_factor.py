@@ -1,13 +1,13 @@
-"""Whitening that decomposes the features and not their covariance: it sees κ(P) up to 1/eps² instead of 1/eps.
-
-Its derivatives meet finite differences in ``test_derivatives.py``.
-"""
+"""Whitening that decomposes the features and not their covariance: it sees κ(P) up to 1/eps² instead of 1/eps."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import mpmath
 import pytest
 import torch
+from torch.autograd import gradcheck
 
 import wellcond.linalg as wl
 from helpers import eps_of, features_with, geometric, relative_error
@@ -81,6 +81,12 @@ def test_the_gradient_keeps_what_the_value_has(kappa):
     assert relative_error(gradient(X, G, via="factor"), truth) < 10 * eps_of(torch.float32) * kappa**0.5
     # And in double precision, where κ = 1e8 is no trouble for the covariance, the two ways agree.
     assert relative_error(gradient(X.double(), G.double(), via="covariance"), truth) < 1e-14 * kappa
+
+
+@METHODS
+def test_undefined_and_batched_gradients_where_samples_are_few(method):
+    X = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(partial(wl.whiten, method=method, eps=0.2, via="factor"), X, check_batched_grad=True)
 
 
 def test_whitening_on_the_range_alone():
