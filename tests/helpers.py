@@ -13,8 +13,16 @@ import mpmath
 import torch
 from torch import Tensor
 
-REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
+
 DIGITS = 50
+# Decorrelated batch norm by the number of dimensions of its input.
+NORMS = {
+    2: DecorrelatedBatchNorm1d,
+    3: DecorrelatedBatchNorm1d,
+    4: DecorrelatedBatchNorm2d,
+    5: DecorrelatedBatchNorm3d,
+}
 
 
 def eps_of(dtype: torch.dtype) -> float:
@@ -44,6 +52,12 @@ def with_spectrum(eigvals: Sequence[float], dtype: torch.dtype = torch.float64, 
     return hermitian_part(P.reshape(*batch, len(values), len(values)).to(dtype))
 
 
+def with_singular_values(m: int, n: int, sigma: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
+    """A matrix (m, n) of these min(m, n) singular values, or of the rank that they suffice for."""
+    values, r = torch.tensor(sigma, dtype=dtype), len(sigma)
+    return (unitary(m, r, dtype) * values) @ unitary(n, r, dtype).mH
+
+
 def geometric(d: int, kappa: float) -> list[float]:
     """d eigenvalues falling evenly from 1 to 1/κ on a logarithmic axis."""
     return [kappa ** (-i / max(d - 1, 1)) for i in range(d)]
@@ -62,9 +76,28 @@ def features_with(eigvals: Sequence[float], samples: int, dtype: torch.dtype = t
     return ((U * (values[values != 0] * samples).sqrt()) @ rows).to(dtype)
 
 
+def images_with(eigvals: Sequence[float], shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
+    """A batch (N, C, *spatial) of zero mean whose C channels have a covariance of these eigenvalues."""
+    X = features_with(eigvals, torch.Size(shape).numel() // shape[1], dtype)
+    return X.view(shape[1], shape[0], *shape[2:]).transpose(0, 1).contiguous()
+
+
 def channels_first(y: Tensor) -> Tensor:
     """(C, N·L) of (N, C, *spatial)."""
     return y.transpose(0, 1).flatten(1)
+
+
+def as_tuple(out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def inverse_root_by_iteration(P: Tensor, steps: int = 40) -> Tensor:
+    """P^(-1/2) by Denman and Beavers (1976): neither it nor its derivative divides by differences of eigenvalues."""
+    size = P.diagonal().sum().detach()
+    Y, Z = P / size, torch.eye(len(P), dtype=P.dtype)
+    for _ in range(steps):
+        Y, Z = (Y + torch.linalg.inv(Z)) / 2, (Z + torch.linalg.inv(Y)) / 2
+    return Z / size.sqrt()
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
@@ -81,7 +114,7 @@ def weighted_sum(out: Any, phase: float = 1.0) -> Tensor:
     The weights are sines of unequal steps and not random numbers, which ``vmap`` would not draw.
     """
     total = torch.zeros((), dtype=torch.float64)
-    for o in out if isinstance(out, tuple) else (out,):
+    for o in as_tuple(out):
         steps = torch.arange(o.numel(), dtype=torch.float64).reshape(o.shape)
         weights = torch.sin(phase + 1.7 * steps)
         total = total + (weights * o.real).sum()

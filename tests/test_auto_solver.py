@@ -44,8 +44,9 @@ def test_on_cuda_batches_that_torch_takes_one_by_one_leave_it(shape, want):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
-def test_on_cuda_other_dtypes_stay(dtype):
+def test_other_dtypes_and_unknown_devices_stay(dtype):
     assert chosen(500, 100, 100, dtype=dtype) is wl.Eigh
+    assert chosen(500, 100, 100, device="meta") is wl.Eigh
 
 
 def test_on_cuda_products_in_tf32_stay():
@@ -56,10 +57,6 @@ def test_on_cuda_products_in_tf32_stay():
     finally:
         torch.set_float32_matmul_precision(before)
     assert chosen(500, 100, 100) is wl.MinimaxOrEigh
-
-
-def test_an_unknown_device_stays():
-    assert chosen(500, 100, 100, device="meta") is wl.Eigh
 
 
 def test_auto_is_chosen_for_the_matrix_and_named_solvers_are_not():

@@ -22,7 +22,6 @@ from wellcond.bench.references import (
     exact_root,
     relative_error,
     root_by_eigh,
-    root_by_isqrt,
     truth_of_the_truth,
 )
 
@@ -239,15 +238,6 @@ def test_saved_bytes_counts_each_storage_once_and_the_input_not():
     assert saved_bytes(lambda X: torch.exp(torch.exp(X)), X) == 2 * one
     layer = torch.nn.Linear(8, 8)
     assert saved_bytes(layer, X) == 0  # the input and the weight
-
-
-def test_what_the_library_keeps_is_three_matrices_at_most_and_the_iteration_ten():
-    """The eigenvectors, the root, and their eigenvalues; iSQRT-COV keeps three a step and more."""
-    P = make_input(Case("sqrt", (4, 32, 32)), torch.float32, CPU)
-    one = P.numel() * P.element_size()
-    assert saved_bytes(wl.sqrtm, P) <= 3 * one
-    assert saved_bytes(wl.invsqrtm, P) <= 3 * one
-    assert saved_bytes(lambda P: root_by_isqrt(P, 0.5), P) >= 10 * one
 
 
 def test_peak_bytes_sees_what_is_allocated_and_freed():

@@ -12,58 +12,26 @@ import pytest
 import torch
 
 import wellcond.linalg as wl
-from helpers import features_with, relative_error, weighted_sum, with_spectrum
+from function_table import FUNCTIONS
+from helpers import as_tuple, relative_error, weighted_sum, with_spectrum
 
-SPECTRUM = [2.0, 2.0, 0.5]
-CASES = {
-    "sqrtm": (wl.sqrtm, "matrix"),
-    "status": (lambda P: wl.sqrtm_ex(P).root, "matrix"),
-    "powm": (partial(wl.powm, exponent=0.3), "matrix"),
-    "lyapunov": (lambda P: wl.lyapunov(P, P @ P), "matrix"),
-    "covariance_sqrtm of few samples": (lambda X: wl.covariance_sqrtm(X[..., :2]), "features"),
-    "covariance_logm of few samples": (lambda X: wl.covariance_logm(X[..., :2], eps=0.1), "features"),
-    "zca from the factor": (partial(wl.whiten, eps=0.1, via="factor"), "features"),
-    "whiten": (partial(wl.whiten, eps=0.1), "features"),
-    "cholesky": (partial(wl.whiten, method="cholesky", eps=0.1), "features"),
-    "polar": (wl.polar, "features"),
-}
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+SPECTRUM = (2.0, 2.0, 0.5)
 # Compiling takes seconds each, so that the second backend and the complex dtype see a sample of the functions only.
+REAL = ("sqrtm", "sqrtm_ex", "powm", "lyapunov", "covariance_sqrtm-few", "covariance_logm-few", "whiten", "polar-wide")
+BOTH = ("covariance_sqrtm-few", "covariance_logm-few", "whiten-factor", "whiten-cholesky", "sqrtm", "polar-wide")
 GRID = [
-    *((name, torch.float64, "aot_eager" if name in ("sqrtm", "polar") else "eager") for name in CASES),
-    *(
-        (name, torch.complex128, "eager")
-        for name in (
-            "sqrtm",
-            "polar",
-            "covariance_sqrtm of few samples",
-            "cholesky",
-            "covariance_logm of few samples",
-            "zca from the factor",
-        )
-    ),
+    *((n, torch.float64, "aot_eager" if n in ("sqrtm", "polar-wide") else "eager") for n in sorted({*REAL, *BOTH})),
+    *((name, torch.complex128, "eager") for name in BOTH),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def inputs(kind: str, dtype: torch.dtype) -> torch.Tensor:
-    if kind == "matrix":
-        return with_spectrum(SPECTRUM, dtype, (2,))
-    return torch.stack([features_with(SPECTRUM, 6, dtype) for _ in range(2)])
 
 
 @pytest.mark.parametrize(("name", "dtype", "backend"), GRID)
 def test_compiled_equals_eager(name, dtype, backend):
-    f, kind = CASES[name]
-    x = inputs(kind, dtype)
+    f, x = FUNCTIONS[name].f, FUNCTIONS[name].make(SPECTRUM, dtype, (2,))
     plain, compiled = x.clone().requires_grad_(), x.clone().requires_grad_()
     want, got = f(plain), torch.compile(f, backend=backend)(compiled)
-    for g, w in zip(*(o if isinstance(o, tuple) else (o,) for o in (got, want)), strict=True):
+    for g, w in zip(as_tuple(got), as_tuple(want), strict=True):
         assert g.dtype == dtype and relative_error(g, w) < 1e-12
     # The loss is made outside the graph: its gradient reaches every output with full weight.
     (expected,) = torch.autograd.grad(weighted_sum(want), plain)

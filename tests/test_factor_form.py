@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 
-import mpmath
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wellcond.linalg as wl
-from helpers import eps_of, features_with, geometric, hermitian_part, mp_function, relative_error
+from helpers import eps_of, features_with, geometric, hermitian_part, relative_error
 
 
 def gradient(X: torch.Tensor, G: torch.Tensor, **options) -> torch.Tensor:
@@ -46,11 +45,13 @@ def test_single_precision_gradient_at_rank_deficiency_is_as_good_as_double():
     truth = exact_gradient(X, G)
     assert relative_error(got, truth) < 2e-6
     assert relative_error(gradient(X.double(), G.double()), truth) < 1e-12
+    U, sigma, _ = torch.linalg.svd((X.double() - X.double().mean(-1, keepdim=True)) / 7, full_matrices=False)
+    assert relative_error(wl.covariance_sqrtm(X), (U * sigma) @ U.mH) < 20 * eps_of(torch.float32)
 
 
-@pytest.mark.parametrize("n", [16, 17, 64, 1024])
+@pytest.mark.parametrize("n", [9, 16, 17, 64, 1024])
 @pytest.mark.parametrize("kind", ["repeated", "dead", "sum"])
-def test_rank_deficiency_with_as_many_samples_as_channels_keeps_the_same_promise(kind, n):
+def test_channels_that_depend_on_others_keep_the_same_promise(kind, n):
     """n ≥ d does not make a covariance regular: channels may repeat, be dead, or add up, and n = d has rank d − 1.
 
     The dependence is exact in float32, so that the truth has no noise in the null space.
@@ -63,30 +64,19 @@ def test_rank_deficiency_with_as_many_samples_as_channels_keeps_the_same_promise
     else:
         X[12:] = X[:4] + X[4:8]
     G = hermitian_part(torch.randn(16, 16))
-    got = gradient(X, G)
-    assert relative_error(got, exact_gradient(X, G)) < 2e-6
+    got, truth = gradient(X, G), exact_gradient(X, G)
+    assert relative_error(got, truth) < 2e-6
+    assert relative_error(gradient(X.double(), G.double()), truth) < 1e-9
     assert got.norm() * n**0.5 <= math.sqrt(2) * G.norm() * (1 + 1e-4)
-
-
-def test_values_at_rank_deficiency_in_single_precision():
-    X = torch.randn(256, 49).relu()
-    A = X.double() - X.double().mean(-1, keepdim=True)
-    U, sigma, _ = torch.linalg.svd(A / 7, full_matrices=False)
-    assert relative_error(wl.covariance_sqrtm(X), (U * sigma) @ U.mH) < 20 * eps_of(torch.float32)
 
 
 @pytest.mark.parametrize(("d", "n"), [(5, 3), (4, 4), (3, 7), (3, 1), (1, 4), (1, 1), (6, 2)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-def test_values_equal_mpmath_for_every_shape(d, n, dtype):
+def test_squared_the_root_is_the_covariance_to_full_precision(d, n, dtype):
     X = torch.randn(d, n, dtype=dtype)
-    with mpmath.workdps(60):
-        centred = X - X.mean(-1, keepdim=True)
-        truth = mp_function(hermitian_part(centred @ centred.mH / n), lambda x: mpmath.sqrt(abs(x)))
-    # Null eigenvalues of the float64 covariance are off by eps·‖P‖ and their roots by √eps: that is the truth's own.
-    assert (wl.covariance_sqrtm(X) - truth).abs().max() < 10 * eps_of(dtype) ** 0.5 * max(1.0, truth.abs().max().item())
-    # Squared, the root is the covariance to full precision.
-    Q = wl.covariance_sqrtm(X)
-    assert (Q @ Q - wl.covariance(X)).abs().max() < 100 * eps_of(dtype) * (1 + truth.abs().max().item() ** 2)
+    Q, P = wl.covariance_sqrtm(X), torch.cov(X, correction=0).reshape(d, d)
+    assert (Q @ Q - P).abs().max() < 100 * eps_of(dtype) * (1 + P.abs().max().item())
+    assert torch.linalg.eigvalsh(Q).min() > -100 * eps_of(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
@@ -99,66 +89,19 @@ def test_the_factor_equals_going_through_the_covariance_where_both_are_defined(n
     assert relative_error(gradient(X, G), gradient(X, G, solver="eigh")) < 1e-11
 
 
-@pytest.mark.parametrize("n", [3, 4, 5, 6, 7, 12])
-def test_the_gradient_is_the_same_formula_on_both_sides_of_the_square(n):
-    """n below, at and above d = 5: the choice of the side is not visible in the result."""
-    X = torch.randn(5, n, dtype=torch.float64)
-    G = hermitian_part(torch.randn(5, 5, dtype=torch.float64))
-    assert relative_error(gradient(X, G), exact_gradient(X, G)) < 1e-9
-
-
+@pytest.mark.parametrize(("dtype", "slack", "limit"), [(torch.float64, 1e-6, 8.0), (torch.float32, 1e-4, 0.0)])
 @settings(max_examples=60, deadline=None)
-@given(
-    d=st.integers(2, 6),
-    extra=st.integers(-3, 4),
-    log_kappa=st.floats(0.0, 15.0),
-    scale=st.floats(-8.0, 8.0),
-    seed=st.integers(0, 2**20),
-)
-def test_the_gradient_is_bounded_by_root_two_whatever_the_condition_number(d, extra, log_kappa, scale, seed):
+@given(data=st.data(), d=st.integers(2, 6), log_kappa=st.floats(0.0, 15.0), seed=st.integers(0, 2**20))
+def test_the_gradient_is_bounded_by_root_two_whatever_the_condition_number(
+    dtype, slack, limit, data, d, log_kappa, seed
+):
     torch.manual_seed(seed)
-    n = max(d + extra, 2)
+    n, scale = max(d + data.draw(st.integers(-3, 4)), 2), 10 ** data.draw(st.floats(-limit, limit))
     rank = min(d, n - 1)
-    eigvals = [10**scale * v for v in geometric(rank, 10**log_kappa)] + [0.0] * (d - rank)
-    X = features_with(eigvals, n)
-    G = torch.randn(d, d, dtype=torch.float64)
-    # ∂l/∂X = (∂l/∂A) J-centred /√n: centring is a projection and can only shorten.
-    got = gradient(X, G).norm() * n**0.5
-    assert torch.isfinite(got)
-    assert got <= math.sqrt(2) * hermitian_part(G).norm() * (1 + 1e-6)
-
-
-@settings(max_examples=40, deadline=None)
-@given(d=st.integers(2, 5), log_kappa=st.floats(0.0, 15.0), seed=st.integers(0, 2**20))
-def test_the_bound_holds_in_single_precision_too(d, log_kappa, seed):
-    torch.manual_seed(seed)
-    for n in (d - 1, d, d + 4):
-        rank = min(d, n - 1)
-        if rank < 1:
-            continue
-        X = features_with([*geometric(rank, 10**log_kappa), *[0.0] * (d - rank)], n, torch.float32)
-        G = torch.randn(d, d)
-        assert gradient(X, G).norm() * n**0.5 <= math.sqrt(2) * hermitian_part(G).norm() * (1 + 1e-4)
-
-
-@pytest.mark.parametrize("n", [1, 3, 8])
-@pytest.mark.parametrize("value", [0.0, 2.5])
-def test_constant_features_have_a_zero_root_and_a_zero_gradient(n, value):
-    X = torch.full((4, n), value, requires_grad=True)
-    Q = wl.covariance_sqrtm(X)
-    assert torch.equal(Q, torch.zeros(4, 4))
-    (g,) = torch.autograd.grad(Q.sum(), X, create_graph=True)
-    assert torch.equal(g, torch.zeros_like(X))
-    if g.requires_grad:
-        (h,) = torch.autograd.grad(g.sum(), X, allow_unused=True)
-        assert h is None or torch.isfinite(h).all()
-
-
-def test_a_dead_channel_has_no_gradient_trouble():
-    X = torch.randn(6, 4, dtype=torch.float64)
-    X[2] = 0.0
-    G = hermitian_part(torch.randn(6, 6, dtype=torch.float64))
-    assert relative_error(gradient(X, G), exact_gradient(X, G)) < 1e-10
+    X = features_with([scale * v for v in geometric(rank, 10**log_kappa)] + [0.0] * (d - rank), n, dtype)
+    G = torch.randn(d, d, dtype=dtype)
+    # ∂l/∂X = (∂l/∂A) J-centred /√n: centring is a projection and can only shorten. NaN is not below it either.
+    assert gradient(X, G).norm() * n**0.5 <= math.sqrt(2) * hermitian_part(G).norm() * (1 + slack)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e-6, 1e6, 1e18, 1e30])
@@ -205,9 +148,5 @@ def test_correction_scales_the_root():
 
 def test_an_approximate_solver_goes_through_the_covariance():
     X = torch.randn(4, 9, dtype=torch.float64)
-    assert (
-        relative_error(
-            wl.covariance_sqrtm(X, solver="newton_schulz"), wl.sqrtm(wl.covariance(X), solver="newton_schulz")
-        )
-        < 1e-13
-    )
+    want = wl.sqrtm(wl.covariance(X), solver="newton_schulz")
+    assert relative_error(wl.covariance_sqrtm(X, solver="newton_schulz"), want) < 1e-13

@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from helpers import NORMS
 from wellcond.experiments.run.models import build_model
 from wellcond.nn import (
     DecorrelatedBatchNorm1d,
     DecorrelatedBatchNorm2d,
-    DecorrelatedBatchNorm3d,
     fold,
     replace_batchnorm,
 )
 from wellcond.orthogonality import orthogonal_weight, spectral_norm
 
-DECORRELATED = (DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d)
+DECORRELATED = tuple(NORMS.values())
 
 
 @torch.no_grad()
@@ -66,12 +66,6 @@ LAYERS = {
     "grouped transposed": (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), (8, 4, 9)),
     "linear": (lambda: nn.Linear(4, 6), (40, 4)),
 }
-NORM_OF = {
-    2: DecorrelatedBatchNorm1d,
-    3: DecorrelatedBatchNorm1d,
-    4: DecorrelatedBatchNorm2d,
-    5: DecorrelatedBatchNorm3d,
-}
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -79,7 +73,7 @@ NORM_OF = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_norm_folds_into_every_kind_of_layer(name, groups, affine):
     layer, shape = LAYERS[name]
-    model = nn.Sequential(layer(), NORM_OF[len(shape)](6, groups=groups, affine=affine), nn.ReLU()).double()
+    model = nn.Sequential(layer(), NORMS[len(shape)](6, groups=groups, affine=affine), nn.ReLU()).double()
     folded = assert_folded(trained(model, shape), shape)
     assert type(folded[0]) is type(model[0])
     assert type(folded[1]) is nn.Identity
@@ -88,7 +82,7 @@ def test_a_norm_folds_into_every_kind_of_layer(name, groups, affine):
 @pytest.mark.parametrize("name", ["conv2d", "grouped", "grouped transposed"])
 def test_a_norm_that_mixes_the_groups_of_a_convolution_becomes_pointwise(name):
     layer, shape = LAYERS[name]
-    model = nn.Sequential(layer(), NORM_OF[len(shape)](6)).double()
+    model = nn.Sequential(layer(), NORMS[len(shape)](6)).double()
     assert_folded(trained(model, shape), shape, unfolded=0 if name == "conv2d" else 1)
 
 

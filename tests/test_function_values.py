@@ -168,45 +168,33 @@ def test_a_positive_semidefinite_matrix_with_a_ridge_never_gives_nan(dtype, eps)
             assert torch.isfinite(g).all(), (name, f)
 
 
-@pytest.mark.parametrize("solver", [s for s in wl.SOLVERS if s != "svd"])
-@pytest.mark.parametrize("scale", [1e-36, 1e-24, 1e24, 1e37])
+@pytest.mark.parametrize(
+    ("solver", "scale"),
+    [
+        *((s, c) for s in wl.SOLVERS if s != "svd" for c in (1e-38, 1e-36, 1e-24, 1e-19, 1e19, 1e24, 1e37)),
+        ("eigh", 3e37),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::wellcond.linalg.ApproximateRootWarning")
 def test_every_solver_scales_over_the_whole_range_of_single_precision(solver, scale):
     """The square of an entry beyond 1e19 is infinite, below 1e-23 it is zero: no norm may be formed of those.
 
-    Each solver against itself in double precision at scale 1, where neither happens.
+    Each solver against itself in double precision at scale 1, where neither happens; a power beside the eigh.
     """
     P = with_spectrum([4.0, 2.0, 2.0, 1.0])
     scaled = hermitian_part((P * scale).float())
-    for f, power in ((wl.sqrtm, 0.5), (wl.invsqrtm, -0.5)):
+    functions = [(partial(wl.sqrtm, solver=solver), 0.5), (partial(wl.invsqrtm, solver=solver), -0.5)]
+    for f, power in functions + [(partial(wl.powm, exponent=0.3), 0.3)] * (solver == "eigh"):
         exact, single = (scaled.double() / scale).requires_grad_(), scaled.clone().requires_grad_()
-        want, got = f(exact, solver=solver), f(single, solver=solver)
+        want, got = f(exact), f(single)
+        # Denormal entries (below 1.2e-38) keep an absolute 1.4e-45 only: at 1e-38 a relative 1e-7 still.
         assert relative_error(got.double() / scale**power, want) < 20 * eps_of(torch.float32)
         if 1e-36 < scale ** (power - 1) < 1e36:
             (expected,) = torch.autograd.grad(want.sum(), exact)
             (g,) = torch.autograd.grad(got.sum(), single)
-            assert relative_error(g.double() / scale ** (power - 1), expected) < 100 * eps_of(torch.float32)
+            bound = (40 if solver == "eigh" else 100) * eps_of(torch.float32)
+            assert relative_error(g.double() / scale ** (power - 1), expected) < bound
     assert wl.sqrtm_ex(scaled, solver=solver).residual < 0.1
-
-
-@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-19, 1e19, 1e30, 3e37])
-def test_roots_in_single_precision_scale_over_its_whole_range(scale):
-    """√(cP) = √c √P with no overflow or underflow on the way: λi² − λj² would overflow from 1e19 on."""
-    P = with_spectrum([4.0, 2.0, 2.0, 1.0])
-    scaled = hermitian_part((P * scale).float().double()).float()
-    exact = scaled.double() / scale
-    for f, power in ((wl.sqrtm, 0.5), (wl.invsqrtm, -0.5), (partial(wl.powm, exponent=0.3), 0.3)):
-        tracked = scaled.clone().requires_grad_()
-        out = f(tracked)
-        truth = f(exact)
-        # Denormal entries (below 1.2e-38) keep an absolute 1.4e-45 only: at 1e-38 a relative 1e-7 still.
-        assert relative_error(out.double() / scale**power, truth) < 20 * eps_of(torch.float32)
-        (g,) = torch.autograd.grad(out.sum(), tracked)
-        size = scale ** (power - 1)
-        if 1e-36 < size < 1e36:
-            reference = exact.clone().requires_grad_()
-            (expected,) = torch.autograd.grad(f(reference).sum(), reference)
-            assert relative_error(g.double() / size, expected) < 40 * eps_of(torch.float32)
 
 
 def test_entries_near_the_largest_float_do_not_overflow_in_symmetrising():
@@ -217,10 +205,10 @@ def test_entries_near_the_largest_float_do_not_overflow_in_symmetrising():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
-@pytest.mark.parametrize(("d", "n"), [(1, 1), (3, 1), (3, 2), (4, 9), (2, 50_000)])
+@pytest.mark.parametrize(("d", "n"), [(1, 1), (3, 1), (3, 2), (4, 9), (2, 2**18)])
 @pytest.mark.parametrize("correction", [0, 1])
 def test_covariance_is_the_definition(dtype, d, n, correction):
-    """eq. (2) with its n × n centring matrix, in double precision, up to sizes where that can be formed."""
+    """eq. (2) in double precision, up to sizes where its n × n centring matrix would take 512 GB."""
     X = torch.randn(2, d, n, dtype=dtype) + 3
     if n <= correction:
         with pytest.raises(ValueError, match=r"1 sample .*correction=1 needs at least 2"):
@@ -246,12 +234,6 @@ def test_covariance_of_an_offset_far_larger_than_the_spread():
     truth = wl.covariance(shifted.double())
     # Float32 samples near 1e4 are spaced 1e-3; their mean is off by at most that, which enters squared.
     assert relative_error(wl.covariance(shifted), truth) < 1e-5
-
-
-def test_covariance_needs_no_centring_matrix():
-    """2¹⁸ samples: the n × n matrix would take 256 GB."""
-    X = torch.randn(3, 2**18)
-    assert relative_error(wl.covariance(X), torch.cov(X.double(), correction=0)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
@@ -348,16 +330,6 @@ def test_newton_schulz_scales_each_matrix_by_itself():
     assert relative_error(together[0], wl.sqrtm(small, solver="newton_schulz")) < 1e-14
 
 
-@pytest.mark.parametrize("solver", list(wl.SOLVERS))
-def test_every_solver_is_the_root_of_a_well_conditioned_matrix(solver):
-    """Published errors at κ = 100 reach 22 %; at κ = 1.2 every solver is a square root to a percent."""
-    P = with_spectrum([1.2, 1.1, 1.0], torch.float64, batch=(2,))
-    for f, power in ((wl.sqrtm, 0.5), (wl.invsqrtm, -0.5)):
-        out = f(P, solver=solver)
-        truth = torch.stack([mp_function(p, lambda x, power=power: x ** mpmath.mpf(power)) for p in P])
-        assert relative_error(out, truth) < 1e-2
-
-
 @pytest.mark.parametrize("solver", ["auto", *wl.SOLVERS])
 def test_every_solver_takes_the_zero_matrix(solver):
     """√0 = 0; with a ridge it is √ε I, and its inverse."""
@@ -380,17 +352,6 @@ def test_the_pair_equals_the_two_alone(solver):
     Q, S = wl.sqrtm_invsqrtm(P, eps=0.1, solver=solver)
     assert relative_error(Q, wl.sqrtm(P, eps=0.1, solver=solver)) < 1e-13
     assert relative_error(S, wl.invsqrtm(P, eps=0.1, solver=solver)) < 1e-13
-
-
-@pytest.mark.parametrize("name", ["sqrtm", "invsqrtm", "logm", "expm", "powm", "newton_schulz", "polar", "lyapunov"])
-def test_matrices_without_rows(name):
-    f = {
-        "powm": partial(wl.powm, exponent=0.5),
-        "newton_schulz": partial(wl.sqrtm, solver="newton_schulz"),
-        "lyapunov": lambda P: wl.lyapunov(P, P),
-    }.get(name) or getattr(wl, name)
-    for shape in ((0, 0), (2, 0, 0), (0, 3, 3)):
-        assert f(torch.zeros(shape)).shape == shape
 
 
 @pytest.mark.parametrize("d", [2, 3, 17])

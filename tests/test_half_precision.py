@@ -2,107 +2,71 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
 import wellcond.linalg as wl
-from helpers import features_with, relative_error, weighted_sum, with_spectrum
+from function_table import FUNCTIONS
+from helpers import as_tuple, relative_error, weighted_sum, with_spectrum
 
 HALF = [torch.float16, torch.bfloat16]
-MATRIX = {
-    "sqrtm": wl.sqrtm,
-    "invsqrtm": wl.invsqrtm,
-    "newton_schulz": partial(wl.invsqrtm, solver="newton_schulz"),
-    "minimax": partial(wl.sqrtm, solver="minimax"),
-    "status": lambda P: wl.invsqrtm_ex(P).root,
-    "pinv": partial(wl.invsqrtm, rank="pinv"),
-    "pair": lambda P: wl.sqrtm_invsqrtm(P)[1],
-    "powm": partial(wl.powm, exponent=0.3),
-    "logm": wl.logm,
-    "expm": wl.expm,
-    "lyapunov": lambda P: wl.lyapunov(P, P),
-}
-FEATURES = {
-    "covariance": wl.covariance,
-    "covariance_sqrtm": wl.covariance_sqrtm,
-    "covariance_sqrtm of few samples": lambda X: wl.covariance_sqrtm(X[:, :4]),
-    "covariance_logm": wl.covariance_logm,
-    "covariance_powm of few samples": lambda X: wl.covariance_powm(X[:, :4], -0.7, eps=0.1),
-    "zca": wl.whiten,
-    "zca from the factor": partial(wl.whiten, via="factor"),
-    "cholesky from the factor": partial(wl.whiten, method="cholesky", via="factor"),
-    "relative": partial(wl.whiten, eps=1e-3, relative=True),
-    "cholesky": partial(wl.whiten, method="cholesky"),
-    "pca": partial(wl.whiten, method="pca"),
-    "polar": wl.polar,
-    "polar of a wide matrix": lambda X: wl.polar(X.mT),
-}
+SPECTRUM = (3.0, 2.0, 1.0, 0.5, 0.25, 0.2)
+EVERY_FUNCTION = pytest.mark.parametrize("name", FUNCTIONS)
+EVERY_HALF = pytest.mark.parametrize("dtype", HALF)
 
 
-def matrix() -> torch.Tensor:
-    return with_spectrum([3.0, 2.0, 1.0, 0.5, 0.25, 0.2], torch.float32)
+@EVERY_HALF
+@EVERY_FUNCTION
+def test_half_in_gives_the_rounded_single_precision_result(name, dtype):
+    f, x = FUNCTIONS[name].f, FUNCTIONS[name].make(SPECTRUM, dtype)
+    for got, single in zip(as_tuple(f(x)), as_tuple(f(x.float())), strict=True):
+        assert got.dtype == dtype
+        assert relative_error(got, single.to(dtype)) == 0.0
 
 
-def features() -> torch.Tensor:
-    return features_with([3.0, 2.0, 1.0, 0.5, 0.25, 0.2], 40, torch.float32)
-
-
-CASES = [pytest.param(f, matrix, id=n) for n, f in MATRIX.items()] + [
-    pytest.param(f, features, id=n) for n, f in FEATURES.items()
-]
-
-
-# Eigenvectors are differentiated once; the covariance is quadratic: its loss here has no second derivative.
-TWICE = [c for c in CASES if c.id not in ("pca", "covariance", "polar of a wide matrix")]
-
-
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("f", "make"), CASES)
-def test_half_in_gives_the_rounded_single_precision_result(f, make, dtype):
-    x = make().to(dtype)
-    got = f(x)
-    assert got.dtype == dtype
-    assert relative_error(got, f(x.float()).to(dtype)) == 0.0
-
-
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("f", "make"), CASES)
-def test_gradients_of_half_precision_come_back_in_half_precision(f, make, dtype):
-    x = make().to(dtype).requires_grad_()
-    out = f(x)
-    W = torch.randn(out.shape).to(dtype)
-    (g,) = torch.autograd.grad(out, x, W)
+@EVERY_HALF
+@EVERY_FUNCTION
+def test_gradients_of_half_precision_come_back_in_half_precision(name, dtype):
+    f, x = FUNCTIONS[name].f, FUNCTIONS[name].make(SPECTRUM, dtype).requires_grad_()
+    outs = as_tuple(f(x))
+    weights = [torch.randn(out.shape).to(dtype) for out in outs]
+    (g,) = torch.autograd.grad(outs, x, weights)
     single = x.detach().float().requires_grad_()
-    (expected,) = torch.autograd.grad(f(single), single, W.float())
+    (expected,) = torch.autograd.grad(as_tuple(f(single)), single, [W.float() for W in weights])
     assert g.dtype == dtype
     # One rounding of the result, and the sums of gradients are formed in float32.
     assert relative_error(g, expected) < 4 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("f", "make"), CASES)
-def test_autocast_changes_nothing(f, make, dtype):
+@EVERY_HALF
+@EVERY_FUNCTION
+def test_autocast_changes_nothing(name, dtype):
     """Neither the covariance nor any product is formed in bfloat16, which would cost 4e-3.
 
     The backward pass is outside the block, as PyTorch asks: inside it the derivatives of torch's own products are cast.
     """
-    x = make()
+    f, x = FUNCTIONS[name].f, FUNCTIONS[name].make(SPECTRUM, torch.float32)
     plain, cast = x.clone().requires_grad_(), x.clone().requires_grad_()
-    want = f(plain)
+    want = as_tuple(f(plain))
     with torch.autocast("cpu", dtype=dtype):
-        got = f(cast)
-    assert got.dtype == torch.float32
-    assert relative_error(got, want) < 1e-5
-    W = torch.randn(want.shape)
-    (expected,) = torch.autograd.grad(want, plain, W)
-    (g,) = torch.autograd.grad(got, cast, W)
+        got = as_tuple(f(cast))
+    for inside, outside in zip(got, want, strict=True):
+        assert inside.dtype == torch.float32
+        assert relative_error(inside, outside) < 1e-5
+    weights = [torch.randn(out.shape) for out in want]
+    (expected,) = torch.autograd.grad(want, plain, weights)
+    (g,) = torch.autograd.grad(got, cast, weights)
     assert relative_error(g, expected) < 1e-5
 
 
-@pytest.mark.parametrize(("f", "make"), TWICE)
-def test_autocast_does_not_reach_second_derivatives(f, make):
+# This loss has no second derivative of what is linear or quadratic.
+@pytest.mark.parametrize(
+    "name",
+    [n for n, f in FUNCTIONS.items() if f.twice and n not in ("powm-0", "powm-1", "covariance", "covariance-unbiased")],
+)
+def test_autocast_does_not_reach_second_derivatives(name):
+    f, x = FUNCTIONS[name].f, FUNCTIONS[name].make(SPECTRUM, torch.float32)
+
     def curvature(x, autocast):
         x = x.clone().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -110,7 +74,6 @@ def test_autocast_does_not_reach_second_derivatives(f, make):
         (g,) = torch.autograd.grad(weighted_sum(out), x, create_graph=True)
         return torch.autograd.grad(g.square().sum(), x)[0]
 
-    x = make()
     want = curvature(x.double(), False)
     got, plain = curvature(x, True), curvature(x, False)
     assert relative_error(got, plain) < 1e-5

@@ -14,30 +14,24 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import wellcond.linalg as wl
-from helpers import eps_of, features_with, hermitian_part, with_spectrum
+from function_table import FUNCTIONS, OF_FEATURES, OF_MATRICES
+from helpers import as_tuple, eps_of, features_with, hermitian_part, with_spectrum
 
+# Eq. (7) of the paper's solver, and PCA, divide by λi − λj: infinite at ties, which is what the first is kept to show.
 MATRIX = {
+    **{n: OF_MATRICES[n] for n in ("sqrtm_ex", "invsqrtm_ex", "powm", "logm", "whitening_matrix")},
+    **{n: FUNCTIONS[n].f for n in ("powm-minus1", "whitening_matrix-cholesky")},
     **{
-        f"{name}-{solver}": partial(getattr(wl, name), solver=solver)
+        f"{name}-{solver}": partial(OF_MATRICES[name], solver=solver)
         for name in ("sqrtm", "invsqrtm", "sqrtm_invsqrtm")
         for solver in wl.SOLVERS
-        # Eq. (7) of the paper's solver divides by λi − λj: infinite at ties, which is what it is kept to show.
         if solver != "svd"
     },
-    "logm": wl.logm,
-    "powm-0.3": partial(wl.powm, exponent=0.3),
-    "powm-minus1": partial(wl.powm, exponent=-1.0),
-    "sqrtm_ex": lambda P, eps: wl.sqrtm_ex(P, eps=eps).root,
-    "invsqrtm_ex": lambda P, eps: wl.invsqrtm_ex(P, eps=eps).root,
 }
 FEATURES = {
-    "covariance_logm": wl.covariance_logm,
-    "covariance_powm-minus1": partial(wl.covariance_powm, exponent=-1.0),
-    "covariance_powm-0.3": partial(wl.covariance_powm, exponent=0.3),
-    "whiten-zca": partial(wl.whiten, via="covariance"),
-    "whiten-cholesky": partial(wl.whiten, method="cholesky"),
-    "whiten-zca-factor": partial(wl.whiten, via="factor"),
-    "whiten-cholesky-factor": partial(wl.whiten, method="cholesky", via="factor"),
+    **{n: OF_FEATURES[n] for n in ("covariance_logm", "covariance_powm", "covariance_powm-minus1")},
+    **{n: OF_FEATURES[n] for n in ("whiten-cholesky", "whiten-factor", "whiten-cholesky-factor")},
+    "whiten-covariance": partial(wl.whiten, via="covariance"),
 }
 NO_RIDGE = {
     "covariance_sqrtm": wl.covariance_sqrtm,
@@ -56,8 +50,7 @@ EXPONENT = st.floats(-1.0, 1.0)
 
 def finite_with_its_gradient(f, x: torch.Tensor) -> None:
     x = x.clone().requires_grad_()
-    outs = f(x)
-    outs = outs if isinstance(outs, tuple) else (outs,)
+    outs = as_tuple(f(x))
     assert all(torch.isfinite(out).all() for out in outs)
     (g,) = torch.autograd.grad(outs, x, [torch.ones_like(out) for out in outs])
     assert torch.isfinite(g).all()

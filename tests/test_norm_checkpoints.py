@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import features_with
+from helpers import images_with
 from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, IterNorm2d
 
 C = 6
@@ -16,7 +16,7 @@ KEYS = {"weight", "bias", "running_mean", "running_cov", "num_batches_tracked"}
 
 
 def batch(dtype=torch.float64):
-    return features_with([4.0, 3.0, 2.0, 1.0, 0.5, 0.2], 8 * 12, dtype).view(C, 8, 3, 4).transpose(0, 1) + 1.0
+    return images_with([4.0, 3.0, 2.0, 1.0, 0.5, 0.2], (8, C, 3, 4), dtype) + 1.0
 
 
 def trained(layer):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import eps_of, features_with, relative_error
+from helpers import channels_first, eps_of, images_with, inverse_root_by_iteration, relative_error
 from wellcond.linalg import NonFiniteMatrixError
 from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, IterNorm1d, update_statistics
 
@@ -33,7 +33,7 @@ def test_degenerate_channels_stay_finite_by_every_method(scale, kind, method, re
     assert layer.eval()(x).isfinite().all()
     if relative and kind in ("dead", "constant"):
         # Channel 1 (another row for PCA) has no variance: what is left is rounding of its mean, over √ε.
-        smallest = y.detach().transpose(0, 1).flatten(1).std(1).min()
+        smallest = channels_first(y.detach()).std(1).min()
         assert smallest < 7 * eps_of(torch.float32) / 1e-3**0.5
 
 
@@ -119,11 +119,7 @@ def test_the_ridge_does_not_fall_below_the_rounding_of_the_covariance(scale):
     centred = wide - wide.mean(0)
     P = centred.mT @ centred / 400
     ridge = torch.maximum(torch.tensor(1e-5), eps_of(torch.float32) * P.trace())
-    size = P.trace().detach()
-    Y, Z = (P + ridge * torch.eye(8)) / size, torch.eye(8, dtype=torch.float64)
-    for _ in range(40):  # Denman and Beavers 1976: Z goes to the inverse root
-        Y, Z = (Y + Z.inverse()) / 2, (Z + Y.inverse()) / 2
-    truth = centred @ Z / size.sqrt()
+    truth = centred @ inverse_root_by_iteration(P + ridge * torch.eye(8))
     truth.backward(g.double())
     assert z.grad.isfinite().all()
     # The rounding of a null eigenvalue moves its own root by up to its own size: the bound is one of magnitude.
@@ -151,7 +147,7 @@ def test_groups_have_their_own_minimum_ridge_and_the_monitor_sees_the_mean(relat
 @pytest.mark.parametrize("dtype", HALF)
 def test_statistics_and_gradients_of_half_precision_input_are_those_of_float32(dtype):
     """κ = 100; enough samples for several pieces. Only the result is rounded to half precision."""
-    x = features_with([1.0, 0.5, 0.1, 0.01], 150 * 2048, torch.float32).view(4, 150, 2048).transpose(0, 1)
+    x = images_with([1.0, 0.5, 0.1, 0.01], (150, 4, 2048), torch.float32)
     x = (x + 2.0).to(dtype)
     g = torch.randn(x.shape).to(dtype)
     results = []
@@ -174,7 +170,7 @@ def test_statistics_and_gradients_of_half_precision_input_are_those_of_float32(d
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_autocast_leaves_statistics_and_output_as_they_are(dtype):
-    x = features_with([1.0, 0.5, 0.1, 0.01], 400, torch.float32).view(4, 4, 10, 10).transpose(0, 1).contiguous()
+    x = images_with([1.0, 0.5, 0.1, 0.01], (4, 4, 10, 10), torch.float32)
     inside, outside = DecorrelatedBatchNorm2d(4), DecorrelatedBatchNorm2d(4)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     with torch.autocast("cpu", dtype):
@@ -191,7 +187,7 @@ def test_autocast_leaves_statistics_and_output_as_they_are(dtype):
 @pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.bfloat16)])
 def test_a_module_in_half_precision_keeps_its_statistics_in_float32(convert):
     """A covariance of κ = 1e4 rounded to half precision is indefinite; the layer converted must still evaluate."""
-    x = features_with([1.0, 1e-2, 1e-4, 1e-4], 400, torch.float32).view(4, 4, 10, 10).transpose(0, 1)
+    x = images_with([1.0, 1e-2, 1e-4, 1e-4], (4, 4, 10, 10), torch.float32)
     layer = DecorrelatedBatchNorm2d(4, momentum=1.0, eps=1e-6)
     layer(x)
     want = copy.deepcopy(layer).eval()(x)
@@ -214,10 +210,10 @@ def test_double_and_device_conversions_reach_the_statistics():
 @pytest.mark.parametrize(("relative", "unit"), [(False, 1.0), (True, 5.0)])
 def test_the_monitor_is_told_the_absolute_ridge_and_the_features_by_groups(relative, unit):
     layer = DecorrelatedBatchNorm2d(2, groups=2, eps=1e-3, relative=relative, dtype=torch.float64)
-    x = features_with([9.0, 1.0], 8 * 6, torch.float64).view(2, 8, 2, 3).transpose(0, 1)
+    x = images_with([9.0, 1.0], (8, 2, 2, 3))
     features, eps = layer.observed_features(x)
     assert eps == pytest.approx(1e-3 * unit)
-    assert torch.equal(features, x.transpose(0, 1).flatten(1).unsqueeze(1))
+    assert torch.equal(features, channels_first(x).unsqueeze(1))
 
 
 def test_add_observer_goes_on_working_with_a_warning():

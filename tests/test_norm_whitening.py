@@ -8,12 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import channels_first, eps_of, features_with, relative_error, unitary
+from helpers import (
+    NORMS,
+    channels_first,
+    eps_of,
+    images_with,
+    inverse_root_by_iteration,
+    relative_error,
+    unitary,
+)
 from wellcond.linalg import Minimax, NewtonSchulz, covariance, invsqrtm
 from wellcond.nn import (
     DecorrelatedBatchNorm1d,
     DecorrelatedBatchNorm2d,
-    DecorrelatedBatchNorm3d,
     IterNorm1d,
     IterNorm2d,
     IterNorm3d,
@@ -22,19 +29,13 @@ from wellcond.nn._fused_passes import layout, pieces
 
 SPECTRUM = [9.0, 4.0, 2.0, 1.0, 0.5, 0.25]
 METHODS = ["zca", "pca", "cholesky"]
-LAYERS = {
-    2: DecorrelatedBatchNorm1d,
-    3: DecorrelatedBatchNorm1d,
-    4: DecorrelatedBatchNorm2d,
-    5: DecorrelatedBatchNorm3d,
-}
+LAYOUTS = [(16, 6), (8, 6, 7), (8, 6, 4, 5), (4, 6, 3, 2, 4)]
 
 
 def batch(shape, dtype=torch.float64, eigvals=SPECTRUM):
     """(N, C, *spatial) of exactly this covariance and a mean of about its deviation."""
-    n = torch.Size(shape).numel() // shape[1]
-    x = features_with(eigvals, n) + torch.arange(1.0, shape[1] + 1).unsqueeze(1)
-    return x.view(shape[1], shape[0], *shape[2:]).transpose(0, 1).contiguous().to(dtype)
+    mean = torch.arange(1.0, shape[1] + 1).view(-1, *(1 for _ in shape[2:]))
+    return (images_with(eigvals, shape) + mean).to(dtype)
 
 
 def by_hand(x, layer):
@@ -59,10 +60,12 @@ def by_hand(x, layer):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("groups", [1, 2])
-def test_every_method_makes_the_output_covariance_the_identity_in_each_group(method, groups):
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+@pytest.mark.parametrize("shape", LAYOUTS)
+def test_every_method_makes_the_output_covariance_the_identity_in_each_group(shape, groups, method):
     eps = 1e-9
-    y = DecorrelatedBatchNorm2d(6, groups=groups, eps=eps, method=method, dtype=torch.float64)(batch((8, 6, 4, 5)))
+    y = NORMS[len(shape)](6, groups=groups, eps=eps, method=method, dtype=torch.float64)(batch(shape))
+    assert channels_first(y).mean(1).abs().max() < 1e-12
     for block in channels_first(y).split(6 // groups):
         # W P Wᵀ = I − ε W Wᵀ, and no eigenvalue of P or of its diagonal blocks is below 0.25.
         assert (covariance(block) - torch.eye(6 // groups, dtype=y.dtype)).abs().max() < eps / 0.25 + 1e-12
@@ -79,11 +82,17 @@ def test_every_method_is_its_definition(method, relative, groups):
     assert relative_error(layer(x), by_hand(x, layer)) < 1e-12
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("groups", [1, 2])
-def test_gradients_of_every_method_match_finite_differences(method, groups):
-    layer = DecorrelatedBatchNorm1d(4, groups=groups, eps=1e-2, method=method, relative=True, dtype=torch.float64)
-    x = batch((9, 4), eigvals=[4.0, 2.0, 1.0, 0.3]).requires_grad_()
+@pytest.mark.parametrize(
+    ("shape", "method", "groups", "relative"),
+    [
+        *(((9, 4), method, groups, True) for method in METHODS for groups in (1, 2)),
+        *((shape, "zca", 1, False) for shape in ((5, 4, 2), (3, 4, 2, 2), (2, 4, 1, 2, 2))),
+    ],
+)
+def test_gradients_of_every_method_match_finite_differences(shape, method, groups, relative):
+    layer = NORMS[len(shape)](4, groups=groups, eps=1e-2, method=method, relative=relative, dtype=torch.float64)
+    x = batch(shape, eigvals=[4.0, 2.0, 1.0, 0.3] if torch.Size(shape).numel() > 20 else [4.0, 2.0, 1.0, 0.0])
+    x.requires_grad_()
     weight, bias = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def run(x, weight, bias):
@@ -136,9 +145,6 @@ def test_a_relative_ridge_makes_the_layer_scale_free(c, method):
     assert relative_error(scaled, y) < 36 * 9 * eps_of(torch.float32)
 
 
-LAYOUTS = [(16, 6), (8, 6, 7), (8, 6, 4, 5), (4, 6, 3, 2, 4)]
-
-
 @pytest.mark.parametrize("shape", LAYOUTS)
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("layout", ["last", "sliced", "expanded gradient"])
@@ -147,7 +153,7 @@ def test_memory_layout_changes_neither_values_nor_gradients_and_channels_last_is
     g = torch.randn(shape, dtype=torch.float64)
     if layout == "expanded gradient":
         g = torch.ones((), dtype=torch.float64).expand(shape)
-    layer = LAYERS[len(shape)](6, groups=groups, dtype=torch.float64)
+    layer = NORMS[len(shape)](6, groups=groups, dtype=torch.float64)
     plain = x.clone().requires_grad_()
     other = x.clone()
     if layout == "last":
@@ -193,7 +199,7 @@ def test_float32_is_accurate_however_large_the_mean(ratio, last):
 
 @pytest.mark.parametrize("shape", [(5, 4), (3, 4, 2, 2)])
 def test_evaluation_differentiates_twice_in_the_input_and_the_affine_parameters(shape):
-    layer = LAYERS[len(shape)](4, groups=2, eps=1e-2, dtype=torch.float64)
+    layer = NORMS[len(shape)](4, groups=2, eps=1e-2, dtype=torch.float64)
     layer(batch((20, *shape[1:]), eigvals=[4.0, 2.0, 1.0, 0.3]))
     layer.eval()
 
@@ -340,14 +346,6 @@ def test_the_buffers_of_a_thread_serve_every_mode_shape_and_dtype():
             (got,), (expected,) = torch.autograd.grad(y, x, g), torch.autograd.grad(want, x, g)
             assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
     assert layout._scratch.slots
-
-
-def inverse_root_by_iteration(P):
-    """P^(-1/2) by Denman and Beavers' iteration: its derivative does not divide by differences of eigenvalues."""
-    Y, Z = P, torch.eye(len(P), dtype=P.dtype)
-    for _ in range(20):
-        Y, Z = (Y + torch.linalg.inv(Z)) / 2, (Z + torch.linalg.inv(Y)) / 2
-    return Z
 
 
 @pytest.mark.parametrize("shape", [(7, 12, 1, 1), (9, 40, 3, 3), (5, 300, 4, 4), (700, 64, 4, 4)])

@@ -46,7 +46,7 @@ def test_both_roots_take_every_policy():
             f(P, rank="raise")
         with pytest.raises(ValueError, match="needs the eigenvalues"):
             f(P, rank="pinv", solver="pade")
-        with pytest.raises(ValueError, match="takes none"):
+        with pytest.raises(ValueError, match=r"eps=0\.1 .*rank='pinv' takes none"):
             f(P, rank="pinv", eps=0.1)
 
 
@@ -163,8 +163,6 @@ def test_bad_policies_name_themselves():
     P = torch.eye(2)
     with pytest.raises(ValueError, match=r"unknown rank policy 'pin'; did you mean 'pinv'"):
         wl.invsqrtm(P, rank="pin")
-    with pytest.raises(ValueError, match=r"eps=0\.1 .*rank='pinv' takes none"):
-        wl.invsqrtm(P, rank="pinv", eps=0.1)
     with pytest.raises(ValueError, match=r"rank='floor' needs the eigenvalues.*newton_schulz"):
         wl.invsqrtm(P, rank="floor", solver="newton_schulz")
     assert torch.equal(wl.invsqrtm(P, rank="pinv", solver=wl.Eigh()), P)

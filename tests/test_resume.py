@@ -18,23 +18,15 @@ import torch
 from small_runs import checkpoint, differences, differences_of_runs, full_disk_after, small
 from wellcond.experiments.errors import CheckpointError, FolderError
 from wellcond.experiments.files import read_csv
-from wellcond.experiments.run.processes import threads
 from wellcond.experiments.run.train import run
 from wellcond.experiments.run.training import Classifier
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """One uninterrupted run of the default configuration of these tests, and its folder."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    with threads(1):
-        return run(small(treat="nog+ow+olr", augment=True), folder), folder
+    return run(small(treat="nog+ow+olr", augment=True), folder), folder
 
 
 def stop_at(step, stop, monkeypatch):

@@ -124,11 +124,11 @@ def test_whitening_on_the_range_alone():
     assert relative_error(P @ P, P) < 1e-7 and abs(P.trace() - 2) < 1e-7
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["zca", "cholesky"])
 def test_constant_and_zero_channels_stay_zero(method):
     X = torch.randn(4, 30, dtype=torch.float64)
     X[1], X[3] = 5.0, 0.0
-    Y = wl.whiten(X, eps=1e-5, method="zca" if method == "pca" else method)
+    Y = wl.whiten(X, eps=1e-5, method=method)
     assert Y[[1, 3]].abs().max() < 1e-9
 
 
@@ -144,8 +144,6 @@ def test_bad_arguments_name_themselves():
     X = torch.randn(3, 9)
     with pytest.raises(ValueError, match=r"unknown whitening method 'zac'; did you mean 'zca'"):
         wl.whiten(X, method="zac")
-    with pytest.raises(ValueError, match=r"eps must be a finite number >= 0, got -0\.1"):
-        wl.whiten(X, eps=-0.1)
     with pytest.raises(ValueError, match=r"rank='pinv' .*zca.*cholesky"):
         wl.whiten(X, method="cholesky", rank="pinv")
 
@@ -161,7 +159,7 @@ def test_the_solver_is_used_or_refused(method):
         assert relative_error(damped, wl.whiten(X)) > 1e-3
 
 
-@pytest.mark.parametrize("method", ["zca", "pca", "cholesky"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_whitening_matrix_of_what_is_not_symmetric_is_refused(method):
     with pytest.raises(wl.NotSymmetricError, match=r"5\.0e-01 of its largest entry"):
         wl.whitening_matrix(torch.tensor([[2.0, 1.0], [0.0, 2.0]]), method=method)
