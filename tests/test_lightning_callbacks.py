@@ -26,15 +26,6 @@ from wellcond.orthogonality import treat
 pytestmark = QUIET
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors this small are slower on two threads, and far slower when tests share the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def by_hand(treatments: str, *, epochs: int = 2, **options) -> Task:
     task = Task()
     data = [batch for _ in range(epochs) for batch in loader()]

@@ -125,6 +125,66 @@ def test_a_mean_makes_the_rounding_larger_and_a_constant_has_rank_zero(d, n, dty
         assert torch.isfinite(h).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("d", "n"), [(3, 3), (4, 4), (4, 3), (3, 5)])
+def test_second_derivatives_of_the_root_where_the_null_direction_turns(d, n, dtype):
+    """Centred features have n − 1 directions, so for n ≤ d the null space of P turns with them. The truth: a factor of
+    n − 1 columns, Q = A (AᵀA)^{-1/2} Aᵀ, by autograd through the eigendecomposition of a regular matrix."""
+    X, G, E = torch.randn(d, n, dtype=dtype), torch.randn(d, d, dtype=dtype), torch.randn(d, n, dtype=dtype)
+    basis = torch.linalg.qr(torch.eye(n, dtype=torch.float64) - 1 / n)[0][:, : n - 1]
+
+    def reduced(x):
+        A = x @ basis / n**0.5
+        M = A.mT @ A if n <= d else A @ A.mT
+        eigvals, V = torch.linalg.eigh(M)
+        if n <= d:
+            return A @ (V * eigvals.rsqrt()) @ V.mT @ A.mT
+        return (V * eigvals.sqrt()) @ V.mT
+
+    def hessian_times(f, x, g, e):
+        x = x.requires_grad_()
+        (grad,) = torch.autograd.grad((f(x) * g).sum(), x, create_graph=True)
+        return torch.autograd.grad((grad * e).sum(), x)[0]
+
+    want = hessian_times(reduced, X.double(), G.double(), E.double())
+    for f in (wl.covariance_sqrtm, lambda x: wl.covariance_powm(x, 0.5), lambda x: wl.covariance_sqrtm(x, rank="pinv")):
+        # Divided by the smallest σ twice.
+        assert relative_error(hessian_times(f, X.clone(), G, E), want) < 1e4 * eps_of(dtype)
+
+
+def test_forward_mode_of_the_root_is_bounded_too():
+    """⟨G, dQ⟩ is what the gradient says, at singular values down to 1e-9."""
+    U, V = torch.linalg.qr(torch.randn(7, 3, dtype=torch.float64))[0], torch.randn(4, 4, dtype=torch.float64)
+    V = torch.linalg.qr(V - V.mean(0))[0][:, :3]
+    X = (U * torch.tensor([1.0, 1e-4, 1e-9], dtype=torch.float64)) @ V.mT
+    dX, G = torch.randn(7, 4, dtype=torch.float64), torch.randn(7, 7, dtype=torch.float64)
+    for f, bound in ((wl.covariance_sqrtm, 1e-6), (lambda x: wl.covariance_logm(x, eps=1e-18), 1e-4)):
+        _, along = torch.func.jvp(f, (X,), (dX,))
+        x = X.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(f(x), x, G)
+        assert (along * G).sum().item() == pytest.approx((gradient * dX).sum().item(), rel=bound)
+
+
+@pytest.mark.parametrize("scale", [1e160, 1e-170])
+@pytest.mark.parametrize(("d", "n"), [(4, 9), (6, 3)])
+def test_double_features_of_any_scale(d, n, scale):
+    X = torch.randn(d, n, dtype=torch.float64)
+    x, y = (X * scale).requires_grad_(), X.clone().requires_grad_()
+    Q, want = wl.covariance_sqrtm(x), wl.covariance_sqrtm(y)
+    assert relative_error(Q / scale, want) < 1e-14
+    G = torch.randn(d, d, dtype=torch.float64)
+    got, right = torch.autograd.grad(Q, x, G)[0], torch.autograd.grad(want, y, G)[0]
+    assert relative_error(got, right) < 1e-12
+    assert relative_error(wl.whiten(x, rank="pinv"), wl.whiten(y, rank="pinv")) < 1e-12
+    if scale > 1:
+        with pytest.raises(wl.NonFiniteMatrixError, match="squares are infinite"):
+            wl.covariance_logm(x, eps=1.0)
+
+
+def test_a_constant_is_not_whitened():
+    assert wl.whiten(torch.full((4, 9), 0.1), rank="pinv").abs().max() == 0
+
+
 def test_refusals_are_by_the_same_rule():
     X = features(-5.0, N, D)
     wl.covariance_powm(X, -0.5)

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from wellcond.nn import DecorrelatedBatchNorm2d
 from wellcond.orthogonality import treat
 
-torch.set_num_threads(1)  # threads only wait for one another on matrices of this size
-
 LAYERS = {
     "linear": lambda: nn.Linear(7, 5),
     "linear tall": lambda: nn.Linear(3, 9),

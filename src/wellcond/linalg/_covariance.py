@@ -71,7 +71,7 @@ def centred_gram(X: Tensor) -> tuple[Tensor, Tensor]:
     """The smaller of C Cᴴ and Cᴴ C, C = X − mean, and the mean (..., d, 1), both in double precision."""
     d, n = X.shape[-2:]
     side = min(d, n)
-    flat = flat_means = X.new_empty(0)
+    flat = flat_means = X.new_empty(0, dtype=wide_dtype(X))
     for batch, _, part, mean in _centred_pieces(X, whole=n < d):
         product = part.mH @ part if n < d else part @ part.mH
         if part.numel() == X.numel():  # all of it
@@ -99,7 +99,7 @@ def _centred_pieces(X: Tensor, *, whole: bool = False) -> Iterator[tuple[slice, 
     d, n = X.shape[-2:]
     piece = _PIECE["cpu" if X.device.type == "cpu" else "accelerator"]
     matrices, columns = max(1, piece // max(1, d * n)), n if whole else max(1, piece // max(1, d))
-    flat = X.reshape(-1, d, n)
+    flat = X.reshape(X.shape[:-2].numel(), d, n)
     for i in range(0, len(flat), matrices):
         batch = slice(i, i + matrices)
         if n <= columns:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from wellcond._shared.checks import require_nonnegative
 from wellcond._shared.names import require_known
-from wellcond._shared.precision import full_precision, working_dtype
+from wellcond._shared.precision import full_precision, wide_dtype, working_dtype
 
 from ._covariance import centred_factor, require_features
 from ._divided_differences import Log, Power, ScalarFunction
@@ -152,7 +153,13 @@ def _from_features(
         if root is not None and not by_factor:
             A = centred_factor(work, correction)
             return root(A @ A.mH, eps=eps, solver=solver, rank=rank).to(X.dtype)
+        scale: Tensor | float = 1.0
+        if isinstance(f, Power) and eps == 0.0 and work.dtype == wide_dtype(work):
+            # Squares of double features may leave the range; a power of P does not see the unit that they are in.
+            largest = work.detach().abs().amax((-2, -1), keepdim=True)
+            unit = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
+            work, scale = work / unit, unit.pow(2 * f.exponent)
         invertible = not isinstance(f, Power) or f.exponent < 0
         refuse = rank == "raise" or (invertible and eps == 0.0 and rank == "ridge")
         F, *_ = FactorFunction.call(work, Options(on_kept_eigenvalues(f, rank), float(eps), correction, refuse))
-        return F.to(X.dtype)
+        return (F if isinstance(scale, float) else F * scale).to(X.dtype)

@@ -44,8 +44,8 @@ def derivative_along(P: Tensor, E: Tensor, f: SpectralMap, eigvals: Tensor, U: T
 def root_exponent(f: SpectralMap) -> float | None:
     """1/2 or −1/2 where the derivative of f is that of the root, with zero for what is null, else None."""
     if isinstance(f, Truncated) and not f.floor:
-        # The pseudo-inverse root turns with its range, which adds terms across the cut; the root itself has them.
-        f = f.f if f.fixed_range or f.f == Power(0.5) else f
+        # A range that turns adds terms across the cut, and between null directions in the second derivative.
+        f = f.f if f.fixed_range else f
     return f.exponent if isinstance(f, Power) and abs(f.exponent) == 0.5 else None
 
 

@@ -6,8 +6,8 @@ f(P + εI) is f(ε) I + U (f(Σ² + ε) − f(ε)) Uᴴ. Its derivative along P 
 
     ∂l/∂A = 2 [U ((K − 1 kᵀ) ∘ UᴴGU) + G U diag(k)] Σ Vᴴ,   K_ij = f[σi² + ε, σj² + ε],  k_j = f[σj² + ε, ε].
 
-For the square root every coefficient K_ij σj = σj/(σi + σj) lies in [0, 1]: its gradient is bounded by √2 ‖G‖ at any
-condition number (Araki and Yamagami 1981). Going through P in the dtype of A loses that.
+For the square root every coefficient K_ij σj = σj/(σi + σj) lies in [0, 1]: its first derivative is bounded by
+√2 ‖G‖ at any condition number (Araki and Yamagami 1981). Going through P in the dtype of A loses that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wellcond._shared.autograd import BatchedFunction, differentiated_again
 from wellcond._shared.checks import bad_indices, checks_values, require_finite
-from wellcond._shared.errors import NotPositiveSemidefiniteError
+from wellcond._shared.errors import NonFiniteMatrixError, NotPositiveSemidefiniteError
 from wellcond._shared.events import place
 from wellcond._shared.precision import full_precision, wide_dtype, widened
 
@@ -89,6 +89,10 @@ def factorise(X: Tensor, correction: int) -> Factor:
     U, sigma, Vh = thin_svd(A if n < d else A.mH)
     U, V = (U, Vh.mH) if n < d else (Vh.mH, U)
     mean_square = torch.linalg.vector_norm(wide, dim=(-2, -1)).square() / divisor
+    if checks_values(X) and not torch.isfinite(mean_square).all():
+        raise NonFiniteMatrixError(
+            f"X{place()} has entries up to {X.abs().max().item():.1e}, whose squares are infinite"
+        )
     eigvals = sigma.square()
     kept = eigvals > feature_tolerance(X, mean_square).unsqueeze(-1)
     return Factor(torch.where(kept, eigvals, 0.0), U, V * kept.unsqueeze(-2))
@@ -140,16 +144,20 @@ class FactorFunction(BatchedFunction):
 
     @staticmethod
     def jvp(ctx: Any, dX: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        X, *factor = ctx.saved_tensors
+        X, *saved = ctx.saved_tensors
+        options, factor = ctx.options, Factor(*saved)
         with full_precision(X):
-            A, dA = (centred_factor(widened(x), ctx.options.correction) for x in (X, dX))
-            if (inner := _inner_power(A, ctx.options, Factor(*factor))) is not None:
+            A, dA = (centred_factor(widened(x), options.correction) for x in (X, dX))
+            if (inner := _inner_power(A, options, factor)) is not None:
                 S, along = inner
                 half = dA @ S @ A.mH
-                moved = A @ along(dA.mH @ A + A.mH @ dA) @ A.mH
-                return (half + half.mH + moved).to(X.dtype), None, None, None
-            half = dA @ A.mH
-            return _along(A, half + half.mH, ctx.options, Factor(*factor)).to(X.dtype), None, None, None
+                moved = half + half.mH + A @ along(dA.mH @ A + A.mH @ dA) @ A.mH
+            else:
+                half = dA @ A.mH
+                moved = _along(A, half + half.mH, options, factor)
+            if factor.V.numel():  # the bounded form for the value, as in backward
+                moved = moved + (_change(dX.detach(), options, factor) - moved).detach()
+            return moved.to(X.dtype), None, None, None
 
 
 def _is_basis(U: Tensor) -> bool:
@@ -194,22 +202,40 @@ def _gradient(X: Tensor, G: Tensor, options: Options, factor: Factor) -> Tensor:
         # K grows like 1/σ² at most, and A shrinks as much: in float64 the product keeps eps64 σ_max/σ_min of its
         # digits, beyond the rounding of single precision for every σ that the Gram matrix resolves.
         return times_centred(in_eigenbasis(U, f.differences(eigvals + eps).mul_(2 / divisor), G), X)
-    # 2σ/√(n − correction), of which the coefficients are multiples.
-    right = (eigvals * (4 / divisor)).sqrt_().unsqueeze(-2)
+    C, c = _coefficients(options, factor, divisor)
     GU = product(G, U)
+    half = product(U, product(U.mH, GU).mul_(C))
+    if c is not None:
+        half.add_(GU * c)
+    return product(half, V.mH).to(X.dtype)
+
+
+def _change(dX: Tensor, options: Options, factor: Factor) -> Tensor:
+    """The change of f along dX: the adjoint of :func:`_gradient`, with the same coefficients."""
+    _, U, V = factor
+    C, c = _coefficients(options, factor, dX.shape[-1] - options.correction)
+    dXV = (dX.to(U.dtype) - dX.to(U.dtype).mean(-1, keepdim=True)) @ V
+    half = U @ (C * (U.mH @ dXV)) @ U.mH
+    if c is not None:
+        half = half + (dXV * c) @ U.mH
+    return (half + half.mH) / 2
+
+
+def _coefficients(options: Options, factor: Factor, divisor: int) -> tuple[Tensor, Tensor | None]:
+    """2 (K − 1 kᵀ) σ/√(n − correction) and 2 kᵀ σ/√(n − correction), which is not needed over a full basis."""
+    f, eps, _, _ = options
+    eigvals, U, _ = factor
+    right = (eigvals * (4 / divisor)).sqrt_().unsqueeze(-2)
     if _is_basis(U):
-        C, c = f.differences(eigvals + eps).mul_(right), None
-    elif _vanishes_at_zero(options):
+        return f.differences(eigvals + eps).mul_(right).to(U.dtype), None
+    if _vanishes_at_zero(options):
         c = (f.values(eigvals) * reciprocal_or_zero(eigvals)).unsqueeze(-2) * right
         C = f.differences(eigvals).mul_(right).sub_(c)
     else:
         K = f.differences(_with_null(eigvals) + eps)
         c = K[..., -1:, :-1] * right
         C = K[..., :-1, :-1] * right - c
-    half = product(U, product(U.mH, GU).mul_(C.to(U.real.dtype)))
-    if c is not None:
-        half = half.add_(GU * c.to(U.dtype))
-    return product(half, V.mH).to(X.dtype)
+    return C.to(U.dtype), c.to(U.dtype)
 
 
 def _differentiable_gradient(X: Tensor, G: Tensor, options: Options, factor: Factor) -> Tensor:
@@ -225,14 +251,18 @@ def _differentiable_gradient(X: Tensor, G: Tensor, options: Options, factor: Fac
 def _inner_power(A: Tensor, options: Options, factor: Factor) -> Any:
     """S = M^{p−1} on the range of M = Aᴴ A and its derivative, where (A Aᴴ)^p = A S Aᴴ is the better way.
 
-    That is with fewer samples than channels and without ε: smooth in A where the null directions of P turn.
+    That is where P has null directions for want of samples (of which centring takes one), and without ε: smooth in A
+    where they turn.
     """
     f, eps, _, _ = options
     inner = f.f if isinstance(f, Truncated) else f
-    if A.shape[-1] >= A.shape[-2] or eps > 0.0 or not isinstance(inner, Power) or inner.exponent == 0.0:
+    if A.shape[-1] > A.shape[-2] or eps > 0.0 or not isinstance(inner, Power) or inner.exponent == 0.0:
         return None
     M, g = A.mH @ A, Truncated(Power(inner.exponent - 1.0), "pinv", fixed_range=True)
-    pairs = factor.eigvals, widened(factor.V)
+    eigvals, U, V = factor
+    if not V.numel():
+        V = A.detach().mH @ (U * reciprocal_or_zero(eigvals.sqrt()).unsqueeze(-2))
+    pairs = eigvals, widened(V)
     return apply_function(M, g, *pairs), lambda E: derivative_along(M, E, g, *pairs)
 
 

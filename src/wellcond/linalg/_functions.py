@@ -116,6 +116,8 @@ def functions_of(
     require_matrix(P, "P", square=True)
     require_nonnegative(eps, "eps")
     require_rank_policy(rank, eps)
+    if P.shape[-1] == 0:
+        return tuple(P.clone() for _ in functions)
     with full_precision(P):
         work = P.to(working_dtype(P.dtype))
         pairs = eigenpairs(work, Shift(float(eps), rank, invertible))

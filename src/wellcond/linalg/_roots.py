@@ -31,8 +31,9 @@ def sqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank: R
 
     Raises:
         TypeError: P is not a floating or complex tensor.
-        ValueError: P is not square, finite, Hermitian or positive semidefinite, each beyond rounding (the last four
-            are checked on the CPU; elsewhere inside ``value_checks(True)``), or the solver is unknown.
+        ValueError: P is not square, finite, Hermitian or positive semidefinite, each beyond rounding, or the solver is
+            unknown. Values are checked on the CPU, elsewhere inside ``value_checks(True)``; solvers of matrix products
+            alone see no eigenvalues, and so no indefinite P.
         DecompositionError: every step of the fall-back chain failed.
 
     Complexity: O(d³) per matrix. With the default solver the derivative is exact at repeated eigenvalues, to every

@@ -81,6 +81,7 @@ def matrix_spectrum(P: Tensor) -> Spectrum:
         tensor(2)
     """
     require_matrix(P, "P", square=True)
+    _require_entries(P, "P")
     eigvals = eigh(widened(hermitian(P)))[0].flip(-1).clamp_min(0.0)
     return Spectrum(eigvals, matrix_tolerance(eigvals, P.dtype).squeeze(-1))
 
@@ -96,6 +97,9 @@ def covariance_spectrum(features: Tensor) -> Spectrum:
         A :class:`Spectrum`, NaN for a matrix whose features are not finite. The device is waited for when the small
         matrices are fetched, and only then.
 
+    Raises:
+        TypeError, ValueError: no floating or complex tensor of at least two dimensions; no channel or no sample.
+
     Complexity: one float64 product of d n min(d, n) multiplications a matrix and O(min(d, n)³), and about twice that
     again in the rare case that needs a decomposition of the features themselves.
 
@@ -104,6 +108,8 @@ def covariance_spectrum(features: Tensor) -> Spectrum:
         >>> covariance_spectrum(torch.tensor([[1.0, -1.0], [2.0, -2.0]])).numerical_rank
         tensor(1)
     """
+    require_matrix(features, "features")
+    _require_entries(features, "features")
     d, n = features.shape[-2:]
     if features.device.type == "mps":  # no float64 there
         features = features.cpu()
@@ -131,6 +137,12 @@ def unresolved(eigvals: Tensor, tolerance: Tensor, wanted: float = 0.01) -> Tens
     return (eigvals + error > tolerance.unsqueeze(-1)) & (eigvals < error / wanted)
 
 
+def _require_entries(x: Tensor, name: str) -> None:
+    for size, missing in zip(x.shape[-2:], ("channels", "samples"), strict=True):
+        if size == 0:
+            raise ValueError(f"{name} of shape {tuple(x.shape)} has no {missing}, and so no spectrum")
+
+
 def _squared_singular_values(centred: Tensor) -> Tensor:
     """λ = σ(A)² by QR of the tall side, exact to eps64²·λ_max, from the centred features √n A."""
     tall = centred.mH if centred.shape[-2] <= centred.shape[-1] else centred
@@ -145,16 +157,13 @@ def spectrum(X_or_P: Tensor, *, features: bool | None = None) -> Spectrum:
         features: which of the two; ``None`` takes a square Hermitian tensor for covariances, all else for features.
     """
     require_matrix(X_or_P, "X_or_P")
-    if X_or_P.shape[-2] == 0:
-        raise ValueError(f"X_or_P of shape {tuple(X_or_P.shape)} has no channels, and so no spectrum")
+    _require_entries(X_or_P, "X_or_P")
     if features is None:
         square = X_or_P.shape[-1] == X_or_P.shape[-2]
         features = not (square and torch.allclose(X_or_P, X_or_P.mH, rtol=1e-3, atol=0.0, equal_nan=True))
     if not features:
         with torch.no_grad():
             return matrix_spectrum(X_or_P)
-    if X_or_P.shape[-1] == 0:
-        raise ValueError(f"X_or_P of shape {tuple(X_or_P.shape)} has no samples, and so no covariance")
     if checks_values(X_or_P):
         require_finite(X_or_P, "X_or_P")
     return covariance_spectrum(X_or_P)

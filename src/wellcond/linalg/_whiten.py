@@ -67,7 +67,8 @@ def whiten(
         via: ``"covariance"`` forms P = A Aᴴ, of which the dtype resolves κ(P) up to 1/eps; ``"factor"`` decomposes
             the features themselves, which resolves κ(P) up to 1/eps² (ZCA and Cholesky, with ``rank="ridge"`` or
             ``"pinv"``). ``"auto"`` takes the factor for a regularised ZCA of at least twice as many channels as
-            samples, where it is faster too, and P elsewhere, where the factor takes 1.3 to 4 times as long.
+            samples, where it is faster too, and for ``rank="pinv"``; P elsewhere, where the factor takes 1.3 to 4 times
+            as long.
 
     Returns:
         (..., d, n) in the dtype of X.
@@ -92,7 +93,7 @@ def whiten(
     _require_options(method, eps, rank, solver)
     require_features(X, correction)
     by_factor = _goes_by_factor(X, via, method, eps, rank, solver)
-    if X.shape[-2] == 0:
+    if X.numel() == 0:
         return X.clone()
     with full_precision(X):
         # The features themselves are asked for their rank only without a ridge, and in double precision.
@@ -221,7 +222,8 @@ def _goes_by_factor(X: Tensor, via: str, method: WhiteningMethod, eps: float, ra
                 raise ValueError(f"{name}={value!r} needs the covariance: take via='covariance' or 'auto'")
         return True
     # Where the factor was measured to be faster: benchmarks/when_does_the_factor_pay.py.
-    few = 2 * X.shape[-1] <= X.shape[-2] and (eps > 0.0 or rank == "pinv")
+    # The rank of the features is theirs to say: of a constant, P shows the rounding of the mean.
+    few = rank == "pinv" or (2 * X.shape[-1] <= X.shape[-2] and eps > 0.0)
     return via == "auto" and few and method == "zca" and all(fits for _, fits in taken.values())
 
 
@@ -232,8 +234,10 @@ def _white_factor(
     d, n = A.shape[-2:]
     sigma = floor = None
     if eps == 0.0:
-        mean_square = torch.linalg.vector_norm(X.detach() / scale, dim=(-2, -1), dtype=A.dtype).real.square() / n
-        floor = feature_tolerance(X, mean_square).sqrt()
+        largest = X.detach().abs().amax((-2, -1), keepdim=True)
+        unit = X.detach() / torch.where(largest > 0, largest, 1.0)
+        mean_square = torch.linalg.vector_norm(unit, dim=(-2, -1), dtype=A.dtype).real.square() / n
+        floor = feature_tolerance(X, mean_square).sqrt() * (largest / scale)[..., 0, 0]
     if method == "cholesky":
         if readable(A):
             require_finite(A, "X")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wellcond.experiments.files import write_atomically
+from wellcond.experiments.files import read_csv, write_atomically
 from wellcond.experiments.run.result import CONDITION, METRICS, RunResult
 
 # Okabe & Ito (2008), distinguishable with any colour vision; the line styles say the same without colour.
@@ -29,16 +29,20 @@ def curve(runs: Sequence[RunResult], column: str) -> Curve:
 
 
 def _tables(runs: Sequence[RunResult], name: str) -> list[Any]:
-    """A file of every run as a data frame."""
+    """A file of every run as a data frame, in which only `layer` is not a number."""
     import pandas as pd
 
-    return [pd.read_csv(Path(run.folder) / name, float_precision="round_trip") for run in runs]
+    def number(text: str) -> float:
+        return float(text or "nan")  # pandas' own reader does not keep the last digit
+
+    frames = [pd.DataFrame(read_csv(Path(run.folder) / name)) for run in runs]
+    return [frame.apply(lambda column: column if column.name == "layer" else column.map(number)) for frame in frames]
 
 
 def _over_seeds(tables: Sequence[Any], x: str, y: str) -> Curve:
     import pandas as pd
 
-    found: Any = pd.concat([table.set_index(x)[y] for table in tables], axis=1, join="inner")
+    found: Any = pd.concat([table.set_index(table[x].astype(int))[y] for table in tables], axis=1, join="inner")
     middle, low, high = found.median(axis=1), found.min(axis=1), found.max(axis=1)
     return found.index.tolist(), middle.tolist(), low.tolist(), high.tolist()
 

@@ -81,7 +81,10 @@ SOLVERS: dict[str, type[Solver]] = {}
 
 
 class LyapunovSolver(Solver):
-    """A solver of exact roots, whose derivatives solve a Lyapunov equation: it says how, and the rest follows."""
+    """A solver whose derivative solves the Lyapunov equation of its roots: it says how, and the rest follows.
+
+    Where the roots are not exact, neither is that derivative (as in the published layers of ``pade`` and ``taylor``).
+    """
 
     @abstractmethod
     def lyapunov(self, Q: Tensor, G: Tensor, root: Root, done: Done) -> Tensor:
