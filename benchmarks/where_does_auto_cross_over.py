@@ -1,8 +1,7 @@
 """Where does the matmul-only solver become faster than the eigendecomposition, and does ``auto`` know?
 
-First the table that ``wellcond.linalg.solvers._auto.MEASURED`` holds: the time of ``minimax_or_eigh`` over that of
-``eigh``, forward and backward of ``sqrtm`` at κ = 1e4 in float32, by size and batch; the lines below it are what to
-paste there. Then, on the shapes of ``wellcond bench``, how far ``auto`` is from the best of the solvers whose value and
+First the time of ``minimax_or_eigh`` over that of ``eigh``, forward and backward of ``sqrtm`` at κ = 1e4 in float32, by
+size and batch: where it is below 1, the rule in ``wellcond/linalg/solvers/_auto.py`` has something to gain. Then, on the shapes of ``wellcond bench``, how far ``auto`` is from the best of the solvers whose value and
 gradient are right there; 1.2 is what it should keep.
 
     python benchmarks/where_does_auto_cross_over.py
@@ -57,11 +56,7 @@ def main() -> None:
     heading = ["size", *(f"batch {batch}" for batch in batches)]
     cells = [[str(d), *(f"{row[b]:.2g}" if b in row else "—" for b in batches)] for d, row in ratios.items()]
     print(for_markdown(Table(heading, cells)))
-    print("\nfor MEASURED:\n")
-    print(f'    ("{device.type}", torch.float32): {{')
-    for d, row in ratios.items():
-        print(f"        {d}: {{{', '.join(f'{batch}: {value:.2g}' for batch, value in row.items())}}},")
-    print("    },\n")
+    print()
     shapes = MATRIX_SHAPES[:3] if options.quick else MATRIX_SHAPES
     cells = []
     worst = 0.0
