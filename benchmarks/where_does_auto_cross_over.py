@@ -1,9 +1,9 @@
 """Where does the matmul-only solver become faster than the eigendecomposition, and does ``auto`` know?
 
 First the time of ``minimax_or_eigh`` over that of ``eigh``, forward and backward of ``sqrtm`` at κ = 1e4 in float32, by
-size and batch: where it is below 1, the rule in ``wellcond/linalg/solvers/_auto.py`` has something to gain. Then, on the
-shapes of ``wellcond bench``, how far ``auto`` is from the best of the solvers whose value and gradient are right there;
-1.2 is what it should keep.
+size and batch: where it is below 1, the rule in ``wellcond/linalg/solvers/_auto.py`` has something to gain. Then, on
+the shapes of ``wellcond bench``, how far ``auto`` is from the best of the solvers whose value and gradient are right
+there; 1.2 is what it should keep.
 
     python benchmarks/where_does_auto_cross_over.py
 """
