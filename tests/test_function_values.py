@@ -168,13 +168,8 @@ def test_a_positive_semidefinite_matrix_with_a_ridge_never_gives_nan(dtype, eps)
             assert torch.isfinite(g).all(), (name, f)
 
 
-@pytest.mark.parametrize(
-    ("solver", "scale"),
-    [
-        *((s, c) for s in wl.SOLVERS if s != "svd" for c in (1e-38, 1e-36, 1e-24, 1e-19, 1e19, 1e24, 1e37)),
-        ("eigh", 3e37),
-    ],
-)
+@pytest.mark.parametrize("scale", [1e-38, 1e-36, 1e-24, 1e-19, 1e19, 1e24, 3e37])
+@pytest.mark.parametrize("solver", [s for s in wl.SOLVERS if s != "svd"])
 @pytest.mark.filterwarnings("ignore::wellcond.linalg.ApproximateRootWarning")
 def test_every_solver_scales_over_the_whole_range_of_single_precision(solver, scale):
     """The square of an entry beyond 1e19 is infinite, below 1e-23 it is zero: no norm may be formed of those.

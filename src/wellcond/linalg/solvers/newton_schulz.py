@@ -97,7 +97,7 @@ class NewtonSchulz(Solver):
         gY = torch.zeros_like(A) if gQ is None else gQ * root
         gZ = torch.zeros_like(A) if gS is None else gS / root
         # The scale is a function of P too: Q = √c Y and S = Z/√c.
-        gc = (inner(gY, Y) - inner(gZ, Z)) / (2 * scale)
+        gc = (inner(gY, Y) - inner(gZ, Z)) / 2 / scale
         for Yk, Zk, M, moved, *_ in reversed(path):
             gM = moved * (Yk.mH @ gY + gZ @ Zk.mH)
             gY, gZ = gY @ M.mH - Zk.mH @ gM / 2, M.mH @ gZ - gM @ Yk.mH / 2
@@ -115,9 +115,9 @@ class NewtonSchulz(Solver):
         values = dict(zip(done.roots, done.outputs, strict=True))
         tangents: dict[Root, Tensor] = {}
         if "sqrt" in values:
-            tangents["sqrt"] = root * dY + values["sqrt"] * dscale / (2 * scale)
+            tangents["sqrt"] = root * dY + values["sqrt"] * (dscale / 2 / scale)
         if "invsqrt" in values:
-            tangents["invsqrt"] = dZ / root - values["invsqrt"] * dscale / (2 * scale)
+            tangents["invsqrt"] = dZ / root - values["invsqrt"] * (dscale / 2 / scale)
         return tuple(tangents[r] for r in done.roots)
 
     def _replay(self, done: Done) -> tuple[Tensor, Tensor, Tensor, list[tuple[Any, ...]]]:
