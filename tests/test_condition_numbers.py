@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import wellcond.linalg as wl
-from helpers import eps_of, features_with, geometric, with_spectrum
+from helpers import eps_of, features_with, geometric, relative_error, with_spectrum
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
@@ -145,3 +145,17 @@ def test_bad_arguments_name_themselves():
         wl.condition_number(torch.ones(2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"square.*\(2, 5\)"):
         wl.condition_number(torch.randn(2, 5), features=False)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e-157, 1e155, 1e300])
+def test_double_features_of_any_size_have_the_numbers_of_their_unit(scale):
+    """Squares beyond 1e154 or below 1e-154 are not representable; the ratios of eigenvalues are."""
+    X = torch.randn(3, 4, 50, dtype=torch.float64)
+    for f in (wl.condition_number, wl.effective_rank, wl.numerical_rank):
+        assert relative_error(f(scale * X).double(), f(X).double()) < 1e-12
+    if 1e-160 < scale < 1e153:  # where ε can be given in that unit at all
+        assert (
+            relative_error(wl.condition_number(scale * X, eps=1e-2 * scale * scale), wl.condition_number(X, eps=1e-2))
+            < 1e-6
+        )
+    assert relative_error(wl.condition_number(1e-300 * X, eps=1.0), torch.ones(3, dtype=torch.float64)) == 0.0

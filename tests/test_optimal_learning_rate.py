@@ -128,6 +128,27 @@ def test_tiny_and_huge_gradients_do_not_over_or_underflow(rule, scale):
     assert rule(W, L * scale).item() * scale == pytest.approx(rule(W, L).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("samples", "size"), [(8, 6), (512, 32), (4096, 64)])
+def test_a_loss_that_does_not_see_the_length_of_the_weight_never_stops_it(dtype, samples, size):
+    """⟨W, L⟩ is zero then (Euler), but computed as some eps‖W‖‖L‖, which is no rate to go on with."""
+    torch.manual_seed(0)
+    for _ in range(40):
+        W = torch.randn(size, size, dtype=dtype, requires_grad=True)
+        x = torch.randn(samples, size, dtype=dtype)
+        y = x @ (W / torch.linalg.matrix_norm(W)).mT
+        (y.tanh().square().mean() * 1e3).backward()
+        assert paper_rate(W.detach(), W.grad).item() == 0.0
+
+
+def test_a_product_that_is_not_rounding_is_not_taken_for_it():
+    """Of random pairs ⟨W, L⟩ is about ‖W‖‖L‖/√N, far above the bound up to N = 1/eps."""
+    for n in (8, 64, 1024):
+        W, L = torch.randn(n, n), torch.randn(n, n)
+        L = L + 0.05 / n * W  # and never below a twentieth of that
+        assert paper_rate(W, L).item() != 0.0
+
+
 def test_a_product_within_rounding_counts_as_zero():
     """Along the tangent space of an orthogonal W the sign of ⟨W, L⟩ is noise, which must not choose a rate of 1e-8."""
     W, A = orthogonal(8, 0).float(), gaussian(8, 8, seed=1).float()

@@ -75,6 +75,24 @@ def test_at_an_orthogonal_weight_the_gradient_is_zero_and_not_nan(form, shape):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 2), (8, 3), (64, 27), (27, 64), (128, 128)])
+def test_orthogonal_up_to_rounding_is_orthogonal(form, dtype, shape):
+    """The subgradient zero, not the direction of the rounding, which has length 2 whatever its size."""
+    for seed in range(10):
+        W = torch.nn.init.orthogonal_(torch.empty(shape, dtype=dtype), generator=torch.Generator().manual_seed(seed))
+        layer = nn.Linear(*reversed(shape), bias=False, dtype=dtype)
+        layer.weight.data.copy_(W)
+        OrthogonalLoss(layer, form=form)().backward()
+        assert layer.weight.grad.abs().max() == 0.0
+        # What is no rounding has the whole gradient.
+        layer.weight.data.mul_(1 + 100 * max(shape) * torch.finfo(dtype).eps)
+        layer.zero_grad()
+        OrthogonalLoss(layer, form=form)().backward()
+        assert layer.weight.grad.norm() > (1.0 if form != "double_soft" else 0.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_descending_it_makes_the_weight_orthogonal(form):
     torch.manual_seed(0)
     layer = nn.Conv2d(3, 16, 3)

@@ -97,6 +97,38 @@ def test_an_approximate_solver_warns_once_when_it_is_far_off(make):
         wl.invsqrtm(P, solver=solver)
 
 
+SMALL = (1.0, 1e-1, 1e-2, 1e-4, 1e-6, 1e-8)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("make", [lambda: NewtonSchulz(12), Pade, Taylor, lambda: wl.Minimax(kappa=1e3)])
+def test_a_small_eigenvalue_that_is_not_resolved_is_noticed(make, rotated):
+    """Its root is 1e-4 of the largest: 1,800 times that (Taylor), or zero, leaves a residual of a few percent."""
+    P = with_spectrum(SMALL) if rotated else torch.diag(torch.tensor(SMALL, dtype=torch.float64))
+    solver = make()
+    with pytest.warns(ApproximateRootWarning, match=r"off by .* along an eigenvector"):
+        Q = wl.sqrtm(P, solver=solver)
+    assert relative_error(Q @ Q, P) < 0.1
+    assert solver.has_warned
+
+
+def test_an_unresolved_eigenvalue_is_found_in_a_later_call_too():
+    solver = NewtonSchulz(12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wl.sqrtm(with_spectrum([1.0, 0.5, 0.1]), solver=solver)
+    P = with_spectrum(SMALL).expand(2, -1, -1)  # the 2nd check looks again
+    with pytest.warns(ApproximateRootWarning, match="eigenvector"):
+        wl.sqrtm(P, solver=solver)
+
+
+@pytest.mark.parametrize("make", [lambda: NewtonSchulz(20), lambda: wl.Minimax(kappa=1e4)])
+def test_null_directions_are_no_error_of_a_root(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wl.sqrtm(with_spectrum([3.0, 2.0, 1.0, 0.0, 0.0, 0.0]), solver=make())
+
+
 @pytest.mark.filterwarnings("error::wellcond.linalg.ApproximateRootWarning")
 def test_no_warning_within_the_tolerance_or_without_one():
     wl.sqrtm(with_spectrum([1.0, 0.9, 0.8]), solver=NewtonSchulz(8))

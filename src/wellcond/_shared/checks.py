@@ -70,7 +70,12 @@ def require_matrix(x: Tensor, name: str, *, square: bool = False) -> None:
 
 
 def require_nonnegative(value: float, name: str) -> None:
-    """Refuse a negative or non-finite number."""
+    """Refuse a negative or non-finite number, and a tensor whose gradient would be lost."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{name} must be a number, got a tensor that requires a gradient, which it would not get; to learn a "
+            f"ridge, add it to the covariance: P + {name} * torch.eye(d)"
+        )
     if not (value >= 0.0 and value != float("inf")):
         raise ValueError(f"{name} must be a finite number >= 0, got {value}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +14,7 @@ from wellcond._shared.precision import full_precision, wide_dtype, working_dtype
 from ._covariance import centred_factor, require_features
 from ._divided_differences import Log, Power, ScalarFunction
 from ._factor import FactorFunction, Options
+from ._functions import expm, require_exponent
 from ._rank import on_kept_eigenvalues, require_rank_policy
 from ._roots import invsqrtm, sqrtm
 from .solvers import Eigh, Solver, choose_solver
@@ -64,7 +64,7 @@ def covariance_sqrtm(
 
 def covariance_powm(
     X: Tensor,
-    exponent: float,
+    exponent: float | Tensor,
     *,
     eps: float = 0.0,
     solver: str | Solver = "auto",
@@ -75,7 +75,8 @@ def covariance_powm(
 
     Args:
         X: (..., d, n) features; any floating or complex dtype, half precision is taken as float32.
-        exponent: any finite real number; 1/2 is :func:`covariance_sqrtm`.
+        exponent: any finite real number; 1/2 is :func:`covariance_sqrtm`. Or a real tensor, of no dimension or one
+            exponent a matrix, which gets its gradient; P must be positive definite then, or ε positive.
         eps: ε ≥ 0, added to every eigenvalue; positive for negative exponents where P is singular, as it is for n ≤ d.
         solver: ``"auto"`` and ``"eigh"`` take the factor form; for exponents ±1/2 any other is given the covariance.
         rank: as in :func:`covariance_sqrtm`: ``"ridge"``, ``"pinv"`` or ``"raise"``.
@@ -98,9 +99,13 @@ def covariance_powm(
         tensor([[8., 0.],
                 [0., 0.]])
     """
-    if not math.isfinite(exponent):
-        raise ValueError(f"exponent must be a finite number, got {exponent}")
-    return _from_features(X, Power(float(exponent)), eps, solver, rank, correction)
+    exponent = require_exponent(exponent, rank)
+    if not isinstance(exponent, Tensor):
+        return _from_features(X, Power(exponent), eps, solver, rank, correction)
+    with full_precision(X):
+        log = _from_features(X.to(working_dtype(X.dtype)), Log(), eps, solver, rank, correction)
+        p = exponent.to(device=X.device, dtype=log.real.dtype)
+        return expm(p[..., None, None] * log).to(X.dtype)
 
 
 def covariance_logm(

@@ -16,7 +16,7 @@ from wellcond._shared.autograd import BatchedFunction
 from wellcond._shared.precision import full_precision
 
 from ._divided_differences import Power, SpectralMap, reciprocal_or_zero
-from ._rank import Truncated
+from ._rank import RootAtZero, Truncated, without_rounding
 from ._sylvester import in_eigenbasis, sylvester
 
 
@@ -34,7 +34,8 @@ def derivative_along(P: Tensor, E: Tensor, f: SpectralMap, eigvals: Tensor, U: T
     exponent = root_exponent(f)
     if exponent is None:
         return _Derivative.call(P, E, f, eigvals, U)
-    s, root = eigvals.sqrt(), apply_function(P, f, eigvals, U)
+    root = apply_function(P, f, eigvals, U)
+    s = (without_rounding(eigvals) if isinstance(f, RootAtZero) else eigvals).sqrt()
     if exponent > 0:
         return sylvester(root, E, s, U)
     # From S P S = I: dS = −S Y S with SY + YS = S dP S.
@@ -46,6 +47,8 @@ def root_exponent(f: SpectralMap) -> float | None:
     if isinstance(f, Truncated) and not f.floor:
         # A range that turns adds terms across the cut, and between null directions in the second derivative.
         f = f.f if f.fixed_range else f
+    if isinstance(f, RootAtZero):
+        f = f.f
     return f.exponent if isinstance(f, Power) and abs(f.exponent) == 0.5 else None
 
 

@@ -5,25 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from wellcond._shared.checks import require_matrix, require_nonnegative
+from wellcond._shared.checks import readable, require_matrix, require_nonnegative
 from wellcond._shared.precision import full_precision, working_dtype
+from wellcond._shared.torch_internals import under_forward_mode, under_functorch
 
 from ._daleckii_krein import apply_function
 from ._divided_differences import Exp, Log, Power, ScalarFunction
-from ._rank import Rank, Shift, eigenpairs, on_kept_eigenvalues, require_rank_policy
+from ._rank import Rank, Shift, eigenpairs, of_matrix, on_kept_eigenvalues, require_rank_policy
 
 
-def powm(P: Tensor, exponent: float, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:
+def powm(P: Tensor, exponent: float | Tensor, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:
     """(P + εI)^exponent of a Hermitian positive (semi)definite P.
 
     Args:
         P: (..., d, d) real symmetric or complex Hermitian; any floating or complex dtype, half precision is computed
             in float32.
         exponent: any finite real number. For ±1/2 :func:`sqrtm` and :func:`invsqrtm` are cheaper to differentiate
-            twice.
-        eps, rank: what is done to eigenvalues that are zero up to rounding, as in :func:`invsqrtm`.
+            twice. Or a real tensor, of no dimension or one exponent a matrix (broadcast with the leading dimensions of
+            P), which gets its gradient tr(Gᴴ log(P) P^exponent); P must be positive definite then, or ε positive.
+        eps, rank: what is done to eigenvalues that are zero up to rounding, as in :func:`invsqrtm`; not ``"pinv"`` for
+            a tensor of exponents.
 
     Returns:
         (..., d, d) in the dtype of P.
@@ -34,7 +38,8 @@ def powm(P: Tensor, exponent: float, *, eps: float = 0.0, rank: Rank = "ridge") 
             singular for a negative exponent with neither ε nor a policy; a non-finite exponent, an unknown policy.
         DecompositionError: every step of the fall-back chain failed.
 
-    At an eigenvalue 0 with ε = 0 the derivative of a power below 1 does not exist; null pairs contribute 0 there.
+    At eigenvalues that are zero up to rounding with ε = 0 the derivative of a power below 1 does not exist; null pairs
+    contribute 0 there.
 
     Complexity: one eigendecomposition and one product; four products backward; O(d³) memory for second derivatives.
     Source: Daleckii and Krein 1965; Higham, Functions of Matrices, 2008, ch. 3.
@@ -45,9 +50,10 @@ def powm(P: Tensor, exponent: float, *, eps: float = 0.0, rank: Rank = "ridge") 
         tensor([[ 8.,  0.],
                 [ 0., 27.]])
     """
-    if not math.isfinite(exponent):
-        raise ValueError(f"exponent must be a finite number, got {exponent}")
-    return functions_of(P, (Power(float(exponent)),), eps, rank, invertible=exponent < 0)[0]
+    exponent = require_exponent(exponent, rank)
+    if isinstance(exponent, Tensor):
+        return _tensor_power(P, exponent, eps, rank)
+    return functions_of(P, (Power(exponent),), eps, rank, invertible=exponent < 0)[0]
 
 
 def logm(P: Tensor, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:
@@ -109,6 +115,37 @@ def expm(S: Tensor) -> Tensor:
         return apply_function(work, Exp(), *eigenpairs(work, unit=1.0)).to(S.dtype)
 
 
+def require_exponent(exponent: float | Tensor, rank: str) -> float | Tensor:
+    """A finite number, or a tensor of exponents where it is one that is differentiated or has several."""
+    if not isinstance(exponent, Tensor):
+        if not math.isfinite(exponent):
+            raise ValueError(f"exponent must be a finite number, got {exponent}")
+        return float(exponent)
+    if not exponent.is_floating_point():
+        raise TypeError(f"exponent must be a number or a tensor of a floating dtype, got {exponent.dtype}")
+    if readable(exponent) and not torch.isfinite(exponent).all():
+        raise ValueError(f"exponent must be finite, got {exponent.tolist()}")
+    if exponent.ndim == 0 and not (exponent.requires_grad or under_forward_mode() or under_functorch()):
+        return exponent.item()
+    if rank == "pinv":
+        raise ValueError("rank='pinv' takes one number for an exponent; give a tensor of exponents eps > 0 instead")
+    return exponent
+
+
+def _tensor_power(P: Tensor, exponent: Tensor, eps: float, rank: Rank) -> Tensor:
+    """exp(p log P), from one decomposition: the two chains of divided differences multiply to that of the power."""
+    require_matrix(P, "P", square=True)
+    require_nonnegative(eps, "eps")
+    require_rank_policy(rank, eps)
+    with full_precision(P):
+        work = P.to(working_dtype(P.dtype))
+        eigvals, U = eigenpairs(work, Shift(float(eps), rank, invertible=True))
+        log = on_kept_eigenvalues(Log(), rank)
+        p = exponent.to(device=P.device, dtype=eigvals.dtype)
+        scaled = p[..., None, None] * apply_function(work, log, eigvals, U)
+        return apply_function(scaled, Exp(), p.detach()[..., None] * log.values(eigvals), U).to(P.dtype)
+
+
 def functions_of(
     P: Tensor, functions: Sequence[ScalarFunction], eps: float, rank: Rank, *, invertible: bool
 ) -> tuple[Tensor, ...]:
@@ -121,4 +158,4 @@ def functions_of(
     with full_precision(P):
         work = P.to(working_dtype(P.dtype))
         pairs = eigenpairs(work, Shift(float(eps), rank, invertible))
-        return tuple(apply_function(work, on_kept_eigenvalues(f, rank), *pairs).to(P.dtype) for f in functions)
+        return tuple(apply_function(work, of_matrix(f, rank, eps), *pairs).to(P.dtype) for f in functions)

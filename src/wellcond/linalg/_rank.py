@@ -1,7 +1,9 @@
 """Which directions of a covariance are rounding, and what is done with them: the two tolerances and the rank policies.
 
 Of a matrix P (..., d, d) eigenvalues at or below d·eps of the largest are rounding: what forming it and decomposing it
-leave behind (Higham, Accuracy and Stability of Numerical Algorithms, 2002, ch. 3; the rule of ``matrix_rank``).
+leave behind (Higham, Accuracy and Stability of Numerical Algorithms, 2002, ch. 3; the rule of ``matrix_rank``). A
+singular matrix has them anywhere in that band, on either side of zero, so nothing may depend on where: functions that
+need the inverse refuse them all, and the derivative of a root takes them all for zero.
 
 Features X (..., d, n) know more. Rounding them to their dtype moves the factor A = (X − mean)/√n by E with
 ‖E‖ ≤ eps/2 · ‖X‖_F/√n, so eigenvalues of P = A Aᴴ below eps² ‖X‖²_F/n can be that alone. (The customary max(d,
@@ -34,7 +36,7 @@ from wellcond._shared.events import place
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import working_dtype
 
-from ._divided_differences import ScalarFunction, SpectralMap, pairs, triples
+from ._divided_differences import Power, ScalarFunction, SpectralMap, pairs, triples
 from .lapack import eigh
 
 Rank = Literal["ridge", "pinv", "floor", "raise"]
@@ -73,28 +75,39 @@ def require_rank_policy(rank: str, eps: float) -> None:
         raise ValueError(f"eps={eps} is the ridge of rank='ridge'; rank={rank!r} takes none")
 
 
+def without_rounding(eigvals: Tensor) -> Tensor:
+    """The eigenvalues, with 0 for those that are rounding."""
+    return torch.where(eigvals > matrix_tolerance(eigvals), eigvals, 0.0)
+
+
 def shifted_spectrum(eigvals: Tensor, eps: float, *, invertible: bool, rank: Rank = "ridge") -> Tensor:
     """max(λ, 0) + ε, or 0 for all that is rounding ("pinv"); refuses an indefinite matrix and, where its inverse is
     needed, a singular one."""
-    if checks_values(eigvals) and eigvals.numel() and (rank == "raise" or eigvals.min().item() <= 0.0):
-        lowest, largest = eigvals.amin(-1), eigvals.abs().amax(-1)
-        indefinite = lowest < -rounding_floor(eigvals.shape[-1], eigvals.dtype) * largest
-        if indefinite.any():
-            raise NotPositiveSemidefiniteError(
-                f"P is indefinite{bad_indices(indefinite)}{place()}: its eigenvalues reach from "
-                f"{lowest.min().item():.3e} to {largest.max().item():.3e}, and the negative ones are larger than "
-                "rounding; a covariance has none"
-            )
-        cut = matrix_tolerance(eigvals).squeeze(-1) if rank == "raise" else torch.zeros_like(lowest)
-        singular = lowest <= cut
-        if (rank == "raise" or (rank == "ridge" and invertible and eps == 0.0)) and singular.any():
+    refuses_singular = rank == "raise" or (rank == "ridge" and invertible and eps == 0.0)
+    if checks_values(eigvals) and eigvals.numel():
+        lowest = eigvals.amin(-1)
+        if lowest.min().item() < 0.0:
+            _require_semidefinite(eigvals)
+        if refuses_singular and (singular := lowest <= matrix_tolerance(eigvals).squeeze(-1)).any():
             raise NotPositiveSemidefiniteError(
                 f"P is singular{bad_indices(singular)}{place()}: its smallest eigenvalue is {lowest.min().item():.3e}, "
-                f"zero in {eigvals.dtype}; give eps > 0, or rank='pinv' or 'floor'"
+                f"zero up to rounding in {eigvals.dtype} (d·eps of the largest); "
+                "give eps > 0, or rank='pinv' or 'floor'"
             )
     if rank == "pinv":
-        return torch.where(eigvals > matrix_tolerance(eigvals), eigvals, 0.0)
+        return without_rounding(eigvals)
     return eigvals.clamp_min(0.0).add_(eps) if eps else eigvals.clamp_min(0.0)
+
+
+def _require_semidefinite(eigvals: Tensor) -> None:
+    lowest, largest = eigvals.amin(-1), eigvals.abs().amax(-1)
+    indefinite = lowest < -rounding_floor(eigvals.shape[-1], eigvals.dtype) * largest
+    if indefinite.any():
+        raise NotPositiveSemidefiniteError(
+            f"P is indefinite{bad_indices(indefinite)}{place()}: its eigenvalues reach from "
+            f"{lowest.min().item():.3e} to {largest.max().item():.3e}, and the negative ones are larger than "
+            "rounding; a covariance has none"
+        )
 
 
 class Truncated(SpectralMap):
@@ -149,6 +162,30 @@ class Truncated(SpectralMap):
             return torch.where(every, whole, 0.0)
         gap = torch.where(a == b, 1.0, a - b)
         return torch.where(every, whole, torch.where(some, (fa - fb) / gap, 0.0))
+
+
+class RootAtZero(SpectralMap):
+    """A fractional power at its zeros: the value is that of every eigenvalue, the derivative, which does not exist at
+    zero, that of the eigenvalues which are not rounding."""
+
+    def __init__(self, f: Power) -> None:
+        self.f = f
+
+    def values(self, eigvals: Tensor) -> Tensor:
+        return self.f.values(eigvals)
+
+    def differences(self, eigvals: Tensor) -> Tensor:
+        return self.f.differences(without_rounding(eigvals))
+
+    def second_differences(self, eigvals: Tensor) -> Tensor:
+        return self.f.second_differences(without_rounding(eigvals))
+
+
+def of_matrix(f: ScalarFunction, rank: Rank, eps: float) -> SpectralMap:
+    """The function that a rank policy makes of f, at the eigenvalues of a given matrix."""
+    if rank == "ridge" and eps == 0.0 and isinstance(f, Power) and 0.0 < f.exponent < 1.0:
+        return RootAtZero(f)
+    return on_kept_eigenvalues(f, rank)
 
 
 def on_kept_eigenvalues(f: ScalarFunction, rank: Rank) -> SpectralMap:

@@ -24,7 +24,7 @@ def sqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank: R
         solver: a name of :data:`wellcond.linalg.SOLVERS`, a configured solver, or ``"auto"``
             (:func:`auto_solver` says which one that is).
         rank: what is done to eigenvalues that are zero up to rounding, as in :func:`invsqrtm`. Zero has a root, so
-            ``"ridge"`` with ε = 0 takes a singular P as it is.
+            ``"ridge"`` with ε = 0 takes a singular P as it is, and counts them as zero in the derivative alone.
 
     Returns:
         (..., d, d) in the dtype of P.
@@ -37,7 +37,7 @@ def sqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank: R
         DecompositionError: every step of the fall-back chain failed.
 
     Complexity: O(d³) per matrix. With the default solver the derivative is exact at repeated eigenvalues, to every
-    order; at an eigenvalue 0 with ε = 0, where it does not exist, the null pairs contribute 0.
+    order; at eigenvalues that are zero up to rounding with ε = 0, where it does not exist, the null pairs contribute 0.
     Source: Higham, Functions of Matrices, 2008, ch. 6; eq. (3)–(4) of Song, Sebe and Wang, ECCV 2022.
 
     Example:
@@ -58,7 +58,7 @@ def invsqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank
         eps: ε ≥ 0, added to every eigenvalue.
         solver: a name of :data:`wellcond.linalg.SOLVERS`, a configured solver, or ``"auto"``.
         rank: what is done to eigenvalues that are zero up to rounding (d·eps of the largest): ``"ridge"`` adds ε to
-            all (a singular P with ε = 0 is refused); ``"pinv"`` inverts on the range alone; ``"floor"`` raises them to
+            all (with ε = 0 they are refused); ``"pinv"`` inverts on the range alone; ``"floor"`` raises them to
             the tolerance; ``"raise"`` refuses them. What was clamped has no gradient of its own. Policies other than
             ``"ridge"`` and ``"raise"`` go by eigendecomposition and differentiate twice.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.checks import checks_values, hermitian, require_finite, require_matrix, require_nonnegative
-from wellcond._shared.precision import widened
+from wellcond._shared.precision import wide_dtype, widened
 
 from ._covariance import centred_gram
 from ._rank import feature_tolerance, matrix_tolerance
@@ -47,10 +47,10 @@ class Spectrum(NamedTuple):
         ratio = self.eigvals / self.eigvals.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         return ratio.sum(-1).square() / ratio.square().sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
 
-    def condition_number(self, eps: float = 0.0) -> Tensor:
-        """(...,) κ(P + εI). With ε = 0 it is infinite where P is numerically rank deficient."""
+    def condition_number(self, eps: float | Tensor = 0.0) -> Tensor:
+        """(...,) κ(P + εI), ε one number or one a matrix; without ε infinite where P is numerically rank deficient."""
         largest, smallest = self.eigvals[..., 0], self.eigvals[..., -1]
-        if eps > 0.0:
+        if isinstance(eps, Tensor) or eps > 0.0:
             return (largest + eps) / (smallest + eps)
         kappa = largest / smallest.clamp_min(torch.finfo(torch.float64).tiny)
         return torch.where(smallest > self.tolerance, kappa, torch.inf)
@@ -156,6 +156,16 @@ def spectrum(X_or_P: Tensor, *, features: bool | None = None) -> Spectrum:
         X_or_P: (..., d, n) features or (..., d, d) covariances, any floating or complex dtype; float64 work.
         features: which of the two; ``None`` takes a square Hermitian tensor for covariances, all else for features.
     """
+    found, unit = _spectrum_and_unit(X_or_P, features)
+    if not isinstance(unit, Tensor):
+        return found
+    size = unit.square()
+    return Spectrum(found.eigvals * size.unsqueeze(-1), found.tolerance * size)
+
+
+def _spectrum_and_unit(X_or_P: Tensor, features: bool | None) -> tuple[Spectrum, Tensor | float]:
+    """The spectrum in a unit u, λ = u² eigvals: squares of double features beyond 1e154 or below 1e-154 are none, and
+    what is read off a spectrum are ratios."""
     require_matrix(X_or_P, "X_or_P")
     _require_entries(X_or_P, "X_or_P")
     if features is None:
@@ -163,10 +173,15 @@ def spectrum(X_or_P: Tensor, *, features: bool | None = None) -> Spectrum:
         features = not (square and torch.allclose(X_or_P, X_or_P.mH, rtol=1e-3, atol=0.0, equal_nan=True))
     if not features:
         with torch.no_grad():
-            return matrix_spectrum(X_or_P)
-    if checks_values(X_or_P):
-        require_finite(X_or_P, "X_or_P")
-    return covariance_spectrum(X_or_P)
+            return matrix_spectrum(X_or_P), 1.0
+    X = X_or_P.detach()
+    if checks_values(X):
+        require_finite(X, "X_or_P")
+    if X.dtype != wide_dtype(X):
+        return covariance_spectrum(X), 1.0
+    largest = X.abs().amax((-2, -1))
+    unit = torch.where(((largest < 1e-100) | (largest > 1e100)) & (largest > 0), largest, 1.0)
+    return covariance_spectrum(X / unit[..., None, None]), unit.cpu()
 
 
 def condition_number(X_or_P: Tensor, *, eps: float = 0.0, features: bool | None = None) -> Tensor:
@@ -193,7 +208,10 @@ def condition_number(X_or_P: Tensor, *, eps: float = 0.0, features: bool | None 
         tensor(100., dtype=torch.float64)
     """
     require_nonnegative(eps, "eps")
-    return spectrum(X_or_P, features=features).condition_number(eps)
+    found, unit = _spectrum_and_unit(X_or_P, features)
+    if isinstance(unit, Tensor) and eps:
+        return found.condition_number((eps / unit / unit).clamp_max(1e300))
+    return found.condition_number(eps)
 
 
 def effective_rank(X_or_P: Tensor, *, features: bool | None = None) -> Tensor:
@@ -218,7 +236,7 @@ def effective_rank(X_or_P: Tensor, *, features: bool | None = None) -> Tensor:
         >>> effective_rank(torch.eye(3))
         tensor(3., dtype=torch.float64)
     """
-    return spectrum(X_or_P, features=features).effective_rank
+    return _spectrum_and_unit(X_or_P, features)[0].effective_rank
 
 
 def numerical_rank(X_or_P: Tensor, *, features: bool | None = None) -> Tensor:
@@ -241,4 +259,4 @@ def numerical_rank(X_or_P: Tensor, *, features: bool | None = None) -> Tensor:
         >>> numerical_rank(torch.diag(torch.tensor([1.0, 1e-20])))
         tensor(1)
     """
-    return spectrum(X_or_P, features=features).numerical_rank
+    return _spectrum_and_unit(X_or_P, features)[0].numerical_rank

@@ -99,17 +99,21 @@ def whiten(
         # The features themselves are asked for their rank only without a ridge, and in double precision.
         A = centred_factor(widened(X) if by_factor and eps == 0.0 else X, correction)
         root_n = (X.shape[-1] - correction) ** 0.5
+        A = A.masked_fill(_constant(X, A, root_n), 0.0)
         scale: Tensor | float = 1.0
-        if relative:
+        if relative or eps == 0.0:
             # Nothing changes when the features are scaled, so any scale will do that keeps P in the range of the dtype.
             largest = A.detach().abs().amax((-2, -1), keepdim=True)
             scale = torch.where(largest > 0, largest, 1.0)
-            size = (A / scale).abs().square().sum((-2, -1), keepdim=True) / A.shape[-2]
-            scale = scale * torch.where(size > 0, size, 1.0).sqrt()
+            if relative and eps:
+                size = (A / scale).abs().square().sum((-2, -1), keepdim=True) / A.shape[-2]
+                scale = scale * torch.where(size > 0, size, 1.0).sqrt()
             A = A / scale
         if by_factor:
             white = _white_factor(X, A, scale, method, eps, rank)
         else:
+            if eps == 0.0 and rank == "ridge":
+                _require_samples(A)
             white = _matrix(A @ A.mH, method, eps, rank, solver) @ A
         return (white * root_n).to(X.dtype)
 
@@ -184,12 +188,29 @@ def _matrix(P: Tensor, method: WhiteningMethod, eps: float, rank: Rank, solver: 
     P = hermitian(P) if readable(P) else (P + P.mH) / 2
     eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
     L, info = torch.linalg.cholesky_ex(P + eps * eye)
-    if readable(P) and (info != 0).any():  # not under torch.func, where values are not read
-        raise NotPositiveSemidefiniteError(
-            f"P is singular up to rounding in {P.dtype}{bad_indices(info != 0)}{place()}: it has no Cholesky factor; "
-            "give eps > 0, or method='zca' with rank='pinv'"
-        )
-    return torch.linalg.solve_triangular(L, eye, upper=False)
+    W = torch.linalg.solve_triangular(L, eye, upper=False)
+    if readable(P):  # not under torch.func, where values are not read
+        singular = info != 0
+        if eps == 0.0:
+            singular |= _singular(P.detach(), W.detach())
+        if singular.any():
+            raise NotPositiveSemidefiniteError(
+                f"P is singular up to rounding in {P.dtype}{bad_indices(singular)}{place()}: it has no Cholesky factor; "
+                "give eps > 0, or method='zca' with rank='pinv'"
+            )
+    return W
+
+
+def _singular(P: Tensor, W: Tensor) -> Tensor:
+    """(...,) whether the smallest eigenvalue of P is rounding, given P^{-1} = Wᴴ W.
+
+    It is not below 1/tr P^{-1}; only where that does not settle it, the eigenvalues are computed.
+    """
+    bound = P.shape[-1] * torch.finfo(P.dtype).eps * P.diagonal(dim1=-2, dim2=-1).real.sum(-1)
+    if (bound * W.abs().square().sum((-2, -1)) < 1.0).all():
+        return torch.zeros_like(bound, dtype=torch.bool)
+    eigvals = torch.linalg.eigvalsh(P)
+    return eigvals[..., 0] <= matrix_tolerance(eigvals).squeeze(-1)
 
 
 def _principal_axes(P: Tensor) -> Tensor:
@@ -265,14 +286,35 @@ def _with_ridge(T: Tensor, eps: float) -> Tensor:
     return torch.cat([T, (eps**0.5 * eye).expand(*T.shape[:-2], *eye.shape)], -2)
 
 
+def _constant(X: Tensor, A: Tensor, root_n: float) -> Tensor:
+    """(..., d, 1) whether a channel varies by no more than its own rounding, eps·|mean|, which is then no variance.
+
+    Of a constant the rounded mean leaves a difference, the same everywhere.
+    """
+    parts = torch.view_as_real(A.detach()) if A.is_complex() else A.detach().unsqueeze(-1)
+    spread = (parts.amax(-2) - parts.amin(-2)).amax(-1, keepdim=True) * root_n
+    return spread <= 2 * torch.finfo(working_dtype(X.dtype)).eps * X[..., :1].detach().abs()
+
+
+def _require_samples(A: Tensor) -> None:
+    """Refuse too few samples for a covariance of full rank: centred features have at most n − 1 directions."""
+    if A.shape[-1] <= A.shape[-2]:
+        if readable(A):
+            require_finite(A, "X")
+        raise NotPositiveSemidefiniteError(
+            f"X of shape {tuple(A.shape)} has a covariance that is singular up to rounding{place()}: {A.shape[-1]} "
+            f"samples span at most {A.shape[-1] - 1} directions; give eps > 0, or method='zca' with rank='pinv'"
+        )
+
+
 def _require_full_rank(A: Tensor, sigma: Tensor | None, floor: Tensor) -> None:
     """Refuse a covariance that is singular up to the rounding of the features."""
-    few = A.shape[-1] <= A.shape[-2]  # centred features have at most n − 1 directions
-    if not few and not readable(A):
+    _require_samples(A)
+    if sigma is None or not readable(A):
         return
-    singular = torch.ones_like(floor, dtype=torch.bool) if few or sigma is None else sigma.amin(-1) <= floor
+    singular = sigma.amin(-1) <= floor
     if singular.any():
         raise NotPositiveSemidefiniteError(
             f"X of shape {tuple(A.shape)} has a covariance that is singular up to rounding"
-            f"{'' if few else bad_indices(singular)}{place()}; give eps > 0, or method='zca' with rank='pinv'"
+            f"{bad_indices(singular)}{place()}; give eps > 0, or method='zca' with rank='pinv'"
         )

@@ -34,7 +34,7 @@ class _CovariancePool(nn.Module):
         eps: float = 0.0,
         solver: str | Solver = "auto",
         *,
-        exponent: float | None = None,
+        exponent: float | torch.nn.Parameter | None = None,
         normalisation: Normalisation | None = None,
         isometric: bool = False,
         device: torch.device | str | None = None,

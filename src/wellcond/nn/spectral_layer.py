@@ -44,7 +44,8 @@ class SpectralLayer(SpectralModule):
             features, roots (by eigendecomposition), logarithm and powers take the factor form: it works on the smaller
             side, and the gradient of the square root is bounded at any condition number.
         solver: of the two roots, a name of :data:`wellcond.linalg.SOLVERS`, ``"auto"`` or a solver object.
-        exponent: of ``"power"``, any finite number; 1/2 if not given.
+        exponent: of ``"power"``, any finite number, or a :class:`torch.nn.Parameter` of no dimension that is learned
+            with the model (``eps`` must be positive then where the covariance is singular); 1/2 if not given.
         normalisation: divide P by its ``"trace"`` or ``"frobenius"`` norm c first: f(P/c + εI), the same for features
             of any scale. ``None`` for f(P + εI). The root compensated by √c is P^{1/2} again, that is ``None``.
 
@@ -73,7 +74,7 @@ class SpectralLayer(SpectralModule):
         eps: float = 0.0,
         solver: str | Solver = "auto",
         *,
-        exponent: float | None = None,
+        exponent: float | torch.nn.Parameter | None = None,
         normalisation: Normalisation | None = None,
     ) -> None:
         super().__init__()
@@ -85,14 +86,20 @@ class SpectralLayer(SpectralModule):
         require_nonnegative(eps, "eps")
         if exponent is not None and function != "power":
             raise ValueError(f"exponent={exponent} is for function='power', not {function!r}")
-        if exponent is not None and not math.isfinite(exponent):
-            raise ValueError(f"exponent must be a finite number, got {exponent}")
+        if exponent is not None:
+            start = exponent.detach() if isinstance(exponent, Tensor) else exponent
+            if getattr(start, "ndim", 0) > 0 or not math.isfinite(start):
+                raise ValueError(f"exponent must be one finite number, got {start}")
+        if isinstance(exponent, Tensor) and exponent.requires_grad and not isinstance(exponent, torch.nn.Parameter):
+            raise TypeError("an exponent that is learned must be a torch.nn.Parameter, got a tensor that is none")
         if function not in ROOTS and solver != "auto":
             raise ValueError(f"solver={solver!r} is for {' and '.join(ROOTS)}, not {function!r}")
         self.function, self.eps, self.solver = function, eps, solver
         self.takes: Takes = takes
         self.normalisation: Normalisation | None = normalisation
-        self.exponent = (0.5 if exponent is None else float(exponent)) if function == "power" else None
+        if not isinstance(exponent, torch.nn.Parameter):
+            exponent = (0.5 if exponent is None else float(exponent)) if function == "power" else None
+        self.exponent = exponent
 
     def forward(self, x: Tensor) -> Tensor:
         solver = self.solver if self.function in ROOTS else None
@@ -130,7 +137,8 @@ class SpectralLayer(SpectralModule):
 
     def extra_repr(self) -> str:
         name = self.function if isinstance(self.function, str) else getattr(self.function, "__name__", "callable")
-        power = "" if self.exponent is None else f", exponent={self.exponent}"
+        learned = isinstance(self.exponent, torch.nn.Parameter)
+        power = "" if self.exponent is None else f", exponent={'Parameter' if learned else self.exponent}"
         size = "" if self.normalisation is None else f", normalisation={self.normalisation!r}"
         return f"{name!r}, takes={self.takes!r}, eps={self.eps}, solver={self.solver!r}{power}{size}"
 

@@ -72,9 +72,17 @@ class LossTreatment(Applied, TreatmentClass):
 
 
 def _gap(W: Tensor) -> Tensor:
-    """G − I for the smaller Gram matrix G of W: the larger one cannot be the identity unless W is square."""
+    """G − I for the smaller Gram matrix G of W: the larger one cannot be the identity unless W is square.
+
+    Where it is rounding it has no gradient. The norms have a kink there, of whose subgradients zero is one; that of the
+    rounding itself has length 2, and would turn an orthogonal weight away from where it is.
+    """
     G = W.mT @ W if W.shape[-2] >= W.shape[-1] else W @ W.mT
-    return G - torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    k = G.shape[-1]
+    gap = G - torch.eye(k, dtype=G.dtype, device=G.device)
+    # Orthonormal columns from QR or a polar factor leave up to 2.6 k eps in the Frobenius norm, at 2 to 2304 rows.
+    rests = torch.linalg.vector_norm(gap.detach(), dim=(-2, -1), keepdim=True) <= 4 * k * torch.finfo(G.dtype).eps
+    return torch.where(rests, gap.detach(), gap)
 
 
 def soft(W: Tensor) -> Tensor:

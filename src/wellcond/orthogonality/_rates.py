@@ -16,13 +16,17 @@ from torch import Tensor
 def paper_rate(W: Tensor, L: Tensor) -> Tensor:
     """η* of eq. (20): one truncated step on ‖w − ηl‖⁴, not the minimiser of eq. (18).
 
-    Negative when ⟨W, L⟩ < 0, NaN when L = 0. A product ⟨W, L⟩ within the rounding of W's dtype (as for L in the
-    tangent space of an orthogonal W) counts as zero. For orthogonal W and L, |η*| ≤ 1/(2√2).
+    Negative when ⟨W, L⟩ < 0, NaN when L = 0. A product ⟨W, L⟩ within its rounding (as for the gradient of a loss that
+    does not see the length of W, or L in the tangent space of an orthogonal W) counts as zero. For orthogonal W and L,
+    |η*| ≤ 1/(2√2).
     """
     w, (l, size) = W.double().flatten(), _unit(L)
     l = l.flatten()
     ww, wl, ll = w @ w, w @ l, l @ l
-    wl = torch.where(wl.abs() <= torch.finfo(W.dtype).eps * (ww * ll).sqrt(), 0.0, wl)
+    # L was rounded to its dtype, and came from sums in single precision or better, whose errors in a product of N terms
+    # grow like √N (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
+    stored, worked = (torch.finfo(d).eps for d in (W.dtype, torch.promote_types(W.dtype, torch.float32)))
+    wl = torch.where(wl.abs() <= (stored + worked * w.numel() ** 0.5) * (ww * ll).sqrt(), 0.0, wl)
     return ww * wl / (ww * ll + 2 * wl * wl) / size
 
 

@@ -18,8 +18,10 @@ from wellcond._shared.autograd import BatchedFunction
 from wellcond._shared.checks import bad_indices, checks_values, hermitian
 from wellcond._shared.errors import ApproximateRootWarning, NotPositiveSemidefiniteError
 from wellcond._shared.events import place
-from wellcond._shared.precision import full_precision
+from wellcond._shared.precision import full_precision, widened
 from wellcond._shared.torch_internals import is_compiling
+
+from .._rank import matrix_tolerance
 
 Root = Literal["sqrt", "invsqrt"]
 Tensors = tuple[Tensor, ...]
@@ -45,8 +47,10 @@ class Solver(ABC):
         keeps_input: whether :meth:`backward` wants P (it is saved only then).
         traceable: whether forward and backward are tensor operations that read no values, so that ``torch.compile``
             takes them whole (``fullgraph=True``).
-        tolerance: of an approximate solver, the relative residual above which it warns, once (checked with the values).
-        has_warned: whether it did; then the residual is not computed any more.
+        tolerance: of an approximate solver, the relative residual above which it warns, once (checked with the values);
+            in the 1st, 2nd, 4th, 8th, … check also the relative error along an eigenvector.
+        has_warned: whether it did; then nothing is checked any more.
+        times_checked: how often it was.
     """
 
     name: ClassVar[str]
@@ -54,6 +58,7 @@ class Solver(ABC):
     traceable: bool = False
     tolerance: float | None = None
     has_warned: bool = False
+    times_checked: int = 0
 
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__:
@@ -192,17 +197,38 @@ def relative_residual(P: Tensor, root: Tensor, which: Root, eps: float) -> Tenso
     return torch.linalg.matrix_norm(root @ P @ root - eye) / max(P.shape[-1], 1) ** 0.5
 
 
+def error_along_eigenvectors(P: Tensor, root: Tensor, which: Root, eps: float) -> Tensor:
+    """(...,) max_i |uᵢᴴ Q uᵢ/√λᵢ − 1| of a square root Q of P + εI, over the eigenvalues that are not rounding; with
+    1/√λᵢ of an inverse one.
+
+    A small eigenvalue hardly weighs in ‖Q² − P‖/‖P‖: Q may be a thousand times too large along its eigenvector, or
+    zero, and leave a residual of a few percent.
+    """
+    eigvals, U = torch.linalg.eigh(widened(P))
+    eigvals = eigvals + eps
+    along = (U.conj() * (widened(root) @ U)).sum(-2).real
+    truth = eigvals.clamp_min(0.0).sqrt() if which == "sqrt" else eigvals.clamp_min(0.0).rsqrt()
+    error = (along / truth - 1.0).abs()
+    return torch.where(eigvals > matrix_tolerance(eigvals, P.dtype), error, 0.0).amax(-1)
+
+
 def _warn_if_far(solver: Solver, P: Tensor, outputs: Tensors, roots: tuple[Root, ...], eps: float) -> None:
-    worst = max(relative_residual(P, out, which, eps).max().item() for out, which in zip(outputs, roots, strict=True))
     assert solver.tolerance is not None
-    if not worst <= solver.tolerance:
-        solver.has_warned = True
-        warnings.warn(
-            f"{solver!r} left a relative residual of {worst:.2g}{place()}: this is a damped root, not the root; "
-            "take solver='eigh', more steps, or tolerance=None if that is what you want",
-            ApproximateRootWarning,
-            stacklevel=2,
-        )
+    solver.times_checked += 1
+    measures = {"left a relative residual of {:.2g}": relative_residual}
+    if solver.times_checked.bit_count() == 1:  # the 1st, 2nd, 4th, 8th, … time, for it costs an eigendecomposition
+        measures["is off by {:.2g} of itself along an eigenvector"] = error_along_eigenvectors
+    for text, measure in measures.items():
+        worst = max(measure(P, out, which, eps).max().item() for out, which in zip(outputs, roots, strict=True))
+        if not worst <= solver.tolerance:
+            solver.has_warned = True
+            warnings.warn(
+                f"{solver!r} {text.format(worst)}{place()}: this is a damped root, not the root; "
+                "take solver='eigh', more steps, or tolerance=None if that is what you want",
+                ApproximateRootWarning,
+                stacklevel=2,
+            )
+            return
 
 
 def _done(ctx: Any) -> Done:

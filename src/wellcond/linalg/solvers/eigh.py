@@ -13,7 +13,7 @@ from wellcond._shared.autograd import differentiated_again
 from wellcond._shared.torch_internals import along_many_directions
 
 from .._divided_differences import reciprocal_or_zero, reciprocal_or_zero_
-from .._rank import shifted_spectrum
+from .._rank import shifted_spectrum, without_rounding
 from .._sylvester import product, sylvester
 from ..lapack import eigh
 from ._solver import Done, LyapunovSolver, Root, Tensors
@@ -26,9 +26,12 @@ class Eigh(LyapunovSolver):
 
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
         eigvals, U = eigh(P)
-        s = shifted_spectrum(eigvals, eps, invertible="invsqrt" in roots).sqrt()
-        values = [s if root == "sqrt" else reciprocal_or_zero(s) for root in roots]
-        return tuple(product(U * value.unsqueeze(-2), U.mH) for value in values), (s, U)
+        eigvals = shifted_spectrum(eigvals, eps, invertible="invsqrt" in roots)
+        s = eigvals.sqrt()
+        # What is rounding has a root, but neither an inverse nor a derivative.
+        kept = s if eps else without_rounding(eigvals).sqrt()
+        values = [s if root == "sqrt" else reciprocal_or_zero(kept) for root in roots]
+        return tuple(product(U * value.unsqueeze(-2), U.mH) for value in values), (kept, U)
 
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
         if not differentiated_again() and not along_many_directions(*grads):
