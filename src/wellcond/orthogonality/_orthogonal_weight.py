@@ -30,12 +30,12 @@ class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq.
         require_known(map, MAPS, "map of the orthogonal weight")
         if target.layer is None or all(p is not target.parameter for p in target.layer._parameters.values()):
             raise ValueError(f"{self.treatment} of {target.where}: put it on before the spectral norm")
-        if not bool(torch.isfinite(target.parameter).all()):
-            raise ValueError(f"{self.treatment} of {target.where}: its weight holds NaN or infinite entries")
         self.map = map
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Start from ``weight``: its nearest orthogonal matrix becomes the frame, and it is stored as it is."""
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{self.treatment} of {self.where}: its weight holds NaN or infinite entries")
         W = self.view.matrix(weight.detach()).double()
         U, _, Vh = torch.linalg.svd(W if W.shape[-2] >= W.shape[-1] else W.mT, full_matrices=False)
         # Not wellcond.linalg.polar: the frame must have full rank, also where the weight has not.
