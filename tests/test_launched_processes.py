@@ -17,7 +17,7 @@ pytestmark = QUIET
 def test_the_module_the_counters_and_the_records_come_back(treatments: str, tmp_path: Path) -> None:
     there, here = Task(), Task()
     treated, monitor = TreatmentCallback(treatments), ConditionMonitorCallback(every=2)
-    trainer = fit(there, treated, monitor, max_epochs=1, strategy="ddp_fork", devices=1)
+    trainer = fit(there, treated, monitor, max_epochs=1, strategy="ddp_fork", devices=1, use_distributed_sampler=False)
     reference, watched = TreatmentCallback(treatments), ConditionMonitorCallback(every=2)
     fit(here, reference, watched, max_epochs=1)
     x, _ = next(iter(loader()))

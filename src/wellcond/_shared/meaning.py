@@ -61,8 +61,8 @@ class SelfDescribing(nn.Module):
         """
         if not same(theirs := read(state), mine := self.meaning()):
             raise ValueError(
-                f"the saved state is of {listing(theirs)}, this {type(self).__name__} has {listing(mine)}; make it with "
-                f"{listing(theirs)}, or leave '{KEY}' out of the state to load it all the same"
+                f"the saved state is of {listing(theirs)}, this {type(self).__name__} has {listing(mine)}; make it "
+                f"with {listing(theirs)}, or leave '{KEY}' out of the state to load it all the same"
             )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: Any, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,7 +1,7 @@
 """What both callbacks share: a key for their state in a checkpoint, and its way back from processes that end.
 
-``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` train copies of trainer, module and callbacks. Of these Lightning brings
-back the module's state alone, so the first process leaves that of the callback in a temporary file.
+``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` train copies of trainer, module and callbacks. Of these Lightning
+brings back the module's state alone, so the first process leaves that of the callback in a temporary file.
 """
 
 from __future__ import annotations
@@ -42,10 +42,13 @@ class StatefulCallback(pl.Callback):
         kind = type(self).__qualname__
         return [key for key in states if isinstance(key, str) and (key == kind or key.startswith(f"{kind}{{"))]
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """A lone callback takes the lone state of its kind, such as one of a version whose key was the class alone."""
         states = checkpoint["callbacks"]
-        theirs, mine = self.states_of_this_kind(states), [c for c in trainer.callbacks if type(c) is type(self)]
+        callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        theirs, mine = self.states_of_this_kind(states), [c for c in callbacks if type(c) is type(self)]
         if self.state_key not in states and len(theirs) == len(mine) == 1:
             states[self.state_key] = states[theirs[0]]
 

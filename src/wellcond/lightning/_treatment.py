@@ -18,6 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from wellcond._shared.models import is_spectral
@@ -64,24 +65,27 @@ class TreatmentCallback(TreatmentInStages, StatefulCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Treat the weights now if the model is there, and in any case before a treated checkpoint is loaded."""
-        self.teardown(trainer, pl_module, stage)  # of an earlier run that ended in an error
+        self._unhook()  # of an earlier run that ended in an error
         self.put_on = {}
         if stage == "fit":
             # Searches of a rate or batch size are callbacks too; they run in on_fit_start, with the optimizer as it is.
-            trainer.callbacks = sorted(trainer.callbacks, key=lambda callback: callback is not self)
+            inner: Any = trainer
+            inner.callbacks = sorted(inner.callbacks, key=lambda callback: callback is not self)
         self._load_hook = pl_module.register_load_state_dict_pre_hook(partial(self._before_load, stage))
         if stage == "fit" and any(map(is_spectral, pl_module.modules())):
             self.treat_weights(pl_module)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def _unhook(self) -> None:
         if self._load_hook is not None:
             self._load_hook.remove()
-            self._load_hook = None
-        if self._fitting and is_launched(trainer):
+        self._load_hook, self._fitting = None, False
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._unhook()
+        if stage == "fit" and is_launched(trainer):
             # The module of the process that started this one is not treated; it gets the weights in use.
             pl_module.register_state_dict_post_hook(partial(self._as_plain))
             self.leave(trainer)
-        self._fitting = False
 
     def _as_plain(self, pl_module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
         for name, layer in self.put_on.items():
@@ -95,11 +99,12 @@ class TreatmentCallback(TreatmentInStages, StatefulCallback):
         if stage != "fit" and not (treated and self._on_weights):
             return
         self.treat_weights(pl_module)
-        for name in self.layers:
-            if (f"{prefix}{name}.parametrizations.weight.original" in state_dict) != bool(self._on_weights):
+        for name, layer in self.layers.items():
+            if (f"{prefix}{name}.parametrizations.weight.original" in state_dict) != is_parametrized(layer, "weight"):
                 found = f"the checkpoint's weight of layer '{name}' is {'' if treated else 'not '}treated"
                 raise ValueError(
-                    f"{found}, and {self._resume}, or load its weights with load_from_checkpoint and fit without ckpt_path"
+                    f"{found}, and {self._resume}, or load its weights with load_from_checkpoint and fit without "
+                    "ckpt_path"
                 )
 
     def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -148,7 +153,7 @@ class TreatmentCallback(TreatmentInStages, StatefulCallback):
             handle.add_loss_gradient(None if scaler is None else scaler.get_scale())
 
     def state_dict(self) -> dict[str, Any]:
-        """What acts where and the counters, for the checkpoint; of a fit in processes that ended, those it had there."""
+        """What acts where and the counters, for the checkpoint; after a fit in processes that ended, theirs."""
         if (ended := self.left()) is not None:
             self.handles, self._ended = {}, ended
         if self._ended is not None:
@@ -167,7 +172,9 @@ class TreatmentCallback(TreatmentInStages, StatefulCallback):
         else:
             self._restored = state_dict
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         states = checkpoint["callbacks"]
         if self.state_key not in states and (others := self.states_of_this_kind(states)):

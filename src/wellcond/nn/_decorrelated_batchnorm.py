@@ -211,8 +211,10 @@ class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
 
         Only of a damped iteration (:class:`IterNorm2d`) the length is another normalisation, and meant to be.
         """
-        damped = isinstance(self.solver, NewtonSchulz) and self.solver.tolerance is None
-        return {"method": self.method, **({"steps": self.solver.steps} if damped else {})}
+        solver = self.solver
+        if isinstance(solver, NewtonSchulz) and solver.tolerance is None:
+            return {"method": self.method, "steps": solver.steps}
+        return {"method": self.method}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: Any, local_metadata: Any, *lists: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         error = upgrade(self, state_dict, prefix, local_metadata.get("version"))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond._shared.names import require_known
+from wellcond._shared.precision import full_precision
 
 from ._matrix import Target, matrix_names
 from ._stiefel_maps import MAPS
@@ -43,7 +44,7 @@ class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq.
         return weight
 
     def forward(self, stored: Tensor) -> Tensor:
-        with torch.autocast(stored.device.type, enabled=False):
+        with full_precision(stored):
             V = self.view.matrix(stored).to(self.frame.dtype)
             tall = V.shape[-2] >= V.shape[-1]
             W = MAPS[self.map](V if tall else V.mT, self.frame)

@@ -57,7 +57,7 @@ def _treated(chain: Any, weight: Tensor, stored: str) -> dict[str, Any]:
 
 
 def _require_alike(chain: Any, state: dict[str, Any], stored: str) -> None:
-    """Refuse the state of other treatments; one of an older version, which does not say, gets the marks of ``chain``."""
+    """Refuse the state of other treatments; one that does not say, of an older version, gets the marks of ``chain``."""
     theirs = [read(state[key]) for i in range(len(state)) if (key := f"{stored}{i}.{KEY}") in state]
     mine = [one.meaning() for one in chain if hasattr(one, "meaning")]
     if theirs and not alike(theirs, mine):
@@ -148,7 +148,10 @@ def _treat_all(model: nn.Module, state: Mapping[str, Any]) -> None:
                 "treat the model as it was then, and load the state"
             )
         if marks and mine and not alike(marks, mine):
-            raise ValueError(f"layer '{path}': its {name} was saved under {_shown(marks)}, here it is under {_shown(mine)}")
+            raise ValueError(
+                f"layer '{path}': its {name} was saved under {_shown(marks)}, here it is under {_shown(mine)}; take "
+                "that off first"
+            )
         if marks and not mine:
             todo.append((path, name, layer, marks))
     for path, name, layer, marks in todo:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond._shared.names import require_known
+from wellcond._shared.precision import full_precision
 
 from ._convolution_spectrum import layer_grid, transfer_matrices
 from ._largest_eigenvalue import largest_singular_value, naming
@@ -35,7 +36,7 @@ class SpectralNorm(WeightTreatment, name="sn", about="spectral norm of the weigh
         self.grid = None if input_size is None else layer_grid(target.layer, input_size, target.where)
 
     def forward(self, stored: Tensor) -> Tensor:
-        with torch.autocast(stored.device.type, enabled=False):
+        with full_precision(stored):
             full = stored.to(torch.promote_types(stored.dtype, torch.float32))
             matrices = self.view.matrix(full) if self.grid is None else transfer_matrices(full, self.grid)
             with naming(f"{self.treatment} of {self.where}"):
