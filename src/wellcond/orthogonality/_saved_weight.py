@@ -21,10 +21,10 @@ from ._sharded import is_sharded
 _STORED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.(.+)$")
 
 
-def prepare(layer: nn.Module, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
-    """Make ``state`` one that the parametrisations of ``layer`` load, or say in ``errors`` why it cannot be.
+def prepare(layer: nn.Module, state: dict[str, Any], prefix: str, errors: list[str]) -> bool:
+    """Make ``state`` one that the parametrisations of ``layer`` load; else say why in ``errors`` and return False.
 
-    A plain weight becomes what treating that weight would have stored.
+    A plain weight becomes what treating that weight would have stored. What is refused leaves the layer as it is.
     """
     chains: Any = layer.parametrizations
     for name, chain in chains.items():
@@ -38,9 +38,12 @@ def prepare(layer: nn.Module, state: dict[str, Any], prefix: str, errors: list[s
                 _require_alike(chain, state, stored)
         except (ValueError, RuntimeError) as error:
             errors.append(f"{name} of layer '{prefix.rstrip('.')}': {error}")
+            stored = f"{prefix}parametrizations."
             for key in [key for key in state if key.startswith(stored)]:
                 del state[key]
-            state.update(chain.state_dict(prefix=stored))  # the layer stays as it is
+            state.update(chains.state_dict(prefix=stored))
+            return False
+    return True
 
 
 def _treated(chain: Any, weight: Tensor, stored: str) -> dict[str, Any]:

@@ -121,8 +121,8 @@ def _attach(layer: nn.Module, name: str, parametrisation: nn.Module) -> None:
 
 
 def _load(layer: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    prepare(layer, state, prefix, args[-1])
-    type(layer).__bases__[0]._load_from_state_dict(layer, state, prefix, *args)
+    if prepare(layer, state, prefix, args[-1]):
+        type(layer).__bases__[0]._load_from_state_dict(layer, state, prefix, *args)
 
 
 _CACHED_BY_RNN = ("_flat_weights", "_flat_weight_refs")  # of the last forward pass, and not to be pickled
