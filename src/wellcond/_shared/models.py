@@ -50,6 +50,11 @@ def described(layer: nn.Module, name: str) -> str:
     return f"layer '{name}' ({kind.__name__})"
 
 
+def as_given(layers: Layers | None) -> list[str | nn.Module] | None:
+    """One layer or several, as a list, which can be read more than once; None for None."""
+    return [layers] if isinstance(layers, (str, nn.Module)) else layers if layers is None else list(layers)
+
+
 def layers_by_name(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     """The layers that ``layers`` names or holds, by their bare names, in the order given.
 
@@ -63,7 +68,7 @@ def layers_by_name(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     aliases = {name: module for name, module in model.named_modules()} | dict(inner.named_modules()) | found
     names = {id(module): name for name, module in reversed(found.items())}
     chosen: dict[str, nn.Module] = {}
-    for layer in [layers] if isinstance(layers, (str, nn.Module)) else layers:
+    for layer in as_given(layers) or ():
         module = aliases.get(layer) if isinstance(layer, str) else layer
         name = names.get(id(module))
         if module is None or name is None:

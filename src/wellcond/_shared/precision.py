@@ -28,4 +28,7 @@ def widened(x: Tensor) -> Tensor:
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast does not touch the matrix products of spectral work on ``x``."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    on = kind != "meta" and torch.is_autocast_enabled(
+        kind
+    )  # which refuses the kind of a model that is still to be loaded
+    return torch.autocast(kind, enabled=False) if on else nullcontext()

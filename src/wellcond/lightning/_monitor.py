@@ -7,10 +7,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from wellcond.monitor import ConditionRecord
 from wellcond.monitor.callbacks import MonitorInTraining
 
+from ._stateful import StatefulCallback
 
-class ConditionMonitorCallback(MonitorInTraining, pl.Callback):
+
+class ConditionMonitorCallback(MonitorInTraining, StatefulCallback):
     """Watch the spectral layers during ``fit``; :attr:`monitor` holds the records during and after it.
 
     A step is ``trainer.global_step``, under automatic and manual optimisation and with gradient accumulation
@@ -18,7 +21,9 @@ class ConditionMonitorCallback(MonitorInTraining, pl.Callback):
     trainer as ``condition/<layer>/<measure>`` at its own step. The largest κ over the layers is logged as ``kappa``,
     for callbacks that look at ``trainer.callback_metrics``, and the progress bar shows it with a sparkline.
     The records travel in the checkpoint, and a resumed run goes on as if it had not stopped. In several
-    processes the first writes and logs what it sees of its own share of the batch.
+    processes the first writes and logs what it sees of its own share of the batch; of processes that end with the fit
+    (``ddp_spawn``, notebooks) the records come back, and :attr:`monitor` is None. Two of them in one trainer differ in
+    ``every`` or ``layers``.
 
     Args:
         every, layers, writers, on_alarm, kappa_above, max_matrices: of :class:`wellcond.monitor.ConditionMonitor`, with
@@ -36,6 +41,13 @@ class ConditionMonitorCallback(MonitorInTraining, pl.Callback):
         self._sent = 0
         self._shown = ""
         self._restored: dict[str, Any] | None = None
+
+    @property
+    def records(self) -> list[ConditionRecord]:
+        """The records so far, also those of a fit in processes that have ended (``ddp_spawn``)."""
+        if (state := self.left()) is not None:
+            self.take_over(state)
+        return super().records
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach, and go on from a restored state if there is one."""
@@ -77,6 +89,8 @@ class ConditionMonitorCallback(MonitorInTraining, pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._detach(trainer)
+        if stage == "fit":
+            self.leave(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the hooks off here too: Lightning does not call ``teardown`` after an error or Ctrl-C."""
@@ -86,10 +100,6 @@ class ConditionMonitorCallback(MonitorInTraining, pl.Callback):
         self.close()
         if (bar := trainer.progress_bar_callback) is not None:
             bar.__dict__.pop("get_metrics", None)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The monitor's state, for the checkpoint."""
-        return {} if self.monitor is None else self.monitor.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the monitor exists: Lightning restores callbacks before ``on_fit_start``."""

@@ -18,13 +18,16 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from wellcond._shared.models import is_spectral
 from wellcond.orthogonality.callbacks import TreatmentInStages
 
+from ._stateful import StatefulCallback, is_launched
 
-class TreatmentCallback(TreatmentInStages, pl.Callback):
+
+class TreatmentCallback(TreatmentInStages, StatefulCallback):
     """Treat the layers before the spectral layers during ``fit``: ``TreatmentCallback("nog+ow+olr")``.
 
     Works under automatic and manual optimisation, with gradient accumulation, clipping, mixed precision, and several
@@ -57,28 +60,52 @@ class TreatmentCallback(TreatmentInStages, pl.Callback):
         super().__init__(treatments, **options)
         self._load_hook: Any = None
         self._restored: dict[str, Any] | None = None
+        self._ended: dict[str, Any] | None = None
+        self._fitting = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Treat the weights now if the model is there, and in any case before a treated checkpoint is loaded."""
-        self.teardown(trainer, pl_module, stage)  # of an earlier run that ended in an error
+        self._unhook()  # of an earlier run that ended in an error
+        self.put_on = {}
+        if stage == "fit":
+            # Searches of a rate or batch size are callbacks too; they run in on_fit_start, with the optimizer as it is.
+            inner: Any = trainer
+            inner.callbacks = sorted(inner.callbacks, key=lambda callback: callback is not self)
         self._load_hook = pl_module.register_load_state_dict_pre_hook(partial(self._before_load, stage))
         if stage == "fit" and any(map(is_spectral, pl_module.modules())):
             self.treat_weights(pl_module)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def _unhook(self) -> None:
         if self._load_hook is not None:
             self._load_hook.remove()
-            self._load_hook = None
+        self._load_hook, self._fitting = None, False
 
-    def _before_load(self, stage: str, pl_module: Any, state_dict: dict[str, Any], *_: Any) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._unhook()
+        if stage == "fit" and is_launched(trainer):
+            # The module of the process that started this one is not treated; it gets the weights in use.
+            pl_module.register_state_dict_post_hook(partial(self._as_plain))
+            self.leave(trainer)
+
+    def _as_plain(self, pl_module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name, layer in self.put_on.items():
+            path = f"{prefix}{name}"
+            for key in [key for key in state_dict if key.startswith(f"{path}.parametrizations.weight.")]:
+                del state_dict[key]
+            state_dict[f"{path}.weight"] = layer.weight.detach()  # pyright: ignore[reportCallIssue]
+
+    def _before_load(self, stage: str, pl_module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         treated = any(".parametrizations." in key for key in state_dict)
         if stage != "fit" and not (treated and self._on_weights):
             return
         self.treat_weights(pl_module)
-        for name in self.layers:
-            if (f"{name}.parametrizations.weight.original" in state_dict) != bool(self._on_weights):
+        for name, layer in self.layers.items():
+            if (f"{prefix}{name}.parametrizations.weight.original" in state_dict) != is_parametrized(layer, "weight"):
                 found = f"the checkpoint's weight of layer '{name}' is {'' if treated else 'not '}treated"
-                raise ValueError(f"{found}, and {self._resume}")
+                raise ValueError(
+                    f"{found}, and {self._resume}, or load its weights with load_from_checkpoint and fit without "
+                    "ckpt_path"
+                )
 
     def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
         if not isinstance(model, pl.LightningModule) or is_overridden("forward", model):
@@ -98,10 +125,14 @@ class TreatmentCallback(TreatmentInStages, pl.Callback):
         self.treat_weights(pl_module)
         state = self._restored or (self.state_dict() if trainer.global_step else None)
         self.treat_steps(pl_module, self._shares(trainer.optimizers))
+        self._fitting, self._restored, self._ended = True, None, None
         if state is not None:
+            self._go_on(state)
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        if state["handles"]:  # else it was saved before the first fit, as the searches for a rate do
             for handle, saved in zip(self.handles.values(), state["handles"], strict=True):
                 handle.load_state_dict(saved)
-        self._restored = None
 
     def _shares(self, optimizers: list[Optimizer]) -> dict[Optimizer, list[str]]:
         """Each optimizer with the layers that it holds; layers that none holds go to the first, which refuses them."""
@@ -122,14 +153,33 @@ class TreatmentCallback(TreatmentInStages, pl.Callback):
             handle.add_loss_gradient(None if scaler is None else scaler.get_scale())
 
     def state_dict(self) -> dict[str, Any]:
-        """What acts where and the counters, for the checkpoint."""
+        """What acts where and the counters, for the checkpoint; after a fit in processes that ended, theirs."""
+        if (ended := self.left()) is not None:
+            self.handles, self._ended = {}, ended
+        if self._ended is not None:
+            return self._ended
         handles = [handle.state_dict() for handle in self.handles.values()]
         return {"treatments": list(self.treatments), "layers": list(self.layers), "handles": handles}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the optimizers are treated: Lightning restores callbacks before ``on_fit_start``."""
+        """Keep the state until the optimizers are treated: Lightning restores callbacks before ``on_fit_start``.
+
+        After a search for a rate or a batch size they are treated already.
+        """
         self.require_alike(state_dict)
-        self._restored = state_dict
+        if self._fitting:
+            self._go_on(state_dict)
+        else:
+            self._restored = state_dict
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        states = checkpoint["callbacks"]
+        if self.state_key not in states and (others := self.states_of_this_kind(states)):
+            theirs = " and ".join("+".join(states[key]["treatments"]) for key in others)
+            raise ValueError(f"the checkpoint is of a run treated with '{theirs}', {self._resume}")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -20,7 +20,7 @@ from wellcond._shared.torch_internals import in_backward_pass
 
 from . import _display
 from ._probe import Hook, attach, observed, solver_counts, watched_layers
-from ._record import FIELDS, MEASURES, ConditionRecord, alarms, measure, medians
+from ._record import FIELDS, MEASURES, ConditionRecord, alarms, measure, medians, records_of
 from ._writers import as_writers, deliver
 
 
@@ -207,9 +207,7 @@ class ConditionMonitor:
         """Go on where ``state`` was taken; file writers drop what they hold of that step and later."""
         self.step = state["step"]
         self._last = dict(state["last"])
-        columns = state["records"]
-        rows = zip(*columns.values(), strict=True)
-        self.records = [ConditionRecord(**dict(zip(columns, row, strict=True))) for row in rows]
+        self.records = records_of(state)
         for name, (failures, retries) in state["pending"].items():
             if name in self._events:
                 now = solver_counts(self.layers[name])

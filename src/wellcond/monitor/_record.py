@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,12 @@ def alarms(record: ConditionRecord, kappa_above: float) -> list[str]:
 FIELDS: tuple[str, ...] = tuple(field.name for field in fields(ConditionRecord))
 MEASURES = ("kappa", "kappa_eps", "kappa_range", "numerical_rank", "effective_rank", "eig_max", "eig_min")
 """The fields that make a curve over the steps."""
+
+
+def records_of(state: Mapping[str, Any]) -> list[ConditionRecord]:
+    """The records in the state of a monitor, which has a column for each field."""
+    columns = state["records"]
+    return [ConditionRecord(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
 def medians(records: Iterable[ConditionRecord]) -> dict[str, float]:

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from wellcond._shared.models import as_given
+
 from ._monitor import ConditionMonitor
-from ._record import ConditionRecord
+from ._record import ConditionRecord, records_of
 
 
 class MonitorInTraining:
@@ -20,15 +22,33 @@ class MonitorInTraining:
     """
 
     def __init__(self, **options: Any) -> None:
+        super().__init__()
         inspect.signature(ConditionMonitor).bind_partial(**options)  # a wrong name is an error here already
         self.monitor: ConditionMonitor | None = None
         self._writers = options.pop("writers", ())
-        self._options = options
+        layers = as_given(options.pop("layers", None))
+        self._named = layers and [str(layer) for layer in layers]
+        self._options = {**options, "layers": layers}
+        self._left: dict[str, Any] = {}
+
+    def told_apart(self) -> dict[str, Any]:
+        """What two callbacks of one trainer differ in, by which their states are found again."""
+        return {"every": self._options.get("every"), "layers": self._named}
 
     @property
     def records(self) -> list[ConditionRecord]:
         """The records so far."""
-        return [] if self.monitor is None else self.monitor.records
+        if self.monitor is None:
+            return records_of(self._left) if self._left else []
+        return self.monitor.records
+
+    def state_dict(self) -> dict[str, Any]:
+        """The monitor's state, for the checkpoint."""
+        return self._left if self.monitor is None else self.monitor.state_dict()
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Keep the state of a monitor that was in another process."""
+        self.monitor, self._left = None, state
 
     def attach(self, model: nn.Module, optimizer: Any, *, writes: bool, state: dict[str, Any] | None) -> None:
         """Watch ``model``, from ``state`` on if there is one; one process of several ``writes``.

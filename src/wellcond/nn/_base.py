@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from wellcond._shared.meaning import refuse_treated
 from wellcond._shared.torch_internals import is_compiling
 from wellcond.linalg import Solver, SolverEvents, recording
 from wellcond.linalg.solvers import choose_solver
@@ -98,6 +99,11 @@ class SpectralModule(nn.Module):
         """The layer's name and form, for messages."""
         form = f"{type(self).__name__}({self.extra_repr()})"
         return f"layer '{self.layer_name}' ({form})" if self.layer_name else f"layer {form}"
+
+    def _load_from_state_dict(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super()._load_from_state_dict(*args)
+        # The layer before this one is the one that is treated, and mostly loaded by now.
+        refuse_treated(*args[-3:])
 
     def _recording(self, solver: str | Solver | None = None) -> AbstractContextManager[Any]:
         """Counts and names the events of this block; not of a traceable ``solver`` in a graph, which stays whole so."""

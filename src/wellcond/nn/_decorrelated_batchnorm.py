@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from wellcond._shared.checks import checks_values, require_finite
+from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import HALF, full_precision, working_dtype
 from wellcond._shared.torch_internals import is_compiling, under_functorch
-from wellcond.linalg import Solver, WhiteningMethod, recording, value_checks, whitening_matrix
+from wellcond.linalg import NewtonSchulz, Solver, WhiteningMethod, recording, value_checks, whitening_matrix
 
 from ._base import Observation, SpectralModule, require_input
 from ._fused_passes import affine_map, moments
@@ -30,7 +31,7 @@ Running = Literal["covariance", "whitening"]
 SHOWN = "groups", "eps", "momentum", "affine", "track_running_stats", "solver", "running", "sync", "method", "relative"
 
 
-class _DecorrelatedBatchNorm(SpectralModule):
+class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
     """The layer; a subclass says for which dimensions. See :class:`DecorrelatedBatchNorm2d`."""
 
     _version = 2
@@ -204,6 +205,16 @@ class _DecorrelatedBatchNorm(SpectralModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # In a copy the versions of tensors count from zero again.
         super().__setstate__({**state, "_derived_from": None})
+
+    def meaning(self) -> dict[str, Any]:
+        """Methods differ by a rotation of the output, which the layers behind have learned; solvers by their error.
+
+        Only of a damped iteration (:class:`IterNorm2d`) the length is another normalisation, and meant to be.
+        """
+        solver = self.solver
+        if isinstance(solver, NewtonSchulz) and solver.tolerance is None:
+            return {"method": self.method, "steps": solver.steps}
+        return {"method": self.method}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: Any, local_metadata: Any, *lists: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         error = upgrade(self, state_dict, prefix, local_metadata.get("version"))

@@ -10,11 +10,13 @@ down where the four-way bound of ‖J‖ says that it might exceed ``max_norm``.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond._shared.torch_internals import is_compiling, under_functorch
@@ -28,7 +30,7 @@ def truncation_error(norm: float, terms: int) -> float:
     return norm ** (terms + 1) / math.factorial(terms + 1)
 
 
-class SkewOrthogonalConv2d(nn.Module):
+class SkewOrthogonalConv2d(SelfDescribing):
     """A 2-d convolution with an orthogonal Jacobian: it keeps the norm of its input, and of the gradient.
 
     Where channels and stride make the input larger than the output it is a projection after a rotation (JJᵀ = I); where
@@ -102,6 +104,10 @@ class SkewOrthogonalConv2d(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self._kept: tuple[Tensor, int, Tensor] | None = None
         self.reset_parameters()
+
+    def meaning(self) -> dict[str, Any]:
+        """What the saved M is scaled to; ``terms`` is an error bound of training, not another map."""
+        return {"max_norm": self.max_norm}
 
     def reset_parameters(self) -> None:
         """M random and Gaussian, scaled so that L reaches the bound ``max_norm``; the bias 0."""

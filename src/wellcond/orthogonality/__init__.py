@@ -13,6 +13,7 @@ from ._convolution_spectrum import convolution_singular_values
 from ._matrix import weight_matrices
 from ._pre_spectral import pre_spectral_layers
 from ._registry import TREATMENTS, parse_treatments
+from ._saved_weight import treat_like
 from ._step_treatment import StepTreatment
 from ._treat import Treatment, treat
 from ._weight_treatment import WeightTreatment
@@ -32,5 +33,6 @@ __all__ = [
     "pre_spectral_layers",
     "spectral_norm",
     "treat",
+    "treat_like",
     "weight_matrices",
 ]

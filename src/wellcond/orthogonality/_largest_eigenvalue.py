@@ -10,11 +10,15 @@ derivative.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from wellcond._shared.checks import readable
+from wellcond._shared.errors import NonFiniteMatrixError
 from wellcond._shared.torch_internals import is_compiling
 from wellcond.linalg.lapack import solve
 
@@ -25,9 +29,23 @@ def largest_eigenvalue(P: Tensor) -> Tensor:
     On the CPU from an eigendecomposition, elsewhere by some log2(d/eps) products.
     """
     if P.device.type == "cpu":
+        # Of NaN LAPACK makes an error, NaN or any number.
+        if not is_compiling() and readable(P) and not bool(torch.isfinite(P).all()):
+            raise NonFiniteMatrixError(
+                "the weight holds NaN or infinite entries; the data or the loss before it diverged"
+            )
         # Not eigvalsh, whose routine differs with and without a gradient: training and evaluation must agree.
         return torch.linalg.eigh(P)[0][..., -1]
     return by_products(P)
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """A context in which the refusal of a matrix says whose it is."""
+    try:
+        yield
+    except NonFiniteMatrixError as error:
+        raise NonFiniteMatrixError(f"{what}: {error}") from None
 
 
 def largest_singular_value(W: Tensor) -> Tensor:

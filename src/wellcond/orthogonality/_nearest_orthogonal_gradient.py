@@ -178,7 +178,7 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
 
     def state_dict(self) -> dict[str, Any]:
         """The counts; nothing else outlives a step."""
-        return {"counts": {name: counts.cpu() for name, counts in self._counts.items()}}
+        return {"counts": {name: counts.to("cpu", copy=True) for name, counts in self._counts.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the counts of a saved run."""

@@ -112,8 +112,8 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
     def state_dict(self) -> dict[str, Any]:
         """The counts and the last rates; the rule itself has no memory."""
         return {
-            "shortened": {name: count.cpu() for name, count in self._shortened.items()},
-            "rates": {name: rate.cpu() for name, rate in self._rates.items()},
+            "shortened": {name: count.to("cpu", copy=True) for name, count in self._shortened.items()},
+            "rates": {name: rate.to("cpu", copy=True) for name, rate in self._rates.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

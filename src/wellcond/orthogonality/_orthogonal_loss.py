@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from wellcond._shared.names import require_known
 
-from ._largest_eigenvalue import largest_singular_value
+from ._largest_eigenvalue import largest_singular_value, naming
 from ._matrix import Target, Treatables, targets
 from ._registry import Applied, TreatmentClass
 from ._sharded import whole
@@ -50,7 +50,7 @@ class LossTreatment(Applied, TreatmentClass):
     def _term(self, target: Target) -> Tensor:
         weight: Any = target.parameter if target.layer is None else target.layer.weight  # the one in use
         weight = whole(weight)
-        with torch.autocast(weight.device.type, enabled=False):
+        with torch.autocast(weight.device.type, enabled=False), naming(f"{self.treatment} of {target.where}"):
             return self.term(target.view.matrix(weight.to(torch.promote_types(weight.dtype, torch.float32))))
 
     @classmethod

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond._shared.names import require_known
+from wellcond._shared.precision import full_precision
 
 from ._matrix import Target, matrix_names
 from ._stiefel_maps import MAPS
@@ -30,12 +31,12 @@ class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq.
         require_known(map, MAPS, "map of the orthogonal weight")
         if target.layer is None or all(p is not target.parameter for p in target.layer._parameters.values()):
             raise ValueError(f"{self.treatment} of {target.where}: put it on before the spectral norm")
-        if not bool(torch.isfinite(target.parameter).all()):
-            raise ValueError(f"{self.treatment} of {target.where}: its weight holds NaN or infinite entries")
         self.map = map
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Start from ``weight``: its nearest orthogonal matrix becomes the frame, and it is stored as it is."""
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{self.treatment} of {self.where}: its weight holds NaN or infinite entries")
         W = self.view.matrix(weight.detach()).double()
         U, _, Vh = torch.linalg.svd(W if W.shape[-2] >= W.shape[-1] else W.mT, full_matrices=False)
         # Not wellcond.linalg.polar: the frame must have full rank, also where the weight has not.
@@ -43,7 +44,7 @@ class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq.
         return weight
 
     def forward(self, stored: Tensor) -> Tensor:
-        with torch.autocast(stored.device.type, enabled=False):
+        with full_precision(stored):
             V = self.view.matrix(stored).to(self.frame.dtype)
             tall = V.shape[-2] >= V.shape[-1]
             W = MAPS[self.map](V if tall else V.mT, self.frame)

@@ -86,6 +86,12 @@ def in_order(names: Iterable[str]) -> list[type[TreatmentClass]]:
     return sorted((_classes[name] for name in names), key=lambda cls: (cls.place, cls.order))
 
 
+def class_of(name: str) -> Any:
+    """The class of one treatment, which may be that of an installed package."""
+    parse_treatments(name)
+    return _classes[name]
+
+
 def parse_treatments(names: str) -> tuple[str, ...]:
     """``"nog+ow+olr"`` as ``("nog", "ow", "olr")``: the order kept, case and blanks ignored.
 

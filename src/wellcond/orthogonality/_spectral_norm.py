@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from wellcond._shared.names import require_known
+from wellcond._shared.precision import full_precision
 
 from ._convolution_spectrum import layer_grid, transfer_matrices
-from ._largest_eigenvalue import largest_singular_value
+from ._largest_eigenvalue import largest_singular_value, naming
 from ._matrix import Target
 from ._weight_treatment import WeightTreatment
 
@@ -35,10 +36,11 @@ class SpectralNorm(WeightTreatment, name="sn", about="spectral norm of the weigh
         self.grid = None if input_size is None else layer_grid(target.layer, input_size, target.where)
 
     def forward(self, stored: Tensor) -> Tensor:
-        with torch.autocast(stored.device.type, enabled=False):
+        with full_precision(stored):
             full = stored.to(torch.promote_types(stored.dtype, torch.float32))
             matrices = self.view.matrix(full) if self.grid is None else transfer_matrices(full, self.grid)
-            norm = largest_singular_value(matrices).amax()
+            with naming(f"{self.treatment} of {self.where}"):
+                norm = largest_singular_value(matrices).amax()
             # Of a zero weight small and positive, so that the weight stays zero.
             return (stored / torch.where(norm == 0, torch.finfo(norm.dtype).tiny ** 0.5, norm)).to(stored.dtype)
 

@@ -8,6 +8,8 @@ which takes the attribute away from every deep copy of the layer too (they share
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -15,14 +17,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.models import described
 
 from ._matrix import Target, layer_target, parametrisations
 from ._registry import Applied, TreatmentClass
+from ._saved_weight import prepare
 from ._sharded import is_sharded, spread, whole
 
 
-class WeightTreatment(nn.Module, TreatmentClass):
+class WeightTreatment(SelfDescribing, TreatmentClass):
     """Base of the treatments of the weight: a parametrisation, from the stored tensor to the one in use.
 
     Derived classes have ``forward(stored)``, and if need be ``right_inverse``, as in ``torch.nn.utils.parametrize``;
@@ -34,10 +38,15 @@ class WeightTreatment(nn.Module, TreatmentClass):
     """
 
     place: ClassVar[int] = 0
+    options: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, target: Target) -> None:
         super().__init__()
-        self.view = target.view
+        self.view, self.where = target.view, target.where
+
+    def meaning(self) -> dict[str, Any]:
+        """Name and options, by which a state says how its weight was made."""
+        return {"treatment": getattr(type(self), "name", type(self).__name__), **self.options}
 
     def __call__(self, stored: Tensor) -> Tensor:
         """The weight in use; outside of the layer's forward pass ``fully_shard`` leaves only a shard of ``stored``."""
@@ -66,7 +75,11 @@ class WeightTreatment(nn.Module, TreatmentClass):
                 f"{what}: its weight is sharded over processes already; call {cls.treatment.replace(' ', '_')}(layer) "
                 "before fully_shard, and make the optimizer after both"
             )
-        _attach(layer, name, cls(target, **options))
+        parametrisation = cls(target, **options)
+        given = signature(cls).bind(target, **options)
+        given.apply_defaults()
+        parametrisation.options = dict(list(given.arguments.items())[1:])
+        _attach(layer, name, parametrisation)
 
     @classmethod
     def is_on(cls, layer: nn.Module) -> bool:
@@ -104,6 +117,12 @@ def _attach(layer: nn.Module, name: str, parametrisation: nn.Module) -> None:
     parametrisations(layer, name).original = weight
     # PyTorch refuses to pickle a parametrised module, because its class is made at run time; ours can be made again.
     type(layer).__reduce__ = _reduce  # pyright: ignore[reportAttributeAccessIssue]
+    type(layer)._load_from_state_dict = _load  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _load(layer: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    if prepare(layer, state, prefix, args[-1]):
+        type(layer).__bases__[0]._load_from_state_dict(layer, state, prefix, *args)
 
 
 _CACHED_BY_RNN = ("_flat_weights", "_flat_weight_refs")  # of the last forward pass, and not to be pickled

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wellcond._shared.models import Layers, layers_by_name
+from wellcond._shared.models import Layers, as_given, layers_by_name
 
 from ._pre_spectral import pre_spectral_layers
 from ._registry import Options, in_order, options_of, parse_treatments
@@ -32,15 +32,22 @@ class TreatmentInStages:
         example_input: Any = None,
         options: Options | None = None,
     ) -> None:
+        super().__init__()
         self.treatments = parse_treatments(treatments)
         self.layers: dict[str, nn.Module] = {}
         kinds = in_order(self.treatments)
         self._on_weights = [kind for kind in kinds if issubclass(kind, WeightTreatment)]
         self._in_step = [kind.name for kind in kinds if not issubclass(kind, WeightTreatment)]
-        self._given, self._example_input = layers, example_input
+        self._given, self._example_input = as_given(layers), example_input
+        self._named = self._given and [str(layer) for layer in self._given]  # a module as it was before any treatment
         self._options = options_of(self.treatments, options)
         self._model: nn.Module | None = None
+        self.put_on: dict[str, nn.Module] = {}  # the layers whose weights this callback treated itself
         self.handles: dict[Optimizer, Treatment] = {}  # what treats the steps and the loss
+
+    def told_apart(self) -> dict[str, Any]:
+        """What two callbacks of one trainer differ in, by which their states are found again."""
+        return {"treatments": "+".join(sorted(self.treatments)), "layers": self._named}
 
     def treat_weights(self, model: nn.Module) -> None:
         """Find the layers and treat their weights, once for each model."""
@@ -54,6 +61,7 @@ class TreatmentInStages:
         for kind in self._on_weights:
             for label, layer in self.layers.items():
                 kind.put_on(layer, label=label, **self._options.get(kind.name, {}))
+                self.put_on[label] = layer
 
     def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
         """The layers to treat when none were given."""

@@ -1,0 +1,163 @@
+"""Saved states of layers whose weight is treated, and layers that are not treated alike, or not at all."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wellcond._shared.meaning import KEY, listing, read, same
+from wellcond._shared.models import bare_name, layers_by_name, unwrapped
+
+from ._matrix import parametrisations
+from ._registry import class_of
+from ._sharded import is_sharded
+
+_STORED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.(.+)$")
+
+
+def prepare(layer: nn.Module, state: dict[str, Any], prefix: str, errors: list[str]) -> bool:
+    """Make ``state`` one that the parametrisations of ``layer`` load; else say why in ``errors`` and return False.
+
+    A plain weight becomes what treating that weight would have stored. What is refused leaves the layer as it is.
+    """
+    chains: Any = layer.parametrizations
+    for name, chain in chains.items():
+        stored = f"{prefix}parametrizations.{name}."
+        if not chain.is_tensor:  # not ours
+            continue
+        try:
+            if prefix + name in state and stored + "original" not in state:
+                state.update(_treated(chain, state.pop(prefix + name), stored))
+            else:
+                _require_alike(chain, state, stored)
+        except (ValueError, RuntimeError) as error:
+            errors.append(f"{name} of layer '{prefix.rstrip('.')}': {error}")
+            stored = f"{prefix}parametrizations."
+            for key in [key for key in state if key.startswith(stored)]:
+                del state[key]
+            state.update(chains.state_dict(prefix=stored))
+            return False
+    return True
+
+
+def _treated(chain: Any, weight: Tensor, stored: str) -> dict[str, Any]:
+    """The state of ``chain`` (under the prefix ``stored``) if it were put on ``weight``."""
+    if weight.shape != chain.original.shape:
+        raise ValueError(f"its saved shape is {tuple(weight.shape)}, here it is {tuple(chain.original.shape)}")
+    if is_sharded(chain.original):
+        raise ValueError("it was saved untreated, and is treated and sharded here; load it before fully_shard")
+    chain = copy.deepcopy(chain)  # since a frame follows the weight
+    with torch.no_grad():
+        for parametrisation in reversed(chain):
+            weight = parametrisation.right_inverse(weight)
+    return {**chain.state_dict(prefix=stored), stored + "original": weight}
+
+
+def _require_alike(chain: Any, state: dict[str, Any], stored: str) -> None:
+    """Refuse the state of other treatments; one that does not say, of an older version, gets the marks of ``chain``."""
+    theirs = [read(state[key]) for i in range(len(state)) if (key := f"{stored}{i}.{KEY}") in state]
+    mine = [one.meaning() for one in chain if hasattr(one, "meaning")]
+    if theirs and not alike(theirs, mine):
+        raise ValueError(
+            f"it was saved under {_shown(theirs)}, and is under {_shown(mine)} here; treat it as it was when it was "
+            "saved, or load into an untreated model by wellcond.orthogonality.treat_like(model, state)"
+        )
+    for i, one in enumerate(chain):
+        if hasattr(one, "meaning"):
+            state.setdefault(f"{stored}{i}.{KEY}", one.get_extra_state())
+
+
+def alike(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    return len(one) == len(other) and all(map(same, one, other))
+
+
+def _shown(treatments: list[dict[str, Any]]) -> str:
+    parts = []
+    for treatment in treatments:
+        options = {key: value for key, value in treatment.items() if key != "treatment" and value is not None}
+        parts.append(f"'{treatment.get('treatment')}'" + (f" ({listing(options)})" if options else ""))
+    return " and ".join(parts) or "no treatment"
+
+
+def treat_like(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Treat the weights of a model as those of a saved state were, so that it loads; other weights stay as they are.
+
+    Write ``model.load_state_dict(treat_like(model, state))`` where you do not know what the state was saved from. The
+    parameters stay the same tensors, so an optimizer that is there already holds the right ones.
+
+    Args:
+        model: with the layers of the saved one; changed in place.
+        state: of a model treated by this version (``ow``, ``sn``, or a :class:`WeightTreatment` of your own) or an
+            untreated one, also of a wrapper that put a prefix such as ``module.`` before the names.
+
+    Returns:
+        The state under the names of ``model``: what is under the prefix, without it.
+
+    Raises:
+        ValueError: a treated layer that is not in ``model`` or is treated otherwise there, or one whose treatment the
+            state does not tell, as it was saved by an older version.
+
+    Example:
+        >>> from torch import nn
+        >>> from wellcond.orthogonality import orthogonal_weight
+        >>> trained, fresh = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3))
+        >>> state = orthogonal_weight(trained[0], map="cayley") and trained.state_dict(prefix="module.")
+        >>> fresh.load_state_dict(treat_like(fresh, state))
+        <All keys matched successfully>
+    """
+    inner = unwrapped(model)
+    prefix = _prefix(state, {_plain(bare_name(key)) for key in inner.state_dict()})
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    _treat_all(inner, found)
+    lead = next(name + "." if name else "" for name, module in model.named_modules() if module is inner)
+    mine = {bare_name(key): lead + key for key in inner.state_dict()}
+    renamed = {mine.get(bare_name(key), lead + key): value for key, value in found.items()}
+    return state if list(renamed) == list(state) else renamed  # PyTorch keeps versions beside the entries of its own
+
+
+def _plain(key: str) -> str:
+    """The key without the treatments: that of the weight for all that is stored in its place."""
+    return _STORED.sub(r"\1", key)
+
+
+def _prefix(state: Mapping[str, Any], own: set[str]) -> str:
+    """What stands before most of the names in ``state`` that are ``own`` ones after it."""
+    votes: Counter[str] = Counter({"": 0})
+    for key in state:
+        parts = _plain(bare_name(key)).split(".")
+        votes.update(".".join([*parts[:i], ""]) for i in range(len(parts)) if ".".join(parts[i:]) in own)
+    return max(votes, key=lambda prefix: (votes[prefix], -len(prefix)))
+
+
+def _treat_all(model: nn.Module, state: Mapping[str, Any]) -> None:
+    saved: dict[tuple[str, str], dict[str, Any]] = {}
+    for key, value in state.items():
+        if match := _STORED.search(key):
+            saved.setdefault((key[: match.start()].rstrip("."), match[1]), {})[match[2]] = value
+    todo = []
+    for (path, name), entries in saved.items():
+        (layer,) = layers_by_name(model, [path] if path else model).values()
+        marks = [read(entries[key]) for i in range(len(entries)) if (key := f"{i}.{KEY}") in entries]
+        mine = [one.meaning() for one in parametrisations(layer, name) if hasattr(one, "meaning")]
+        if not marks and not parametrisations(layer, name):
+            raise ValueError(
+                f"layer '{path}': its {name} was treated when it was saved, by an older version that did not save how; "
+                "treat the model as it was then, and load the state"
+            )
+        if marks and mine and not alike(marks, mine):
+            raise ValueError(
+                f"layer '{path}': its {name} was saved under {_shown(marks)}, here it is under {_shown(mine)}; take "
+                "that off first"
+            )
+        if marks and not mine:
+            todo.append((path, name, layer, marks))
+    for path, name, layer, marks in todo:
+        for mark in marks:
+            options = {key: value for key, value in mark.items() if key != "treatment"}
+            class_of(mark["treatment"]).put_on(layer, name, path, **options)
