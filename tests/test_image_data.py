@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,13 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from image_files import CLASSES, as_files, picture_file, pictures, write_image, write_parquet
 from wellcond.experiments.data.draws import stratified_split
 from wellcond.experiments.data.images import ImageSet
 from wellcond.experiments.data.load import ImageData, load_images
 from wellcond.experiments.errors import DataError
 
 datasets = pytest.importorskip("datasets")
-CLASSES = ("cat", "dog", "owl")
 
 
 @pytest.fixture(autouse=True)
@@ -33,52 +32,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.disable_progress_bars()
 
 
-def pictures(n: int, seed: int, size: tuple[int, int] = (6, 6), channels: int = 3) -> np.ndarray:
-    """(n, C, H, W) uint8 noise."""
-    return np.random.default_rng(seed).integers(0, 256, (n, channels, *size), dtype=np.uint8)
-
-
-def picture_file(pixels: np.ndarray, format: str = "PNG", **options: Any) -> bytes:
-    """One (C, H, W) or (H, W) image as the bytes of a file."""
-    pixels = pixels if pixels.ndim == 2 else pixels.transpose(1, 2, 0).squeeze()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def write_parquet(
-    path: Path,
-    files: list[bytes | None],
-    labels: Any,
-    *,
-    image: str = "image",
-    label: str = "label",
-    label_feature: dict[str, Any] | None = None,
-    described: bool = True,
-) -> None:
-    """A parquet file as on the hub; `described` adds the schema that says which column is what."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    rows = [{"bytes": data, "path": f"{i}.png"} if data is not None else None for i, data in enumerate(files)]
-    table = pa.table({image: pa.array(rows, kind), label: pa.array(labels)})
-    if described:
-        features = {
-            image: {"_type": "Image"},
-            label: label_feature or {"_type": "ClassLabel", "names": list(CLASSES)},
-        }
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path)
-
-
 TRAIN, TEST = pictures(30, 1), pictures(9, 2)
 TRAIN_LABELS, TEST_LABELS = [i % 3 for i in range(30)], [i % 3 for i in range(9)]
-
-
-def as_files(images: np.ndarray) -> list[bytes | None]:
-    return [picture_file(image) for image in images]
 
 
 def table(images: np.ndarray, labels: list[int], label: str = "label") -> Any:
@@ -323,6 +278,62 @@ def test_image_size_scales_the_shorter_side_and_takes_the_middle(budget: int, tm
     assert arrays.train.images[torch.arange(3)].unique().tolist() == [7]
 
 
+@pytest.mark.parametrize("budget", [2**30, 0])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_greys_of_16_bits_keep_the_uppermost_8_of_those_in_use(bits: int, budget: int, tmp_path: Path):
+    """A scanner's 12 bits in a file of 16 would else be black; all images by one rule, so that they stay comparable."""
+    scans = np.random.default_rng(0).integers(0, 2**bits, (20, 5, 7), dtype=np.uint16)
+    scans[:, 0, 0] = 2**bits - 1
+    scans[1:] //= 2  # a darker image stays darker
+    write_parquet(tmp_path / "train.parquet", [picture_file(image) for image in scans], [0, 1] * 10)
+    data = load_images(tmp_path, memory_budget=budget)
+    truth = (scans // 2 ** (bits - 8)).astype(np.uint8)[:, None]
+    assert counted(data.train, data.validation, data.test) == expected(truth, [0, 1] * 10)
+    assert [note for note in data.notes if "bits" in note] == (
+        [f"greys of {bits} bits: the uppermost 8 are used"] if bits > 8 else []
+    )
+    assert load_images(tmp_path, image_size=4, memory_budget=budget).image_size == (4, 4)
+
+
+def test_an_image_of_200_megapixels_is_scaled_like_any_other(tmp_path: Path):
+    huge = Image.new("1", (20_000, 10_010))
+    huge.paste(1, (10_000, 0, 20_000, 10_010))
+    huge.save(buffer := io.BytesIO(), "PNG", compress_level=1)
+    files = [buffer.getvalue(), *as_files(pictures(19, 0, channels=1))]
+    write_parquet(tmp_path / "train.parquet", files, [0, 1] * 10)
+    data = load_images(tmp_path, image_size=4)
+    # The middle square has as much of either half; the filter reaches over the edge between them.
+    rows = {image[:1] + image[3:4] for image, _ in counted(data.train, data.validation, data.test)}
+    assert b"\x00\xff" in rows
+
+
+@pytest.mark.parametrize("name", ["notes", ".cache/train", "._train-0", "meta/labels", "assets/figure.png"])
+def test_a_stray_file_beside_parquet_files_is_named_and_not_used(name: str, tmp_path: Path):
+    root = hub_layout(tmp_path / "source")
+    if name.endswith(".png"):
+        write_image(root / name, pictures(1, 0)[0])
+    elif "." in name:  # as macOS and Jupyter leave them
+        (file := root / f"{name}.parquet").parent.mkdir(exist_ok=True)
+        file.write_bytes(b"\0")
+    else:
+        (file := root / f"{name}.parquet").parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict({"number": [1, 2]}).to_parquet(file)
+    data = load_images(root)
+    assert counted(data.test) == expected(TEST, TEST_LABELS)
+    (note,) = data.notes
+    assert note.startswith("skipped (")
+    assert name.split("/")[0] in note
+
+
+def test_a_split_of_another_name_and_classes_that_look_alike_are_mentioned():
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    rows = {"image": [{"bytes": f, "path": None} for f in as_files(TRAIN)], "label": ["dog", "doG", "a"] * 10}
+    one = datasets.Dataset.from_dict(rows, features=features)
+    data = load_images(datasets.DatasetDict(train=one, test=one, extra=one))
+    assert data.classes == ("a", "doG", "dog")
+    assert data.notes == ("split 'extra' is not used", "classes that differ in case or spaces only: 'doG', 'dog'")
+
+
 def test_limit_keeps_that_many_of_each_split_in_proportion_of_the_classes():
     labels = [0] * 300 + [1] * 100
     data = load_images((pictures(400, 0), labels), limit=40)
@@ -408,6 +419,17 @@ def with_labels(labels: Any, **options: Any):
     return lambda root: write_parquet(root / "train.parquet", GOOD, labels, **options)
 
 
+def in_test(labels: Any, **options: Any):
+    """A source with these labels in test, and two classes in training."""
+
+    def make(root: Path) -> None:
+        training = ["cat", "dog"] * 15 if isinstance(labels[0], str) else [0, 1] * 15
+        write_parquet(root / "train.parquet", GOOD, training, **options)
+        write_parquet(root / "test.parquet", GOOD, labels, **options)
+
+    return make
+
+
 def with_image(data: bytes | None):
     """A source whose image 4 is another."""
     return lambda root: write_parquet(root / "train.parquet", [*GOOD[:4], data, *GOOD[5:]], TRAIN_LABELS)
@@ -458,9 +480,44 @@ BROKEN = {
     "not an image": (with_image(b"hello"), r"split 'train': image 4 \('4.png'\) cannot be decoded"),
     "other size": (
         with_image(picture_file(pictures(1, 0, (5, 7))[0])),
-        r"image 4 is 5×7 pixels .*6×6.*give image_size",
+        r"image 4 is 5×7 pixels .*6×6.*--image-size N \(image_size=N\)",
     ),
-    "16 bits": (with_image(picture_file(DEEP)), r"image 4 has pixels of mode 'I;16'.*8 bits"),
+    "floats in a file": (
+        with_image(picture_file(DEEP.astype(np.float32), "TIFF")),
+        r"image 4 .*cannot be decoded \(its pixels are floats; save them as integers",
+    ),
+    "below zero": (
+        with_image(picture_file(DEEP.astype(np.int32) - 1000, "TIFF")),
+        r"image 4 .*cannot be decoded \(it has pixels below zero, -1000",
+    ),
+    "label -1": (
+        with_labels([-1, *TRAIN_LABELS[1:]], described=False),
+        r"split 'train': 1 rows have the label '-1', which stands for no label; remove them",
+    ),
+    "label -1 of a description": (with_labels([-1, *TRAIN_LABELS[1:]]), r"1 rows have the label '-1'"),
+    "label -1 of an array": (lambda root: (TRAIN, [-1, *TRAIN_LABELS[1:]]), r"labels: 1 rows have the label '-1'"),
+    "empty label": (with_labels([" ", *["cat", "dog"] * 14, "cat"], described=False), r"1 rows have the label ' '"),
+    "another spelling in test": (
+        in_test(["cat", "doG"] * 15, described=False),
+        r"split 'test' has classes that training lacks: doG; did you mean 'dog'\?",
+    ),
+    "another number in test": (in_test([0, 7] * 15, described=False), r"'test' has classes that training lacks: 7"),
+    "two validation splits": (
+        lambda root: {key: table(TRAIN, TRAIN_LABELS) for key in ("train", "val", "valid")},
+        r"'val' and 'valid', both of which stand for validation",
+    ),
+    "a file of no split": (
+        lambda root: write_parquet(hub_layout(root) / "more.parquet", GOOD, TRAIN_LABELS),
+        r"which split are more.parquet of\? Name the files train-\*.parquet",
+    ),
+    "files that may be of a split": (
+        lambda root: hub_layout(root, "pets_train.parquet", "pets_test.parquet") and None,
+        r"which split are pets_test.parquet, pets_train.parquet of\?",
+    ),
+    "images as well as parquet": (
+        lambda root: image_folder(hub_layout(root)) and None,
+        r"holds images in folders and parquet files with images \(test-0.*, train-0.*\): take one",
+    ),
     "truncated parquet": (truncated, r"parquet files cannot be read"),
     "no train": (
         lambda root: write_parquet(root / "test.parquet", GOOD, TRAIN_LABELS),

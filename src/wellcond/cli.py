@@ -1,4 +1,5 @@
-"""The command `wellcond`: `train` a network, `compare` a grid, `report` on both, `inspect` a network, `bench` solvers.
+"""The command `wellcond`: `train` a network, `compare` a grid, `report` on both, `inspect` a network, look at `data`,
+`bench` solvers.
 
 Every error that a user can act on is one line on the standard error and exit status 2; Ctrl-C says how to go on
 and is exit status 130. What needs torch is imported inside the commands, so that `--help` is quick.
@@ -28,6 +29,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 import wellcond
+from wellcond._shared.streams import make_patient
 from wellcond.experiments.errors import RunError
 from wellcond.experiments.folders import read_config
 from wellcond.experiments.run.config import NO_TREATMENT, RunConfig, grid, recipe
@@ -51,7 +53,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 
 def say(line: str, to: Console = console) -> None:
     """Print a line as it is."""
-    to.print(line, soft_wrap=True, markup=False, highlight=False)
+    to.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 class _Lines(logging.Handler):
@@ -78,6 +80,8 @@ def reporting(debug: bool, level: int, how_to_go_on: list[str]) -> Iterator[None
             raise
         if isinstance(error, ModuleNotFoundError):
             said = f"the package '{error.name}' is not installed: pip install \"wellcond[train]\""
+        elif isinstance(error, UnicodeEncodeError):  # such as a path that was typed in another encoding
+            said = f"{error.object!a} has letters that this locale lacks; set PYTHONUTF8=1"
         else:
             said = str(error) or type(error).__name__
         say(f"error: {said}", stderr)
@@ -194,10 +198,32 @@ def compare(
 
 
 @app.command()
+def data(
+    source: Annotated[str, typer.Argument(metavar="PATH", help="as --data of train")] = "digits",
+    image_size: Annotated[int | None, typer.Option(help="as --image-size of train")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="decode every image, to find those that break off")] = False,
+    debug: Debug = False,
+) -> None:
+    """What is in a data set: images by split and class, sizes and modes, and what was skipped and why."""
+    with reporting(debug, logging.WARNING, []):
+        from wellcond.experiments.data.overview import overview
+        from wellcond.experiments.results.images import images_table
+        from wellcond.experiments.show.render import for_terminal
+
+        found = overview(source, image_size=image_size, decode=decode)
+        console.print(for_terminal(images_table(found)))
+        for line in found.lines():
+            say(line)
+        if found.trouble:
+            raise ValueError(found.trouble)
+
+
+@app.command()
 def inspect(
     run: Annotated[Path | None, typer.Argument(help="the folder of a run, or one of its checkpoints")] = None,
     data: Annotated[str | None, typer.Option(help="images to look at; by default those of the run")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "train",
+    image_size: Annotated[int | None, typer.Option(help="as --image-size of train; by default as in the run")] = None,
     batches: Annotated[int, typer.Option(help="how many batches at most")] = 10,
     batch_size: Annotated[int | None, typer.Option(help="images in each; by default as in the run")] = None,
     out: Annotated[Path | None, typer.Option(help="write every batch's numbers here too: .csv or .jsonl")] = None,
@@ -214,7 +240,8 @@ def inspect(
         from wellcond.experiments.show.render import for_terminal
 
         run = run or newest_run((Path("runs"), DEFAULT_COMPARISON / "runs")) or _train_default(again)
-        found = inspect_run(run, data=data, split=split, batches=batches, batch_size=batch_size, out=out)
+        options = {"image_size": image_size, "split": split, "batches": batches, "batch_size": batch_size}
+        found = inspect_run(run, data=data, out=out, **options)
         console.print(for_terminal(found.table()))
         for line in (*found.weight_lines(), f"of {found.checkpoint}"):
             say(line)
@@ -310,7 +337,10 @@ def bench(
         say(f"in {out}: bench.json, tables.md, speed.png, speed.svg")
 
 
-main = app  # the entry point of the package
+def main() -> None:
+    """The entry point of the package."""
+    make_patient()
+    app()
 
 
 if __name__ == "__main__":

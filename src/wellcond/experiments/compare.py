@@ -55,12 +55,12 @@ def compare(
         raise ConfigError("nothing to compare: the grid is empty")
     if len(set(configs)) < len(configs):
         raise ConfigError("the same configuration and seed is in the grid twice")
-    if len({(config.data, config.limit) for config in configs}) > 1:
+    if len({(config.data, config.image_size, config.limit) for config in configs}) > 1:
         raise ConfigError("a comparison is on one data set")
     held = folders.check(out, COMPARISON, resume=resume, overwrite=overwrite)
     if resume:
         _refuse_another_grid(out, configs_in(held), configs)
-    data = load_images(configs[0].data, limit=configs[0].limit)
+    data = load_images(configs[0].data, image_size=configs[0].image_size, limit=configs[0].limit)
     for config in {config.label: config for config in configs}.values():  # find what is wrong before writing
         build(config, data)
     if not resume:

@@ -68,5 +68,5 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file with a header line; none if there is no file."""
     if not path.exists():
         return []
-    with path.open(newline="") as stream:
+    with path.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))

@@ -97,6 +97,7 @@ def inspect(
     place: str | os.PathLike[str],
     *,
     data: str | None = None,
+    image_size: int | None = None,
     split: str = "train",
     batches: int = 10,
     batch_size: int | None = None,
@@ -122,7 +123,8 @@ def inspect(
         raise ConfigError(f"batches must be at least 1, got {batches}")
     run, path, checkpoint = _open(Path(place))
     config = RunConfig.from_dict(folders.read_config(run, KIND))
-    found = load_images(data or config.data, limit=None if data else config.limit)
+    image_size = config.image_size if image_size is None else image_size
+    found = load_images(data or config.data, image_size=image_size, limit=None if data else config.limit)
     size = config.batch_size if batch_size is None else batch_size
     images = ImageDataModule(found, size, augment=False, seed=config.seed)
     module = _restored(config, checkpoint["state_dict"], path)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from wellcond.experiments.data import pixels
 from wellcond.experiments.errors import DataError, needs_train_extra
 
 with needs_train_extra():
-    from PIL import Image, ImageOps
+    from PIL import Image
 
 if TYPE_CHECKING:
     import datasets
@@ -34,6 +34,7 @@ class EncodedImages:
     index: Tensor  # (N,) int64, the rows of the table that belong to this set
     place: str  # what error messages call it, such as "'DIR', split 'train'"
     channels: int = 3  # 1 or 3
+    bits: int = 8  # that greys of more than 8 bits use
     size: tuple[int, int] = (0, 0)  # (H, W) of every image
     resize: bool = False
     """Scale the shorter side and crop the middle, to `size`; otherwise an image of another size is an error."""
@@ -45,66 +46,65 @@ class EncodedImages:
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         def decode(image: Image.Image) -> np.ndarray:
-            image = image.convert("L" if self.channels == 1 else "RGB")
-            return _fitted(image, self.size) if self.resize else np.array(image)
+            image = pixels.eight_bits(image, self.channels, self.bits)
+            return np.array(pixels.fitted(image, self.size) if self.resize else image)
 
         out = torch.empty(len(indices), self.channels, *self.size, dtype=torch.uint8)
-        for position, (row, pixels) in enumerate(self.read(indices, decode)):
-            self._check_size(row, (pixels.shape[0], pixels.shape[1]))
-            out[position] = torch.from_numpy(pixels).view(*self.size, self.channels).permute(2, 0, 1)
+        for position, (row, found) in enumerate(self.read(indices, decode)):
+            self._check_size(row, (found.shape[0], found.shape[1]))
+            out[position] = torch.from_numpy(found).view(*self.size, self.channels).permute(2, 0, 1)
         return out
 
-    def check_sizes(self, most: int) -> None:
-        """Raise a `DataError` if any of `most` images spread over the set is not of the size of the set."""
-        some = torch.linspace(0, len(self.index) - 1, min(most, len(self.index))).long()
-        for row, size in self.read(some, _size):
+    def spread(self, most: int = _CHUNK) -> Tensor:
+        """Indices of up to so many images, spread over the set."""
+        return torch.linspace(0, len(self.index) - 1, min(most, len(self.index))).long()
+
+    def check_sizes(self) -> None:
+        """Raise a `DataError` if any of some images spread over the set is not of the size of the set."""
+        for row, size in self.read(self.spread(), pixels.size):
             self._check_size(row, size)
 
-    def read(self, indices: Tensor, use: Callable[[Image.Image], T]) -> Iterator[tuple[int, T]]:
-        """The row of each of these images, and what `use` makes of it.
+    def read(
+        self, indices: Tensor, use: Callable[[Image.Image], T], broken: list[str] | None = None
+    ) -> Iterator[tuple[int, T]]:
+        """The row of each of these images, and what `use` makes of it (see `pixels.opened`).
 
-        The image is upright as its EXIF says, and decoded only if `use` looks at the pixels. Whatever fails becomes
-        a `DataError`.
+        What cannot be read becomes a `DataError`, or is left out and its message added to `broken`.
         """
         arrow = self.table.with_format("arrow")
         for chunk in self.index[indices].split(_CHUNK):
             rows: list[int] = chunk.tolist()
             for row, encoded in zip(rows, arrow[rows][self.column].to_pylist(), strict=True):
-                yield row, self._read(row, encoded or {}, use)
+                found = self._read(row, encoded or {}, use)
+                if not isinstance(found, DataError):
+                    yield row, found
+                elif broken is None:
+                    raise found from found.__cause__
+                else:
+                    broken.append(str(found))
 
-    def _read(self, row: int, encoded: dict[str, Any], use: Callable[[Image.Image], T]) -> T:
+    def _read(self, row: int, encoded: dict[str, Any], use: Callable[[Image.Image], T]) -> T | DataError:
         data, path = encoded.get("bytes"), encoded.get("path")
         if data is None and not path:
-            raise DataError(f"{self.place}: row {row} has no image; remove the row")
+            return DataError(f"{self.place}: row {row} has no image; remove the row")
         try:
-            image = Image.open(io.BytesIO(Path(path or "").read_bytes() if data is None else data))
-            if not image.mode.startswith(("I", "F")):
-                return use(ImageOps.exif_transpose(image) if image.info.get("exif") else image)
+            return pixels.opened(Path(path or "").read_bytes() if data is None else data, use)
         except Exception as error:  # of any kind: OSError, SyntaxError, ValueError, struct.error, …
             name = f" ('{path}')" if path else ""
-            raise DataError(
+            failed = DataError(
                 f"{self.place}: image {row}{name} cannot be decoded ({error or type(error).__name__}); "
                 "replace the file or remove the row"
-            ) from error
-        # Converting 16- or 32-bit greys to 8 bits would clip them.
-        raise DataError(f"{self.place}: image {row} has pixels of mode '{image.mode}'; save it with 8 bits a channel")
+            )
+            failed.__cause__ = error
+            return failed
 
     def _check_size(self, row: int, size: tuple[int, int]) -> None:
         if size != self.size:
             raise DataError(
                 f"{self.place}: image {row} is {size[0]}×{size[1]} pixels (height×width) where "
-                f"{self.size[0]}×{self.size[1]} was expected from the first image; "
-                "give image_size to bring all images to one size"
+                f"{self.size[0]}×{self.size[1]} was expected from the first image; bring all images to one size by "
+                "--image-size N (image_size=N)"
             )
-
-
-def _size(image: Image.Image) -> tuple[int, int]:
-    return image.height, image.width
-
-
-def _fitted(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """The image scaled to the shorter side of (H, W), its middle cropped."""
-    return np.array(ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 class ImageSet(Dataset[tuple[Tensor, Tensor]]):
@@ -146,35 +146,49 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         return ImageSet(replace(self.images, index=self.images.index[indices]), self.labels[indices])
 
 
-def settle(sets: Sequence[ImageSet], image_size: int | None, memory_budget: int) -> list[ImageSet]:
+def settle(sets: Sequence[ImageSet], image_size: int | None, memory_budget: int) -> tuple[list[ImageSet], list[str]]:
     """Give several sets one image shape, and decode them into memory if together they fit `memory_budget` bytes.
 
     Decoding takes about 0.1 ms an image of 32×32; threads do not help images this small (Pillow holds the
     interpreter's lock for most of that time), worker processes of the loader do for what is decoded later.
+
+    Returns:
+        The sets, and notes on what was done to the pixels.
 
     Raises:
         DataError: images differ in size and `image_size` is None, or one cannot be decoded.
     """
     encoded = [s.images for s in sets if isinstance(s.images, EncodedImages)]
     if not encoded:
-        return [ImageSet(_resized(s.images, image_size), s.labels) for s in sets if isinstance(s.images, Tensor)]
-    modes = (mode for images in encoded for _, mode in images.read(torch.arange(len(images.index)), lambda i: i.mode))
-    channels = 1 if all(mode in ("1", "L", "LA", "La") for mode in modes) else 3
-    _, first_size = next(encoded[0].read(torch.tensor([0]), _size))
+        return [ImageSet(_resized(s.images, image_size), s.labels) for s in sets if isinstance(s.images, Tensor)], []
+    modes = {mode for images in encoded for _, mode in images.read(torch.arange(len(images.index)), pixels.mode)}
+    channels, (bits, notes) = pixels.channels(modes), grey_depth(encoded, modes)
+    _, first_size = next(encoded[0].read(torch.tensor([0]), pixels.size))
     size = (image_size, image_size) if image_size else first_size
     fits = sum(map(len, sets)) * channels * size[0] * size[1] <= memory_budget
     settled = []
     for images, labels in zip(encoded, (s.labels for s in sets), strict=True):
-        images = replace(images, channels=channels, size=size, resize=image_size is not None)
+        images = replace(images, channels=channels, bits=bits, size=size, resize=image_size is not None)
         if not fits and not images.resize:
-            images.check_sizes(_CHUNK)  # now, rather than in the middle of the training
+            images.check_sizes()  # now, rather than in the middle of the training
         settled.append(ImageSet(images[torch.arange(len(labels))] if fits else images, labels))
-    return settled
+    return settled, notes
+
+
+def grey_depth(
+    sets: Sequence[EncodedImages], modes: Iterable[str], broken: list[str] | None = None
+) -> tuple[int, list[str]]:
+    """The bits that greys of more than 8 have in use, told from some images of each set; and a note on that."""
+    if not any(mode.startswith("I") for mode in modes):
+        return 8, []
+    found = (bits for images in sets for _, bits in images.read(images.spread(), pixels.grey_bits, broken))
+    bits = max(found, default=8)
+    return bits, [f"greys of {bits} bits: the uppermost 8 are used"] if bits > 8 else []
 
 
 def _resized(images: Tensor, image_size: int | None) -> Tensor:
     """In-memory images brought to a square of `image_size`, by the same rule as files."""
     if image_size is None:
         return images
-    planes = [_fitted(Image.fromarray(plane), (image_size, image_size)) for plane in images.flatten(0, 1).numpy()]
-    return torch.from_numpy(np.stack(planes)).unflatten(0, images.shape[:2])
+    fitted = (pixels.fitted(Image.fromarray(plane), (image_size, image_size)) for plane in images.flatten(0, 1).numpy())
+    return torch.from_numpy(np.stack([np.array(plane) for plane in fitted])).unflatten(0, images.shape[:2])

@@ -17,11 +17,13 @@ from torch import Tensor
 from wellcond.experiments.data.draws import TEST_FRACTION, stratified_split
 from wellcond.experiments.data.images import ImageSet, settle
 from wellcond.experiments.data.sources import open_source
+from wellcond.experiments.data.tables import Source
 from wellcond.experiments.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
 
+MEMORY_BUDGET = 2 << 30
 _STATISTICS_IMAGES = 50_000
 _log = logging.getLogger(__name__)
 
@@ -80,15 +82,16 @@ def load_images(
     limit: int | None = None,
     seed: int = 0,
     validation: float = 0.1,
-    memory_budget: int = 2 << 30,
+    memory_budget: int = MEMORY_BUDGET,
 ) -> ImageData:
     """Load labelled images from any source, in splits for training, validation and testing.
 
     Args:
         source: `digits` (scikit-learn's, no network), `cifar10`, `cifar100`; any other name on the Hugging Face
             hub, `OWNER/NAME` or `OWNER/NAME:CONFIGURATION`; a path to a folder with parquet files in the hub's
-            layout (`train-*.parquet`, …) or with images (`train/CLASS/*.png`, …), or to one parquet file; a pair
-            (images, labels) of uint8 (N, C, H, W) and integers (N,); or a `datasets.DatasetDict`.
+            layout (`train-*.parquet`, …) or with images (`train/CLASS/*.png`, …, or `CLASS/*.png`), or to one
+            parquet file; a pair (images, labels) of uint8 (N, C, H, W) and integers (N,); or a
+            `datasets.DatasetDict`. A split is known by its exact name (`test`, `val`, …).
         image_size: bring every image to this height and width (shorter side scaled, middle cropped).
         limit: keep at most this many images of each split, in the proportions of the classes.
         seed: of the choice of validation images, and of those that `limit` keeps for training.
@@ -98,7 +101,8 @@ def load_images(
 
     Returns:
         The images. Where the source has no test split, its validation split is the test; where it has neither,
-        a fifth of the training images is held out, the same ones whatever the seed. `notes` says so, and the log.
+        a fifth of the training images is held out, the same ones whatever the seed. `notes` says so, and what was
+        passed over below a path and why; the log, too.
 
     Raises:
         DataError: the source is unknown, cannot be reached or is not labelled images; images differ in size or
@@ -112,16 +116,33 @@ def load_images(
         >>> data.in_channels, data.image_size, data.num_classes
         (1, (8, 8), 10)
     """
-    if image_size is not None and image_size < 1:
-        raise DataError(f"image_size must be at least 1, got {image_size}")
+    check_size(image_size)
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1, got {limit}")
     if not 0 < validation < 1:
         raise DataError(f"validation must be a fraction between 0 and 1, got {validation}")
     found = open_source(source)
+    splits, notes = for_training(found, validation, seed)
+    if limit is not None:
+        chosen = {"train": seed, "validation": seed, "test": 0}
+        splits = {s: _limited(images, limit, chosen[s]) for s, images in splits.items()}
+    (train, valid, test), done = settle([splits[s] for s in ("train", "validation", "test")], image_size, memory_budget)
+    notes = (*found.notes, *notes, *done)
+    for note in notes:
+        _log.warning("%s: %s", found.name, note)
+    return ImageData(found.name, train, valid, test, found.classes, notes)
+
+
+def check_size(image_size: int | None) -> None:
+    if image_size is not None and image_size < 1:
+        raise DataError(f"image_size must be at least 1, got {image_size}")
+
+
+def for_training(found: Source, validation: float = 0.1, seed: int = 0) -> tuple[dict[str, ImageSet], list[str]]:
+    """The three splits that a training needs, what a source lacks held out as `load_images` says; and notes on that."""
     if len(found.classes) < 2:
         raise DataError(f"'{found.name}' has one class only, {found.classes}: there is nothing to tell apart")
-    splits, notes = dict(found.splits), list(found.notes)
+    splits, notes = dict(found.splits), []
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
         notes.append("no test split: the validation split is the test")
@@ -130,13 +151,7 @@ def load_images(
         notes.append(f"no test split: {len(splits['test'])} training images, stratified by class, are the test")
     if "validation" not in splits:
         splits["train"], splits["validation"] = _hold_out(found.name, splits["train"], validation, seed)
-    if limit is not None:
-        chosen = {"train": seed, "validation": seed, "test": 0}
-        splits = {s: _limited(images, limit, chosen[s]) for s, images in splits.items()}
-    train, valid, test = settle([splits[s] for s in ("train", "validation", "test")], image_size, memory_budget)
-    for note in notes:
-        _log.warning("%s: %s", found.name, note)
-    return ImageData(found.name, train, valid, test, found.classes, tuple(notes))
+    return splits, notes
 
 
 def _hold_out(name: str, images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:

@@ -5,27 +5,26 @@ Everything read from files goes through `datasets`; no code of a data set is run
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from wellcond._shared.names import did_you_mean, listed
+from wellcond.experiments.data.contents import IMAGE_SUFFIXES, Skipped, files_below
+from wellcond.experiments.data.image_folders import from_image_folders
 from wellcond.experiments.data.images import ImageSet
 from wellcond.experiments.data.named import NAMED
-from wellcond.experiments.data.tables import Source, classes_of, from_tables, split_of
+from wellcond.experiments.data.parquet_files import from_parquet, with_images
+from wellcond.experiments.data.tables import Source, classes_of, from_tables, refuse_no_labels
 from wellcond.experiments.errors import DataError, needs_train_extra
 
-if TYPE_CHECKING:
-    import datasets
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 EXPECTED = f"a data set is one of {listed(NAMED)}; a name on the Hugging Face hub, OWNER/NAME; or a path"
 _HUB_TIMEOUT = 10.0  # seconds for the first answer of the hub
 
@@ -76,7 +75,8 @@ def _from_arrays(images: Any, labels: Any) -> Source:
         raise DataError(
             f"labels must be {len(images)} integers, one an image, got shape {values.shape} of {values.dtype}"
         )
-    codes, classes = classes_of({"train": values})
+    refuse_no_labels("labels", values)
+    codes, classes = classes_of("labels", {"train": values})
     return Source("arrays", {"train": ImageSet(images, codes["train"])}, classes)
 
 
@@ -120,80 +120,38 @@ def _from_path(path: Path) -> Source:
     path = path.expanduser()
     if not path.exists():
         raise DataError(f"no such path: '{path}'{_nearby(path)}")
-    with needs_train_extra():
-        import datasets
+    place, name = f"'{path}'", path.name or path.resolve().name
+    if path.suffix == ".parquet" and path.is_file():
+        return from_tables(place, from_parquet(path, [path]), name)
+    if not path.is_dir():
+        raise DataError(f"'{path}' is neither a folder nor a parquet file")
+    skipped = Skipped(path)
+    files = list(files_below(path, skipped))
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    parquet = [file for file in files if file.suffix.lower() == ".parquet"]
+    tables = with_images(parquet) or ([] if images else parquet)  # without an image anywhere say what the tables lack
+    if tables and len({image.parent for image in images}) > 1:
+        raise DataError(
+            f"'{path}' holds images in folders and parquet files with images ({listed(f.name for f in tables)}): "
+            "take one of the two away, or name the parquet file"
+        )
+    for file in sorted(set(files).difference(tables or images)):
+        skipped.add(_why_not(file), file)
+    if tables:
+        found = from_tables(place, from_parquet(path, tables), name)
+        return replace(found, notes=(*found.notes, *skipped.lines()))
+    folders, notes = from_image_folders(path, images, skipped)
+    found = from_tables(place, folders, name)
+    return replace(found, notes=(*found.notes, *notes, *skipped.lines()))
 
-    if files := [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet")):
-        groups = _parquet_splits(path, files)
-        try:
-            tables = datasets.load_dataset(
-                "parquet", data_files={s: [glob.escape(str(f)) for f in g] for s, g in groups.items()}
-            )
-        except Exception as error:  # pyarrow's and datasets' own, of many kinds
-            cause = error.__cause__ or error
-            raise DataError(f"'{path}': the parquet files cannot be read together ({cause})") from error
-        return from_tables(f"'{path}'", tables, path.name)
-    return from_tables(f"'{path}'", _image_folder(path), path.name)
+
+def _why_not(file: Path) -> str:
+    """Why a file is not among the images."""
+    if file.suffix.lower() in IMAGE_SUFFIXES:
+        return "an image beside parquet files, which are the data set"
+    return "a table without images" if file.suffix.lower() == ".parquet" else "not an image by its name"
 
 
 def _nearby(path: Path) -> str:
     """`; did you mean 'X'?` if the folder where `path` should be has something of a similar name."""
     return did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
-
-
-def _parquet_splits(path: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """The files of each split, told by the name of the file or of its folder; without any, all are for training."""
-    splits: dict[str, list[Path]] = {}
-    homes, root = set(), path if path.is_dir() else path.parent
-    for file in files:
-        split, home = split_of(file.stem), file.parent
-        if split is None and home != root and split_of(home.name):
-            split, home = split_of(home.name), home.parent
-        splits.setdefault(split or "train", []).append(file)
-        homes.add(home)
-    if len(homes) > 1:
-        raise DataError(
-            f"'{path}' holds parquet files of several data sets; name one: "
-            + ", ".join(f"'{home}'" for home in sorted(homes))
-        )
-    return splits
-
-
-def _image_folder(path: Path) -> dict[str, datasets.Dataset]:
-    """Images at path/[split/]class/…/file as data sets of paths and labels.
-
-    Not `load_dataset("imagefolder")`, which takes a minute to list CIFAR-10's 60,000 files every time.
-    """
-    import datasets
-
-    folders = _subfolders(path)
-    by_split = {split: folder for folder in folders if (split := split_of(folder.name))}
-    if "train" not in by_split:
-        by_split = {"train": path}
-    classes = [folder.name for folder in _subfolders(by_split["train"])]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
-    tables = {}
-    for split, root in by_split.items():
-        if unknown := sorted({folder.name for folder in _subfolders(root)} - set(classes)):
-            raise DataError(f"'{root}' has folders of classes that training lacks: {', '.join(unknown[:5])}")
-        found = [
-            (str(file), label)
-            for label, name in enumerate(classes)
-            for file in sorted((root / name).rglob("*"))
-            if file.suffix.lower() in IMAGE_SUFFIXES
-        ]
-        if not found:
-            inside = listed(sorted(p.name for p in root.iterdir())) or "nothing"
-            raise DataError(
-                f"'{root}' has neither parquet files (train-*.parquet, test-*.parquet) nor images in one folder "
-                f"a class (train/CLASS/*.png, test/CLASS/*.png); it holds: {inside}"
-            )
-        images, labels = zip(*found, strict=True)
-        tables[split] = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
-    return tables
-
-
-def _subfolders(path: Path) -> list[Path]:
-    if not path.is_dir():
-        raise DataError(f"'{path}' is neither a folder nor a parquet file")
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wellcond._shared.names import did_you_mean, listed
 from wellcond.experiments.data.images import EncodedImages, ImageSet
+from wellcond.experiments.data.splits import by_split, split_of
 from wellcond.experiments.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,10 +24,6 @@ COLUMNS = {
     "label": ("label", "labels", "fine_label", "target", "class"),
 }
 """The names under which a column of undescribed images or labels is looked for, the likeliest first."""
-
-_SPLITS = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
-    ("validation", "valid", "val", "dev", "eval"), "validation"
-)
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,11 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def split_of(name: str) -> str | None:
-    """The split that a file or folder name stands for: `test-00000-of-00001` for test."""
-    return _SPLITS.get(re.split(r"[-_.]", name.lower())[0])
+def holds_images(features: Mapping[str, Any]) -> bool:
+    """Whether a column of a table is one of images."""
+    import datasets
+
+    return bool(_columns("image", features, datasets.Image))
 
 
 def from_tables(place: str, tables: Mapping[Any, Any], name: str) -> Source:
@@ -51,9 +51,11 @@ def from_tables(place: str, tables: Mapping[Any, Any], name: str) -> Source:
     """
     import datasets
 
-    splits = {known: table for key, table in tables.items() if (known := split_of(str(key)))}
+    keys = {str(key): table for key, table in tables.items()}
+    splits = {split: keys[key] for split, key in by_split(place, keys).items()}
     if "train" not in splits:
-        raise DataError(f"{place} has no split 'train', only: {', '.join(map(str, tables)) or 'none'}")
+        raise DataError(f"{place} has no split 'train', only: {', '.join(keys) or 'none'}")
+    notes = [f"split '{key}' is not used" for key in keys if split_of(key) is None]
     for split, table in splits.items():
         if not isinstance(table, datasets.Dataset):
             raise DataError(f"{place}, split '{split}': expected a datasets.Dataset, got {type(table).__name__}")
@@ -62,7 +64,7 @@ def from_tables(place: str, tables: Mapping[Any, Any], name: str) -> Source:
     features = splits["train"].features
     image = _column(place, "image", features, datasets.Image)
     label = _column(place, "label", features, datasets.ClassLabel)
-    values, notes = _label_values(place, splits, label)
+    values = _label_values(place, splits, label, notes)
     if isinstance(feature := features[label], datasets.ClassLabel):
         classes = tuple(feature.names)
         labels = {split: torch.from_numpy(found.astype(np.int64)) for split, found in values.items()}
@@ -71,8 +73,11 @@ def from_tables(place: str, tables: Mapping[Any, Any], name: str) -> Source:
                 raise DataError(f"{place}: the classes of split '{split}' are not those of 'train'")
             if wrong := sorted({*codes.tolist()} - {*range(len(classes))}):
                 raise DataError(f"{place}, split '{split}': label {wrong[0]} is outside the {len(classes)} classes")
+        if missing := sorted({*range(len(classes))} - {*labels["train"].tolist()}):
+            notes.append(f"classes without training images: {listed(classes[i] for i in missing)}")
     else:
-        labels, classes = classes_of(values)
+        labels, classes = classes_of(place, values)
+    notes += _alike(classes)
     sets = {}
     for split, codes in labels.items():
         if image not in splits[split].column_names:
@@ -84,11 +89,10 @@ def from_tables(place: str, tables: Mapping[Any, Any], name: str) -> Source:
 
 
 def _label_values(
-    place: str, splits: Mapping[str, datasets.Dataset], label: str
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The labels of each split that has them, and notes on those that do not."""
+    place: str, splits: Mapping[str, datasets.Dataset], label: str, notes: list[str]
+) -> dict[str, np.ndarray]:
+    """The labels of each split that has them; of the others a note."""
     values: dict[str, np.ndarray] = {}
-    notes = []
     for split, table in splits.items():
         if label not in table.column_names:
             raise DataError(f"{place}, split '{split}' has no column '{label}', which 'train' has")
@@ -99,18 +103,46 @@ def _label_values(
         if split != "train" and found.dtype.kind == "i" and (found < 0).all():
             notes.append(f"the labels of split '{split}' are withheld (negative): it is not used")
         else:
+            refuse_no_labels(f"{place}, split '{split}'", found)
             values[split] = found
-    return values, notes
+    return values
 
 
-def classes_of(values: Mapping[str, np.ndarray]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Labels 0, 1, … for the sorted values that occur in any split, and the classes' names."""
-    known = np.unique(np.concatenate([v.astype(str) if v.dtype.kind == "O" else v for v in values.values()]))
-    codes = {
-        split: torch.from_numpy(np.searchsorted(known, v.astype(known.dtype)).astype(np.int64))
-        for split, v in values.items()
-    }
-    return codes, tuple(str(v) if known.dtype.kind == "U" else f"class {v}" for v in known)
+def refuse_no_labels(place: str, values: np.ndarray) -> None:
+    """Refuse negative numbers and empty words, by which tables say that a row has no label."""
+    absent = values < 0 if values.dtype.kind in "if" else np.array([str(value).strip() == "" for value in values])
+    if absent.any():
+        raise DataError(
+            f"{place}: {absent.sum()} rows have the label '{values[absent][0]}', which stands for no label; "
+            "remove them, or number the classes from 0"
+        )
+
+
+def classes_of(place: str, values: Mapping[str, np.ndarray]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Labels 0, 1, … for the sorted values that occur in training, and the classes' names."""
+    values = {split: v.astype(str) if v.dtype.kind == "O" else v for split, v in values.items()}
+    known = np.unique(values["train"])
+    words = known.dtype.kind == "U"
+    for split, found in values.items():
+        if len(unknown := np.setdiff1d(found, known)):
+            raise DataError(
+                f"{place}, split '{split}' has classes that training lacks: {listed(map(str, unknown[:5]))}"
+                f"{did_you_mean(unknown[0], known.tolist()) if words else ''}; rename them, or remove the rows"
+            )
+    codes = {split: torch.from_numpy(np.searchsorted(known, v).astype(np.int64)) for split, v in values.items()}
+    return codes, tuple(str(v) if words else f"class {v}" for v in known)
+
+
+def _alike(classes: Iterable[str]) -> list[str]:
+    """A note on class names of several letters that differ by their case or by spaces around them."""
+    groups: dict[str, list[str]] = {}
+    for name in classes:
+        groups.setdefault(name.strip().casefold(), []).append(f"'{name}'")
+    return [
+        f"classes that differ in case or spaces only: {', '.join(names)}"
+        for key, names in groups.items()
+        if len(names) > 1 and len(key) > 1
+    ]
 
 
 def _may_be(what: str, feature: Any) -> bool:
@@ -121,11 +153,15 @@ def _may_be(what: str, feature: Any) -> bool:
     return kind in ("binary", "large_binary") or (isinstance(feature, Mapping) and {"bytes", "path"} <= set(feature))
 
 
-def _column(place: str, what: str, features: Mapping[str, Any], kind: type) -> str:
-    """The column of that kind, or without any the one that may be it and is named so; of several the first name."""
-    names = COLUMNS[what]
+def _columns(what: str, features: Mapping[str, Any], kind: type) -> list[str]:
+    """The columns of that kind, or without any those that may be it and are named so."""
     found = [name for name, feature in features.items() if isinstance(feature, kind)]
-    found = found or [name for name, feature in features.items() if name in names and _may_be(what, feature)]
+    return found or [name for name, feature in features.items() if name in COLUMNS[what] and _may_be(what, feature)]
+
+
+def _column(place: str, what: str, features: Mapping[str, Any], kind: type) -> str:
+    """The one column that is it; of several the first name."""
+    names, found = COLUMNS[what], _columns(what, features, kind)
     if chosen := found if len(found) == 1 else [name for name in names if name in found]:
         return chosen[0]
     if found:

@@ -37,6 +37,7 @@ class RunConfig:
     """
 
     data: str = _option("digits", f"{listed(NAMED)}; another NAME on the Hugging Face hub; or a path")
+    image_size: int | None = _option(None, "bring all images to this height and width")
     limit: int | None = _option(None, "use this many images of each split at most")
     model: str = _option("resnet18", "resnet8, resnet18, resnet50, …")
     norm: str = _option("zca", f"of the stem: {listed(NORMS)}")
@@ -61,7 +62,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         require_known(self.precision, PRECISIONS, "precision", error=ConfigError)
         treatable = is_treatable(self.norm, self.head)
-        for name in ("epochs", "batch_size", "devices", "monitor_every", "limit", "threads"):
+        for name in ("epochs", "batch_size", "devices", "monitor_every", "limit", "threads", "image_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if not 0 < self.lr < float("inf"):
@@ -93,7 +94,11 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """The inverse of `to_dict`; unknown or missing fields raise `ConfigError`."""
+        """The inverse of `to_dict`; unknown or missing fields raise `ConfigError`.
+
+        `image_size` may be missing: earlier versions had none.
+        """
+        values = {"image_size": None, **values}
         names = {field.name for field in fields(cls)}
         if set(values) != names:
             raise ConfigError(f"not the configuration of a run: fields {sorted(names ^ set(values))} do not match")

@@ -112,7 +112,7 @@ def run(
 
 def build(config: RunConfig, data: ImageData | None) -> tuple[Classifier, ImageDataModule]:
     """The network and the batches of `config`; all that can be wrong with it comes out here, as a ValueError."""
-    data = data or load_images(config.data, limit=config.limit)
+    data = data or load_images(config.data, image_size=config.image_size, limit=config.limit)
     module = Classifier(config, num_classes=data.num_classes, in_channels=data.in_channels)
     return module, ImageDataModule(data, config.batch_size, augment=config.augment, seed=config.seed)
 

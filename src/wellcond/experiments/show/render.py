@@ -11,14 +11,13 @@ from wellcond.experiments.results.table import Strong, Table
 def for_terminal(table: Table) -> Any:
     """A `rich.table.Table` without the wide columns, so that it fits 80 columns; headings break at spaces."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table as RichTable
     from rich.text import Text
 
     columns = [(index, column) for index, column in enumerate(table.columns) if not column.wide]
     shown = RichTable(
-        title=escape(table.title),
-        caption=escape(table.caption),
+        title=Text(table.title, "table.title"),
+        caption=Text(table.caption, "table.caption"),
         box=box.SIMPLE_HEAVY,
         show_header=any(column.head for _, column in columns),
         pad_edge=False,

@@ -1,0 +1,120 @@
+"""What is in a data set before anything is trained on it: what `wellcond data` prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from wellcond.experiments.data import pixels
+from wellcond.experiments.data.images import EncodedImages, ImageSet, grey_depth
+from wellcond.experiments.data.load import MEMORY_BUDGET, check_size, for_training
+from wellcond.experiments.data.sources import open_source
+from wellcond.experiments.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Overview:
+    """Images by split and class, their sizes and modes, and what was passed over or stands in the way."""
+
+    name: str
+    classes: tuple[str, ...]
+    counts: dict[str, list[int]]  # of each split that is there, the images of each class
+    sizes: Counter[tuple[int, int]]  # (H, W)
+    modes: Counter[str]  # as Pillow names them
+    notes: tuple[str, ...]  # what was passed over and why
+    broken: tuple[str, ...]  # images that cannot be read, a message each
+    training: tuple[str, ...]  # what a training would decide
+    trouble: str  # what would stop it, or nothing
+
+    def lines(self) -> list[str]:
+        """All but the counts, a line for each thing."""
+        sizes = [f"{height}×{width} ({n})" for (height, width), n in self.sizes.most_common(_SHOWN)]
+        if len(self.sizes) > _SHOWN:
+            ends = (f"{min(side)} to {max(side)}" for side in zip(*self.sizes, strict=True))
+            sizes.append("… {} sizes, {} high, {} wide".format(len(self.sizes), *ends))
+        broken = [f"broken: {message}" for message in self.broken[:_SHOWN]]
+        if len(self.broken) > _SHOWN:
+            broken.append(f"broken: {len(self.broken) - _SHOWN} more")
+        return [
+            f"sizes, height×width: {', '.join(sizes)}",
+            f"modes: {', '.join(f'{mode} ({n})' for mode, n in self.modes.most_common())}",
+            *self.notes,
+            *broken,
+            *self.training,
+        ]
+
+
+def overview(source: str | Path | Any, *, image_size: int | None = None, decode: bool = False) -> Overview:
+    """Look at whatever `load_images` accepts, and at what it would make of it.
+
+    Args:
+        image_size: as in `load_images`.
+        decode: decode every image; otherwise its header alone is read, and what breaks off later is not seen.
+
+    Raises:
+        DataError: the source is unknown, cannot be reached, is not labelled images, or can be read in two ways.
+    """
+    check_size(image_size)
+    found = open_source(source)
+    sizes, modes, broken, training = Counter[tuple[int, int]](), Counter[str](), list[str](), list[str]()
+    for images in found.splits.values():
+        for size, mode in _headers(images, decode, broken):
+            sizes[size] += 1
+            modes[mode] += 1
+    encoded = [s.images for s in found.splits.values() if isinstance(s.images, EncodedImages)]
+    _, deep = grey_depth(encoded, modes, [])
+    try:
+        splits, decided = for_training(found)
+        counts = ", ".join(f"{split} {len(splits[split])}" for split in ("train", "validation", "test"))
+        training += [*decided, *deep, f"for training: {counts}; {_pixels(sizes, modes, image_size)}"]
+        trouble = f"{len(broken)} images cannot be read; replace or remove them" if broken else ""
+    except DataError as error:
+        trouble = str(error)
+    return Overview(
+        name=found.name,
+        classes=found.classes,
+        counts={s: i.labels.bincount(minlength=len(found.classes)).tolist() for s, i in found.splits.items()},
+        sizes=sizes,
+        modes=modes,
+        notes=found.notes,
+        broken=tuple(broken),
+        training=tuple(training),
+        trouble=trouble,
+    )
+
+
+def _headers(images: ImageSet, decode: bool, broken: list[str]) -> list[tuple[tuple[int, int], str]]:
+    """Size and mode of each image that can be read."""
+
+    def use(image: Image.Image) -> tuple[tuple[int, int], str]:
+        seen = pixels.size(image), pixels.mode(image)
+        if decode:
+            pixels.eight_bits(image, 3, 8)
+        return seen
+
+    if isinstance(images.images, EncodedImages):
+        return [seen for _, seen in images.images.read(torch.arange(len(images)), use, broken)]
+    _, channels, height, width = images.images.shape
+    return [((height, width), "L" if channels == 1 else "RGB")] * len(images)
+
+
+def _pixels(sizes: Counter[tuple[int, int]], modes: Counter[str], image_size: int | None) -> str:
+    """What every image becomes, and where it is decoded."""
+    if len(sizes) > 1 and image_size is None:
+        return "the images differ in size: bring all of them to N×N by --image-size N"
+    from rich.filesize import decimal
+
+    height, width = (image_size, image_size) if image_size else next(iter(sizes), (0, 0))
+    channels = pixels.channels(modes)
+    needed = sizes.total() * channels * height * width
+    where = "in memory" if needed <= MEMORY_BUDGET else "decoded when read"
+    return f"{channels}×{height}×{width}, {decimal(needed)}, {where}"

@@ -1,0 +1,70 @@
+"""Parquet files in the hub's layout: `train-00000-of-00001.parquet`, or `train/0000.parquet`, at one place."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wellcond._shared.names import listed
+from wellcond.experiments.data.splits import may_mean_a_split, split_of, split_of_file
+from wellcond.experiments.data.tables import holds_images
+from wellcond.experiments.errors import DataError, needs_train_extra
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def from_parquet(path: Path, files: Sequence[Path]) -> datasets.DatasetDict:
+    """The tables of `files`, which are in the folder `path` (or are that file), by split."""
+    with needs_train_extra():
+        import datasets
+
+    splits = _by_split(path, files)
+    try:
+        return datasets.load_dataset(
+            "parquet", data_files={s: [glob.escape(str(f)) for f in found] for s, found in splits.items()}
+        )
+    except Exception as error:  # pyarrow's and datasets' own, of many kinds
+        cause = error.__cause__ or error
+        raise DataError(f"'{path}': the parquet files cannot be read together ({cause})") from error
+
+
+def with_images(files: Sequence[Path]) -> list[Path]:
+    """Those parquet files that have a column of images by their schema; and damaged ones, which may have had one."""
+    with needs_train_extra():
+        import datasets
+        import pyarrow.parquet as pq
+
+    def may_have_images(file: Path) -> bool:
+        try:
+            return holds_images(datasets.Features.from_arrow_schema(pq.read_schema(file)))
+        except Exception:  # of any kind
+            return True
+
+    return [file for file in files if may_have_images(file)]
+
+
+def _by_split(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files of each split, told by the name of the file or of its folder; without any, all are for training."""
+    known: dict[str, list[Path]] = {}
+    unknown: list[Path] = []
+    homes, root = set(), path if path.is_dir() else path.parent
+    for file in files:
+        split, home = split_of_file(file.stem), file.parent
+        if split is None and home != root and split_of(home.name):
+            split, home = split_of(home.name), home.parent
+        known.setdefault(split, []).append(file) if split else unknown.append(file)
+        homes.add(home)
+    if len(homes) > 1:
+        raise DataError(
+            f"'{path}' holds parquet files of several data sets; name one: "
+            + ", ".join(f"'{home}'" for home in sorted(homes))
+        )
+    if unknown and (known or (len(files) > 1 and any(may_mean_a_split(file.stem) for file in unknown))):
+        raise DataError(
+            f"'{path}': which split are {listed([file.name for file in unknown][:5])} of? "
+            "Name the files train-*.parquet, validation-*.parquet, test-*.parquet"
+        )
+    return known or {"train": unknown}
