@@ -85,3 +85,10 @@ def fail_in_rank_1(message: str) -> None:
     if os.environ["RANK"] == "1":
         raise ValueError(message)
     signal.pause()
+
+
+def terminate_rank_1() -> None:
+    """Work for two processes of which one gets SIGTERM while the other waits for it."""
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()

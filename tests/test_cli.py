@@ -63,6 +63,8 @@ def test_without_out_a_run_goes_to_a_folder_named_after_it(tmp_path, monkeypatch
         (["--norm", "zac"], "did you mean 'zca'"),
         (["--head", "avgg"], "did you mean 'avg'"),
         (["--precision", "bf16"], "did you mean 'bf16-mixed'"),
+        (["--precision", "fp16"], "did you mean '16-mixed'"),
+        (["--precision", "float16"], "did you mean '16-mixed'"),
         (["--norm", "batch", "--treat", "nog"], "acts before a spectral layer"),
         (["--groups", "3"], "divisible by groups"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
@@ -128,6 +130,21 @@ def test_help_and_version_do_not_load_torch():
         assert done.returncode == 0, done.stderr
         assert "loaded []" in done.stdout
     assert f"wellcond {wellcond.__version__}" in done.stdout
+
+
+def test_help_shows_every_default():
+    """The paper's, and the digits' own."""
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", call("train", "--help").stdout).split())
+    for name, values in {
+        "epochs": "350; digits: 5",
+        "lr": "0.1",
+        "width": "the model's own; digits: 16",
+        "limit": "all",
+        "augment": "augment; digits: no-augment",
+        "norm": "zca",
+        "treat": "none",
+    }.items():
+        assert re.search(rf"--{name} (?:(?! --\w).)*\[default: \({values}\)\]", shown), name
 
 
 @pytest.mark.parametrize(("missing", "arguments"), [("typer", ["--help"]), ("lightning", ["train"])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import statistics
 
 import pytest
@@ -15,16 +16,17 @@ from wellcond.experiments.errors import ConfigError, FolderError
 from wellcond.experiments.files import read_csv
 from wellcond.experiments.run.training import Classifier
 
+LABELS = ["batch", "zca", "zca+nog"]
 GRID = [*SMALL, "--treat", "none,nog", "--seeds", "2"]
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A finished comparison: its folder and what it printed."""
+    """A finished comparison: its folder, and what it printed on either stream."""
     out = tmp_path_factory.mktemp("compare") / "out"
     result = call("compare", *GRID, "--out", out)
     assert result.exit_code == 0, result.output
-    return out, result.stdout
+    return out, result.stdout, result.stderr
 
 
 def snapshot(folder):
@@ -33,9 +35,9 @@ def snapshot(folder):
 
 def test_the_table_is_what_the_runs_found(done):
     """Every number recomputed from the single runs' own files."""
-    out, printed = done
+    out, printed, _ = done
     rows = read_csv(out / "results.csv")
-    assert [row["label"] for row in rows] == ["batch", "zca", "zca+nog"]
+    assert [row["label"] for row in rows] == LABELS
     for row in rows:
         folders = [out / "runs" / f"{row['label']}-seed{seed}" for seed in (0, 1)]
         errors = [json.loads((folder / "result.json").read_text())["test_error"] for folder in folders]
@@ -51,31 +53,31 @@ def test_the_table_is_what_the_runs_found(done):
         assert "8/8" in line
     held = json.loads((out / "results.json").read_text())
     assert len(held["runs"]) == 6
-    assert [row["label"] for row in held["rows"]] == ["batch", "zca", "zca+nog"]
+    assert [row["label"] for row in held["rows"]] == LABELS
     assert {run["environment"]["torch"] for run in held["runs"]}
 
 
 def test_the_printed_table_fits_eighty_columns(done):
-    _, printed = done
+    _, printed, _ = done
     table = printed[printed.index("resnet8 on digits") :]
     assert "…" not in table
     assert max(len(line.rstrip()) for line in table.splitlines() if "/tmp" not in line) <= 80
 
 
 def test_both_figures_are_written(done):
-    out, _ = done
+    out, *_ = done
     assert (out / "condition.png").read_bytes().startswith(b"\x89PNG")
     assert "zca+nog" in (out / "condition.svg").read_text()
 
 
 def test_seeds_are_really_different_runs(done):
-    out, _ = done
+    out, *_ = done
     kappas = {(out / "runs" / f"zca-seed{seed}" / "condition.csv").read_text() for seed in (0, 1)}
     assert len(kappas) == 2
 
 
 def test_an_occupied_folder_is_refused(done):
-    out, _ = done
+    out, *_ = done
     before = snapshot(out)
     refused = call("compare", *GRID, "--out", out)
     assert refused.exit_code == 2
@@ -88,6 +90,47 @@ def test_an_occupied_folder_is_refused(done):
     large = call("compare", *GRID, "--batch-size", "999", "--out", out, "--overwrite")
     assert "does not fit into" in one_line(large)
     assert snapshot(out) == before
+
+
+def test_a_comparison_grows_and_its_old_runs_stay(done, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    before = snapshot(out / "runs")
+    for options, says in {
+        ("--seeds", "1"): "it holds batch, zca, zca+nog with 2 seeds",
+        ("--norm", "zca"): "it holds batch, zca, zca+nog with 2 seeds",
+        ("--seeds", "3", "--epochs", "2"): "epochs is 1 there, 2 was asked",
+    }.items():
+        refused = call("compare", *options, "--out", out, "--resume")
+        assert refused.exit_code == 2
+        assert says in one_line(refused)
+    trained = []
+    real = Classifier.training_step
+
+    def training_step(self, batch, batch_index):
+        trained.append(self.config.folder_name)
+        return real(self, batch, batch_index)
+
+    monkeypatch.setattr(Classifier, "training_step", training_step)
+    assert call("compare", "--seeds", "3", "--out", out, "--resume").exit_code == 0  # all else as it is held
+    assert list(dict.fromkeys(trained)) == ["batch-seed2", "zca-seed2", "zca+nog-seed2"]
+    trained.clear()
+    grown = call("compare", "--treat", "none,nog,olr", "--out", out, "--resume")
+    assert grown.exit_code == 0, grown.output
+    assert list(dict.fromkeys(trained)) == ["zca+olr-seed0", "zca+olr-seed1", "zca+olr-seed2"]
+    after = snapshot(out / "runs")
+    assert {path: after[path] for path in before} == before
+    rows = read_csv(out / "results.csv")
+    assert [(row["label"], row["seeds"]) for row in rows] == [(name, "3") for name in (*LABELS, "zca+olr")]
+
+
+def test_a_treatment_that_acts_nowhere_is_refused_and_one_that_does_not_act_everywhere_is_said(done, tmp_path):
+    for treats in ("nog", "none,nog+ow"):
+        refused = call("compare", *SMALL, "--norm", "batch", "--treat", treats, "--out", tmp_path / "out")
+        assert refused.exit_code == 2
+        assert re.match(r"error: treatment 'nog.*' acts before a spectral layer, but norm 'batch'", one_line(refused))
+    assert not (tmp_path / "out").exists()
+    assert "batch: trained without a treatment, as there is no spectral layer to treat" in done[2]
 
 
 def test_an_interrupted_comparison_goes_on_with_what_is_missing(tmp_path, monkeypatch):

@@ -5,8 +5,10 @@ On one CPU with one number of threads every operation is deterministic, so the t
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +18,9 @@ import pytest
 import torch
 
 from small_runs import checkpoint, differences, differences_of_runs, full_disk_after, small
-from wellcond.experiments.errors import CheckpointError, FolderError
+from wellcond.experiments.errors import CheckpointError, FolderError, RunError
 from wellcond.experiments.files import read_csv
+from wellcond.experiments.run.checkpoints import read_checkpoint
 from wellcond.experiments.run.train import run
 from wellcond.experiments.run.training import Classifier
 
@@ -141,19 +144,84 @@ def test_a_full_disk_while_saving_keeps_the_last_good_checkpoint(whole, tmp_path
     assert differences_of_runs(folder, out) == []
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
+DAMAGES = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "garbage": lambda content: b"\x80\x04K\x01.",
+    "one bit": lambda content: flipped(content, len(content) // 2),
+    "weights alone": lambda content: saved({"state_dict": torch.load(io.BytesIO(content))["state_dict"]}),
+}
+
+
+def flipped(content, place):
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def saved(value):
+    """As `torch.save` writes it, without a checksum of ours."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_last_checkpoint_is_said_and_the_one_before_used(whole, damage, tmp_path, monkeypatch, caplog):
     result, folder = whole
     out = tmp_path / "run"
     run_until(9, result.config, out, monkeypatch)
     last = out / "checkpoints" / "last.ckpt"
-    content = last.read_bytes()
-    last.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "garbage": b"\x80\x04K\x01."}[damage])
+    damaged = DAMAGES[damage](last.read_bytes())
+    last.write_bytes(damaged)
     with caplog.at_level(logging.WARNING, logger="wellcond"):
         run(result.config, out, resume=True)
-    assert "last.ckpt' cannot be read" in caplog.text
-    assert "going on from" in caplog.text
+    (said,) = caplog.messages
+    why = "it is not a training checkpoint: it has no epoch" if damage == "weights alone" else "it is damaged"
+    assert f"last.ckpt' cannot be read ({why}" in said
+    assert "is set aside as 'last.ckpt.damaged'; going on from 'best.ckpt', after epoch 2" in said
+    assert last.with_name("last.ckpt.damaged").read_bytes() == damaged
     assert differences_of_runs(folder, out) == []
+    run(small(epochs=1), out, overwrite=True)
+    assert not last.with_name("last.ckpt.damaged").exists()
+
+
+def test_no_flipped_bit_goes_unnoticed(whole, tmp_path):
+    """Also in a file without our checksum the CRC-32 of the archive sees one in a tensor."""
+    _, folder = whole
+    path, copy = folder / "checkpoints" / "last.ckpt", tmp_path / "copy.ckpt"
+    content, held = path.read_bytes(), read_checkpoint(path)
+    for place in [*range(0, len(content), len(content) // 200), *range(len(content) - 64, len(content))]:
+        copy.write_bytes(flipped(content, place))
+        with pytest.raises(ValueError, match="it is damaged: its contents do not have its checksum"):
+            read_checkpoint(copy)
+    for place in range(len(content) - 71, len(content) - 64):  # what says that a checksum follows: nothing is lost
+        copy.write_bytes(flipped(content, place))
+        assert differences(read_checkpoint(copy), held) == []
+    plain = saved(held)
+    copy.write_bytes(plain)
+    assert differences(read_checkpoint(copy), held) == []
+    weight = next(iter(held["state_dict"].values()))
+    copy.write_bytes(flipped(plain, plain.index(weight.numpy().tobytes())))
+    with pytest.raises(ValueError, match="it is damaged"):
+        read_checkpoint(copy)
+
+
+def test_a_checkpoint_that_lacks_any_part_is_refused(whole, tmp_path):
+    _, folder = whole
+    held = checkpoint(folder)
+    for part in held:
+        torch.save({name: value for name, value in held.items() if name != part}, tmp_path / "part.ckpt")
+        with pytest.raises(ValueError, match=f"it is not a training checkpoint: it has no {part}"):
+            read_checkpoint(tmp_path / "part.ckpt")
+
+
+def test_the_checkpoint_of_another_run_is_refused(whole, tmp_path, monkeypatch):
+    _, folder = whole
+    config = small(width=4)
+    run_until(5, config, tmp_path / "run", monkeypatch)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.write_bytes((folder / "checkpoints" / "last.ckpt").read_bytes())
+    with pytest.raises(RunError, match=r"weights in '.*last.ckpt' are not those of the run beside it"):
+        run(config, tmp_path / "run", resume=True)
 
 
 def test_without_a_readable_checkpoint_nothing_is_touched(whole, tmp_path, monkeypatch):
@@ -181,8 +249,9 @@ def test_a_checkpoint_that_would_run_code_is_refused(whole, tmp_path, monkeypatc
 
     for path in (out / "checkpoints").glob("*.ckpt"):
         torch.save({**torch.load(path, weights_only=True), "bomb": Bomb()}, path)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="it is damaged or unsafe: it holds more than tensors") as refused:
         run(result.config, out, resume=True)
+    assert "eights only" not in str(refused.value)  # PyTorch's advice to run the code
     assert not fired.exists()
 
 
@@ -212,6 +281,54 @@ def test_resuming_with_another_configuration_is_refused(whole):
     _, folder = whole
     with pytest.raises(FolderError, match=r"lr is 0.05 there, 0.1 was asked; seed is 0 there, 1 was asked"):
         run(small(treat="nog+ow+olr", augment=True, lr=0.1, seed=1), folder, resume=True)
+
+
+# -- made longer -------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path, monkeypatch, caplog):
+    """Four steps an epoch. Of 2 epochs the rate falls at steps 3 and 6; of 4 at 7 and 11 (3/7 and 5/7 of 16)."""
+    out = tmp_path / "run"
+    run(small(epochs=2), out)
+    before, earlier = read_csv(out / "metrics.csv"), (out / "result.json").read_bytes()
+    rates = {}
+    real = Classifier.training_step
+
+    def training_step(self, batch, batch_index):
+        rates[self.global_step] = self.sgd.param_groups[0]["lr"]
+        return real(self, batch, batch_index)
+
+    monkeypatch.setattr(Classifier, "training_step", training_step)
+    shutil.copytree(out, tmp_path / "interrupted")
+    with caplog.at_level(logging.WARNING, logger="wellcond"):
+        longer = run(small(epochs=4), out, resume=True)
+    assert rates == {step: pytest.approx(0.05 * (0.1 if step < 11 else 0.01), rel=1e-12) for step in range(8, 16)}
+    assert "training on from 2 to 4 epochs" in caplog.text
+    assert "0.005, where it was 0.0005" in caplog.text
+    assert (longer.steps, longer.config.epochs) == (16, 4)
+    rows = read_csv(out / "metrics.csv")
+    assert rows[:2] == before
+    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
+    assert (out / "result.2-epochs.json").read_bytes() == earlier
+    assert run(small(epochs=4), out, resume=True) == longer
+    with pytest.raises(FolderError, match="epochs is 4 there, 2 was asked"):
+        run(small(epochs=2), out, resume=True)
+    run_on = tmp_path / "interrupted"
+    with monkeypatch.context() as patch:
+        stop_at(13, interrupt, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(small(epochs=4), run_on, resume=True)
+    run(small(epochs=4), run_on, resume=True)
+    assert differences_of_runs(out, run_on) == []
+
+
+def test_a_finished_run_without_checkpoints_stays_as_it_is(tmp_path):
+    run(small(epochs=1), tmp_path)
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(RunError, match="has no checkpoint to train on from"):
+        run(small(epochs=2), tmp_path, resume=True)
+    assert run(small(epochs=1), tmp_path, resume=True).steps == 4
 
 
 def test_differences_sees_a_single_bit():

@@ -1,8 +1,8 @@
 """The command `wellcond`: `train` a network, `compare` a grid, `report` on both, `inspect` a network, look at `data`,
 `bench` solvers.
 
-Every error that a user can act on is one line on the standard error and exit status 2; Ctrl-C says how to go on
-and is exit status 130. What needs torch is imported inside the commands, so that `--help` is quick.
+Every error that a user can act on is one line on the standard error and exit status 2; Ctrl-C and SIGTERM say how to
+go on and are exit status 130 and 143. What needs torch is imported inside the commands, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import inspect as introspection
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -30,9 +32,10 @@ except ModuleNotFoundError as missing:
 
 import wellcond
 from wellcond._shared.streams import make_patient
-from wellcond.experiments.errors import RunError
+from wellcond.experiments.errors import RunError, Terminated
 from wellcond.experiments.folders import read_config
-from wellcond.experiments.run.config import NO_TREATMENT, RunConfig, grid, recipe
+from wellcond.experiments.run.config import NO_TREATMENT, RunConfig, grid, recipe, said_default
+from wellcond.experiments.run.parts import is_treatable
 
 app = typer.Typer(
     help="Spectral layers that stay well-conditioned: train, measure and compare.",
@@ -70,11 +73,13 @@ def reporting(debug: bool, level: int, how_to_go_on: list[str]) -> Iterator[None
     log.addHandler(handler)
     log.setLevel(level)
     try:
-        yield
-    except KeyboardInterrupt:
+        with _terminable():
+            yield
+    except KeyboardInterrupt as stopped:
+        what, status = ("terminated", 143) if isinstance(stopped, Terminated) else ("interrupted", 130)
         again = "".join(f"; go on with: {command}" for command in how_to_go_on)
-        say(f"interrupted{'; finished epochs are kept' if how_to_go_on else ''}{again}", stderr)
-        raise typer.Exit(130) from None
+        say(f"{what}{'; finished epochs are kept' if how_to_go_on else ''}{again}", stderr)
+        raise typer.Exit(status) from None
     except (RunError, ValueError, OSError, ImportError) as error:
         if debug:
             raise
@@ -90,6 +95,24 @@ def reporting(debug: bool, level: int, how_to_go_on: list[str]) -> Iterator[None
         log.removeHandler(handler)
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated` inside, once: schedulers repeat it, and the end is not to be disturbed."""
+    if threading.current_thread() is not threading.main_thread():  # where no signal handler can be set
+        yield
+        return
+
+    def terminate(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def takes_run_options(**instead: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make every field of `RunConfig` an option of a command, which gets those that were given as a dictionary.
 
@@ -97,7 +120,8 @@ def takes_run_options(**instead: Any) -> Callable[[Callable[..., None]], Callabl
     """
     kinds = get_type_hints(RunConfig)
     options = {
-        f.name: Annotated[kinds[f.name] | None, typer.Option(help=f.metadata["help"])] for f in fields(RunConfig)
+        f.name: Annotated[kinds[f.name] | None, typer.Option(help=f.metadata["help"], show_default=said_default(f))]
+        for f in fields(RunConfig)
     }
     options |= instead
 
@@ -286,16 +310,29 @@ def _run_folder(config: RunConfig) -> Path:
 
 
 def _configs(asked: dict[str, Any], out: Path, resume: bool) -> list[RunConfig]:
-    """The grid as asked, or, when nothing is asked of a comparison that is resumed, the one it holds."""
-    if resume and not asked:
-        return [RunConfig.from_dict(run) for run in read_config(out, "comparison")["runs"]]
-    options = dict(asked)
-    seeds = options.pop("seed", 2)
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
-    defaults = {"norm": ["batch", "zca"], "head": ["avg"], "treat": list(DEFAULT_TREATS)}
-    axes = [_listed(options.pop(name, default)) for name, default in defaults.items()]
-    return grid(*axes, seeds=range(seeds), **options)
+    """The grid as asked; what is not asked of a comparison that is resumed is as it holds it."""
+    axes: dict[str, Any] = {"norm": ["batch", "zca"], "head": ["avg"], "treat": list(DEFAULT_TREATS), "seed": range(2)}
+    shared: dict[str, Any] = {}
+    if resume:
+        held = [RunConfig.from_dict(run) for run in read_config(out, "comparison")["runs"]]
+        if not asked:
+            return held
+        treatable = [config for config in held if is_treatable(config.norm, config.head)]
+        axes = {
+            name: list(dict.fromkeys(getattr(config, name) for config in (name == "treat" and treatable) or held))
+            for name in axes
+        }
+        shared = {name: value for name, value in held[0].to_dict().items() if name not in axes}
+    for name, value in asked.items():
+        if name == "seed":
+            if value < 1:
+                raise ValueError(f"seeds must be at least 1, got {value}")
+            axes[name] = range(value)
+        elif name in axes:
+            axes[name] = _listed(value)
+        else:
+            shared[name] = value
+    return grid(*axes.values(), **shared)
 
 
 @app.command()

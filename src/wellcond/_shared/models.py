@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from .names import did_you_mean, listed
+from .names import choices
 
 Layers = Iterable[str | nn.Module] | str | nn.Module
 
@@ -74,9 +74,7 @@ def layers_by_name(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
         if module is None or name is None:
             kind = type(inner).__name__
             if isinstance(layer, str):
-                raise ValueError(
-                    f"the model ({kind}) has no layer '{layer}'{did_you_mean(layer, found)} (known: {listed(found)})"
-                )
+                raise ValueError(f"the model ({kind}) has no layer '{layer}'{choices(layer, found)}")
             raise ValueError(f"the layer {type(layer).__name__} is not a part of the model ({kind})")
         chosen[name] = module
     if not chosen:

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 MOST_SHOWN = 20
+NEAREST_SHOWN = 5
 
 
 def require_known(
-    name: object, known: Iterable[str], kind: str, where: str = "", error: type[Exception] = ValueError
+    name: object,
+    known: Iterable[str],
+    kind: str,
+    where: str = "",
+    error: type[Exception] = ValueError,
+    also_called: Mapping[str, str] | None = None,
 ) -> None:
-    """Refuse a name that is not among ``known`` with an ``error`` that offers the nearest right one."""
+    """Refuse a name that is not among ``known`` with an ``error`` that offers the nearest right one.
+
+    ``also_called`` has other names of the known ones, by which they are found but not chosen.
+    """
     known = list(known)
     if name not in known:
-        raise error(f"unknown {kind} {name!r}{where}{did_you_mean(name, known)} (known: {listed(known)})")
+        raise error(f"unknown {kind} {name!r}{where}{choices(name, known, also_called)}")
 
 
-def did_you_mean(name: object, known: Iterable[str]) -> str:
+def choices(name: object, known: Iterable[str], also_called: Mapping[str, str] | None = None) -> str:
+    """``; did you mean 'x'? (known: …)``, of very many known names only the nearest."""
+    known = [k for k in known if k]
+    if len(known) <= MOST_SHOWN:
+        return f"{did_you_mean(name, known, also_called)} (known: {listed(known)})"
+    near = get_close_matches(str(name), known, n=NEAREST_SHOWN, cutoff=0.3)
+    nearest = f"the nearest of {len(known)} known: {listed(near)}" if near else f"{len(known)} are known"
+    return f"{did_you_mean(name, known, also_called)} ({nearest})"
+
+
+def did_you_mean(name: object, known: Iterable[str], also_called: Mapping[str, str] | None = None) -> str:
     """``; did you mean 'x'?`` with the nearest of the known names, or nothing where none is near."""
-    by_lower = {k.lower(): k for k in known}
+    by_lower = {**(also_called or {}), **{k.lower(): k for k in known}}
     near = get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
     return f"; did you mean '{by_lower[near[0]]}'?" if near else ""
 

@@ -64,28 +64,28 @@ def bench(
         raise ValueError(f"threads must be at least 1, got {threads}")
     wanted = cases(tasks or TASKS, shapes or ((*MATRIX_SHAPES, *FEATURE_SHAPES) if full else QUICK_SHAPES))
     each = seconds if seconds is not None else 8.0 if full else 1.5
-    folders.check(out, KIND, overwrite=overwrite, resumable=False)
     config = {"dtype": dtype, "device": str(where), "cases": [asdict(case) for case in wanted], "seconds": each}
-    folders.prepare(out, KIND, config, MADE)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    missing, truths, machine = missing_peers(), truth_of_the_truth(), environment(where)
-    results = []
-    for index, case in enumerate(wanted):
-        results.append(measure_case(case, DTYPES[dtype], where, seconds=each))
-        finished(index, len(wanted), results[-1])
-    everything = {
-        "environment": machine,
-        "config": config,
-        "missing_peers": missing,
-        "truth_against_mpmath": truths,
-        "results": [result.to_dict() for result in results],
-    }
-    remarks = report.remarks(results, missing, truths)
-    write_json(out / EVERYTHING, everything)
-    write_atomically(out / TABLES, markdown(results, remarks, machine).encode())
-    save_figure(report.speed_figure(results, machine), out / FIGURE)
-    return results, remarks
+    with folders.claimed(out, lambda: folders.check(out, KIND, overwrite=overwrite, resumable=False)):
+        folders.prepare(out, KIND, config, MADE)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        missing, truths, machine = missing_peers(), truth_of_the_truth(), environment(where)
+        results = []
+        for index, case in enumerate(wanted):
+            results.append(measure_case(case, DTYPES[dtype], where, seconds=each))
+            finished(index, len(wanted), results[-1])
+        everything = {
+            "environment": machine,
+            "config": config,
+            "missing_peers": missing,
+            "truth_against_mpmath": truths,
+            "results": [result.to_dict() for result in results],
+        }
+        remarks = report.remarks(results, missing, truths)
+        write_json(out / EVERYTHING, everything)
+        write_atomically(out / TABLES, markdown(results, remarks, machine).encode())
+        save_figure(report.speed_figure(results, machine), out / FIGURE)
+        return results, remarks
 
 
 def _device(name: str | None) -> torch.device:

@@ -3,27 +3,32 @@
     OUT/config.json  results.csv  results.json  condition.png  condition.svg  runs/LABEL-seedN/…
 
 `results.csv` is the table, one line a configuration and layer; `results.json` has it with every run and the machine.
-An interrupted comparison goes on where it was: finished runs are read back, the one under way is resumed.
+An interrupted comparison goes on where it was: finished runs are read back, the one under way is resumed. It grows in
+the same way, by seeds, treatments, norms or heads.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from wellcond.experiments import folders
-from wellcond.experiments.data.load import load_images
+from wellcond.experiments.data.load import ImageData, load_images
 from wellcond.experiments.errors import ConfigError, FolderError
 from wellcond.experiments.files import write_csv, write_json
 from wellcond.experiments.results.summary import COMPARISON, RUNS, by_label, configs_in, summarise
-from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.config import NO_TREATMENT, RunConfig
+from wellcond.experiments.run.parts import is_treatable
 from wellcond.experiments.run.result import RunResult
 from wellcond.experiments.run.train import MADE as MADE_BY_RUN
 from wellcond.experiments.run.train import build, run
 from wellcond.experiments.show.figures import condition_figure, save_figure
+
+log = logging.getLogger("wellcond")
 
 FIGURE = "condition"
 MADE = (
@@ -43,8 +48,8 @@ def compare(
 ) -> list[Any]:
     """Run every configuration, all on the same data, and write table and figure; the rows of the table.
 
-    `resume`, `overwrite` and `progress` are as in `run`; `finished` is called with the index and the result of every
-    run that is done.
+    `overwrite` and `progress` are as in `run`; with `resume` the configurations may be more than the folder holds.
+    `finished` is called with the index and the result of every run that is done.
 
     Raises:
         ConfigError: no configuration, the same twice, or different data.
@@ -57,20 +62,45 @@ def compare(
         raise ConfigError("the same configuration and seed is in the grid twice")
     if len({(config.data, config.image_size, config.limit) for config in configs}) > 1:
         raise ConfigError("a comparison is on one data set")
-    held = folders.check(out, COMPARISON, resume=resume, overwrite=overwrite)
-    if resume:
-        _refuse_another_grid(out, configs_in(held), configs)
-    data = load_images(configs[0].data, image_size=configs[0].image_size, limit=configs[0].limit)
-    for config in {config.label: config for config in configs}.values():  # find what is wrong before writing
-        build(config, data)
-    if not resume:
-        folders.prepare(out, COMPARISON, {"runs": [config.to_dict() for config in configs]}, MADE)
+    with folders.claimed(out, lambda: _check(out, configs, resume, overwrite)):
+        data = load_images(configs[0].data, image_size=configs[0].image_size, limit=configs[0].limit)
+        for config in {config.label: config for config in configs}.values():  # find what is wrong before writing
+            build(config, data)
+        grid = {"runs": [config.to_dict() for config in configs]}
+        if resume:
+            folders.mark(out, COMPARISON, grid)
+        else:
+            folders.prepare(out, COMPARISON, grid, MADE)
+        _say_what_stays_untreated(configs)
+        results = _results(configs, out, data, progress, finished)
+        return _write(configs, results, out)
+
+
+def _say_what_stays_untreated(configs: Sequence[RunConfig]) -> None:
+    names = dict.fromkeys(config.label for config in configs if not is_treatable(config.norm, config.head))
+    if names and any(config.treat != NO_TREATMENT for config in configs):
+        log.warning("%s: trained without a treatment, as there is no spectral layer to treat", ", ".join(names))
+
+
+def _results(
+    configs: Sequence[RunConfig],
+    out: Path,
+    data: ImageData,
+    progress: bool,
+    finished: Callable[[int, RunResult], None],
+) -> list[RunResult]:
+    """Of every run, trained or resumed where it has not finished."""
     results = []
     for index, config in enumerate(configs):
         folder = out / RUNS / config.folder_name
         begun = (folder / folders.CONFIG).exists()
         results.append(run(config, folder, resume=begun, data=data, progress=progress))
         finished(index, results[-1])
+    return results
+
+
+def _write(configs: Sequence[RunConfig], results: Sequence[RunResult], out: Path) -> list[Any]:
+    """The table and the figure; the rows of the table."""
     rows = summarise(results)
     table = [row._asdict() for row in rows]
     write_csv(out / "results.csv", rows[0]._fields, table)
@@ -83,11 +113,19 @@ def compare(
     return rows
 
 
-def _refuse_another_grid(out: Path, held: Sequence[RunConfig], configs: Sequence[RunConfig]) -> None:
-    if held != list(configs):
-        labels = ", ".join(dict.fromkeys(config.label for config in held))
-        seeds = len({config.seed for config in held})
-        raise FolderError(
-            f"cannot resume '{out}' with other options: it holds {labels} with {seeds} seeds on {held[0].data}; "
-            "leave the options out, or choose another --out"
-        )
+def _check(out: Path, configs: Sequence[RunConfig], resume: bool, overwrite: bool) -> None:
+    """Refuse a folder in which something would be lost, or that holds what is not among `configs`."""
+    marked = folders.check(out, COMPARISON, resume=resume, overwrite=overwrite)
+    if not resume:
+        return
+    held = configs_in(marked)
+    if set(held) <= set(configs):
+        return
+    axes = {name: getattr(held[0], name) for name in ("norm", "head", "treat", "seed")}
+    folders.refuse_conflicts(held[0].to_dict(), replace(configs[0], **axes).to_dict(), out)
+    labels = ", ".join(dict.fromkeys(config.label for config in held))
+    seeds = len({config.seed for config in held})
+    raise FolderError(
+        f"cannot resume '{out}' without all of its runs: it holds {labels} with {seeds} seeds on {held[0].data}; "
+        "leave options out, or name those too beside what comes in addition, or choose another --out"
+    )

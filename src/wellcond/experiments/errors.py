@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which schedulers end a run: it goes the way of Ctrl-C, and has an exit status of its own."""
+
+
 class RunError(Exception):
     """A run cannot start or go on; the message says why and what to do."""
 

@@ -7,19 +7,21 @@ the user says `resume` (go on with exactly that) or `overwrite` (delete what it 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from wellcond.experiments.errors import FolderError
+from wellcond.experiments.errors import FolderError, needs_train_extra
 from wellcond.experiments.files import write_json
 
 CONFIG = "config.json"
+LOCK = ".lock"
 
 
 def is_occupied(folder: Path) -> bool:
     """Whether there is anything in the folder (a file of that name counts too)."""
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    return folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()))
 
 
 def kind_of(folder: Path) -> str | None:
@@ -87,4 +89,38 @@ def prepare(folder: Path, kind: str, config: Mapping[str, Any], made: Iterable[s
         if not any(directory.iterdir()):
             directory.rmdir()
     folder.mkdir(parents=True, exist_ok=True)
+    mark(folder, kind, config)
+
+
+def mark(folder: Path, kind: str, config: Mapping[str, Any]) -> None:
+    """Write `config.json`."""
     write_json(folder / CONFIG, {"kind": kind, "config": config})
+
+
+@contextmanager
+def claimed(folder: Path, check: Callable[[], Any]) -> Iterator[None]:
+    """Make the folder, and keep every other process out of it inside the block; a `FolderError` where one is in it.
+
+    `check` refuses what the folder holds: before anything is written, and under the lock once more, since until then
+    another process may have been at work. The lock ends with the process, however that ends; a file that it leaves
+    behind locks nothing. Folders made here in which nothing was written go again.
+    """
+    with needs_train_extra():
+        from filelock import FileLock, Timeout
+    check()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]  # the innermost first
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise FolderError(f"another process is at work in '{folder}': wait for it, or choose another --out") from None
+    try:
+        check()
+        yield
+    finally:
+        with suppress(OSError):  # there is something in the folder
+            (folder / LOCK).unlink()  # while it is held: who opens it now is told by `filelock` that it is gone
+            for place in made:
+                place.rmdir()
+        lock.release()

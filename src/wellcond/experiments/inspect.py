@@ -6,6 +6,7 @@ is taken. With each comes the weight of the layer before it, whose singular valu
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from wellcond.experiments.run.train import CHECKPOINTS, KIND, observed_layers
 from wellcond.experiments.run.training import Classifier, spectral_layers
 from wellcond.monitor import ConditionMonitor, ConditionRecord, as_writers
 from wellcond.orthogonality import pre_spectral_layers, weight_matrices
+
+log = logging.getLogger("wellcond")
 
 LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
 
@@ -165,10 +168,12 @@ def _open(place: Path) -> tuple[Path, Path, dict[str, Any]]:
     if not place.exists() or folders.kind_of(run) != KIND:
         raise FolderError(f"'{place}' is not a run; give the folder of one, or one of its checkpoints")
     if place.is_dir():
-        path, checkpoint, _ = newest_readable(run / CHECKPOINTS)
+        path, checkpoint, troubles = newest_readable(run / CHECKPOINTS)
+        if troubles:
+            log.warning("%s; looking at '%s'", "; ".join(troubles.values()), path.name)
         return run, path, checkpoint
     try:
-        return run, place, read_checkpoint(place)
+        return run, place, read_checkpoint(place, parts=("state_dict", "epoch"))
     except ValueError as error:
         raise CheckpointError(f"'{place}' is not a checkpoint of a run ({error})") from error
 

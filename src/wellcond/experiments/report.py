@@ -19,6 +19,7 @@ from wellcond.experiments.files import write_atomically
 from wellcond.experiments.results.summary import by_label, collect, labels, summarise
 from wellcond.experiments.results.tables import comparison_table, configuration_table, runs_table
 from wellcond.experiments.run.config import RunConfig, recipe
+from wellcond.experiments.run.result import RunResult
 from wellcond.experiments.show.figures import condition_figure, learning_figure, save_figure
 from wellcond.experiments.show.render import page
 
@@ -42,7 +43,11 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     """
     out = Path(out)
     results, notes = collect([Path(run) for run in runs])
-    folders.check(out, KIND, overwrite=folders.is_occupied(out))
+    with folders.claimed(out, lambda: folders.check(out, KIND, overwrite=folders.is_occupied(out))):
+        return _write(results, notes, out), notes
+
+
+def _write(results: Sequence[RunResult], notes: Sequence[str], out: Path) -> Path:
     configs = [result.config for result in results]
     label = labels(configs)
     groups = by_label(results, label)
@@ -67,7 +72,7 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
         machines=dict.fromkeys("; ".join(f"{k} {v}" for k, v in result.environment.items()) for result in results),
     )
     write_atomically(out / PAGE, text.encode())
-    return out / PAGE, notes
+    return out / PAGE
 
 
 def command(config: RunConfig) -> str:

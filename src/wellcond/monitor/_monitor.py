@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from wellcond._shared.models import Layers, unwrapped, unwrapped_optimizer
+from wellcond._shared.names import listed
 from wellcond._shared.torch_internals import in_backward_pass
 
 from . import _display
@@ -151,7 +152,7 @@ class ConditionMonitor:
     def of(self, layer: str) -> list[ConditionRecord]:
         """The records of one layer."""
         if layer not in self.layers:
-            raise KeyError(f"layer '{layer}' is not monitored; these are: {', '.join(self.layers)}")
+            raise KeyError(f"layer '{layer}' is not monitored; these are: {listed(self.layers)}")
         return [record for record in self.records if record.layer == layer]
 
     def statistics(self) -> dict[str, dict[str, float]]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from wellcond._shared.names import require_known
+from wellcond._shared.names import listed, require_known
 
 from ._base import replace_modules
 from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
@@ -62,7 +62,7 @@ def replace_batchnorm(model: nn.Module, which: Which = "first", **options: Any) 
         require_known(which, ("first", "all"), "which", ", which may also be a function of name and module")
         chosen = norms[:1] if which == "first" else norms
     if not chosen:
-        raise ValueError(f"which chose none of the batch norms {', '.join(name for name, _ in norms)}")
+        raise ValueError(f"which chose none of the batch norms {listed(name for name, _ in norms)}")
     new: dict[nn.Module, nn.Module] = {}
     old: Any
     for _, old in chosen:

@@ -2,13 +2,20 @@
 
 All three hold the whole state of the training at the end of an epoch: a run continues exactly from any of
 them. They hold tensors and plain values only, and are read with `weights_only=True`: reading runs no code.
+
+A file of `torch.save` is a ZIP archive. Its comment, the last bytes of the file, has the SHA-256 of all before it:
+checksum and file cannot be torn apart, and `torch.load` reads the file as any other.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Mapping
+import struct
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,6 +29,34 @@ with needs_train_extra():
     from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+DAMAGED = ".damaged"
+"""What is put after the name of a checkpoint that cannot be read, when a run goes on without it."""
+
+PARTS = (
+    *("state_dict", "epoch", "global_step", "optimizer_states", "lr_schedulers", "loops", "callbacks"),
+    *("treatment", "solver_events", "pytorch-lightning_version"),
+)
+"""What a run needs to go on."""
+
+MARK, DIGITS = b"sha256 ", 2 * hashlib.sha256().digest_size
+
+
+def sealed(archive: bytes) -> bytes:
+    """A ZIP archive without a comment, with its checksum as the comment."""
+    body = archive[:-2]  # up to the length of the comment, the last field of a ZIP archive
+    comment = MARK + hashlib.sha256(body).hexdigest().encode()
+    return body + struct.pack("<H", len(comment)) + comment
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether the checksum of a sealed archive is right; of one that is not sealed, the CRC-32 of all its members."""
+    comment = data[-len(MARK) - DIGITS :]
+    if comment.startswith(MARK):
+        return data == sealed(data[: -len(comment) - 2] + b"\0\0")
+    try:
+        return zipfile.ZipFile(io.BytesIO(data)).testzip() is None
+    except Exception:  # zipfile raises many kinds for a damaged file
+        return False
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -39,7 +74,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             previous = path.with_name(PREVIOUS) if path.name == LAST else None
-            write_atomically(path, buffer.getvalue(), previous=previous)
+            write_atomically(path, sealed(buffer.getvalue()), previous=previous)
         except OSError as error:
             kept = [name for name in (LAST, PREVIOUS, BEST) if path.with_name(name).exists()]
             raise CheckpointError(
@@ -54,25 +89,31 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds; a `ValueError` says in a line why it cannot be read or is none of a training."""
+def read_checkpoint(path: Path, parts: Sequence[str] = PARTS) -> dict[str, Any]:
+    """What a checkpoint holds; a `ValueError` says in a line why it cannot be read or lacks one of the parts."""
+    data = path.read_bytes()
+    if not is_whole(data):
+        raise ValueError("it is damaged: its contents do not have its checksum")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, Mapping) or not {"state_dict", "epoch", "global_step"} <= checkpoint.keys():
-            raise ValueError("it is not a training checkpoint")
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # whose many lines advise to run the code
+        raise ValueError("it is damaged or unsafe: it holds more than tensors and plain values") from error
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise ValueError((str(error) or type(error).__name__).splitlines()[0][:100]) from error
+        raise ValueError("it is damaged") from error
+    lacking = [part for part in parts if part not in checkpoint] if isinstance(checkpoint, Mapping) else parts
+    if lacking:
+        raise ValueError(f"it is not a training checkpoint: it has no {lacking[0]}")
     return dict(checkpoint)
 
 
-def newest_readable(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
+def newest_readable(folder: Path) -> tuple[Path, dict[str, Any], dict[Path, str]]:
     """The checkpoint in `folder` that is furthest of those that can be read, its contents, and what was wrong
     with those that cannot. The others are opened only where `last.ckpt` is missing or damaged.
 
     Raises:
         CheckpointError: there is no checkpoint, or none can be read.
     """
-    troubles: list[str] = []
+    troubles: dict[Path, str] = {}
     found: list[tuple[Path, dict[str, Any]]] = []
     for path in (folder / name for name in (LAST, PREVIOUS, BEST)):
         if not path.exists() or (found and found[0][0].name == LAST):
@@ -80,9 +121,9 @@ def newest_readable(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
         try:
             found.append((path, read_checkpoint(path)))
         except ValueError as error:
-            troubles.append(f"'{path}' cannot be read ({error})")
+            troubles[path] = f"'{path}' cannot be read ({error})"
     if not found:
-        what = "; ".join(troubles) or f"no checkpoint in '{folder}'"
+        what = "; ".join(troubles.values()) or f"no checkpoint in '{folder}'"
         raise CheckpointError(f"{what}: nothing to resume from; start afresh with --overwrite")
     path, checkpoint = max(found, key=lambda one: one[1]["global_step"])
     return path, checkpoint, troubles

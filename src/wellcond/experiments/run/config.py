@@ -9,7 +9,7 @@ proportion, to the step. Data sets depart from them by recipes of their own. Not
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from wellcond._shared.names import listed, require_known
@@ -18,15 +18,20 @@ from wellcond.experiments.errors import ConfigError
 from wellcond.experiments.run.parts import HEADS, NORMS, is_treatable
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+ALSO_CALLED = {
+    **dict.fromkeys(("32", "fp32", "float32"), "32-true"),
+    **dict.fromkeys(("bf16", "bfloat16"), "bf16-mixed"),
+    **dict.fromkeys(("16", "fp16", "float16", "half"), "16-mixed"),
+}
 NO_TREATMENT = "none"
 
 DECAY_AFTER = (150 / 350, 250 / 350)
 """Fractions of the training after which the learning rate is divided by 10."""
 
 
-def _option(default: Any, help: str) -> Any:
-    """A field with what the command line says of it."""
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, unset: str = "") -> Any:
+    """A field with what the command line says of it; `unset` is what it does where it is None."""
+    return field(default=default, metadata={"help": help, "unset": unset})
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,12 @@ class RunConfig:
     """
 
     data: str = _option("digits", f"{listed(NAMED)}; another NAME on the Hugging Face hub; or a path")
-    image_size: int | None = _option(None, "bring all images to this height and width")
-    limit: int | None = _option(None, "use this many images of each split at most")
+    image_size: int | None = _option(None, "bring all images to this height and width", unset="as they are")
+    limit: int | None = _option(None, "use this many images of each split at most", unset="all")
     model: str = _option("resnet18", "resnet8, resnet18, resnet50, …")
     norm: str = _option("zca", f"of the stem: {listed(NORMS)}")
     head: str = _option("avg", listed(HEADS))
-    width: int | None = _option(None, "channels after the stem")
+    width: int | None = _option(None, "channels after the stem", unset="the model's own")
     stem_kernel: int = _option(3, "size of the first convolution")
     groups: int = _option(1, "groups of the decorrelated batch norm")
     eps: float = _option(1e-5, "ε added to the covariance")
@@ -56,11 +61,11 @@ class RunConfig:
     seed: int = _option(0, "of weights, order and augmentation")
     precision: str = _option("32-true", listed(PRECISIONS))
     devices: int = _option(1, "processes, on as many GPUs or CPU shares")
-    threads: int | None = _option(None, "CPU threads of a process")
+    threads: int | None = _option(None, "CPU threads of a process", unset="PyTorch's own")
     monitor_every: int = _option(10, "steps between condition numbers")
 
     def __post_init__(self) -> None:
-        require_known(self.precision, PRECISIONS, "precision", error=ConfigError)
+        require_known(self.precision, PRECISIONS, "precision", error=ConfigError, also_called=ALSO_CALLED)
         treatable = is_treatable(self.norm, self.head)
         for name in ("epochs", "batch_size", "devices", "monitor_every", "limit", "threads", "image_size"):
             if (value := getattr(self, name)) is not None and value < 1:
@@ -113,12 +118,26 @@ def recipe(**options: Any) -> RunConfig:
     return RunConfig(**{**getattr(NAMED.get(given.get("data", "digits")), "RECIPE", {}), **given})
 
 
+def said_default(option: Field[Any]) -> str:
+    """What the command line says of the default of a field: the paper's, and the digits' own."""
+    values = dict.fromkeys((option.default, getattr(recipe(), option.name)))
+    texts = [option.metadata["unset"] if value is None else str(value) for value in values]
+    if option.type == "bool":
+        texts = [f"{'' if value else 'no-'}{option.name}" for value in values]
+    return "; digits: ".join(texts)
+
+
 def grid(
     norms: Sequence[str], heads: Sequence[str], treats: Sequence[str], seeds: Iterable[int], **options: Any
 ) -> list[RunConfig]:
-    """Every combination once; where there is no spectral layer, so that nothing can be treated, untreated."""
+    """Every combination once; where there is no spectral layer, so that nothing can be treated, untreated.
+
+    Raises:
+        ConfigError: as `RunConfig`; and there is a treatment, but no spectral layer anywhere.
+    """
+    nowhere = not any(is_treatable(norm, head) for norm in norms for head in heads)
     rows = dict.fromkeys(
-        (norm, head, treat if is_treatable(norm, head) else NO_TREATMENT)
+        (norm, head, treat if nowhere or is_treatable(norm, head) else NO_TREATMENT)
         for head in heads
         for norm in norms
         for treat in treats

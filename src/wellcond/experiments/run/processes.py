@@ -1,4 +1,4 @@
-"""Several processes on one machine, Ctrl-C, and Lightning's chatter: what surrounds a training.
+"""Several processes on one machine, Ctrl-C and SIGTERM, and Lightning's chatter: what surrounds a training.
 
 Processes started here find each other by the variables that `torchrun` would set, so that Lightning's DDP sees no
 difference between the two.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from wellcond.experiments.errors import RunError
+from wellcond.experiments.errors import RunError, Terminated
 
 INTERRUPTED = 130
 """The exit status of a process that Ctrl-C ended, as shells have it: 128 + SIGINT."""
@@ -54,25 +54,35 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Let Ctrl-C in the middle of Lightning's training come out as `KeyboardInterrupt`, and work again after."""
+def interruptible() -> Iterator[Callable[..., None]]:
+    """Let Ctrl-C in the middle of Lightning's training come out as `KeyboardInterrupt`, and work again after.
+
+    SIGTERM does in the training what it did before it, once the function that comes of this is called there: Lightning
+    would end the process with status 0, and sends from inside its signal handler to the other processes.
+    """
     in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def keep_sigterm(*_: Any) -> None:
+        if in_main:
+            signal.signal(signal.SIGTERM, handlers[signal.SIGTERM])
+
     try:
-        yield
+        yield keep_sigterm
     except SystemExit as ended:  # Lightning ends a training so when it was interrupted
         if isinstance(ended.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
+            raise type(ended.__context__) from None
         raise
     finally:
         if in_main:  # Lightning has set it to be ignored
-            signal.signal(signal.SIGINT, handler)
+            signal.signal(signal.SIGINT, handlers[signal.SIGINT])
 
 
 def spawn(work: Callable[..., None], count: int, *arguments: Any) -> None:
     """Call `work(*arguments)` in `count` new processes of one process group; return when all have finished.
 
-    What the first process to fail had to say becomes a `RunError`; Ctrl-C comes out when all have ended.
+    What the first process to fail had to say becomes a `RunError`; Ctrl-C, or SIGTERM to any of the processes, comes
+    out when all have ended.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -91,6 +101,8 @@ def spawn(work: Callable[..., None], count: int, *arguments: Any) -> None:
     except multiprocessing.ProcessExitedException as ended:
         if ended.exit_code == INTERRUPTED:
             raise KeyboardInterrupt from None
+        if ended.exit_code == -signal.SIGTERM:
+            raise Terminated from None
         if not failures.empty():
             raise RunError(failures.get()) from None
         raise

@@ -17,6 +17,8 @@ from wellcond.experiments.files import write_json
 from wellcond.experiments.run.config import RunConfig
 
 RESULT, CONDITION, METRICS = "result.json", "condition.csv", "metrics.csv"
+EARLIER_RESULT = "result.{}-epochs.json"
+"""The result of a run before it was made longer."""
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,16 @@
     RUN/config.json  metrics.csv  condition.csv  events.out.tfevents.*  result.json
     RUN/checkpoints/{best,last,previous}.ckpt
 
-`result.json` is written last: a folder that has it is a finished run, one that lacks it can be resumed.
+`result.json` is written last: a folder that has it is a finished run, one that lacks it can be resumed. A finished
+run that is made longer keeps its result as `result.N-epochs.json`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -20,6 +23,7 @@ from wellcond.experiments.data.load import ImageData, load_images
 from wellcond.experiments.errors import ConfigError, RunError, needs_train_extra
 from wellcond.experiments.run.checkpoints import (
     BEST,
+    DAMAGED,
     LAST,
     PREVIOUS,
     AtomicCheckpointIO,
@@ -31,6 +35,7 @@ from wellcond.experiments.run.log import RunLog
 from wellcond.experiments.run.processes import interruptible, quiet, spawn, threads
 from wellcond.experiments.run.result import (
     CONDITION,
+    EARLIER_RESULT,
     METRICS,
     RESULT,
     LayerCondition,
@@ -38,20 +43,21 @@ from wellcond.experiments.run.result import (
     load_result,
     versions,
 )
-from wellcond.experiments.run.training import Classifier, evaluate, spectral_layers
+from wellcond.experiments.run.training import Classifier, decay, evaluate, spectral_layers
 from wellcond.lightning import ConditionMonitorCallback
 
 with needs_train_extra():
     import lightning
     import lightning.pytorch as pl
-    from lightning.pytorch.callbacks import RichProgressBar
+    from lightning.pytorch.callbacks import LambdaCallback, RichProgressBar
     from lightning.pytorch.loggers import TensorBoardLogger
 
 KIND = "run"
 CHECKPOINTS = "checkpoints"
 MADE = (
-    *(folders.CONFIG, METRICS, CONDITION, RESULT, "events.out.tfevents.*", "hparams.yaml", ".*.part"),
-    *(f"{CHECKPOINTS}/*.ckpt", f"{CHECKPOINTS}/.*.part"),
+    *(folders.CONFIG, METRICS, CONDITION, RESULT, EARLIER_RESULT.format("*")),
+    *("events.out.tfevents.*", "hparams.yaml", ".*.part"),
+    *(f"{CHECKPOINTS}/*.ckpt", f"{CHECKPOINTS}/*.ckpt{DAMAGED}", f"{CHECKPOINTS}/.*.part"),
 )
 
 Start = tuple[Path | None, int]
@@ -74,14 +80,15 @@ def run(
 
     Args:
         resume: continue the run that `folder` holds, from the end of its last finished epoch; a finished one is only
-            read back.
+            read back, or where `config` has more epochs than it trained on, at the rates that the schedule of all
+            of them has from there.
         overwrite: delete the run that `folder` holds (its own files only) and start afresh.
         data: the images, if they are loaded already.
         progress: show a progress bar.
 
     Raises:
-        RunError: the folder holds something else, no checkpoint can be read, the disk is full, or the loss is
-            not finite. What was there, and the checkpoints of finished epochs, remain.
+        RunError: the folder holds something else, another process is at work in it, no checkpoint can be read, the
+            disk is full, or the loss is not finite. What was there, and the checkpoints of finished epochs, remain.
         ValueError: the data, the model or the treatment cannot be made as `config` says; nothing was written.
         KeyboardInterrupt: Ctrl-C; the run can be resumed.
     """
@@ -90,17 +97,22 @@ def run(
     if torchrun and config.devices != int(os.environ["WORLD_SIZE"]):
         raise ConfigError(f"devices is {config.devices}, but torchrun started {os.environ['WORLD_SIZE']} processes")
     leader = not torchrun or os.environ["RANK"] == "0"  # rank 0 alone minds the folder
+
+    def check() -> None:
+        _check(folder, config, resume, overwrite)
+
     if leader:
-        held = folders.check(folder, KIND, resume=resume, overwrite=overwrite)
-        if resume:
-            folders.refuse_conflicts(held, config.to_dict(), folder)
-    if resume and (finished := load_result(folder)) is not None:
+        check()
+    finished = load_result(folder) if resume else None
+    if finished is not None and finished.config.epochs == config.epochs:
         return finished
-    with threads(config.threads):
+    with folders.claimed(folder, check) if leader else nullcontext(), threads(config.threads):
         module, images = build(config, data)
         if leader and not resume:
             folders.prepare(folder, KIND, config.to_dict(), MADE)
-        start = _where_it_stopped(folder, leader) if resume else BEGINNING
+        start = _where_it_stopped(folder, module, leader) if resume else BEGINNING
+        if leader and resume:
+            _lengthen(folder, config)
         if config.devices == 1 or torchrun:
             return _train(config, folder, start, module, images, progress)
         spawn(_process, config.devices, config, folder, start, progress)
@@ -108,6 +120,35 @@ def run(
     if result is None:
         raise RunError(f"the processes of '{folder}' ended without a result; go on with --resume")
     return result
+
+
+def _check(folder: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder in which something would be lost, or that holds another run than the one to resume."""
+    held = folders.check(folder, KIND, resume=resume, overwrite=overwrite)
+    if not resume:
+        return
+    finished = load_result(folder)
+    longer = finished is not None and finished.config.epochs < config.epochs
+    asked = replace(config, epochs=held["epochs"]) if longer else config
+    folders.refuse_conflicts(held, asked.to_dict(), folder)
+    if longer and not any((folder / CHECKPOINTS / name).exists() for name in (LAST, PREVIOUS, BEST)):
+        raise RunError(f"'{folder}' has no checkpoint to train on from; make a longer run in another --out")
+
+
+def _lengthen(folder: Path, config: RunConfig) -> None:
+    """Make a run that has finished with fewer epochs an unfinished one; its result stays under another name."""
+    finished = load_result(folder)
+    if finished is None or finished.config.epochs >= config.epochs:
+        return
+    before, after = finished.config.epochs, config.epochs
+    folders.mark(folder, KIND, config.to_dict())
+    os.replace(folder / RESULT, folder / EARLIER_RESULT.format(before))
+    was, now = (config.lr * decay(finished.steps, finished.steps * epochs // before) for epochs in (before, after))
+    log.warning(
+        "training on from %d to %d epochs, at the learning rates that the schedule of %d epochs has from there: "
+        "%g, where it was %g",
+        *(before, after, after, now, was),
+    )
 
 
 def build(config: RunConfig, data: ImageData | None) -> tuple[Classifier, ImageDataModule]:
@@ -123,7 +164,7 @@ def _process(config: RunConfig, folder: Path, start: Start, progress: bool) -> N
         _train(config, folder, start, *build(config, None), progress)
 
 
-def _where_it_stopped(folder: Path, leader: bool) -> Start:
+def _where_it_stopped(folder: Path, module: Classifier, leader: bool) -> Start:
     """Where to go on from. Without any checkpoint the training begins again, and what it had measured goes.
 
     From a checkpoint the callbacks go on with their files as they were when it was written.
@@ -134,8 +175,15 @@ def _where_it_stopped(folder: Path, leader: bool) -> Start:
                 (folder / name).unlink(missing_ok=True)
         return BEGINNING
     path, checkpoint, troubles = newest_readable(folder / CHECKPOINTS)
+    states = (checkpoint["state_dict"], module.state_dict())
+    held, wanted = ({name: getattr(value, "shape", None) for name, value in state.items()} for state in states)
+    if held != wanted:
+        raise RunError(f"the weights in '{path}' are not those of the run beside it: start afresh with --overwrite")
     if troubles and leader:
-        log.warning("%s; going on from '%s', after epoch %d", "; ".join(troubles), path.name, checkpoint["epoch"])
+        for damaged in troubles:
+            damaged.replace(damaged.with_name(damaged.name + DAMAGED))
+        said = "; ".join(f"{trouble}, and is set aside as '{name.name}{DAMAGED}'" for name, trouble in troubles.items())
+        log.warning("%s; going on from '%s', after epoch %d", said, path.name, checkpoint["epoch"] + 1)
     return path, checkpoint["global_step"]
 
 
@@ -164,7 +212,8 @@ def _train(
         callbacks.append(RichProgressBar(leave=False))
     tests = ImageDataModule(images.data, config.batch_size, augment=False)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this machine
-    with quiet(), interruptible():
+    with quiet(), interruptible() as keep_sigterm:
+        callbacks.append(LambdaCallback(on_train_start=keep_sigterm))
         trainer = pl.Trainer(
             accelerator="auto",
             devices=here,

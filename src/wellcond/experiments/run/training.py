@@ -67,6 +67,12 @@ class Classifier(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(self.sgd, lambda step: decay(step, total))
         return {"optimizer": self.sgd, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Take the rate of this schedule, where the optimizer's state is from a run of fewer epochs."""
+        schedule: Any = self.lr_schedulers()
+        for group, base, factor in zip(self.sgd.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * factor(schedule.last_epoch)
+
     def on_train_epoch_start(self) -> None:
         """Make whatever is random in this epoch a function of (seed, epoch, rank)."""
         torch.manual_seed(mixed_seed(self.config.seed, self.current_epoch, self.global_rank))
