@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from .names import choices
 
+INNER = ("optimizer", "base_optimizer", "_base_optimizer")
+
 Layers = Iterable[str | nn.Module] | str | nn.Module
 
 
@@ -26,8 +28,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:
-    """The ``torch.optim`` optimizer inside wrappers that keep it as ``.optimizer`` (Lightning, Accelerate)."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+    """The ``torch.optim`` optimizer whose ``step`` moves the weights, inside those that call it.
+
+    Lightning and Accelerate keep it as ``.optimizer``, SAM and Lookahead as ``.base_optimizer``.
+    """
+    while inner := next((o for name in INNER if isinstance(o := getattr(optimizer, name, None), Optimizer)), None):
         optimizer = inner
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")

@@ -195,8 +195,8 @@ def _matrix(P: Tensor, method: WhiteningMethod, eps: float, rank: Rank, solver: 
             singular |= _singular(P.detach(), W.detach())
         if singular.any():
             raise NotPositiveSemidefiniteError(
-                f"P is singular up to rounding in {P.dtype}{bad_indices(singular)}{place()}: it has no Cholesky factor; "
-                "give eps > 0, or method='zca' with rank='pinv'"
+                f"P is singular up to rounding in {P.dtype}{bad_indices(singular)}{place()}: it has no Cholesky "
+                "factor; give eps > 0, or method='zca' with rank='pinv'"
             )
     return W
 

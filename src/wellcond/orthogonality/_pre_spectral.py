@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from wellcond._shared.models import is_spectral, unwrapped
+from wellcond._shared.models import bare_name, is_spectral, unwrapped
 
 from ._autograd_walk import layers_by_running
 from ._symbolic_walk import layers_by_tracing
@@ -30,7 +30,7 @@ def pre_spectral_layers(model: nn.Module, example_input: Any = None) -> dict[str
         example_input: what the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
 
     Returns:
-        The layers by their name in ``model.named_modules()``, in that order.
+        The layers by their name in ``model.named_modules()``, less the ``_orig_mod`` of compiled parts, in that order.
 
     Raises:
         ValueError: no spectral layer, no layer with a weight before it, or a model that could not be followed, with the
@@ -59,4 +59,4 @@ def pre_spectral_layers(model: nn.Module, example_input: Any = None) -> dict[str
             f"{', '.join(repr(name) for name in spectral)}, only the model's input or operations without a weight; "
             f"{NAME_LAYERS}"
         )
-    return {name: m for name, m in model.named_modules() if m in found}
+    return {bare_name(name): m for name, m in model.named_modules() if m in found}

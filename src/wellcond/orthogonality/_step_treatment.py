@@ -17,9 +17,10 @@ from torch.optim import LBFGS, Optimizer
 
 from wellcond._shared.models import unwrapped_optimizer
 
-from ._matrix import Target, Treatables, targets
+from ._matrix import Target, Treatables, stored_tensor, targets
 from ._registry import Applied, TreatmentClass
 from ._sharded import gathered
+from ._watch import require_same_weight, unwatch, watch
 
 
 def _of_this_torch(names: str) -> tuple[type[Optimizer], ...]:
@@ -120,6 +121,7 @@ class StepTreatment(Applied, TreatmentClass):
             self.optimizer.register_step_pre_hook(self._pre),
             self.optimizer.register_step_post_hook(lambda *_: self._run(self.after)),
         ]
+        self._watches = [watch(self.treatment, t.where, t.parameter, t.layer) for t in self.targets]
         others.append(self)
 
     @classmethod
@@ -142,6 +144,8 @@ class StepTreatment(Applied, TreatmentClass):
         """Take the hooks off: later steps are the optimizer's own. May be called twice."""
         for handle in self._handles:
             handle.remove()
+        for watched, target in zip(self._watches, self.targets, strict=True):
+            unwatch(watched, target.layer)
         if self in (others := _active(self.optimizer)):
             others.remove(self)
         if not others:
@@ -166,7 +170,10 @@ class StepTreatment(Applied, TreatmentClass):
     def _run(self, act: Any) -> None:
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         moving: list[Target] = []
-        for target in self.targets:
+        for target, watched in zip(self.targets, self._watches, strict=True):
+            watched.ran()
+            if target.layer is not None:
+                require_same_weight(self.treatment, target.where, target.parameter, stored_tensor(target.layer))
             if id(target.parameter) not in groups:
                 raise RuntimeError(f"{self.treatment} of {target.where}: the optimizer no longer holds its weight")
             if (gradient := target.parameter.grad) is None:

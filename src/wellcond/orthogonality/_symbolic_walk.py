@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from wellcond._shared.models import is_spectral
+from wellcond._shared.models import is_spectral, unwrapped
 
 from ._matrix import matrix_names
 from ._sharded import is_fully_sharded
@@ -39,6 +39,8 @@ class _Tracer(fx.Tracer):
         )
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (inner := unwrapped(m)) is not m:  # a compiled part, whose own forward function cannot be traced
+            return inner(*args, **kwargs)
         # Its forward hooks gather weights and would do so with the tracer's stand-ins.
         return super().call_module(m, m.forward if is_fully_sharded(m) else forward, args, kwargs)
 

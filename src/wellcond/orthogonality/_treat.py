@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wellcond._shared.models import Layers, layers_by_name, unwrapped_optimizer
+from wellcond._shared.models import Layers, bare_name, layers_by_name, unwrapped, unwrapped_optimizer
 from wellcond._shared.names import aligned
 
 from ._matrix import Target, layer_target
@@ -77,7 +77,22 @@ def treat(
         for kind in in_order(names):
             kind.require_free(layer, targets[name])
         require_held(optimizer, targets[name], f"treatment '{treatments}'")
+    for kind in in_order(names):
+        if issubclass(kind, WeightTreatment):
+            _require_untied(model, targets.values(), kind.name)
     return Treatment(optimizer, found, targets, tuple(name for name in TREATMENTS if name in names), options)
+
+
+def _require_untied(model: nn.Module, targets: Iterable[Target], treatment: str) -> None:
+    """Refuse to compute the weight of one layer anew where another one shares it, which would keep the old one."""
+    for target in targets:
+        for name, module in unwrapped(model).named_modules():
+            if module is not target.layer and any(p is target.parameter for p in module._parameters.values()):
+                raise ValueError(
+                    f"treatment '{treatment}' of {target.where}: layer '{bare_name(name)}' has the same weight, and "
+                    "the treatment of one would untie them; give each its own, or take treatments of the gradient "
+                    "('nog', 'olr') or of the loss ('ol')"
+                )
 
 
 class Treatment:

@@ -1,0 +1,197 @@
+"""Nothing goes untreated in silence: wrapped optimizers, copies, replaced and tied weights, compiled parts."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from wellcond.monitor import ConditionMonitor
+from wellcond.nn import DecorrelatedBatchNorm2d
+from wellcond.orthogonality import NearestOrthogonalGradient, pre_spectral_layers, treat
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """Two phases a step, of which the second calls the base optimizer: the loop of SAM (Foret et al., ICLR 2021)."""
+
+    def __init__(self, params, base, rho=0.05, **kwargs):
+        super().__init__(params, {"rho": rho, **kwargs})
+        self.base_optimizer = base(self.param_groups, **kwargs)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self):
+        for p in self._moving():
+            self.state[p]["ascent"] = p.grad / p.grad.norm() * self.param_groups[0]["rho"]
+            p.add_(self.state[p]["ascent"])
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self):
+        for p in self._moving():
+            p.sub_(self.state[p]["ascent"])
+        self.base_optimizer.step()
+        self.zero_grad()
+
+    def _moving(self):
+        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), DecorrelatedBatchNorm2d(6), nn.Flatten(), nn.Linear(6 * 36, 3))
+
+
+def backward(net: nn.Module) -> None:
+    net(torch.randn(8, 3, 8, 8)).square().mean().backward()
+
+
+def steps(net: nn.Module, optimizer: torch.optim.Optimizer, count: int = 6) -> None:
+    for _ in range(count):
+        step(net, optimizer)
+
+
+def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    backward(net)
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_two_phases_of_sam_are_treated_in_the_step_that_moves():
+    net = model()
+    sam = SharpnessAware(net.parameters(), torch.optim.SGD, lr=0.1)
+    treatment = treat(net, sam, "nog+olr")
+    for _ in range(4):
+        backward(net)
+        sam.first_step()
+        backward(net)
+        start, gradient = net[0].weight.detach().clone(), net[0].weight.grad.clone()
+        ascent = sam.state[net[0].weight]["ascent"]
+        sam.second_step()
+    assert treatment.nog.counts()["0"]["treated"] == 4
+    # The last move is along the polar factor of the second gradient, from where the first phase began.
+    U, _, Vh = torch.linalg.svd(gradient.flatten(1), full_matrices=False)
+    moved = (start - ascent - net[0].weight.detach()).flatten(1) / treatment.rates()["0"].float()
+    torch.testing.assert_close(moved, U @ Vh, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["copied together", "a new optimizer", "pickled"])
+def test_a_treatment_that_no_optimizer_carries_is_missed_and_said(how):
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    treat(net, optimizer, "nog")
+    step(net, optimizer)
+    if how == "copied together":
+        net, optimizer = copy.deepcopy((net, optimizer))
+    elif how == "a new optimizer":
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    else:  # in another process nothing is known of it; the pickle itself must work
+        assert pickle.loads(pickle.dumps(net))[0].weight.equal(net[0].weight)
+        return
+    with pytest.warns(RuntimeWarning, match=r"nearest orthogonal gradient of layer '0' .* has not run"):
+        steps(net, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(net, optimizer)  # once is enough
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_treated_or_does_not_train_is_not_complained_of():
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    treatment = treat(net, optimizer, "nog+olr+ow")
+    average = torch.optim.swa_utils.AveragedModel(net)
+    net2, optimizer2 = copy.deepcopy((net, optimizer))
+    again = treat(net2, optimizer2, "nog")
+    for _ in range(6):
+        backward(net)  # two backward passes a step
+        step(net, optimizer)
+        average.update_parameters(net)
+        step(net2, optimizer2)
+    net.load_state_dict({k: v * 2 if v.is_floating_point() else v for k, v in net.state_dict().items()}, strict=True)
+    for _ in range(3):
+        backward(net)  # gradients that no step uses
+    again.remove()
+    treatment.remove()
+    for _ in range(6):
+        step(net, optimizer)
+        step(net2, optimizer2)
+    assert set(net[0].__dict__) == set(nn.Conv2d(1, 1, 1).__dict__)
+
+
+def test_a_replaced_weight_is_refused_in_the_next_step():
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    treat(net, optimizer, "nog")
+    step(net, optimizer)
+    net.load_state_dict(net.state_dict(), assign=True)
+    with pytest.raises(RuntimeError, match=r"layer '0' .*another weight.*assign=True.*make the optimizer anew"):
+        step(net, optimizer)
+
+
+def test_the_watch_keeps_nothing_alive():
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    NearestOrthogonalGradient(optimizer, net[0])
+    step(net, optimizer)
+    weight = weakref.ref(net[0].weight)
+    del net, optimizer
+    gc.collect()
+    assert weight() is None
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 3)
+        self.b.weight = self.a.weight
+        self.norm = DecorrelatedBatchNorm2d(6)
+
+    def forward(self, x):
+        return self.norm(self.a(x)) + self.b(x)
+
+
+@pytest.mark.parametrize("treatments", ["ow", "sn", "nog+ow"])
+def test_a_tied_weight_is_not_untied(treatments):
+    net = Tied()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"layer 'a' .*layer 'b' has the same weight.*'nog', 'olr'"):
+        treat(net, optimizer, treatments, layers=["a"])
+    assert net.a.weight is net.b.weight
+    treat(net, optimizer, "nog", layers=["a"])
+    step(net, optimizer)
+    assert net.a.weight is net.b.weight
+
+
+class PartlyCompiled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        net = nn.Sequential(nn.Conv2d(3, 6, 3), DecorrelatedBatchNorm2d(6))
+        self.net = torch.compile(net, backend="eager")
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.net(x).mean((2, 3)))
+
+
+def test_a_compiled_part_has_the_names_of_the_bare_model_everywhere():
+    net = PartlyCompiled()
+    assert list(pre_spectral_layers(net)) == ["net.0"]
+    assert list(pre_spectral_layers(net, torch.randn(2, 3, 8, 8))) == ["net.0"]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for name in ("net.0", "net._orig_mod.0"):
+        treatment = treat(net, optimizer, "nog+ow", layers=[name])
+        assert list(treatment.layers) == ["net.0"]
+        treatment.remove()
+    treatment = treat(net, optimizer, "nog+ow+olr")
+    with ConditionMonitor(net) as monitor:
+        step(net, optimizer)
+    assert list(treatment.rates()) == ["net.0"]
+    assert list(monitor.statistics()) == ["net.1"]
