@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker, on_main_process
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -19,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCall
 import treatment_models
 from treatment_models import assert_same_weights, orthogonality_gap, same, sgd, tiny_net
 from wellcond.accelerate import attach_monitor, attach_treatment
+from wellcond.orthogonality import orthogonal_weight, spectral_norm, treat_like
 from wellcond.transformers import ConditionMonitorCallback, TreatmentCallback
 
 LR, STEPS, BATCH = 0.05, 6, 4
@@ -276,3 +278,60 @@ def test_a_loaded_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert same(straight, resumed)
     assert str(treatment.state_dict()) == str(loaded.state_dict())
     assert monitor.records == reloaded.records
+
+
+# -- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def test_two_callbacks_of_a_kind_each_resume_their_own_state(tmp_path: Path) -> None:
+    def callbacks() -> list[TrainerCallback]:
+        first = [TreatmentCallback("nog", layers="net.0"), TreatmentCallback("nog", layers="net.4")]
+        return [*first, ConditionMonitorCallback(every=2), ConditionMonitorCallback(every=3)]
+
+    straight, resumed = callbacks(), callbacks()
+    trainer(tmp_path, *straight, save_strategy="steps", save_steps=2).train()
+    trainer(tmp_path, *resumed, model=Model(seed=1)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for one, other in zip(straight, resumed, strict=True):
+        assert one.state() == other.state()
+    assert [len(callback.records) for callback in resumed[2:]] == [3, 2]
+    with pytest.raises(ValueError, match=r"several TreatmentCallbacks, and none is of this one .*'layers': None"):
+        trainer(tmp_path, TreatmentCallback("nog")).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+class Treated(Model):
+    """Treated where it is made, as ``from_pretrained`` wants it."""
+
+    treatment = staticmethod(orthogonal_weight)
+
+    def __init__(self, config: PreTrainedConfig | None = None) -> None:
+        super().__init__()
+        self.treatment(self.net[0])
+        self.post_init()
+
+
+class Normed(Treated):
+    treatment = staticmethod(spectral_norm)
+
+
+@pytest.mark.parametrize("kind", [Treated, Normed])
+def test_a_model_that_is_treated_where_it_is_made_comes_back_from_pretrained(kind: type[Treated], tmp_path) -> None:
+    model = kind()
+    x = torch.randn(8, 3, 6, 6)
+    model(x)
+    with torch.no_grad():
+        model.net[0].parametrizations.weight.original.add_(torch.randn(6, 3, 3, 3))
+    model.save_pretrained(tmp_path)
+    back, report = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(back.eval()(x)["logits"], model.eval()(x)["logits"])
+
+
+def test_a_treated_model_is_loaded_into_a_plain_one_by_its_file(tmp_path: Path) -> None:
+    model = Treated()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    plain = Model(seed=1)
+    with pytest.raises(RuntimeError, match="treat_like"):
+        plain.load_state_dict(state)
+    plain.load_state_dict(treat_like(plain, state))
+    assert same(plain, model)

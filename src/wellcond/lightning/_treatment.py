@@ -70,7 +70,7 @@ class TreatmentCallback(TreatmentInStages, StatefulCallback):
         if stage == "fit":
             # Searches of a rate or batch size are callbacks too; they run in on_fit_start, with the optimizer as it is.
             inner: Any = trainer
-            inner.callbacks = sorted(inner.callbacks, key=lambda callback: callback is not self)
+            inner.callbacks = sorted(inner.callbacks, key=lambda one: not isinstance(one, TreatmentCallback))
         self._load_hook = pl_module.register_load_state_dict_pre_hook(partial(self._before_load, stage))
         if stage == "fit" and any(map(is_spectral, pl_module.modules())):
             self.treat_weights(pl_module)

@@ -54,4 +54,4 @@ class ConditionMonitorCallback(MonitorInTraining, PartOfTrainer):
     def state(self) -> dict[str, Any]:
         """The monitor's state, for the ``Trainer`` to save."""
         saved = None if self.monitor is None else self.monitor.state_dict()
-        return {"args": {}, "attributes": {}, "wellcond": saved}
+        return {"args": {}, "attributes": {}, "key": self.key, "wellcond": saved}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -40,7 +39,22 @@ class PartOfTrainer(TrainerCallback, ExportableState):
         """What was saved in the checkpoint that is resumed; None if none is, or the callback was not there then."""
         name = type(self).__name__
         held = state.stateful_callbacks.get(name) if state.global_step else None
-        if not isinstance(held, Mapping | None):
-            raise ValueError(f"the checkpoint holds the state of several {name}s; give the Trainer one of them")
         state.stateful_callbacks.setdefault(name, {})  # where the Trainer is going to save it
-        return None if held is None else held["wellcond"]
+        if not isinstance(held, list):  # of several callbacks, and every time that they were saved
+            return None if held is None else held["wellcond"]
+        for one in reversed(held):
+            if one.get("key") == self.key:
+                return one["wellcond"]
+        raise ValueError(
+            f"the checkpoint holds the states of several {name}s, and none is of this one ({self.key}); resume with "
+            "the same callbacks"
+        )
+
+    def told_apart(self) -> dict[str, Any]:
+        """What two callbacks of one ``Trainer`` differ in."""
+        raise NotImplementedError
+
+    @property
+    def key(self) -> str:
+        """By which the state of this callback is found among those of its kind."""
+        return repr(self.told_apart())

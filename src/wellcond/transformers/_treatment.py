@@ -109,7 +109,7 @@ class TreatmentCallback(TreatmentInStages, PartOfTrainer):
         """What acts where and the counters, as JSON, for the ``Trainer`` to save."""
         treatment = None if self.treatment is None else _plain(self.treatment.state_dict())
         saved = {"treatments": list(self.treatments), "layers": list(self.layers), "treatment": treatment}
-        return {"args": {"treatments": "+".join(self.treatments)}, "attributes": {}, "wellcond": saved}
+        return {"args": {"treatments": "+".join(self.treatments)}, "attributes": {}, "key": self.key, "wellcond": saved}
 
 
 def _plain(value: Any) -> Any:
