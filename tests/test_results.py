@@ -127,6 +127,10 @@ def test_the_paper_s_recipe_is_the_default_away_from_the_digits():
 def test_a_configuration_of_another_version_is_refused():
     values = recipe(data="digits").to_dict()
     assert RunConfig.from_dict(values) == recipe(data="digits")
+    earlier = {name: value for name, value in values.items() if name != "image_size"}  # which had no such option
+    assert RunConfig.from_dict(earlier) == recipe(data="digits")
+    with pytest.raises(ConfigError, match="epochs"):
+        RunConfig.from_dict({name: value for name, value in values.items() if name != "epochs"})
     with pytest.raises(ConfigError, match="colour"):
         RunConfig.from_dict({**values, "colour": "red"})
 
