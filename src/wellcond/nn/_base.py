@@ -8,10 +8,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from wellcond._shared.torch_internals import is_compiling
+from wellcond._shared.torch_internals import is_compiling, is_exporting
 from wellcond.linalg import Solver, SolverEvents, recording
 from wellcond.linalg.solvers import choose_solver
 
@@ -100,8 +101,10 @@ class SpectralModule(nn.Module):
         return f"layer '{self.layer_name}' ({form})" if self.layer_name else f"layer {form}"
 
     def _recording(self, solver: str | Solver | None = None) -> AbstractContextManager[Any]:
-        """Counts and names the events of this block; not of a traceable ``solver`` in a graph, which stays whole so."""
+        """Counts and names the events of this block; not where a graph stays whole without: of a traceable ``solver``,
+        and in what the compiler exports."""
         whole = is_compiling() and solver is not None and choose_solver(solver).traceable
+        whole = whole or (is_exporting() and torch.compiler.is_dynamo_compiling())
         return nullcontext() if whole else recording(self.solver_events, self.describe)
 
 

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from wellcond._shared.checks import refuse_in_onnx
 from wellcond._shared.models import described
 
 from ._matrix import Target, layer_target, parametrisations
 from ._registry import Applied, TreatmentClass
 from ._sharded import is_sharded, spread, whole
+
+TO_PLAIN = "export wellcond.nn.to_plain(model), which holds the weight in use"
 
 
 class WeightTreatment(nn.Module, TreatmentClass):
@@ -41,6 +44,7 @@ class WeightTreatment(nn.Module, TreatmentClass):
 
     def __call__(self, stored: Tensor) -> Tensor:
         """The weight in use; outside of the layer's forward pass ``fully_shard`` leaves only a shard of ``stored``."""
+        refuse_in_onnx(f"operator for the {self.treatment} of a layer", TO_PLAIN)
         return spread(super().__call__(whole(stored)), stored)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
