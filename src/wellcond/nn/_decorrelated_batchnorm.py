@@ -35,6 +35,7 @@ class _DecorrelatedBatchNorm(SpectralModule):
 
     _version = 2
     _dims: tuple[int, ...] = ()
+    batchnorm_eps: float = 1e-5  # of the batch norm whose place it has, for to_plain
     running_mean: Tensor | None
     running_cov: Tensor | None
     running_whitening: Tensor | None
@@ -97,6 +98,7 @@ class _DecorrelatedBatchNorm(SpectralModule):
             if tensor.is_floating_point():
                 own |= {"device": tensor.device, "dtype": tensor.dtype}
         layer = cls(batchnorm.num_features, **{**own, **options})
+        layer.batchnorm_eps = batchnorm.eps
         layer.load_state_dict(state)
         return layer.train(batchnorm.training)
 
