@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .torch_internals import apply_directly, is_compiling, under_forward_mode, under_functorch
+from .torch_internals import apply_directly, is_compiling, is_exporting, under_forward_mode, under_functorch
 
 
 class BatchedFunction(torch.autograd.Function):
@@ -33,6 +33,8 @@ class BatchedFunction(torch.autograd.Function):
     @classmethod
     def call(cls, *args: Any) -> Any:
         """``apply`` without its binding of defaults and search for wrappers, which cost what a small product does."""
+        if is_exporting():  # a graph holds operations alone
+            return cls.forward(*args)
         if is_compiling() or under_functorch():
             return cls.apply(*args)
         return apply_directly(cls, *args)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import NonFiniteMatrixError, NotSymmetricError
 from .events import place
-from .torch_internals import under_functorch
+from .torch_internals import in_onnx_export, is_exporting, under_functorch
 
 _value_checks: ContextVar[bool | None] = ContextVar("value_checks", default=None)
 
@@ -41,7 +41,9 @@ def value_checks(enabled: bool) -> Iterator[None]:
 
 
 def checks_values(x: Tensor) -> bool:
-    """Whether the entries of ``x`` are to be read and checked."""
+    """Whether the entries of ``x`` are to be read and checked; never while it is exported, when it has none."""
+    if is_exporting():
+        return False
     enabled = _value_checks.get()
     return x.device.type == "cpu" if enabled is None else enabled
 
@@ -67,6 +69,18 @@ def require_matrix(x: Tensor, name: str, *, square: bool = False) -> None:
             f"{name} must be square (..., d, d), got shape {tuple(x.shape)}; "
             "for features (..., d, n) take wellcond.linalg.covariance first"
         )
+
+
+BY_PRODUCTS = (
+    "the two roots export with solver='auto', 'newton_schulz', 'minimax' or 'taylor', which multiply only; everything "
+    "else by torch.export alone"
+)
+
+
+def refuse_in_onnx(operation: str, way_out: str = BY_PRODUCTS) -> None:
+    """Refuse what ONNX has no operator for, while it is exported to."""
+    if in_onnx_export():
+        raise NotImplementedError(f"ONNX has no {operation}{place()}: {way_out}")
 
 
 def require_nonnegative(value: float, name: str) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.checks import require_matrix
-from wellcond._shared.precision import full_precision, wide_dtype, working_dtype
+from wellcond._shared.precision import full_precision, wide_dtype, widened, working_dtype
+from wellcond._shared.torch_internals import is_exporting
 
 
 def covariance(X: Tensor, *, correction: int = 0) -> Tensor:
@@ -70,6 +71,11 @@ _PIECE = {"cpu": 1 << 18, "accelerator": 1 << 24}
 def centred_gram(X: Tensor) -> tuple[Tensor, Tensor]:
     """The smaller of C Cᴴ and Cᴴ C, C = X − mean, and the mean (..., d, 1), both in double precision."""
     d, n = X.shape[-2:]
+    if is_exporting():  # whose graph is to take any number of matrices
+        wide = widened(X)
+        mean = wide.mean(-1, keepdim=True)
+        C = wide - mean
+        return (C.mH @ C if n < d else C @ C.mH), mean
     side = min(d, n)
     flat = flat_means = X.new_empty(0, dtype=wide_dtype(X))
     for batch, _, part, mean in _centred_pieces(X, whole=n < d):

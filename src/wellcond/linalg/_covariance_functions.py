@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from wellcond._shared.checks import require_nonnegative
 from wellcond._shared.names import require_known
-from wellcond._shared.precision import full_precision, wide_dtype, working_dtype
+from wellcond._shared.precision import full_precision, wide_dtype, widened, working_dtype
+from wellcond._shared.torch_internals import in_onnx_export
 
 from ._covariance import centred_factor, require_features
 from ._divided_differences import Log, Power, ScalarFunction
@@ -158,6 +160,8 @@ def _from_features(
         if root is not None and not by_factor:
             A = centred_factor(work, correction)
             return root(A @ A.mH, eps=eps, solver=solver, rank=rank).to(X.dtype)
+        if root is not None and solver == "auto" and rank == "ridge" and in_onnx_export():
+            return _root_by_products(work, root, eps, correction).to(X.dtype)
         scale: Tensor | float = 1.0
         if isinstance(f, Power) and eps == 0.0 and work.dtype == wide_dtype(work):
             # Squares of double features may leave the range; a power of P does not see the unit that they are in.
@@ -168,3 +172,11 @@ def _from_features(
         refuse = rank == "raise" or (invertible and eps == 0.0 and rank == "ridge")
         F, *_ = FactorFunction.call(work, Options(on_kept_eigenvalues(f, rank), float(eps), correction, refuse))
         return (F if isinstance(scale, float) else F * scale).to(X.dtype)
+
+
+def _root_by_products(X: Tensor, root: Callable[..., Tensor], eps: float, correction: int) -> Tensor:
+    """The root of a covariance in ONNX, in double precision: on the smaller side as A (Aᴴ A)^{-1/2} Aᴴ."""
+    A = centred_factor(widened(X), correction)
+    if root is sqrtm and eps == 0.0 and X.shape[-1] < X.shape[-2]:
+        return A @ invsqrtm(A.mH @ A) @ A.mH
+    return root(A @ A.mH, eps=eps)

@@ -185,7 +185,7 @@ def _refuse_singular(X: Tensor, eigvals: Tensor) -> None:
     if not few and not checks_values(X):
         return
     singular = torch.full(X.shape[:-2], few, device=X.device) | (eigvals == 0).any(-1)
-    if singular.any():
+    if few or singular.any():
         raise NotPositiveSemidefiniteError(
             f"X of shape {tuple(X.shape)} has a covariance that is singular up to rounding"
             f"{'' if few else bad_indices(singular)}{place()}; give eps > 0, or rank='pinv'"

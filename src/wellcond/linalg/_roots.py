@@ -6,12 +6,12 @@ from torch import Tensor
 
 from wellcond._shared.checks import require_matrix, require_nonnegative
 from wellcond._shared.precision import full_precision, working_dtype
-from wellcond._shared.torch_internals import is_compiling
+from wellcond._shared.torch_internals import in_onnx_export, is_compiling
 
 from ._divided_differences import Power
 from ._functions import functions_of
 from ._rank import Rank, require_rank_policy
-from .solvers import Eigh, Root, Solved, Solver, Traced, choose_solver
+from .solvers import Eigh, Root, Solved, Solver, Traced, choose_solver, in_reach_of_products
 
 
 def sqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank: Rank = "ridge") -> Tensor:
@@ -128,6 +128,8 @@ def _roots(P: Tensor, roots: tuple[Root, ...], eps: float, solver: str | Solver,
         return tuple(P.clone() for _ in roots)
     with full_precision(P):
         work = P.to(working_dtype(P.dtype))
+        if solver == "auto" and in_onnx_export():
+            work = in_reach_of_products(work, eps)
         if chosen.traceable and is_compiling():
             out = Traced.apply(work, chosen, roots, float(eps))
         else:

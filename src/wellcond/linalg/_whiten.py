@@ -21,6 +21,7 @@ from wellcond._shared.checks import (
     bad_indices,
     hermitian,
     readable,
+    refuse_in_onnx,
     require_finite,
     require_matrix,
     require_nonnegative,
@@ -29,6 +30,7 @@ from wellcond._shared.errors import NotPositiveSemidefiniteError
 from wellcond._shared.events import place
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, widened, working_dtype
+from wellcond._shared.torch_internals import in_onnx_export
 
 from ._covariance import centred_factor, require_features
 from ._divided_differences import reciprocal_or_zero
@@ -175,6 +177,8 @@ def _require_options(method: str, eps: float, rank: str, solver: str | Solver) -
     require_known(method, get_args(WhiteningMethod), "whitening method")
     require_nonnegative(eps, "eps")
     require_rank_policy(rank, eps)
+    if method == "cholesky":
+        refuse_in_onnx("Cholesky decomposition")
     if method != "zca" and rank != "ridge":
         raise ValueError(f"rank={rank!r} is for method='zca', not {method!r}")
     if not isinstance(choose_solver(solver), Eigh) and method == "cholesky":
@@ -244,7 +248,7 @@ def _goes_by_factor(X: Tensor, via: str, method: WhiteningMethod, eps: float, ra
         return True
     # Where the factor was measured to be faster: benchmarks/when_does_the_factor_pay.py.
     # The rank of the features is theirs to say: of a constant, P shows the rounding of the mean.
-    few = rank == "pinv" or (2 * X.shape[-1] <= X.shape[-2] and eps > 0.0)
+    few = rank == "pinv" or (2 * X.shape[-1] <= X.shape[-2] and eps > 0.0 and not in_onnx_export())
     return via == "auto" and few and method == "zca" and all(fits for _, fits in taken.values())
 
 

@@ -2,7 +2,7 @@
 
 from . import functional
 from ._base import Observation, SpectralModule
-from ._fold import fold
+from ._fold import fold, to_plain
 from ._replace_batchnorm import replace_batchnorm
 from ._update_statistics import update_statistics
 from .covariance_pool import GlobalCovariancePool2d, TokenCovariancePool
@@ -35,5 +35,6 @@ __all__ = [
     "fold",
     "functional",
     "replace_batchnorm",
+    "to_plain",
     "update_statistics",
 ]

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from wellcond._shared.meaning import refuse_treated
-from wellcond._shared.torch_internals import is_compiling
+from wellcond._shared.torch_internals import is_compiling, is_exporting
 from wellcond.linalg import Solver, SolverEvents, recording
 from wellcond.linalg.solvers import choose_solver
 
@@ -106,8 +107,10 @@ class SpectralModule(nn.Module):
         refuse_treated(*args[-3:])
 
     def _recording(self, solver: str | Solver | None = None) -> AbstractContextManager[Any]:
-        """Counts and names the events of this block; not of a traceable ``solver`` in a graph, which stays whole so."""
+        """Counts and names the events of this block; not where a graph stays whole without: of a traceable ``solver``,
+        and in what the compiler exports."""
         whole = is_compiling() and solver is not None and choose_solver(solver).traceable
+        whole = whole or (is_exporting() and torch.compiler.is_dynamo_compiling())
         return nullcontext() if whole else recording(self.solver_events, self.describe)
 
 

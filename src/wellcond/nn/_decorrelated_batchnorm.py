@@ -15,7 +15,7 @@ from wellcond._shared.checks import checks_values, require_finite
 from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import HALF, full_precision, working_dtype
-from wellcond._shared.torch_internals import is_compiling, under_functorch
+from wellcond._shared.torch_internals import is_compiling, is_exporting, under_functorch
 from wellcond.linalg import NewtonSchulz, Solver, WhiteningMethod, recording, value_checks, whitening_matrix
 
 from ._base import Observation, SpectralModule, require_input
@@ -36,6 +36,7 @@ class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
 
     _version = 2
     _dims: tuple[int, ...] = ()
+    batchnorm_eps: float = 1e-5  # of the batch norm whose place it has, for to_plain
     running_mean: Tensor | None
     running_cov: Tensor | None
     running_whitening: Tensor | None
@@ -98,6 +99,7 @@ class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
             if tensor.is_floating_point():
                 own |= {"device": tensor.device, "dtype": tensor.dtype}
         layer = cls(batchnorm.num_features, **{**own, **options})
+        layer.batchnorm_eps = batchnorm.eps
         layer.load_state_dict(state)
         return layer.train(batchnorm.training)
 
@@ -155,17 +157,19 @@ class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
     def _register_statistics(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         d = self.num_features // self.groups
         kind = {"device": device, "dtype": working_dtype(dtype or torch.get_default_dtype())}
-        for name, shape, wanted in (
-            ("running_mean", (self.num_features,), True),
-            ("running_cov", (self.groups, d, d), self.running == "covariance"),
-            ("running_whitening", (self.groups, d, d), self.running == "whitening"),
-            ("evaluation_whitening", (self.groups, d, d), self.running == "covariance"),
-        ):
-            tensor = torch.empty(shape, **kind) if self.track_running_stats and wanted else None
-            # The last one is derived, hence not saved, but a buffer: compiled and exported graphs read it as one.
-            self.register_buffer(name, tensor, persistent=name != "evaluation_whitening")
-        count = torch.tensor(0, dtype=torch.long, device=device) if self.track_running_stats else None
-        self.register_buffer("num_batches_tracked", count)
+        covariance, tracked = self.running == "covariance", self.track_running_stats
+        buffers = {
+            "running_mean": torch.empty(self.num_features, **kind) if tracked else None,
+            "running_cov": torch.empty(self.groups, d, d, **kind) if tracked and covariance else None,
+            "running_whitening": torch.empty(self.groups, d, d, **kind) if tracked and not covariance else None,
+            "evaluation_whitening": torch.empty(self.groups, d, d, **kind) if tracked and covariance else None,
+            "num_batches_tracked": torch.tensor(0, dtype=torch.long, device=device) if tracked else None,
+        }
+        # torch.export counts buffers that are None when it looks for one that the graph writes, and takes the next
+        # input for it: they come last.
+        for name in sorted(buffers, key=lambda name: buffers[name] is None):
+            # The one that is derived is not saved, but a buffer: compiled and exported graphs read it as one.
+            self.register_buffer(name, buffers[name], persistent=name != "evaluation_whitening")
         self._derived_from: tuple[Tensor, int] | None = None
 
     @torch.no_grad()
@@ -296,7 +300,8 @@ class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
                 f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)} "
                 f"in {self.describe()}"
             )
-        if count <= d and not self._warned:
+        # Asked of an exported graph, the question would be a bound on its batches.
+        if not self._warned and not is_exporting() and count <= d:
             self._warned = True
             C = self.num_features
             enough = next(g for g in range(self.groups, C + 1) if C % g == 0 and C // g < count)

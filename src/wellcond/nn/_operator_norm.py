@@ -22,7 +22,7 @@ SQUARINGS = 5
 def spectral_norm_bound(A: Tensor) -> Tensor:
     """An upper bound of the largest singular value of A (m, n): a scalar; 0 for a zero matrix."""
     # The bound is homogeneous, so this scale needs no derivative of its own.
-    scale = A.detach().abs().amax()
+    scale = A.detach().abs().amax((-2, -1))  # ONNX wants its dimensions named
     scale = torch.where(scale > 0, scale, 1.0)
     A = A / scale
     gram = A @ A.mT if A.shape[-2] <= A.shape[-1] else A.mT @ A

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from wellcond._shared.checks import refuse_in_onnx
 from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.models import described
 
@@ -24,6 +25,8 @@ from ._matrix import Target, layer_target, parametrisations
 from ._registry import Applied, TreatmentClass
 from ._saved_weight import prepare
 from ._sharded import is_sharded, spread, whole
+
+TO_PLAIN = "export wellcond.nn.to_plain(model), which holds the weight in use"
 
 
 class WeightTreatment(SelfDescribing, TreatmentClass):
@@ -50,6 +53,7 @@ class WeightTreatment(SelfDescribing, TreatmentClass):
 
     def __call__(self, stored: Tensor) -> Tensor:
         """The weight in use; outside of the layer's forward pass ``fully_shard`` leaves only a shard of ``stored``."""
+        refuse_in_onnx(f"operator for the {self.treatment} of a layer", TO_PLAIN)
         return spread(super().__call__(whole(stored)), stored)
 
     def right_inverse(self, weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from wellcond._shared.checks import checks_values
+from wellcond._shared.checks import checks_values, refuse_in_onnx
 from wellcond._shared.errors import DecompositionError
 from wellcond._shared.events import count_call
 from wellcond._shared.precision import widened
@@ -50,6 +50,7 @@ def eigh(P: Tensor) -> EigenPair:
     Not differentiable by itself: callers differentiate the function of the matrix, not the decomposition.
     """
     count_call()
+    refuse_in_onnx("eigendecomposition")
     try:
         eigvals, eigvecs = in_threads(torch.linalg.eigh, P)
     except torch.linalg.LinAlgError:

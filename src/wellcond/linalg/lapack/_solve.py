@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wellcond._shared.checks import refuse_in_onnx
 from wellcond._shared.torch_internals import is_compiling
 
 # Up to this many rows MKL uses one thread.
@@ -20,6 +21,7 @@ HARMLESS_ROWS = 128
 def solve(A: Tensor, B: Tensor) -> Tensor:
     """X (..., d, k) with A X = B for invertible A (..., d, d) and B (..., d, k) of one batch shape. Whether A is
     invertible is not checked: the host would have to wait for the device."""
+    refuse_in_onnx("linear solve")
     batch = A.shape[:-2]
     if A.device.type != "cpu" or A.shape[-1] <= HARMLESS_ROWS or batch.numel() < 2 or is_compiling():
         return torch.linalg.solve_ex(A, B)[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wellcond._shared.checks import refuse_in_onnx
 from wellcond._shared.events import count_call
 from wellcond._shared.precision import widened
 from wellcond._shared.torch_internals import outside_the_compiler
@@ -23,6 +24,7 @@ Svd = tuple[Tensor, Tensor, Tensor]
 def thin_svd(A: Tensor) -> Svd:
     """U (..., m, n), σ (..., n) falling and Vᴴ (..., n, n) of a tall finite A (..., m, n); not differentiated."""
     count_call()
+    refuse_in_onnx("singular value decomposition")
     try:
         return in_threads(_lapack, A)  # pyright: ignore[reportReturnType]
     except torch.linalg.LinAlgError:

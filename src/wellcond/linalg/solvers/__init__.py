@@ -9,7 +9,7 @@ from torch import Tensor
 from wellcond._shared.names import require_known
 from wellcond._shared.torch_internals import is_compiling
 
-from ._auto import auto_solver
+from ._auto import auto_solver, in_reach_of_products
 from ._minimax_polynomials import Coefficients
 from ._solver import SOLVERS, Done, LyapunovSolver, Root, Solved, Solver, Traced
 from .eigh import Eigh
@@ -38,6 +38,7 @@ __all__ = [
     "Traced",
     "auto_solver",
     "choose_solver",
+    "in_reach_of_products",
 ]
 
 

@@ -13,6 +13,9 @@ CPU it is also the fastest at every size and batch: ``minimax_or_eigh`` takes 2.
 So batches of eight and more with 32 < d ≤ 1024 in float32 go there, verified, with ``eigh`` where κ is beyond reach;
 everything else stays with ``eigh``, and so does all where float32 products are rounded to TF32, whose 1e-3 would be
 all that is left of the roots.
+
+ONNX has no eigendecomposition: there products take its place, in double precision whatever the dtype, which resolves κ
+up to 1e13.
 """
 
 from __future__ import annotations
@@ -21,10 +24,12 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.checks import require_matrix
-from wellcond._shared.precision import working_dtype
+from wellcond._shared.precision import widened, working_dtype
+from wellcond._shared.torch_internals import in_onnx_export
 
-from ._solver import Solver
+from ._solver import Solver, frobenius_norm
 from .eigh import Eigh
+from .minimax import Minimax
 from .minimax_or_eigh import MinimaxOrEigh
 
 # Of the rule for CUDA: the sizes that torch takes one by one, and the smallest batch that pays.
@@ -32,6 +37,7 @@ CUDA_SIZES = range(33, 1025)
 CUDA_BATCH = 8
 
 _EIGH, _MINIMAX_OR_EIGH = Eigh(), MinimaxOrEigh()
+_IN_ONNX = Minimax(kappa=1e13, tolerance=None)
 
 
 def auto_solver(P: Tensor) -> Solver:
@@ -42,7 +48,7 @@ def auto_solver(P: Tensor) -> Solver:
 
     Returns:
         :class:`Eigh`, or :class:`MinimaxOrEigh` on CUDA where that is published to be faster by far. Both are exact,
-        or say so.
+        or say so. Within ``torch.onnx.export``, :class:`Minimax`.
 
     Raises:
         TypeError, ValueError: P is not a square floating or complex matrix.
@@ -53,10 +59,22 @@ def auto_solver(P: Tensor) -> Solver:
         Eigh()
     """
     require_matrix(P, "P", square=True)
+    if in_onnx_export():
+        return _IN_ONNX
     if P.device.type != "cuda" or working_dtype(P.dtype) != torch.float32 or not _exact_float32_products():
         return _EIGH
     pays = P.shape[-1] in CUDA_SIZES and P.shape[:-2].numel() >= CUDA_BATCH
     return _MINIMAX_OR_EIGH if pays else _EIGH
+
+
+def in_reach_of_products(P: Tensor, eps: float) -> Tensor:
+    """P as ONNX takes its roots: in double precision, and raised to where rounding leaves no eigenvalue below 0.
+
+    An eigendecomposition sets those to 0; products take them to −∞. What is added is rounding beside P, and nothing
+    where ε is more.
+    """
+    lift = 2 * torch.finfo(P.dtype).eps * frobenius_norm(P).double() - eps
+    return widened(P) + lift.clamp_min(0.0) * torch.eye(P.shape[-1], dtype=torch.float64, device=P.device)
 
 
 def _exact_float32_products() -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.checks import value_checks
+from wellcond._shared.torch_internals import is_exporting
 
 from ._solver import Done, LyapunovSolver, Root, Tensors
 from .eigh import Eigh
@@ -27,7 +28,8 @@ class MinimaxOrEigh(LyapunovSolver):
             float32, 0.1 is met up to κ ≈ 1e5.
 
     The verification reads one number, so the host waits for the device once, as it does for the status of
-    ``torch.linalg.eigh``. Errors are those of :class:`Eigh`: whatever is wrong with a matrix ends there.
+    ``torch.linalg.eigh``. An exported graph cannot choose and holds :class:`Eigh`. Errors are those of :class:`Eigh`:
+    whatever is wrong with a matrix ends there.
 
     Raises:
         ValueError: kappa is not a finite number above 1.
@@ -43,6 +45,8 @@ class MinimaxOrEigh(LyapunovSolver):
         return f"MinimaxOrEigh(kappa={self.minimax.kappa:g}, tolerated={self.tolerated:g})"
 
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
+        if is_exporting():  # a graph cannot choose
+            return self.eigh.forward(P, roots, eps)
         # Without the checks: what they would refuse, the verification hands to eigh, which says what is wrong.
         with value_checks(False):
             (Q, S), _ = self.minimax.forward(P, ("sqrt", "invsqrt"), eps)

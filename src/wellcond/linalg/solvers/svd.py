@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.autograd import differentiated_again, once
+from wellcond._shared.checks import refuse_in_onnx
 from wellcond._shared.events import count_call, count_failure
 from wellcond._shared.torch_internals import outside_the_compiler
 
@@ -23,6 +24,7 @@ from ._solver import Done, Root, Solver, Tensors
 def _eigenpairs_by_svd(P: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, falling, and eigenvectors of a covariance."""
     count_call()
+    refuse_in_onnx("singular value decomposition")
     try:
         U, sigma, Vh = in_threads(torch.linalg.svd, P)
     except torch.linalg.LinAlgError:

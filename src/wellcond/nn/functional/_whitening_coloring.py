@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from wellcond._shared.checks import readable, require_finite, require_nonnegative
+from wellcond._shared.checks import readable, refuse_in_onnx, require_finite, require_nonnegative
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond.linalg import NotPositiveSemidefiniteError, covariance, covariance_sqrtm, whiten
@@ -111,6 +111,8 @@ def whitening_coloring(
 def require_options(eps: float, alpha: float, method: str, groups: int) -> None:
     """Refuse values that no content and style could go with."""
     require_known(method, get_args(Method), "method")
+    if method == "cholesky":
+        refuse_in_onnx("Cholesky decomposition")
     require_nonnegative(eps, "eps")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")

@@ -1,0 +1,151 @@
+"""The layer whose output goes into a norm and nowhere else: from the symbolic graph of a model, or from one pass."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+# These do nothing in evaluation.
+PASSED_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+def layers_before(model: nn.Module, example_input: Any) -> dict[nn.Module, nn.Module]:
+    """For each norm that may be folded, the module whose output goes there and nowhere else."""
+    return _by_tracing(model) if example_input is None else _by_running(model, example_input)
+
+
+class _Tracer(fx.Tracer):
+    """Looks into a module only if a decorrelated batch norm is inside."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        contains = type(m) is nn.Sequential or any(isinstance(x, _DecorrelatedBatchNorm) for x in m.modules())
+        return isinstance(m, _DecorrelatedBatchNorm) or not contains
+
+
+def _by_tracing(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # the model's own code, which may raise anything
+        warnings.warn(
+            f"the forward function of {type(model).__name__} cannot be traced symbolically ({error}), so its "
+            "decorrelated batch norms became 1 × 1 convolutions instead of being folded into the layers before them; "
+            "give an example_input",
+            stacklevel=4,
+        )
+        return {}
+    calls = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+    used: list[nn.Module] = [module for called in calls.values() for module in called.modules()]
+    read = {id(attrgetter(str(node.target))(model)) for node in graph.nodes if node.op == "get_attr"}
+    found: dict[nn.Module, nn.Module] = {}
+    for node, norm in calls.items():
+        if not isinstance(norm, _DecorrelatedBatchNorm) or used.count(norm) != 1:
+            continue
+        source = node.all_input_nodes[0]
+        while len(source.users) == 1 and type(calls.get(source)) in PASSED_THROUGH:
+            source = source.all_input_nodes[0]
+        layer = calls.get(source) if len(source.users) == 1 else None
+        if layer is not None and used.count(layer) == 1 and not any(id(p) in read for p in layer.parameters()):
+            found[norm] = layer
+    return found
+
+
+def _by_running(model: nn.Module, example_input: Any) -> dict[nn.Module, nn.Module]:
+    """From one pass in evaluation, without gradients, in which every function of a tensor is seen.
+
+    Raises:
+        ValueError: the model does not run on the example.
+    """
+    seen = _Uses(model)
+    with ExitStack() as stack, torch.no_grad():
+        for module in seen.watched:
+            stack.callback(module.register_forward_pre_hook(seen.enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(seen.leave).remove)
+        try:
+            with seen:
+                if isinstance(example_input, Mapping):
+                    output = model(**example_input)
+                else:
+                    output = model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+        except Exception as error:  # the model's own code may raise anything
+            raise ValueError(
+                f"{type(model).__name__} could not be run on the example input ({type(error).__name__}: {error}); "
+                "give one that it accepts"
+            ) from error
+    seen.use(output)
+    return {norm: layer for norm, layer in seen.fed_by.items() if seen.goes_there_alone(layer, norm)}
+
+
+class _Uses(TorchFunctionMode):
+    """What becomes of the outputs and the parameters of layers while a model runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.watched = [m for m in model.modules() if isinstance(m, (*LAYERS, *PASSED_THROUGH, _DecorrelatedBatchNorm))]
+        self.fed_by: dict[nn.Module, nn.Module] = {}
+        self._layer_of = {id(p): m for m in self.watched if isinstance(m, LAYERS) for p in m.parameters()}
+        self._calls: Counter[nn.Module] = Counter()
+        self._inside: list[nn.Module] = []
+        self._used_elsewhere: set[nn.Module] = set()
+        self._alive: list[Tensor] = []  # an id is that of one tensor while it lives
+
+    def goes_there_alone(self, layer: nn.Module, norm: nn.Module) -> bool:
+        """Whether the output of ``layer`` goes into ``norm`` and nowhere else, and both were called once."""
+        fed = list(self.fed_by.values())
+        once = self._calls[layer] == self._calls[norm] == fed.count(layer) == 1
+        return once and layer not in self._used_elsewhere
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._calls[module] += 1
+        (x,) = [*_tensors(args), *_tensors(kwargs)][:1] or [None]
+        source = self._layer_of.get(id(x))
+        if isinstance(module, _DecorrelatedBatchNorm) and source is not None:
+            self.fed_by[module] = source
+        elif isinstance(module, LAYERS):
+            self.use(x)
+        self._inside.append(module)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._inside.pop()
+        if not isinstance(output, Tensor):
+            return
+        if isinstance(module, PASSED_THROUGH) and (source := self._layer_of.get(id(next(_tensors(args), None)))):
+            self._layer_of[id(output)] = source
+        elif isinstance(module, LAYERS):
+            self._layer_of[id(output)] = module
+        self._alive.append(output)
+
+    def use(self, values: Any) -> None:
+        """Note a use that is no norm's."""
+        self._used_elsewhere.update(layer for x in _tensors(values) if (layer := self._layer_of.get(id(x))))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # Questions such as for the shape are no use; what a watched module does with its own is seen by the hooks.
+        if not self._inside and not isinstance(result, (bool, int, torch.Size, torch.dtype, torch.device)):
+            self.use((args, kwargs))
+        return result
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dictionaries."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Mapping):
+        for value in values.values():
+            yield from _tensors(value)
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors(value)
