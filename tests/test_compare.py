@@ -42,6 +42,11 @@ def test_the_table_is_what_the_runs_found(done):
         folders = [out / "runs" / f"{row['label']}-seed{seed}" for seed in (0, 1)]
         errors = [json.loads((folder / "result.json").read_text())["test_error"] for folder in folders]
         mean, std = sum(errors) / 2, abs(errors[0] - errors[1]) / 2**0.5  # n − 1 = 1
+        # Two summation orders of two numbers, and one product: a few eps64.
+        assert float(row["test_error_percent_mean"]) == pytest.approx(100 * mean, rel=1e-14)
+        assert float(row["test_error_percent_std"]) == pytest.approx(100 * std, rel=1e-9, abs=1e-13)
+        assert float(row["test_error_percent_min"]) == 100 * min(errors)
+        assert (row["data"], row["model"], row["epochs"]) == ("digits", "resnet8", "1")
         assert float(row["test_error_mean"]) == pytest.approx(mean, rel=1e-12)
         assert float(row["test_error_std"]) == pytest.approx(std, rel=1e-9, abs=1e-15)
         assert float(row["test_error_min"]) == min(errors)

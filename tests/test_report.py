@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from wellcond.experiments.inspect import inspect, newest_run
 from wellcond.experiments.report import command, report
 from wellcond.experiments.results.summary import labels
 from wellcond.experiments.run.config import RunConfig, recipe
+from wellcond.experiments.run.train import run
 from wellcond.experiments.run.training import Classifier
 
 
@@ -88,6 +90,73 @@ def test_the_page_says_what_the_runs_found_and_needs_nothing_else(done: Path, tm
         assert (path.parent / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def luminance(colour: str) -> float:
+    """Relative luminance of `#rrggbb`, as WCAG 2 defines it."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def colours_in_the_dark(svg: ElementTree.Element) -> tuple[set[str], set[str], set[str]]:
+    """Of lines and text, and of areas, after the rules of the style sheet for the dark; and of text alone."""
+    rules: dict[tuple[str, str], str] = {}
+    for style in svg.iter("{http://www.w3.org/2000/svg}style"):
+        sheet = (style.text or "").partition("(prefers-color-scheme: dark)")[2]
+        text = re.search(r"text { fill: (#\w+) !important", sheet)
+        for selectors, kind, colour in re.findall(r"(\[style.*?) { (\w+): (#\w+) !important; }", sheet):
+            rules |= {(kind, old): colour for old in re.findall(rf"{kind}: (#\w+)", selectors)}
+        if sheet:
+            assert text is not None
+            break
+    else:
+        pytest.fail("it has no rules for the dark")
+    seen: dict[str, set[str]] = {"stroke": set(), "fill": set()}
+    for element in svg.iter():
+        for kind, colour in re.findall(r"(stroke|fill): (#\w+)", element.get("style", "")):
+            seen[kind].add(rules.get((kind, colour), colour))
+    return seen["stroke"], seen["fill"], {text[1]}
+
+
+def test_figures_are_readable_in_the_dark_and_stacked_on_phones(done: Path, tmp_path: Path) -> None:
+    """On the dark paper every line has a contrast of 3 : 1 and text one of 7 : 1 at least (WCAG 2: 1.4.11, 1.4.6)."""
+    path, _ = report([done], tmp_path / "report")
+    text = path.read_text()
+    pages = re.search(r"prefers-color-scheme: dark\) {\s*:root { .*--page: (#\w+)", text)
+    assert pages is not None
+    figures = [image for image in Page(text).images if image["src"]]
+    stacked = [source.get("srcset", "") for source in ElementTree.fromstring(text).iter("source")]
+    assert len(figures) == len(stacked) == 2
+    assert text.count('<source media="(max-width: 40rem)"') == 2
+    for data, is_stacked in [*((image["src"], False) for image in figures), *((data, True) for data in stacked)]:
+        svg = ElementTree.fromstring(base64.b64decode(data.split(",")[1]))
+        _, _, width, height = map(float, svg.attrib["viewBox"].split())
+        assert (height > width) == is_stacked
+        lines, areas, words = colours_in_the_dark(svg)
+        assert pages[1] in areas  # the paper
+        assert "#ffffff" not in areas
+        assert min(contrast(colour, pages[1]) for colour in lines - {"#b0b0b0"}) >= 3  # the grid is no content
+        assert min(contrast(colour, pages[1]) for colour in words) >= 7
+
+
+def test_a_run_that_was_made_longer_says_so_and_how_it_is_made_again(tmp_path: Path) -> None:
+    run(small(epochs=1), tmp_path / "a run")
+    run(small(epochs=3), tmp_path / "a run", resume=True)
+    path, (note,) = report([tmp_path / "a run"], tmp_path / "report")
+    assert "a run' was made longer: 1, then 3 epochs" in note
+    (lines,) = [pre.text for pre in ElementTree.fromstring(path.read_text()).iter("pre")]
+    assert lines is not None
+    first, then = map(shlex.split, lines.splitlines())
+    assert first[:2] == ["wellcond", "train"]
+    assert "--epochs 1" in " ".join(first)
+    assert then == ["wellcond", "train", "--out", first[-1], "--resume", "--epochs", "3"]
+    assert Path(first[-1]).resolve() == tmp_path / "a run"
+
+
 def test_what_is_not_finished_is_left_out_and_said(done: Path, tmp_path: Path) -> None:
     part = tmp_path / "part"
     shutil.copytree(done, part)
@@ -98,8 +167,8 @@ def test_what_is_not_finished_is_left_out_and_said(done: Path, tmp_path: Path) -
     assert len(page.tables[1]) == 1 + 3  # each run once, however often it is named
     assert page.tables[0][1][1] == page.tables[0][1][2]  # one seed has no spread
     assert "is not finished" in path.read_text()
-    for run in (part / "runs").iterdir():
-        (run / "result.json").unlink(missing_ok=True)
+    for folder in (part / "runs").iterdir():
+        (folder / "result.json").unlink(missing_ok=True)
     with pytest.raises(RunError, match="there is no finished run to report"):
         report([part], tmp_path / "report")
     assert Page(path.read_text()).tables == page.tables  # the earlier report is still there
@@ -136,8 +205,6 @@ def test_configurations_that_share_a_short_name_are_told_apart() -> None:
     ],
 )
 def test_the_command_on_the_page_is_that_of_the_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shlex
-
     asked: list[RunConfig] = []
 
     def run(config: RunConfig, *args: Any, **kwargs: Any) -> None:

@@ -20,7 +20,7 @@ from wellcond.experiments import folders
 from wellcond.experiments.data.load import ImageData, load_images
 from wellcond.experiments.errors import ConfigError, FolderError
 from wellcond.experiments.files import write_csv, write_json
-from wellcond.experiments.results.summary import COMPARISON, RUNS, by_label, configs_in, summarise
+from wellcond.experiments.results.summary import COMPARISON, RUNS, as_columns, by_label, configs_in, summarise
 from wellcond.experiments.run.config import NO_TREATMENT, RunConfig
 from wellcond.experiments.run.parts import is_treatable
 from wellcond.experiments.run.result import RunResult
@@ -102,8 +102,8 @@ def _results(
 def _write(configs: Sequence[RunConfig], results: Sequence[RunResult], out: Path) -> list[Any]:
     """The table and the figure; the rows of the table."""
     rows = summarise(results)
-    table = [row._asdict() for row in rows]
-    write_csv(out / "results.csv", rows[0]._fields, table)
+    table = [as_columns(row, configs[0]) for row in rows]
+    write_csv(out / "results.csv", list(table[0]), table)
     write_json(out / "results.json", {"rows": table, "runs": [asdict(result) for result in results]})
     config = configs[0]
     seeds = len({config.seed for config in configs})

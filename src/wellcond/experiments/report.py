@@ -11,6 +11,8 @@ import base64
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import wellcond
@@ -19,8 +21,8 @@ from wellcond.experiments.files import write_atomically
 from wellcond.experiments.results.summary import by_label, collect, labels, summarise
 from wellcond.experiments.results.tables import comparison_table, configuration_table, runs_table
 from wellcond.experiments.run.config import RunConfig, recipe
-from wellcond.experiments.run.result import RunResult
-from wellcond.experiments.show.figures import condition_figure, learning_figure, save_figure
+from wellcond.experiments.run.result import RunResult, earlier_epochs
+from wellcond.experiments.show.figures import condition_figure, learning_figure, save_figure, svg
 from wellcond.experiments.show.render import page
 
 KIND = "report"
@@ -43,6 +45,13 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     """
     out = Path(out)
     results, notes = collect([Path(run) for run in runs])
+    for result in results:
+        if earlier := earlier_epochs(Path(result.folder)):
+            stages = ", then ".join(map(str, [*earlier, result.config.epochs]))
+            notes.append(
+                f"'{result.folder}' was made longer: {stages} epochs. Its learning rates were not those of a run of "
+                f"{result.config.epochs} epochs from the start"
+            )
     with folders.claimed(out, lambda: folders.check(out, KIND, overwrite=folders.is_occupied(out))):
         return _write(results, notes, out), notes
 
@@ -54,25 +63,39 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], out: Path) -> Pat
     folders.prepare(out, KIND, {"runs": [result.folder for result in results]}, MADE)
     data, models, seeds = (sorted({str(getattr(c, f)) for c in configs}) for f in ("data", "model", "seed"))
     band = f"median of {len(seeds)} seeds, band from minimum to maximum" if len(seeds) > 1 else "one seed"
-    drawn = {
-        "condition": condition_figure(groups, f"condition number of the covariance: {band}"),
-        "learning": learning_figure(groups, f"training: {band}"),
+    draw = {
+        "condition": partial(condition_figure, groups, f"condition number of the covariance: {band}"),
+        "learning": partial(learning_figure, groups, f"training: {band}"),
     }
-    svgs = {name: save_figure(figure, out / name)[1] for name, figure in drawn.items()}
+    figures = []
+    for name, figure in draw.items():
+        _, beside = save_figure(figure(), out / name)
+        forms = (beside.read_bytes(), svg(figure(stacked=True)))
+        figures.append((FIGURES[name], *(base64.b64encode(form).decode() for form in forms)))
     text = page(
         title=f"{', '.join(models)} on {', '.join(Path(name).name for name in data)}",
         about=f"{len(results)} run{'s' if len(results) > 1 else ''}, seeds {', '.join(seeds)}; "
         f"wellcond {wellcond.__version__}",
         notes=notes,
         comparison=comparison_table(summarise(results, label)),
-        figures=[(FIGURES[name], base64.b64encode(svg.read_bytes()).decode()) for name, svg in svgs.items()],
+        figures=figures,
         runs=runs_table(results, label),
         configuration=configuration_table(configs),
-        commands=[command(config) for config in configs],
+        commands=[line for result in results for line in commands(result)],
         machines=dict.fromkeys("; ".join(f"{k} {v}" for k, v in result.environment.items()) for result in results),
     )
     write_atomically(out / PAGE, text.encode())
     return out / PAGE
+
+
+def commands(result: RunResult) -> list[str]:
+    """The command lines that train a run again; several where it was made longer."""
+    first, *more = [*earlier_epochs(Path(result.folder)), result.config.epochs]
+    if not more:
+        return [command(result.config)]
+    out = shlex.join(["--out", result.folder])
+    again = [f"wellcond train {out} --resume --epochs {epochs}" for epochs in more]
+    return [f"{command(replace(result.config, epochs=first))} {out}", *again]
 
 
 def command(config: RunConfig) -> str:

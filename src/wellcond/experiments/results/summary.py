@@ -53,6 +53,19 @@ def summarise(results: Iterable[RunResult], label: Label = SHORT) -> list[Any]:
     return list(table.reset_index().itertuples(index=False, name="Row"))
 
 
+def as_columns(row: Any, config: RunConfig) -> dict[str, Any]:
+    """A row of the table for a file, which says of what it is, with the units in the names.
+
+    The last three columns are fractions, from before there were those in percent.
+    """
+    values = row._asdict()
+    fractions = {name: values.pop(name) for name in ("test_error_mean", "test_error_std", "test_error_min")}
+    percents = {name.replace("error", "error_percent"): 100 * value for name, value in fractions.items()}
+    first = {name: getattr(config, name) for name in ("data", "model", "epochs")}
+    first |= {name: values.pop(name) for name in ("label", "layer", "seeds")}
+    return first | percents | values | fractions
+
+
 def by_label(results: Iterable[RunResult], label: Label = SHORT) -> dict[str, list[RunResult]]:
     """The runs of each configuration."""
     groups: dict[str, list[RunResult]] = {}

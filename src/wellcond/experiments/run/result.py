@@ -79,6 +79,13 @@ def load_result(folder: Path) -> RunResult | None:
         raise RunError(f"'{path}' is not the result of a run ({error}); delete it and use --resume") from error
 
 
+def earlier_epochs(folder: Path) -> list[int]:
+    """The numbers of epochs that a run had finished with before it was made longer."""
+    marks = EARLIER_RESULT.split("{}")
+    names = [path.name for path in folder.glob(EARLIER_RESULT.format("*"))]
+    return sorted(int(name.removeprefix(marks[0]).removesuffix(marks[1])) for name in names)
+
+
 def _floats(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Undo `write_json` in the float fields of a dataclass: the strings `inf` and `nan` are numbers again."""
     numbers = {field.name for field in fields(kind) if field.type == "float"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,22 @@ from typing import Any
 from wellcond.experiments.files import read_csv, write_atomically
 from wellcond.experiments.run.result import CONDITION, METRICS, RunResult
 
+INK = "#1b1f24"
 # Okabe & Ito (2008), distinguishable with any colour vision; the line styles say the same without colour.
-COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A800")
+COLOURS = (INK, "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A800")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+
+DARK = """<style>
+:root { color-scheme: light dark; }
+@media (prefers-color-scheme: dark) {
+text { fill: #e6edf3 !important; }
+[style*="stroke: #000000"], [style*="stroke: #1b1f24"] { stroke: #e6edf3 !important; }
+[style*="fill: #1b1f24"] { fill: #e6edf3 !important; }
+[style*="fill: #ffffff"] { fill: #0d1117 !important; }
+}
+</style>
+"""
+"""What an SVG says of the dark: what is black in it (text, axes, the first curve) is light, and the paper dark."""
 
 Curve = tuple[list[int], list[float], list[float], list[float]]
 
@@ -47,12 +61,12 @@ def _over_seeds(tables: Sequence[Any], x: str, y: str) -> Curve:
     return found.index.tolist(), middle.tolist(), low.tolist(), high.tolist()
 
 
-def condition_figure(runs: Mapping[str, Sequence[RunResult]], title: str) -> Any:
+def condition_figure(runs: Mapping[str, Sequence[RunResult]], title: str, stacked: bool = False) -> Any:
     """κ(P) and κ(P + εI) of the first observed layer over the steps, side by side, as a matplotlib figure.
 
-    `runs` has for each label its runs, one for each seed.
+    `runs` has for each label its runs, one for each seed. A `stacked` figure has one panel over the other, for phones.
     """
-    figure, axes = _side_by_side(title, "training step", sharey=True)
+    figure, axes = _two_panels(title, "training step", stacked, sharey=True)
     headings = {"kappa": "without ε:  κ(P)", "kappa_eps": "with ε:  κ(P + εI), what the solver sees"}
     for axis, (column, heading) in zip(axes, headings.items(), strict=True):
         curves = {}
@@ -62,13 +76,14 @@ def condition_figure(runs: Mapping[str, Sequence[RunResult]], title: str) -> Any
             curves[label if not gaps else f"{label} (κ(P) infinite at {gaps} of {len(found[1])})"] = found
         _draw(axis, curves, heading)
         axis.set_yscale("log")
-    axes[0].set_ylabel("condition number of the covariance")
+    for axis in axes if stacked else axes[:1]:
+        axis.set_ylabel("condition number" if stacked else "condition number of the covariance")
     return figure
 
 
-def learning_figure(runs: Mapping[str, Sequence[RunResult]], title: str) -> Any:
+def learning_figure(runs: Mapping[str, Sequence[RunResult]], title: str, stacked: bool = False) -> Any:
     """Training loss and validation error (percent) over the epochs, side by side, as a matplotlib figure."""
-    figure, axes = _side_by_side(title, "epoch")
+    figure, axes = _two_panels(title, "epoch", stacked)
     tables = {
         label: [t.assign(epoch=t.epoch + 1, val_error=100 * t.val_error) for t in _tables(results, METRICS)]
         for label, results in runs.items()
@@ -80,13 +95,13 @@ def learning_figure(runs: Mapping[str, Sequence[RunResult]], title: str) -> Any:
     return figure
 
 
-def _side_by_side(title: str, x: str, **options: Any) -> tuple[Any, Any]:
-    """An empty figure of two panels."""
+def _two_panels(title: str, x: str, stacked: bool, **options: Any) -> tuple[Any, Any]:
+    """An empty figure of two panels, side by side or one over the other."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no window, and quicker to import
 
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    axes = figure.subplots(1, 2, **options)
+    figure = Figure(figsize=(4.8, 8.4) if stacked else (10.5, 4.4), layout="constrained")
+    figure.suptitle(textwrap.fill(title, 50) if stacked else title, fontsize=11)
+    axes = figure.subplots(*((2, 1) if stacked else (1, 2)), **options)
     for axis in axes:
         axis.set_xlabel(x)
         axis.grid(True, which="major", alpha=0.3)
@@ -95,27 +110,37 @@ def _side_by_side(title: str, x: str, **options: Any) -> tuple[Any, Any]:
 
 
 def _draw(axis: Any, curves: Mapping[str, Curve], heading: str) -> None:
-    """The curves, with a band where they differ between seeds; the left panel has the legend of both."""
+    """The curves, with a band where they differ between seeds; the first panel has the legend of both."""
     axis.set_title(heading, fontsize=10)
     looks = zip(itertools.cycle(COLOURS), itertools.cycle(STYLES), strict=False)
     for (label, (x, middle, low, high)), (colour, style) in zip(curves.items(), looks, strict=False):
-        axis.plot(x, middle, color=colour, linestyle=style, linewidth=1.7, label=label)
+        alone = "o" if len(x) == 1 else None  # of one point there is no line
+        axis.plot(x, middle, color=colour, linestyle=style, linewidth=1.7, marker=alone, label=label)
         if low != high:
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if not axis.figure.legends:
         handles, names = axis.get_legend_handles_labels()
-        axis.figure.legend(handles, names, loc="outside right center", frameon=False, handlelength=3.2)
+        beside = axis.get_subplotspec().get_gridspec().ncols > 1
+        where, width = ("outside right center", 34) if beside else ("outside lower center", 44)
+        names = [textwrap.fill(name, width) for name in names]
+        axis.figure.legend(handles, names, loc=where, frameon=False, handlelength=3.2)
+
+
+def svg(figure: Any) -> bytes:
+    """The figure as SVG, in which text stays text, and which is readable in the dark."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "wellcond"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue().replace(b"</svg>", DARK.encode() + b"</svg>")
 
 
 def save_figure(figure: Any, stem: Path) -> list[Path]:
-    """Write `stem.png` and `stem.svg`, atomically; the text of the SVG stays text."""
-    import matplotlib
-
-    paths = []
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "wellcond"}):
-        for suffix, options in ((".png", {"dpi": 150}), (".svg", {"metadata": {"Date": None}})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix[1:], **options)
-            paths.append(stem.with_suffix(suffix))
-            write_atomically(paths[-1], buffer.getvalue())
+    """Write `stem.png` and `stem.svg`, atomically."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for path, content in zip(paths, (png.getvalue(), svg(figure)), strict=True):
+        write_atomically(path, content)
     return paths
