@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import NonFiniteMatrixError, NotSymmetricError
 from .events import place
-from .torch_internals import under_functorch
+from .torch_internals import has_values, is_exporting, under_functorch
 
 _value_checks: ContextVar[bool | None] = ContextVar("value_checks", default=None)
 
@@ -43,7 +43,9 @@ def value_checks(enabled: bool) -> Iterator[None]:
 def checks_values(x: Tensor) -> bool:
     """Whether the entries of ``x`` are to be read and checked."""
     enabled = _value_checks.get()
-    return x.device.type == "cpu" if enabled is None else enabled
+    if enabled is None:
+        return x.device.type == "cpu" and not is_exporting() and has_values(x)
+    return enabled
 
 
 def readable(x: Tensor) -> bool:
