@@ -177,8 +177,10 @@ def test_no_matrix_of_the_size_of_the_map_is_formed(options):
     [{}, {"function": "power"}, {"normalisation": "trace"}, {"normalisation": "frobenius", "isometric": True}],
     ids=str,
 )
-def test_a_constant_map_pools_to_zero_with_a_finite_gradient(options):
-    x = torch.ones(2, 4, 3, 3, requires_grad=True)
+@pytest.mark.parametrize("value", [1.0, 0.1, 7.7])
+def test_a_constant_map_pools_to_zero_with_a_finite_gradient(options, value):
+    """The mean of 49 times 0.1 is not 0.1; what is left is no map that could be normalised."""
+    x = torch.full((2, 4, 7, 7), value, requires_grad=True)
     y = GlobalCovariancePool2d(4, **options)(x)
     y.sum().backward()
     assert y.abs().max() == 0

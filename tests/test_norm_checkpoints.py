@@ -41,13 +41,13 @@ def test_the_keys_are_those_of_batch_norm_but_for_the_covariance():
     assert set(DecorrelatedBatchNorm2d(C, affine=False, track_running_stats=False).state_dict()) == set()
 
 
-def test_a_checkpoint_without_a_batch_count_starts_at_zero():
+def test_a_checkpoint_without_a_batch_count_leaves_that_of_the_layer():
     state = trained(DecorrelatedBatchNorm2d(C, dtype=torch.float64)).state_dict()
     del state["num_batches_tracked"]
     state._metadata[""]["version"] = 1
     layer = trained(DecorrelatedBatchNorm2d(C, dtype=torch.float64))
     layer.load_state_dict(state, strict=True)
-    assert layer.num_batches_tracked == 0
+    assert layer.num_batches_tracked == 3
 
 
 def test_in_a_checkpoint_of_this_version_a_missing_count_is_an_error():
@@ -118,3 +118,12 @@ def test_statistics_that_were_saved_in_half_precision_load_with_a_warning(dtype)
     with pytest.warns(UserWarning, match=f"running_cov was saved in {dtype}"):
         fresh.load_state_dict(state)
     assert fresh.eval()(batch().float()).isfinite().all()
+
+
+def test_statistics_in_half_precision_are_not_assigned_as_such():
+    state = {key: value.half() for key, value in trained(DecorrelatedBatchNorm2d(C)).state_dict().items()}
+    layer = DecorrelatedBatchNorm2d(C)
+    with pytest.warns(UserWarning, match="running_cov was saved in torch.float16"):
+        layer.load_state_dict(state, assign=True)
+    assert layer.running_mean.dtype == layer.running_cov.dtype == torch.float32
+    assert layer.weight.dtype == torch.float16

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from helpers import NORMS, relative_error
-from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, IterNorm2d
+from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, GlobalCovariancePool2d, IterNorm2d
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -87,6 +87,34 @@ def test_exported_programs_of_every_rank_equal_evaluation_and_decompose_nothing(
     more = torch.randn(9, *shape[1:])
     for batch in (x, more):
         assert relative_error(program.module()(batch), layer(batch).detach()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"running": "whitening"}, {"momentum": None}, {"method": "cholesky"}, {"method": "pca"}, {"relative": True}],
+    ids=str,
+)
+def test_an_exported_training_step_is_that_of_eager_and_leaves_its_input_alone(options):
+    """What PyTorch counts to find a buffer includes those that are None: the first of ours are not."""
+    layer = DecorrelatedBatchNorm2d(3, **options)
+    eager, x = copy.deepcopy(layer), torch.randn(8, 3, 4, 4)
+    given = x.clone()
+    program = torch.export.export(layer, (x,)).module()
+    for _ in range(2):
+        assert relative_error(program(x), eager(x)) < 1e-4
+    assert torch.equal(x, given)
+    for name, value in eager.state_dict().items():
+        assert relative_error(program.state_dict()[name], value) < 1e-5, name
+
+
+@pytest.mark.parametrize("size", [2, 6])
+@pytest.mark.parametrize("options", [{}, {"function": "log", "eps": 1e-3}, {"solver": "newton_schulz"}], ids=str)
+def test_exported_heads_take_any_batch_of_maps_smaller_or_larger_than_the_channels(size, options):
+    head = GlobalCovariancePool2d(8, **options).eval()
+    dynamic = ({0: torch.export.Dim("batch", min=2)},)
+    program = torch.export.export(head, (torch.randn(3, 8, size, size),), dynamic_shapes=dynamic).module()
+    x = torch.randn(5, 8, size, size)
+    assert relative_error(program(x), head(x)) < 1e-5
 
 
 @pytest.mark.parametrize("dynamo", [True, False])

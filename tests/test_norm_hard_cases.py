@@ -144,6 +144,94 @@ def test_groups_have_their_own_minimum_ridge_and_the_monitor_sees_the_mean(relat
     assert layer.observed_features(x).eps == pytest.approx(float(sum(ridges)) / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("value", [0.1, 7.7, -1e-3])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("options", [{}, {"relative": True, "eps": 1e-2}, {"relative": True, "eps": 1e-2, "groups": 2}])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_constant_features_become_the_bias_with_a_bounded_gradient(value, method, options, memory_format):
+    """As of a convolution with a zero weight and a bias. The mean is off by its rounding, which is no variance."""
+    layer = DecorrelatedBatchNorm2d(8, method=method, **options)
+    nn.init.normal_(layer.bias)
+    x = torch.full((16, 8, 14, 14), value).to(memory_format=memory_format).requires_grad_()
+    g = torch.randn_like(x)
+    y = layer(x)
+    y.backward(g)
+    largest = layer.eps**-0.5  # of the entries of W, of a covariance of zero
+    bias = layer.bias.detach().view(-1, 1, 1).expand_as(y)
+    bound = largest * abs(value) * eps_of(torch.float32)
+    assert (y - bias).abs().max() <= bound
+    # dx = W (g − mean g) + D (x − mean), and the difference is zero.
+    assert x.grad.abs().max() <= 2 * largest * g.abs().max()
+    # The same in ordinary operations.
+    plain = DecorrelatedBatchNorm2d(8, method=method, track_running_stats=False, affine=False, **options)
+    assert torch.func.vmap(plain)(x.detach().unsqueeze(0)).abs().max() <= bound
+
+
+def test_a_constant_channel_is_no_unit_for_the_others():
+    """One channel at 7.7 beside three of a deviation of 1e-5: the rounding of 7.7 is as large as they are."""
+    x = 1e-5 * images_with([1.0, 0.5, 0.2, 0.1], (8, 4, 6, 6), torch.float32)
+    x[:, 1] = 7.7
+    layer = DecorrelatedBatchNorm2d(4, eps=1e-3, relative=True)
+    wide = channels_first(x).double()
+    centred = wide - wide.mean(1, keepdim=True)
+    centred[1] = 0.0
+    P = centred @ centred.mT / centred.shape[1]
+    truth = inverse_root_by_iteration(P + 1e-3 * P.trace() / 4 * torch.eye(4)) @ centred
+    # The root and the products, of κ = 1e3 with ε.
+    assert (channels_first(layer(x)) - truth).abs().max() < 1e3 * eps_of(torch.float32)
+
+
+@pytest.mark.parametrize("value", [0.1, 7.7])
+def test_evaluation_of_constant_features_is_the_bias_when_their_variance_has_died_away(value):
+    layer, x = DecorrelatedBatchNorm2d(4, eps=1e-2, relative=True), torch.full((4, 4, 5, 5), value)
+    for _ in range(400):
+        layer(x)
+    # The running mean stops where a tenth of the gap is half a rounding; W is at most 1/√ε.
+    assert layer.eval()(x).abs().max() <= 10 * 10 * value * eps_of(torch.float32)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("exponent", [62, -62, -100, -120])
+def test_a_relative_eps_takes_features_whose_squares_leave_single_precision(method, exponent):
+    """A power of two rounds nothing, so that all but the unit is as without it; the second group stays as it is."""
+    scale = torch.ones(6)
+    scale[:3] = 2.0**exponent
+    scale = scale.view(-1, 1, 1)
+    g, x = torch.randn(8, 6, 5, 5), 2 + images_with([1.0, 0.5, 0.3, 0.2, 0.2, 0.1], (8, 6, 5, 5), torch.float32)
+    results = []
+    for factor in (1.0, scale):
+        layer = DecorrelatedBatchNorm2d(6, groups=2, relative=True, eps=1e-3, method=method, momentum=1.0)
+        z = (x * factor).requires_grad_()
+        y = layer(z)
+        y.backward(g)
+        results.append((layer, y.detach(), z.grad * factor, layer.weight.grad))
+    (plain, *want), (scaled, *got) = results
+    for one, other in zip(got, want, strict=True):
+        # Rounding, through an inverse root and its derivative of κ = 10.
+        assert relative_error(one, other) < 1e-4
+    assert relative_error(scaled.running_mean / scale.flatten(), plain.running_mean) < 1e-6
+    if exponent == 62:
+        # The running covariance has the squares itself, in a dtype that must hold them.
+        ours, theirs = (layer.eval()(x * factor) for layer, factor in ((scaled, scale), (plain, 1.0)))
+        assert relative_error(ours, theirs) < 1e-4
+        features, eps = scaled.observed_features(x * scale)
+        assert features.isfinite().all() and 0 < eps < float("inf")
+
+
+@pytest.mark.parametrize("options", [{}, {"relative": True}])
+def test_features_whose_covariance_cannot_be_kept_are_refused_with_the_way_out(options):
+    x = 1e20 * torch.randn(8, 3, 5, 5)
+    layer = DecorrelatedBatchNorm2d(3, **options)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(NonFiniteMatrixError, match=r"exceeds torch\.float32 in layer .* take float64; relative=True"):
+        layer(x)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert layer.double()(x.double()).std().item() == pytest.approx(1.0, rel=1e-2)
+    if options:
+        loose = DecorrelatedBatchNorm2d(3, relative=True, track_running_stats=False)
+        assert relative_error(loose(x), loose(x / 2.0**66)) < 1e-4
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_statistics_and_gradients_of_half_precision_input_are_those_of_float32(dtype):
     """κ = 100; enough samples for several pieces. Only the result is rounded to half precision."""

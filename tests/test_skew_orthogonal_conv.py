@@ -161,6 +161,9 @@ def test_evaluation_follows_a_weight_that_changes_under_it(mode):
         lambda: conv.load_state_dict(other.state_dict()),
         lambda: torch.optim.SGD(conv.parameters(), lr=0.1).step(),
         lambda: setattr(conv, "weight", nn.Parameter(torch.randn_like(conv.weight))),
+        lambda: conv.weight.data.mul_(0.5),
+        lambda: conv.weight.detach().numpy().__imul__(3.0),
+        lambda: setattr(conv, "max_norm", 0.5),
     ):
         with mode():
             conv(x)

@@ -88,6 +88,26 @@ def test_a_batch_is_a_loop_and_one_style_serves_all():
     assert styled.shape == (3, 4, 50)
 
 
+@pytest.mark.parametrize("value", [0.1, 7.7])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"eps": 0.0}, {"eps": 1e-2, "relative": True}, {"eps": 1e-2, "relative": True, "method": "cholesky"}]
+)
+def test_constant_content_takes_the_mean_of_the_style_and_a_constant_style_is_taken_over(value, masked, options):
+    """The mean of 49 times 7.7 is not 7.7: what is left is no content to be whitened, in whatever precision."""
+    style, mask = torch.randn(1, 6, 7, 7), torch.rand(1, 7, 7) > 0.5 if masked else None
+    chosen = mask if mask is not None else torch.ones(1, 7, 7, dtype=torch.bool)
+    for content in (torch.full((1, 6, 7, 7), value), torch.full((1, 6, 7, 7), value, dtype=torch.float64)):
+        y = whitening_coloring(content, style.to(content), content_mask=mask, **options)
+        wanted = style.mean((2, 3)).to(content).expand(chosen.sum(), 6)
+        torch.testing.assert_close(y.movedim(1, -1)[chosen], wanted, rtol=0, atol=4 * eps_of(torch.float32))
+    y = whitening_coloring(style, torch.full((1, 6, 5, 5), value), content_mask=mask, **options)
+    # Cholesky gives the constant the ridge for a covariance.
+    atol = 4 * value * eps_of(torch.float32)
+    if "method" not in options:
+        torch.testing.assert_close(y.movedim(1, -1)[chosen], torch.full((chosen.sum(), 6), value), rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_alpha_blends_between_content_and_transform(alpha):
     content, style = features(4, 20), features(4, 30)

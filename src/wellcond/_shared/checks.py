@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import NonFiniteMatrixError, NotSymmetricError
 from .events import place
-from .torch_internals import in_onnx_export, is_exporting, under_functorch
+from .torch_internals import has_values, in_onnx_export, is_exporting, under_functorch
 
 _value_checks: ContextVar[bool | None] = ContextVar("value_checks", default=None)
 
@@ -45,7 +45,9 @@ def checks_values(x: Tensor) -> bool:
     if is_exporting():
         return False
     enabled = _value_checks.get()
-    return x.device.type == "cpu" if enabled is None else enabled
+    if enabled is None:
+        return x.device.type == "cpu" and has_values(x)
+    return enabled
 
 
 def readable(x: Tensor) -> bool:

@@ -28,7 +28,5 @@ def widened(x: Tensor) -> Tensor:
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast does not touch the matrix products of spectral work on ``x``."""
     kind = x.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(
-        kind
-    )  # which refuses the kind of a model that is still to be loaded
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
+    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # there is none of "meta"
+    return torch.autocast(kind, enabled=False) if active else nullcontext()

@@ -30,6 +30,16 @@ def _says_onnx() -> bool:
 _says_onnx._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
+def is_shape_only(x: Tensor) -> bool:
+    """Whether ``x`` is on ``meta``, or a fake of the exporter."""
+    return x.is_meta or isinstance(x, torch._subclasses.FakeTensor)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether ``x`` can be read now; while a CUDA graph is captured nothing can."""
+    return not (is_shape_only(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
 def under_functorch() -> bool:
     """Whether a transform of ``torch.func`` is running: tensors then hide their values."""
     return torch._C._are_functorch_transforms_active()

@@ -6,6 +6,7 @@ the features themselves are not: they are widened and centred a piece at a time,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from wellcond._shared.checks import require_matrix
 from wellcond._shared.precision import full_precision, wide_dtype, widened, working_dtype
-from wellcond._shared.torch_internals import is_exporting
+from wellcond._shared.torch_internals import is_compiling, is_exporting
 
 
 def covariance(X: Tensor, *, correction: int = 0) -> Tensor:
@@ -105,10 +106,11 @@ def _centred_pieces(X: Tensor, *, whole: bool = False) -> Iterator[tuple[slice, 
     d, n = X.shape[-2:]
     piece = _PIECE["cpu" if X.device.type == "cpu" else "accelerator"]
     matrices, columns = max(1, piece // max(1, d * n)), n if whole else max(1, piece // max(1, d))
-    flat = X.reshape(X.shape[:-2].numel(), d, n)
-    for i in range(0, len(flat), matrices):
-        batch = slice(i, i + matrices)
-        if n <= columns:
+    flat = X.reshape(math.prod(X.shape[:-2]), d, n)
+    # A graph that counts pieces serves one batch size only.
+    starts = [slice(None)] if is_compiling() else [slice(i, i + matrices) for i in range(0, len(flat), matrices)]
+    for batch in starts:
+        if is_compiling() or n <= columns:
             wide = flat[batch].to(wide_dtype(X))
             mean = wide.mean(-1, keepdim=True)
             # In place only in a copy: double features are given as they are.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from wellcond._shared.meaning import refuse_treated
@@ -32,8 +32,18 @@ class Observation(NamedTuple):
     eps: float
 
 
+def symbolic_call(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """A node that calls ``module`` where ``torch.fx`` traces symbolically, as for torch's own layers; else None."""
+    tracer = x.tracer if isinstance(x, fx.Proxy) else None
+    if not isinstance(tracer, fx.Tracer) or not (path := tracer.path_of_module(module)):
+        return None
+    return tracer.create_proxy("call_module", path, (x, *args), kwargs)
+
+
 def require_input(x: Tensor, dims: tuple[int, ...], channels: int) -> None:
     """Refuse what is not (N, C, *spatial) of so many dimensions and channels, in the words of ``torch.nn``."""
+    if isinstance(x, fx.Proxy):  # has no shape yet
+        return
     if x.dim() not in dims:
         raise ValueError(f"expected {' or '.join(f'{dim}D' for dim in dims)} input (got {x.dim()}D input)")
     if x.shape[1] != channels:
@@ -114,7 +124,7 @@ class SpectralModule(nn.Module):
         return nullcontext() if whole else recording(self.solver_events, self.describe)
 
 
-def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put the values in the places of the keys, under each of the names that one module may have."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:

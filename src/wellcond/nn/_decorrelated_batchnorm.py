@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,18 +11,22 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from wellcond._shared.checks import checks_values, require_finite
+from wellcond._shared.errors import NonFiniteMatrixError
 from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import HALF, full_precision, working_dtype
-from wellcond._shared.torch_internals import is_compiling, is_exporting, under_functorch
+from wellcond._shared.torch_internals import has_values, is_compiling, is_exporting, under_functorch
 from wellcond.linalg import NewtonSchulz, Solver, WhiteningMethod, recording, value_checks, whitening_matrix
 
-from ._base import Observation, SpectralModule, require_input
-from ._fused_passes import affine_map, moments
+from ._base import Observation, SpectralModule, require_input, symbolic_call
+from ._derived import Derived
+from ._fused_passes import PassContext, affine_map, moments
 from ._migration import upgrade
-from ._minimum_ridge import mean_ridge, with_ridge
+from ._minimum_ridge import mean_ridge, with_ridge, without_constants
+from ._range import by_channel, leaves_range, require_squares, unit_of_covariances, unit_of_features
 from ._sync import joined_moments, processes
 
 if TYPE_CHECKING:
@@ -30,9 +35,14 @@ if TYPE_CHECKING:
 Running = Literal["covariance", "whitening"]
 SHOWN = "groups", "eps", "momentum", "affine", "track_running_stats", "solver", "running", "sync", "method", "relative"
 
+STATISTICS = "running_mean", "running_cov", "running_whitening", "evaluation_whitening", "num_batches_tracked"
 
-class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
-    """The layer; a subclass says for which dimensions. See :class:`DecorrelatedBatchNorm2d`."""
+
+class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
+    """The layer; a subclass says for which dimensions. See :class:`DecorrelatedBatchNorm2d`.
+
+    Of torch's base class it has the name, by which tools know what has running statistics, and the way to load a count.
+    """
 
     _version = 2
     _dims: tuple[int, ...] = ()
@@ -61,7 +71,7 @@ class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        SpectralModule.__init__(self)
         _require_groups(type(self).__name__, num_features, groups)
         require_known(running, get_args(Running), "running statistics")
         if not 0 < eps < float("inf"):
@@ -84,7 +94,7 @@ class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
         self.reset_parameters()
 
     @classmethod
-    def from_batchnorm(cls, batchnorm: nn.modules.batchnorm._BatchNorm, **options: Any) -> Self:
+    def from_batchnorm(cls, batchnorm: BatchNorm, **options: Any) -> Self:
         """The layer that takes over from a batch norm: its affine parameters, its running variance on the diagonal.
 
         Args:
@@ -103,6 +113,15 @@ class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
         layer.load_state_dict(state)
         return layer.train(batchnorm.training)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "running_var":  # asked for by who would put a plain SyncBatchNorm in this place, or reset half
+            raise AttributeError(
+                f"{type(self).__name__} has a running covariance, running_cov, and no running_var; to synchronise a "
+                "model take wellcond.nn.convert_sync(model, batchnorm=True), and wellcond.nn.update_statistics for the "
+                "statistics of averaged weights"
+            )
+        return super().__getattr__(name)
+
     def reset_parameters(self) -> None:
         """Reset the running statistics, and the affine parameters to 1 and 0."""
         self.reset_running_stats()
@@ -110,7 +129,9 @@ class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if (node := symbolic_call(self, x)) is not None:
+            return node
         self._check_input(x)
         with full_precision(x):
             if self.training or self.running_mean is None:
@@ -119,25 +140,43 @@ class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
             return affine_map(x, *self._affine(self._running_whitening(), mean, working_dtype(x.dtype)))
 
     def _by_batch_statistics(self, x: Tensor) -> Tensor:
-        count = x.shape[0] * x.shape[2:].numel()
+        count = x.shape[0] * math.prod(x.shape[2:])
         together = self.sync and self.training and processes(self.process_group) > 1
         if not together:
             self._check_count(count, x)
-        mean, cov, context = moments(x, self.groups)
+        x, unit, mean, cov, context = self._moments(x, alone=not together)
         if together:
             mean, cov, count = joined_moments(mean, cov, count, self.process_group)
+            cov = without_constants(cov, mean)
             if checks_values(count):
                 self._check_count(int(count), x)
         whitening = self._whitening(cov)
         if self.training and self.track_running_stats:
-            self._track(mean.detach(), cov.detach(), whitening.detach(), count)
+            self._track(mean.detach(), cov.detach(), whitening.detach(), count, unit)
         return affine_map(x, *self._affine(whitening, context.from_origin(mean), cov.dtype), context)
+
+    def _moments(self, x: Tensor, *, alone: bool = True) -> tuple[Tensor, Tensor | None, Tensor, Tensor, PassContext]:
+        """c x with factors c by group, c itself (G, 1, 1), None where it is 1, and the moments of c x."""
+        mean, cov, context = moments(x, self.groups)
+        unit = None
+        if alone and leaves_range(cov):  # a process that refuses its share would let the others wait for it
+            if self.relative:
+                unit = unit_of_features(x, mean)
+                x = by_channel(x, unit)
+                mean, cov, context = moments(x, self.groups)
+            require_squares(x, cov, self.describe)
+        return x, unit, mean, without_constants(cov, mean), context
 
     def _whitening(self, cov: Tensor) -> Tensor:
         """The whitening matrices of covariances (G, d, d); errors name the layer."""
+        unit = None
+        if self.relative and leaves_range(cov):
+            unit = unit_of_covariances(cov)
+            cov = unit * cov * unit
         cov, eps = with_ridge(cov, self.eps, relative=self.relative)
         with self._recording(self.solver):
-            return whitening_matrix(cov, eps=eps, method=self.method, relative=self.relative, solver=self.solver)
+            W = whitening_matrix(cov, eps=eps, method=self.method, relative=self.relative, solver=self.solver)
+        return W if unit is None else W * unit
 
     def _affine(self, whitening: Tensor, mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W (G, d, d) and b (G, d, 1) with y = W x + b."""
@@ -151,26 +190,26 @@ class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
         """(G, d, M) of (N, C, *spatial), in the working dtype; ε is what the ridge of this batch amounts to."""
         self._check_input(x)
         channels = x.detach().to(working_dtype(x.dtype)).transpose(0, 1).flatten(1)
-        _, cov, _ = moments(x.detach(), self.groups)
-        return Observation(channels.unflatten(0, (self.groups, -1)), mean_ridge(cov, self.eps, relative=self.relative))
+        _, unit, _, cov, _ = self._moments(x.detach())
+        eps = mean_ridge(cov, self.eps, relative=self.relative, unit=unit)
+        return Observation(channels.unflatten(0, (self.groups, -1)), eps)
 
     def _register_statistics(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         d = self.num_features // self.groups
         kind = {"device": device, "dtype": working_dtype(dtype or torch.get_default_dtype())}
-        covariance, tracked = self.running == "covariance", self.track_running_stats
-        buffers = {
-            "running_mean": torch.empty(self.num_features, **kind) if tracked else None,
-            "running_cov": torch.empty(self.groups, d, d, **kind) if tracked and covariance else None,
-            "running_whitening": torch.empty(self.groups, d, d, **kind) if tracked and not covariance else None,
-            "evaluation_whitening": torch.empty(self.groups, d, d, **kind) if tracked and covariance else None,
-            "num_batches_tracked": torch.tensor(0, dtype=torch.long, device=device) if tracked else None,
-        }
-        # torch.export counts buffers that are None when it looks for one that the graph writes, and takes the next
-        # input for it: they come last.
-        for name in sorted(buffers, key=lambda name: buffers[name] is None):
-            # The one that is derived is not saved, but a buffer: compiled and exported graphs read it as one.
-            self.register_buffer(name, buffers[name], persistent=name != "evaluation_whitening")
-        self._derived_from: tuple[Tensor, int] | None = None
+        shapes: dict[str, tuple[int, ...]] = {"running_mean": (self.num_features,)}
+        # The last one is derived, hence not saved, but a buffer: compiled and exported graphs read it as one.
+        matrices = ("running_cov", "evaluation_whitening") if self.running == "covariance" else ("running_whitening",)
+        shapes |= {name: (self.groups, d, d) for name in matrices}
+        if self.track_running_stats:
+            for name, shape in shapes.items():
+                self.register_buffer(name, torch.empty(shape, **kind), persistent=name != "evaluation_whitening")
+            self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+        for name in STATISTICS:
+            if name not in self._buffers:
+                # After the others: torch.export counts those that are None, and would take its input for a buffer.
+                self.register_buffer(name, None, persistent=name != "evaluation_whitening")
+        self._derived = Derived()
 
     @torch.no_grad()
     def reset_running_stats(self) -> None:
@@ -181,13 +220,18 @@ class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
         for matrix in (self.running_cov, self.running_whitening):
             if matrix is not None:
                 matrix.copy_(torch.eye(matrix.shape[-1], device=matrix.device).expand_as(matrix))
-        self._derive()
+        self._derive_anew()
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, cov: Tensor, whitening: Tensor, count: int | Tensor) -> None:
-        """Move the running statistics towards those of a batch of ``count`` samples."""
+    def _track(
+        self, mean: Tensor, cov: Tensor, whitening: Tensor, count: int | Tensor, unit: Tensor | None = None
+    ) -> None:
+        """Move the running statistics towards those of a batch of ``count`` samples, measured in this unit."""
+        if unit is not None:
+            mean, cov, whitening = mean / unit, cov / unit / unit, whitening * unit
+            require_squares(mean, cov, self.describe)
         assert self.running_mean is not None and self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
+        self.num_batches_tracked.add_(1)  # += would assign a buffer, which torch.export treats apart
         count_so_far = self.num_batches_tracked.to(self.running_mean.dtype)  # 1/int64 would be float32
         factor = count_so_far.reciprocal() if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.flatten().to(self.running_mean.dtype), factor)
@@ -206,10 +250,6 @@ class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
                 self._buffers[name] = old.to(new.device)
         return self
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # In a copy the versions of tensors count from zero again.
-        super().__setstate__({**state, "_derived_from": None})
-
     def meaning(self) -> dict[str, Any]:
         """Methods differ by a rotation of the output, which the layers behind have learned; solvers by their error.
 
@@ -221,18 +261,23 @@ class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
         return {"method": self.method}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: Any, local_metadata: Any, *lists: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        error = upgrade(self, state_dict, prefix, local_metadata.get("version"))
+        error = upgrade(self, state_dict, prefix)
         if error:
             lists[-1].append(f"{self.describe()}: {error}")
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *lists)
+        whitening, cov = self.evaluation_whitening, self.running_cov
+        if cov is not None and whitening is not None and whitening.is_meta and not cov.is_meta:
+            self.evaluation_whitening = torch.zeros_like(
+                cov
+            )  # loaded with assign=True, which gives what is saved alone
         if not self.training:
-            self._derive()
+            self._derive_anew()
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
         if not mode:
-            self._derive()
+            self._derive_anew()
         return self
 
     def evaluation_map(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -251,29 +296,39 @@ class _DecorrelatedBatchNorm(SpectralModule, SelfDescribing):
         return W.flatten(0, 1).view(self.num_features, -1, *(1,) * (self._dims[-1] - 2)), b.flatten()
 
     def _running_whitening(self) -> Tensor:
-        """(G, d, d) of evaluation. In a graph (compiled, exported, traced) it is the buffer as it is then."""
+        """(G, d, d) of evaluation. In a graph (compiled, exported, traced, captured) it is the buffer as it is then."""
         if self.running_whitening is not None:
             return self.running_whitening
-        assert self.running_cov is not None and self.evaluation_whitening is not None
-        if is_compiling() or torch.jit.is_tracing():
+        mean, cov = self.running_mean, self.running_cov
+        assert mean is not None and cov is not None and self.evaluation_whitening is not None
+        if is_compiling() or torch.jit.is_tracing() or not has_values(cov):
             return self.evaluation_whitening
         if under_functorch():
-            return self._whitening(self.running_cov)
-        self._derive()
-        return self.evaluation_whitening
+            return self._whitening_of_average(mean, cov)
+        # The solver is compared by what it holds: its settings may be changed under it.
+        options = self.eps, self.relative, self.method, self.solver, str(getattr(self.solver, "__dict__", ""))
+        return self._derived.of((mean, cov), options, self._renewed_whitening)
 
-    def _derive(self) -> None:
-        """Recompute the whitening matrix of evaluation if the running covariance has changed since."""
-        cov = self.running_cov
-        if cov is None or cov.is_meta:
-            return
-        version = -1 if cov.is_inference() else cov._version
-        if self._derived_from is not None and self._derived_from[0] is cov and self._derived_from[1] == version != -1:
-            return
+    def _renewed_whitening(self, mean: Tensor, cov: Tensor) -> Tensor:
         # A new tensor each time: graphs that are still to be differentiated keep the old one.
-        with torch.inference_mode(False), torch.no_grad(), self._accepting_rounding(cov):
-            self.evaluation_whitening = self._whitening(cov)
-        self._derived_from = (cov, version)
+        whitening = self._whitening_of_average(mean, cov)
+        self.evaluation_whitening = whitening.clone()  # others may write into a buffer
+        return whitening
+
+    def _derive_anew(self) -> None:
+        """Recompute the whitening matrix of evaluation."""
+        cov = self.running_cov
+        if cov is None or self.running_mean is None or not has_values(cov):
+            return
+        self._derived.forget()
+        try:
+            self._running_whitening()
+        except NonFiniteMatrixError:  # a forward pass says so; a model that diverged may be loaded to look at it
+            self.evaluation_whitening = torch.full_like(cov, torch.nan)
+
+    def _whitening_of_average(self, mean: Tensor, cov: Tensor) -> Tensor:
+        with self._accepting_rounding(cov):
+            return self._whitening(without_constants(cov, mean.view(self.groups, -1, 1)))
 
     def _accepting_rounding(self, cov: Tensor) -> AbstractContextManager[None]:
         """A context in which negative eigenvalues of a running covariance count as 0.

@@ -12,11 +12,10 @@ from wellcond._shared.precision import HALF
 KEYS = {"covariance": "running_cov", "whitening": "running_whitening"}
 
 
-def upgrade(layer: Any, state: dict[str, Any], prefix: str, version: int | None) -> str | None:
+def upgrade(layer: Any, state: dict[str, Any], prefix: str) -> str | None:
     """Make the entries of ``state`` those that ``layer`` expects, in place; returns why if that is impossible.
 
-    A running variance becomes the diagonal of the running covariance (or of the whitening matrix). Before version 2 a
-    missing batch count is 0, as ``torch.nn.BatchNorm2d`` has it.
+    A running variance becomes the diagonal of the running covariance (or of the whitening matrix).
     """
     if layer.running_mean is None:
         return None
@@ -31,17 +30,16 @@ def upgrade(layer: Any, state: dict[str, Any], prefix: str, version: int | None)
             unit = variance.mean(-1, keepdim=True) if layer.relative else 1.0  # of ε
             state[prefix + "running_whitening"] = torch.diag_embed((variance + layer.eps * unit).rsqrt())
     mine, other = layer.running, "whitening" if layer.running == "covariance" else "covariance"
-    for name in (prefix + key for key in KEYS.values()):
-        if name in state and state[name].dtype in HALF:
-            dtype = state[name].dtype
+    for name in (prefix + key for key in ("running_mean", *KEYS.values())):
+        if name not in state or state[name].dtype not in HALF:
+            continue
+        dtype, state[name] = state[name].dtype, state[name].float()  # which load_state_dict(assign=True) would not do
+        if name != prefix + "running_mean":
             warnings.warn(
                 f"{name} was saved in {dtype}: eigenvalues below {torch.finfo(dtype).eps:.0e} of the largest are "
                 "rounding, and so is the whitening along them; save the statistics in float32",
                 stacklevel=2,
             )
-    count = prefix + "num_batches_tracked"
-    if count not in state and (version is None or version < 2):
-        state[count] = torch.tensor(0, dtype=torch.long)
     if prefix + KEYS[other] in state and prefix + KEYS[mine] not in state:
         return (
             f"the checkpoint holds the running {other} of a layer made with running={other!r}, this one has "

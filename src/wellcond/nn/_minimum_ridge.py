@@ -1,4 +1,4 @@
-"""The smallest ridge that a covariance can do with in its own precision.
+"""What of a covariance is rounding in its own precision: the smallest ridge that it can do with, and constant channels.
 
 Forming P = Σ x xᵀ/M and decomposing it each leave errors of about eps·λmax on every eigenvalue. A smaller ε is no
 ridge: along directions without variance P + εI is that rounding, and the derivative of its inverse root, of size
@@ -30,9 +30,24 @@ def with_ridge(P: Tensor, eps: float, *, relative: bool) -> tuple[Tensor, float]
     return P + torch.diag_embed(lacking.unsqueeze(-1).expand(*P.shape[:-1])), eps
 
 
-def mean_ridge(P: Tensor, eps: float, *, relative: bool) -> float:
-    """The absolute ε that :func:`with_ridge` stands for, the mean over the groups."""
+def without_constants(P: Tensor, mean: Tensor) -> Tensor:
+    """P (G, d, d) with rows and columns of zeros for the channels that are constant up to rounding.
+
+    The mean (G, d, 1) of a constant is off by eps·|mean| or so, which shows as a variance of (eps·mean)². With a
+    relative ε there may be nothing larger to outweigh it.
+    """
+    floor = (torch.finfo(P.dtype).eps * mean.detach()).square()
+    constant = P.detach().diagonal(dim1=-2, dim2=-1).unsqueeze(-1) <= floor  # NaN is not, and is refused later
+    if not is_compiling() and readable(P) and not constant.any():
+        return P
+    return torch.where(constant | constant.mT, 0.0, P)
+
+
+def mean_ridge(P: Tensor, eps: float, *, relative: bool, unit: Tensor | None = None) -> float:
+    """The absolute ε that :func:`with_ridge` stands for, the mean over the groups; ``P`` is c² P."""
     minimum = torch.finfo(P.dtype).eps
-    traces = P.diagonal(dim1=-2, dim2=-1).sum(-1).double()
+    traces = P.diagonal(dim1=-2, dim2=-1).double().sum(-1)
+    if unit is not None:
+        traces = traces / unit.flatten().double().square()
     ridges = max(eps / P.shape[-1], minimum) * traces if relative else (minimum * traces).clamp_min(eps)
     return ridges.mean().item()

@@ -10,7 +10,12 @@ from torch import nn
 from wellcond._shared.names import listed, require_known
 
 from ._base import replace_modules
-from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
+from .decorrelated_batchnorm import (
+    DecorrelatedBatchNorm1d,
+    DecorrelatedBatchNorm2d,
+    DecorrelatedBatchNorm3d,
+    is_batchnorm,
+)
 
 DECORRELATED = {
     nn.BatchNorm1d: DecorrelatedBatchNorm1d,
@@ -53,7 +58,7 @@ def replace_batchnorm(model: nn.Module, which: Which = "first", **options: Any) 
         raise ValueError(f"{type(model).__name__} is a batch norm itself; make a decorrelated one, or wrap it first")
     norms = [(name, module) for name, module in model.named_modules() if type(module) in DECORRELATED]
     if not norms:
-        others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)})
+        others = sorted({type(m).__name__ for m in model.modules() if is_batchnorm(m)})
         hint = f" ({', '.join(others)} are not replaced: they may do more)" if others else ""
         raise ValueError(f"{type(model).__name__} holds no nn.BatchNorm1d, 2d, 3d or SyncBatchNorm to replace{hint}")
     if callable(which):

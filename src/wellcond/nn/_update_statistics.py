@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
-
-NORMS = (_DecorrelatedBatchNorm, nn.modules.batchnorm._BatchNorm)
 
 
 @torch.no_grad()
@@ -51,7 +50,7 @@ def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch
     def moved(value: Any) -> Any:
         return value.to(device) if device is not None and isinstance(value, torch.Tensor) else value
 
-    norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
     modes = {module: module.training for module in model.modules()}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from wellcond.linalg import Solver
 
@@ -171,8 +171,12 @@ class TokenCovariancePool(_CovariancePool):
         return nn.Linear(self.in_channels, channels, bias=False, **kind)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, fx.Proxy):
+            self._check_tokens(x)
+        return self._pool(self.reduction(x).transpose(1, 2))
+
+    def _check_tokens(self, x: Tensor) -> None:
         if x.dim() != 3:
             raise ValueError(f"expected 3D input (got {x.dim()}D input)")
         if x.shape[2] != self.in_features:
             raise ValueError(f"expected tokens with {self.in_features} features (got {x.shape[2]} features)")
-        return self._pool(self.reduction(x).transpose(1, 2))

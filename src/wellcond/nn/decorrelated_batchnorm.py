@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from ._base import replace_modules
 from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 
 
@@ -54,19 +56,34 @@ class DecorrelatedBatchNorm2d(_DecorrelatedBatchNorm):
             a covariance in half precision has no inverse root to speak of.
 
     Shape: (N, C, H, W) to the same, in the same dtype and memory format; half precision and autocast are computed in
-    float32. Float32 input may have any mean: statistics do not lose digits to it.
+    float32. Float32 input may have any mean: statistics do not lose digits to it, and a channel whose variance is at
+    most (eps·mean)² is constant: it becomes β. With ``relative=True`` a batch may also be of any scale (where values
+    are read, on the CPU by default, and without ``sync``); to be tracked, its covariance must fit the dtype.
 
     Raises:
         TypeError: ``groups`` is no integer (a batch norm has ε in this place); input of no real floating dtype.
         ValueError: groups not dividing num_features; arguments that do not go together; wrong number of dimensions or
-            channels; fewer than two values per channel in training; NaN or infinity in the input (naming the layer;
-            checked on the CPU by default).
+            channels; fewer than two values per channel in training, none among them (which batch norm counts as a
+            step); NaN or infinity in the input, a covariance beyond the dtype (naming the layer; checked on the CPU by
+            default).
         DecompositionError: the covariance could not be decomposed by any step of the fall-back chain.
 
     Complexity: two products of C × C/groups by C × N·L forward and three backward, O(C³/groups²) for the decomposition;
-    no copy of the activations is made. Evaluation is one affine map, :meth:`evaluation_map`; in a graph
-    (``torch.compile``, ``torch.export``, ONNX) its matrix is a buffer that ``eval()``, loading, and a call outside of
-    graphs renew: after an edit of ``running_cov`` in place (an averaged copy of a model), call ``eval()`` again.
+    no copy of the activations is made. Evaluation is one affine map, :meth:`evaluation_map`, whose matrix is derived
+    again when statistics or options are not those that it was derived from. They are compared by their contents, which
+    costs C²/groups, and on an accelerator lets the host wait. A graph (``torch.compile``, ``torch.export``, ONNX, CUDA)
+    reads the matrix from a buffer, which ``eval()``, loading, and an evaluation outside of graphs renew: call
+    ``eval()`` after writing into ``running_cov``.
+
+    Tools that know batch norm by its class take this for one (``isinstance(layer, nn.modules.batchnorm._BatchNorm)``):
+    ``torch.optim.swa_utils.update_bn`` recomputes its statistics, ``torch.func.replace_all_batch_norm_modules_`` takes
+    them away, fine-tuning freezes it. ``torch.fx`` traces it as one node, like layers of torch. There is no
+    ``running_var``, the diagonal of ``running_cov``; what asks for it stops with an ``AttributeError`` that says what
+    to do: ``SyncBatchNorm.convert_sync_batchnorm`` (take :func:`convert_sync`), Lightning's
+    ``StochasticWeightAveraging`` (take ``WeightAveraging``, then :func:`update_statistics`). timm's ``distribute_bn``
+    goes by buffer names and averages ``running_mean`` alone: train with ``sync=True``, so that all processes have the
+    same statistics and there is nothing to average. ``torch.jit.script`` does not take it; ``torch.jit.trace`` does.
+
     Source: Huang et al., Decorrelated Batch Normalization, CVPR 2018.
 
     Example:
@@ -87,13 +104,15 @@ class DecorrelatedBatchNorm3d(_DecorrelatedBatchNorm):
     _dims = (5,)
 
 
-def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
+def convert_sync(module: nn.Module, process_group: Any = None, *, batchnorm: bool = False) -> nn.Module:
     """Let every decorrelated batch norm in a model compute its statistics over all processes, as
     :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does for batch norms.
 
     Args:
         module: the model, or one layer; changed in place.
         process_group: of ``torch.distributed``; None for the default one, looked up in every forward pass.
+        batchnorm: convert torch's batch norms too. (``convert_sync_batchnorm``, and what calls it, such as
+            ``Trainer(sync_batchnorm=True)`` of Lightning, stops at a decorrelated one.)
 
     Returns:
         The module.
@@ -106,4 +125,14 @@ def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
     for layer in module.modules():
         if isinstance(layer, _DecorrelatedBatchNorm):
             layer.sync, layer.process_group = True, process_group
-    return module
+    if not batchnorm:
+        return module
+    norms = [layer for layer in module.modules() if is_batchnorm(layer)]
+    new = {norm: nn.SyncBatchNorm.convert_sync_batchnorm(norm, process_group) for norm in norms}
+    replace_modules(module, new)
+    return new.get(module, module)
+
+
+def is_batchnorm(layer: nn.Module) -> bool:
+    """Whether it is a batch norm of torch, or of a subclass, and not a decorrelated one."""
+    return isinstance(layer, BatchNorm) and not isinstance(layer, _DecorrelatedBatchNorm)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, working_dtype
-from wellcond._shared.torch_internals import is_compiling, under_functorch
+from wellcond._shared.torch_internals import has_values, is_compiling, under_functorch
 
-from ._base import require_input
+from ._base import require_input, symbolic_call
+from ._derived import Derived
 from ._operator_norm import skew_convolution_norm_bound
 
 
@@ -102,7 +103,7 @@ class SkewOrthogonalConv2d(SelfDescribing):
         c = max(in_channels * stride**2, out_channels)
         self.weight = nn.Parameter(torch.empty(c, c, *kernel, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
-        self._kept: tuple[Tensor, int, Tensor] | None = None
+        self._kept = Derived()
         self.reset_parameters()
 
     def meaning(self) -> dict[str, Any]:
@@ -126,16 +127,12 @@ class SkewOrthogonalConv2d(SelfDescribing):
         """
         weight = self.weight
         differentiated = self.training or (torch.is_grad_enabled() and weight.requires_grad)
-        if differentiated or weight.is_inference() or is_compiling() or under_functorch():
-            return self._computed_kernel()
-        if self._kept is None or self._kept[0] is not weight or self._kept[1] != weight._version:
-            # A kernel made in inference mode could not be used outside of it.
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = (weight, weight._version, self._computed_kernel())
-        return self._kept[2]
+        if differentiated or is_compiling() or under_functorch() or not has_values(weight):
+            return self._computed_kernel(weight)
+        return self._kept.of((weight,), self.max_norm, self._computed_kernel)
 
-    def _computed_kernel(self) -> Tensor:
-        with full_precision(self.weight):
+    def _computed_kernel(self, weight: Tensor) -> Tensor:
+        with full_precision(weight):
             L = self._skew_kernel()
             bound = skew_convolution_norm_bound(L)
             return L * (self.max_norm / bound.clamp_min(self.max_norm))
@@ -146,6 +143,8 @@ class SkewOrthogonalConv2d(SelfDescribing):
         return M - M.transpose(0, 1).flip(-1, -2)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (node := symbolic_call(self, x)) is not None:
+            return node
         require_input(x, (4,), self.in_channels)
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise ValueError(f"expected a size divisible by stride={self.stride} (got {tuple(x.shape[2:])})")

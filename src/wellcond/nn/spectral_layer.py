@@ -25,7 +25,8 @@ from wellcond.linalg import (
     sqrtm,
 )
 
-from ._base import Observation, SpectralModule
+from ._base import Observation, SpectralModule, symbolic_call
+from ._centred import centred, mean_of_samples
 
 Takes = Literal["features", "covariance"]
 Normalisation = Literal["trace", "frobenius"]
@@ -102,6 +103,8 @@ class SpectralLayer(SpectralModule):
         self.exponent = exponent
 
     def forward(self, x: Tensor) -> Tensor:
+        if (node := symbolic_call(self, x)) is not None:
+            return node
         solver = self.solver if self.function in ROOTS else None
         with self._recording(solver), full_precision(x):
             work = _normalised(x.to(working_dtype(x.dtype)), self.takes, self.normalisation)
@@ -153,7 +156,7 @@ def _normalised(x: Tensor, takes: Takes, kind: Normalisation | None) -> Tensor:
     if kind is None:
         return x
     if takes == "features":
-        x = x - x.mean(-1, keepdim=True)
+        x = centred(x, mean_of_samples(x))
     # Neither squares nor fourth powers then leave the range of the dtype. What follows divides by the size, so this
     # scale has no derivative.
     x = _divided(x, x.detach().abs().amax((-2, -1), keepdim=True))

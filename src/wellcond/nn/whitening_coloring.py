@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._base import Observation, SpectralModule
+from ._base import Observation, SpectralModule, symbolic_call
 from .functional._whitening_coloring import Method, mean_eigenvalue, require_options, samples, whitening_coloring
 
 
@@ -44,6 +44,8 @@ class WhiteningColoring(SpectralModule):
     def forward(
         self, content: Tensor, style: Tensor, content_mask: Tensor | None = None, style_mask: Tensor | None = None
     ) -> Tensor:
+        if (node := symbolic_call(self, content, style, content_mask, style_mask)) is not None:
+            return node
         with self._recording():
             return whitening_coloring(
                 content,

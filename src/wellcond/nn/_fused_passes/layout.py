@@ -6,6 +6,7 @@ whole batch is one (K = 1, n = N·L). Neither is copied to the other: BLAS takes
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
@@ -27,7 +28,7 @@ def as_blocks(x: Tensor, groups: int, last: bool) -> Tensor:
         # The last size of an empty batch cannot be inferred.
         rows = x.movedim(1, -1).contiguous()
         return rows.view(rows.numel() // max(x.shape[1], 1), groups, d).permute(1, 2, 0).unsqueeze(0)
-    return x.reshape(x.shape[0], groups, d, x.shape[2:].numel())
+    return x.reshape(x.shape[0], groups, d, math.prod(x.shape[2:]))
 
 
 def new_like(x: Tensor, last: bool) -> Tensor:

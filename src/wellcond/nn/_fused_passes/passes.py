@@ -29,8 +29,10 @@ class PassContext:
         groups, last: how the activations lie in memory, see :mod:`.layout`.
         dtype: of the work.
         origin: (G, d, 1) subtracted from the activations as they are read, or None where that is not needed.
-        alias_of_x: a view of x, an output of the first function and an input of the second. As its gradient the second
-            hands ∂l/∂y back as it is, and the first, which runs last, writes ∂l/∂x in a single pass.
+        aliases_of_x: two views of x, outputs of the first function and inputs of the second. As the gradient of one the
+            second hands ∂l/∂y back as it is, and the first, which runs last, writes ∂l/∂x in a single pass. Through the
+            other go derivatives of higher order, which are whole. (Not through x itself: of a tensor with two
+            consumers, compiled autograd cannot add the None of one to the gradient of the other.)
         deferred_weight: the W by whose transpose that ∂l/∂y is still to be multiplied.
     """
 
@@ -38,7 +40,7 @@ class PassContext:
     last: bool
     dtype: torch.dtype
     origin: Tensor | None = None
-    alias_of_x: Tensor | None = None
+    aliases_of_x: tuple[Tensor, Tensor] | None = None
     deferred_weight: Tensor | None = None
 
     @classmethod
@@ -63,11 +65,12 @@ def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor, PassContext]:
     The covariance is accurate to rounding whatever the mean. Of an empty x both are zero.
     """
     context = PassContext.of(x, groups)
-    if needs_plain_operations():
+    if needs_plain_operations(x):
         mean, cov = plain_moments(context.blocks(x).to(context.dtype))
         context.origin = mean
         return mean, cov, context
-    mean, cov, context.alias_of_x = _Moments.apply(x, context)  # pyright: ignore[reportGeneralTypeIssues]
+    mean, cov, *aliases = _Moments.apply(x, context)  # pyright: ignore[reportGeneralTypeIssues]
+    context.aliases_of_x = aliases[0], aliases[1]
     return mean, cov, context
 
 
@@ -76,32 +79,35 @@ def affine_map(x: Tensor, W: Tensor, b: Tensor, context: PassContext | None = No
 
     With the context of the :func:`moments` of x the two share one backward pass; without, the origin is 0.
     """
-    if needs_plain_operations():
+    if needs_plain_operations(x):
         return plain_affine_map(x, W, b, None if context is None else context.origin)
     context = context or PassContext.of(x, W.shape[0])
-    alias, context.alias_of_x = context.alias_of_x, None  # kept here it would close a reference cycle
+    x, alias = context.aliases_of_x or (x, None)
+    context.aliases_of_x = None  # kept here they would close a reference cycle
     return _AffineMap.apply(x, alias, W, b, context)  # pyright: ignore[reportReturnType]
 
 
 class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, context: PassContext) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, x: Tensor, context: PassContext) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         blocks = context.blocks(x)
-        mean = sum_of_samples(blocks, context.dtype) / _samples(blocks)
+        mean = sum_of_samples(CentredPieces(blocks, context.dtype)) / _samples(blocks)
         # Off the CPU the host would have to wait for the variance: there x is always centred.
         first = blocks[:1, :, :, :SAMPLED]
         centre = x.device.type != "cpu" or (first.numel() > 0 and _cancels(mean, (first - mean).square_().mean((0, 3))))
-        cov = _covariance(blocks, mean, mean if centre else None)
-        if not centre and _cancels(mean, cov.diagonal(dim1=-2, dim2=-1)):  # the sample did not show it
-            centre, cov = True, _covariance(blocks, mean, mean)
-        context.origin = mean.detach() if centre else None
+        cov = None if centre else _covariance(blocks, mean, None)
+        if cov is None or _cancels(mean, cov.diagonal(dim1=-2, dim2=-1)):  # the sample did not show it
+            # The sum of many values of one sign has rounded; that of the differences hardly does.
+            mean = mean + sum_of_samples(CentredPieces(blocks, context.dtype, mean)) / _samples(blocks)
+            context.origin, cov = mean.detach(), _covariance(blocks, mean, mean)
         ctx.save_for_backward(x, mean)
         ctx.context = context
         ctx.set_materialize_grads(False)
-        return mean, cov, x.view_as(x)
+        return mean, cov, x.view_as(x), x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad_mean: Tensor | None, grad_cov: Tensor | None, grad_y: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_mean, grad_cov, grad_whole, grad_y = grads
         x, mean = ctx.saved_tensors
         context: PassContext = ctx.context
         W, context.deferred_weight = context.deferred_weight, None
@@ -110,10 +116,11 @@ class _Moments(torch.autograd.Function):
             count = _samples(blocks)
             shift = torch.zeros_like(mean) if grad_mean is None else grad_mean / count
             D = mean.new_zeros(*mean.shape[:2], mean.shape[1]) if grad_cov is None else (grad_cov + grad_cov.mT) / count
-            if _in_plain_operations(grad_mean, grad_cov):
+            if _in_plain_operations(*grads):
                 work = blocks.to(context.dtype)
                 grad_x = D @ (work - work.mean((0, 3), keepdim=True)) + shift
-                return from_blocks(grad_x, x, context.last).to(x.dtype), None
+                grad_x = from_blocks(grad_x, x, context.last).to(x.dtype)
+                return grad_x if grad_whole is None else grad_x + grad_whole, None
             shift = shift - D @ context.from_origin(mean)
             grad_x = new_like(x, context.last)
             terms = [(D, CentredPieces(blocks, context.dtype, context.origin))]
@@ -121,7 +128,7 @@ class _Moments(torch.autograd.Function):
                 assert W is not None
                 terms.insert(0, (W.mT, CentredPieces(context.blocks(grad_y), context.dtype)))
             write_products(context.blocks(grad_x), shift, *terms)
-            return grad_x, None
+            return grad_x if grad_whole is None else grad_x.add_(grad_whole), None
 
 
 class _AffineMap(torch.autograd.Function):
@@ -149,7 +156,7 @@ class _AffineMap(torch.autograd.Function):
             grad_W = grad_b = grad_x = grad_alias = None
             if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
                 grad_W = sum_of_products(CentredPieces(g, context.dtype), context.pieces(x))
-                grad_b = sum_of_samples(g, context.dtype)
+                grad_b = sum_of_samples(CentredPieces(g, context.dtype))
             if ctx.joined:
                 context.deferred_weight, grad_alias = W.detach(), grad_y
             elif ctx.needs_input_grad[0]:

@@ -158,12 +158,13 @@ def sum_of_products(left: CentredPieces, right: CentredPieces) -> Tensor:
     return total
 
 
-def sum_of_samples(blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ over samples, (G, d, 1), in ``dtype``."""
-    if blocks.dtype == dtype:
+def sum_of_samples(features: CentredPieces) -> Tensor:
+    """Σ over samples, (G, d, 1), in the working dtype."""
+    blocks = features.blocks
+    if blocks.dtype == features.dtype and features.origin is None:
         return blocks.sum(3).sum(0).unsqueeze(-1)  # in this order twice as fast as over both at once
     G, d = blocks.shape[1:3]
-    features, total = CentredPieces(blocks, dtype), blocks.new_zeros(G, d, dtype=dtype)
+    total = blocks.new_zeros(G, d, dtype=features.dtype)
     for piece in pieces(blocks):
         total += features.read(piece).sum(-1).view(-1, G, d).sum(0)
     return total.unsqueeze(-1)

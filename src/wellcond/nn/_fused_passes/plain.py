@@ -7,18 +7,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from wellcond._shared.precision import working_dtype
-from wellcond._shared.torch_internals import is_compiling, is_exporting, under_forward_mode, under_functorch
+from wellcond._shared.torch_internals import (
+    is_compiling,
+    is_exporting,
+    is_shape_only,
+    under_forward_mode,
+    under_functorch,
+)
 
 
-def needs_plain_operations() -> bool:
+def needs_plain_operations(x: Tensor) -> bool:
     """Whether this is being traced, or transformed in a way that our autograd functions have no rule for."""
-    return is_compiling() or torch.jit.is_tracing() or under_functorch() or under_forward_mode()
+    traced = is_compiling() or torch.jit.is_tracing() or is_shape_only(x)
+    return traced or under_functorch() or under_forward_mode()
 
 
 def plain_moments(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (G, d, 1) and covariance (G, d, d) of (K, G, d, n); zero for no samples."""
     count = max(blocks.shape[0] * blocks.shape[-1], 1)
     mean = blocks.sum((0, 3)).unsqueeze(-1) / count
+    # The sum of many values of one sign has rounded; that of the differences hardly does.
+    mean = mean + (blocks - mean).sum((0, 3)).unsqueeze(-1) / count
     centred = blocks - mean
     return mean, torch.einsum("kgin,kgjn->gij", centred, centred) / count
 

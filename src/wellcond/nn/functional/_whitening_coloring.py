@@ -18,6 +18,8 @@ from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond.linalg import NotPositiveSemidefiniteError, covariance, covariance_sqrtm, whiten
 
+from .._centred import centred, mean_of_samples
+
 Method = Literal["zca", "cholesky"]
 
 
@@ -28,8 +30,8 @@ class Samples(NamedTuple):
         x: (N, groups, C/groups, n), without N for one image; in float32 or better.
         mask: (N, 1, 1, n), likewise, or None where all positions are chosen.
         mean: (..., C/groups, 1) of the chosen ones.
-        features: like x, and with their covariance: x, or under a mask ``stretch`` · (x − mean) at the chosen positions
-            and 0 elsewhere.
+        features: like x, and with their covariance: ``stretch`` · (x − mean) at the chosen positions and 0 elsewhere,
+            and in constant channels.
         stretch: √(n/number of them).
     """
 
@@ -125,7 +127,8 @@ def samples(image: Tensor, mask: Tensor | None, groups: int, name: str) -> Sampl
     batched = image.ndim > 2
     x = image.to(working_dtype(image.dtype)).flatten(1 + batched).unflatten(int(batched), (groups, -1))
     if mask is None:
-        return Samples(x, None, x.mean(-1, keepdim=True), x, 1.0)
+        mean = mean_of_samples(x)
+        return Samples(x, None, mean, centred(x, mean), 1.0)
     expected = (image.shape[0], *image.shape[2:]) if batched else image.shape[-1:]
     if mask.dtype != torch.bool or mask.shape != expected:
         raise ValueError(
@@ -135,10 +138,9 @@ def samples(image: Tensor, mask: Tensor | None, groups: int, name: str) -> Sampl
     mask = mask.reshape(*mask.shape[:batched], 1, 1, -1)
     if readable(mask) and not mask.any(-1).all():
         raise ValueError(f"{name} chooses no position in some image; leave that image out")
-    count = mask.sum(-1, keepdim=True).clamp_min(1)
-    stretch = (x.shape[-1] / count.to(x.dtype)).sqrt()
-    mean = torch.where(mask, x, 0.0).sum(-1, keepdim=True) / count
-    return Samples(x, mask, mean, torch.where(mask, x - mean, 0.0) * stretch, stretch)
+    stretch = (x.shape[-1] / mask.sum(-1, keepdim=True).clamp_min(1).to(x.dtype)).sqrt()
+    mean = mean_of_samples(x, mask)
+    return Samples(x, mask, mean, centred(x, mean, mask) * stretch, stretch)
 
 
 def mean_eigenvalue(features: Tensor) -> Tensor:
