@@ -18,8 +18,13 @@ KEY = "_extra_state"  # what PyTorch calls it in state dicts
 
 def written(meaning: Mapping[str, Any]) -> Tensor:
     """The options as the codes (n,) of the characters of their JSON, on the CPU."""
-    text = json.dumps(meaning, sort_keys=True, default=repr)
+    text = json.dumps(meaning, sort_keys=True, skipkeys=True, default=_named)
     return torch.tensor(list(text.encode("ascii")), dtype=torch.float32, device="cpu")
+
+
+def _named(value: Any) -> str:
+    """What else than plain types there is, by a name that is the same in every process."""
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def read(state: Any) -> dict[str, Any]:
@@ -39,8 +44,8 @@ def same(meaning: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def listing(meaning: Mapping[str, Any]) -> str:
-    """``method='zca', steps=5``."""
-    return ", ".join(f"{name}={value!r}" for name, value in meaning.items())
+    """``method='zca', steps=5``, as a state has them."""
+    return ", ".join(f"{name}={value!r}" for name, value in read(written(meaning)).items())
 
 
 class SelfDescribing(nn.Module):
