@@ -55,6 +55,10 @@ class SelfDescribing(nn.Module):
         """The options, of plain types, under which the tensors of the state are to be read."""
         raise NotImplementedError
 
+    def _say(self) -> None:
+        """To be called when the options are there: Accelerate loads entry by entry, each into a tensor of its name."""
+        self.register_buffer(KEY, written(self.meaning()), persistent=False)
+
     def get_extra_state(self) -> Tensor:
         return written(self.meaning())
 
