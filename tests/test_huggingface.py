@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights, load_checkpoint_and_dispatch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker, on_main_process
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -324,6 +325,23 @@ def test_a_model_that_is_treated_where_it_is_made_comes_back_from_pretrained(kin
     back, report = kind.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert torch.equal(back.eval()(x)["logits"], model.eval()(x)["logits"])
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_accelerate_loads_it_entry_by_entry(empty: bool, tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        net = tiny_net()
+        orthogonal_weight(net[0], map="cayley")
+        return net
+
+    saved, x = make(), torch.randn(8, 3, 6, 6)
+    saved(x)
+    save_file(saved.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    with init_empty_weights() if empty else nullcontext():
+        model = make()
+    load_checkpoint_and_dispatch(model, str(tmp_path / "model.safetensors"), device_map={"": "cpu"})
+    assert torch.equal(model.eval()(x), saved.eval()(x))
+    assert same(model, saved)
 
 
 def test_a_treated_model_is_loaded_into_a_plain_one_by_its_file(tmp_path: Path) -> None:

@@ -460,7 +460,7 @@ def test_two_processes_that_see_the_same_data_are_one_process(tmp_path: Path) ->
     one = Task()
     fit(one, TreatmentCallback("nog+ow+ol+olr"), max_epochs=1)
     fit(
-        Task(),
+        started := Task(),
         TreatmentCallback("nog+ow+ol+olr"),
         ConditionMonitorCallback(every=2, writers=[tmp_path / "c.csv"]),
         SaveAtEnd(tmp_path / "c.ckpt"),
@@ -471,4 +471,5 @@ def test_two_processes_that_see_the_same_data_are_one_process(tmp_path: Path) ->
     )
     saved = torch.load(tmp_path / "c.ckpt", weights_only=True)["state_dict"]
     assert_same_weights(saved, one.state_dict())
+    torch.testing.assert_close(started.net[0].weight, one.net[0].weight, rtol=1e-4, atol=1e-6)
     assert len((tmp_path / "c.csv").read_text().splitlines()) == 1 + 3  # written by one of the two

@@ -25,6 +25,7 @@ from wellcond.orthogonality import (
     _registry,
     parse_treatments,
     treat,
+    treat_like,
 )
 from wellcond.transformers import TreatmentCallback as TrainerTreatmentCallback
 
@@ -109,6 +110,39 @@ def test_treat_puts_them_on_logs_them_and_takes_them_off() -> None:
     start = rows_of(model[0].weight).clone()
     train(model, optimizer, batches(1), lambda: (model[0].weight * 3).sum())
     assert (start - rows_of(model[0].weight)).mean(1).min() > 1  # the optimizer's own step again
+
+
+def test_a_state_says_under_which_of_them_it_was_saved() -> None:
+    model, fresh, other = small_net(), small_net(), small_net()
+    treat(model, sgd(model), "cw")
+    state = copy.deepcopy(model.state_dict())
+    fresh.load_state_dict(treat_like(fresh, state))
+    assert same(fresh, model)
+    assert rows_of(fresh[0].weight).mean(1).abs().max() < 1e-7
+    treat(other, sgd(other), "sn")
+    with pytest.raises(RuntimeError, match=r"it was saved under 'cw', and is under 'sn' \(of='weight'\) here"):
+        other.load_state_dict(state)
+
+
+def test_options_of_any_kind_are_compared_by_what_is_the_same_in_every_process() -> None:
+    class Scaled(WeightTreatment, name="scaled"):
+        treatment = "scaled weight"
+
+        def __init__(self, target, *, by=1.0, shape=(1, 2), of=rows_of, **more):
+            super().__init__(target)
+            self.by = by
+
+        def forward(self, stored):
+            return stored * self.by
+
+    layers = [torch.nn.Linear(3, 2) for _ in range(3)]
+    for layer, options in zip(layers, ({}, {"by": 1.0, "shape": [1, 2]}, {"by": 2.0, "note": "x"}), strict=True):
+        Scaled.put_on(layer, **options)
+    state = layers[0].state_dict()
+    assert "0x" not in bytes(state["parametrizations.weight.0._extra_state"].int().tolist()).decode()
+    layers[1].load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"'scaled' \(by=1\.0, of='rows_of'.* under 'scaled' \(by=2\.0, note='x'"):
+        layers[2].load_state_dict(state)
 
 
 def test_they_join_with_ours_and_resume() -> None:

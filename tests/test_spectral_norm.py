@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from treatment_models import LAYERS, matrices, polar_reference
-from wellcond.orthogonality import orthogonal_weight, spectral_norm
+from wellcond.linalg import NonFiniteMatrixError
+from wellcond.nn import DecorrelatedBatchNorm2d
+from wellcond.orthogonality import OrthogonalLoss, orthogonal_weight, spectral_norm, treat
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -82,6 +84,26 @@ def test_autocast_and_half_precision_compute_in_float32():
     layer.to(torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16
     assert largest(layer) == pytest.approx(1, rel=2 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rows", [1, 2, 3, 64])  # LAPACK makes NaN, any number or an error of it
+def test_a_weight_that_is_not_finite_is_refused_by_the_name_of_its_layer(rows, value):
+    model = nn.Sequential(nn.Conv2d(3, rows, 3), DecorrelatedBatchNorm2d(rows))
+    treat(model, optimizer := torch.optim.SGD(model.parameters(), lr=0.1), "sn")
+    operator, plain = spectral_norm(nn.Conv2d(3, rows, 3), of="operator", input_size=6), nn.Conv2d(3, rows, 3)
+    penalty = OrthogonalLoss({"stem": plain}, form="srip")
+    for weight in (optimizer.param_groups[0]["params"][0], operator.parametrizations.weight.original, plain.weight):
+        with torch.no_grad():
+            weight[0, 0, 0, 0] = value
+    with pytest.raises(
+        NonFiniteMatrixError, match=r"spectral norm of layer '0' \(Conv2d\): the weight holds NaN or inf"
+    ):
+        model(torch.randn(4, 3, 6, 6))
+    with pytest.raises(NonFiniteMatrixError, match="the weight holds NaN or infinite entries"):
+        operator(torch.randn(4, 3, 6, 6))
+    with pytest.raises(NonFiniteMatrixError, match=r"orthogonal loss of layer 'stem' \(Conv2d\): the weight holds"):
+        penalty()
 
 
 def test_bad_layers_are_refused():

@@ -332,6 +332,23 @@ def test_an_attached_treatment_and_treat_see_each_other():
         treat(model, optimizer, "nog")
 
 
+def test_a_state_keeps_the_numbers_of_its_time():
+    """As a checkpoint in memory does, which many a training loop keeps of its best epoch."""
+    model = net()
+    optimizer = sgd(model)
+    treatment = treat(model, optimizer, "nog+olr")
+    train(model, optimizer, batches(2))
+    state = treatment.state_dict()
+    then = copy.deepcopy(state)
+    train(model, optimizer, batches(3))
+    assert str(state) == str(then)
+    assert int(state["nog"]["counts"]["0"].sum()) == 2
+    treatment.load_state_dict(state)
+    train(model, optimizer, batches(1))
+    assert str(state) == str(then)
+    assert treatment.nog.counts()["0"]["treated"] == 3
+
+
 def test_a_state_saved_inside_a_wrapper_loads_without_it():
     model, bare = (nn.Sequential(nn.Conv2d(3, 4, 3), DecorrelatedBatchNorm2d(4)) for _ in range(2))
     wrapped = nn.DataParallel(torch.compile(model, backend="eager"))

@@ -18,8 +18,13 @@ KEY = "_extra_state"  # what PyTorch calls it in state dicts
 
 def written(meaning: Mapping[str, Any]) -> Tensor:
     """The options as the codes (n,) of the characters of their JSON, on the CPU."""
-    text = json.dumps(meaning, sort_keys=True, default=repr)
+    text = json.dumps(meaning, sort_keys=True, skipkeys=True, default=_named)
     return torch.tensor(list(text.encode("ascii")), dtype=torch.float32, device="cpu")
+
+
+def _named(value: Any) -> str:
+    """What else than plain types there is, by a name that is the same in every process."""
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def read(state: Any) -> dict[str, Any]:
@@ -39,8 +44,8 @@ def same(meaning: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def listing(meaning: Mapping[str, Any]) -> str:
-    """``method='zca', steps=5``."""
-    return ", ".join(f"{name}={value!r}" for name, value in meaning.items())
+    """``method='zca', steps=5``, as a state has them."""
+    return ", ".join(f"{name}={value!r}" for name, value in read(written(meaning)).items())
 
 
 class SelfDescribing(nn.Module):
@@ -49,6 +54,10 @@ class SelfDescribing(nn.Module):
     def meaning(self) -> dict[str, Any]:
         """The options, of plain types, under which the tensors of the state are to be read."""
         raise NotImplementedError
+
+    def _say(self) -> None:
+        """To be called when the options are there: Accelerate loads entry by entry, each into a tensor of its name."""
+        self.register_buffer(KEY, written(self.meaning()), persistent=False)
 
     def get_extra_state(self) -> Tensor:
         return written(self.meaning())

@@ -31,11 +31,13 @@ class TreatmentCallback(TreatmentInStages, StatefulCallback):
     """Treat the layers before the spectral layers during ``fit``: ``TreatmentCallback("nog+ow+olr")``.
 
     Works under automatic and manual optimisation, with gradient accumulation, clipping, mixed precision, and several
-    optimizers, of which each treats the layers that it holds. List it before callbacks that copy the model. A
-    weight that `ow` or `sn` took stays so after ``fit``; to validate or test its checkpoint in another process, give
-    this callback to that trainer too. Of the strategies that shard weights ``ModelParallelStrategy`` with
-    ``fully_shard`` works, where `ow` and `sn` ask for a model that is built by ``setup``; FSDPStrategy and DeepSpeed
-    flatten the weights, and are refused.
+    optimizers, of which each treats the layers that it holds. List it before callbacks that copy the model; two of
+    them in one trainer differ in treatments or ``layers``. A weight that `ow` or `sn` took stays so after ``fit``; to
+    validate or test its checkpoint in another process, give this callback to that trainer too. (What to add to the
+    module for ``load_from_checkpoint`` is in docs/checkpoints.md.) After a fit in processes that end with it
+    (``ddp_spawn``, notebooks) the module has the trained weights in use, and :meth:`state_dict` the counters. Of the
+    strategies that shard weights ``ModelParallelStrategy`` with ``fully_shard`` works, where `ow` and `sn` ask for a
+    model that is built by ``setup``; FSDPStrategy and DeepSpeed flatten the weights, and are refused.
 
     Args:
         treatments: names joined by ``+``: see :func:`wellcond.orthogonality.treat`.

@@ -41,7 +41,7 @@ class WeightTreatment(SelfDescribing, TreatmentClass):
     """
 
     place: ClassVar[int] = 0
-    options: Mapping[str, Any] = MappingProxyType({})
+    _options: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, target: Target) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class WeightTreatment(SelfDescribing, TreatmentClass):
 
     def meaning(self) -> dict[str, Any]:
         """Name and options, by which a state says how its weight was made."""
-        return {"treatment": getattr(type(self), "name", type(self).__name__), **self.options}
+        return {"treatment": getattr(type(self), "name", type(self).__name__), **self._options}
 
     def __call__(self, stored: Tensor) -> Tensor:
         """The weight in use; outside of the layer's forward pass ``fully_shard`` leaves only a shard of ``stored``."""
@@ -80,9 +80,9 @@ class WeightTreatment(SelfDescribing, TreatmentClass):
                 "before fully_shard, and make the optimizer after both"
             )
         parametrisation = cls(target, **options)
-        given = signature(cls).bind(target, **options)
-        given.apply_defaults()
-        parametrisation.options = dict(list(given.arguments.items())[1:])
+        known = signature(cls).parameters.values()
+        parametrisation._options = {p.name: p.default for p in known if p.default is not p.empty} | options
+        parametrisation._say()
         _attach(layer, name, parametrisation)
 
     @classmethod

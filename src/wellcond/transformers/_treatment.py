@@ -29,7 +29,7 @@ class TreatmentCallback(TreatmentInStages, PartOfTrainer):
     Works with gradient accumulation, clipping, mixed precision and several processes. Its state is in the checkpoint's
     ``trainer_state.json``, and ``train(resume_from_checkpoint=...)`` goes on as if it had not stopped. The rates of
     `olr` are logged with the loss, as ``rate/<layer>``. After training the treatments stay on; a model whose weights
-    `ow` or `sn` took is loaded into one that is treated alike.
+    `ow` or `sn` took is loaded into one that is treated alike, or by :func:`wellcond.orthogonality.treat_like`.
 
     Args:
         treatments: names joined by ``+``: see :func:`wellcond.orthogonality.treat`.
