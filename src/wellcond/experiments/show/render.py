@@ -9,7 +9,10 @@ from wellcond.experiments.results.table import Strong, Table
 
 
 def for_terminal(table: Table) -> Any:
-    """A `rich.table.Table` without the wide columns, so that it fits 80 columns; headings break at spaces."""
+    """A `rich.table.Table` without the wide columns, so that it fits 80 columns.
+
+    Headings break at spaces, and text where there is no room; numbers never do.
+    """
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -26,7 +29,8 @@ def for_terminal(table: Table) -> Any:
     for _, column in columns:
         # The batch of a shape goes above its size, so that many fit beside each other.
         head = column.head.replace("×", "×\n", 1) if column.head[:1].isdigit() else column.head.replace(" ", "\n")
-        shown.add_column(head, justify="left" if column.text else "right", vertical="bottom", no_wrap=True)
+        justify = "left" if column.text else "right"
+        shown.add_column(head, justify=justify, vertical="bottom", no_wrap=not column.text, overflow="fold")
     for row in table.rows:
         cells = [row[index] for index, _ in columns]
         shown.add_row(*(Text(cell, style="bold" if isinstance(cell, Strong) else "") for cell in cells))
