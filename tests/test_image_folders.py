@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -282,8 +281,13 @@ def test_images_of_several_sizes_train_with_an_image_size(tmp_path: Path):
     assert compared.exit_code == 0, compared.output
 
 
-def test_what_is_skipped_is_said_before_a_training(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_what_is_skipped_is_said_before_a_training_by_one_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     empty_class(write_classes(tmp_path, "cat", "dog"))
-    with caplog.at_level(logging.WARNING, "wellcond"):
-        load_images(tmp_path)
-    assert "skipped (a folder without images): 'ferret'" in caplog.text
+    line = "skipped (a folder without images): 'ferret'"
+    for rank, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        caplog.clear()
+        assert line in load_images(tmp_path).notes
+        assert (line in caplog.text) == said

@@ -50,6 +50,19 @@ def test_a_table_shows_signs_in_title_caption_and_cells(name: str):
     assert printed.get().count(name) == 4
 
 
+def test_a_long_name_takes_more_lines_and_no_number_is_cut_at_80_columns():
+    from rich.console import Console
+
+    from wellcond.experiments.show.render import for_terminal
+
+    console, name, numbers = Console(width=80, color_system=None), "x" * 200, ["123456", "7.89e+12", "345"]
+    with console.capture() as printed:
+        console.print(for_terminal(Table(["class", *"abc"], [[name, *numbers]])))
+    assert [number for number in numbers if number not in printed.get()] == []
+    assert printed.get().count("x") == 200
+    assert max(map(len, printed.get().splitlines())) <= 80
+
+
 def test_a_training_ends_well_where_letters_are_lacking_and_nobody_reads_on(tmp_path: Path):
     """As by `wellcond train 2>&1 >file | head -1` in the locale of a bare container."""
     out = tmp_path / "run"

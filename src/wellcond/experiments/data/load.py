@@ -7,6 +7,7 @@ images are for testing never does, so that runs with different seeds are tested 
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,7 @@ def load_images(
         splits = {s: _limited(images, limit, chosen[s]) for s, images in splits.items()}
     (train, valid, test), done = settle([splits[s] for s in ("train", "validation", "test")], image_size, memory_budget)
     notes = (*found.notes, *notes, *done)
-    for note in notes:
+    for note in notes if os.environ.get("RANK", "0") == "0" else ():  # of the processes of torchrun, one speaks
         _log.warning("%s: %s", found.name, note)
     return ImageData(found.name, train, valid, test, found.classes, notes)
 

@@ -159,7 +159,8 @@ def build(config: RunConfig, data: ImageData | None) -> tuple[Classifier, ImageD
 
 
 def _process(config: RunConfig, folder: Path, start: Start, progress: bool) -> None:
-    """One of several processes."""
+    """One of several processes. What there is to say of the data was said by the one that started it."""
+    logging.getLogger("wellcond.experiments.data").setLevel(logging.ERROR)
     with threads(config.threads):
         _train(config, folder, start, *build(config, None), progress)
 

@@ -9,8 +9,10 @@ from wellcond.experiments.results.table import Strong, Table
 
 
 def for_terminal(table: Table) -> Any:
-    """A `rich.table.Table` without the wide columns, so that it fits 80 columns; headings break at spaces, and
-    where that is not enough text breaks too: no number is cut."""
+    """A `rich.table.Table` without the wide columns, so that it fits 80 columns.
+
+    Headings break at spaces, and text where there is no room; numbers never do.
+    """
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -27,8 +29,8 @@ def for_terminal(table: Table) -> Any:
     for _, column in columns:
         # The batch of a shape goes above its size, so that many fit beside each other.
         head = column.head.replace("×", "×\n", 1) if column.head[:1].isdigit() else column.head.replace(" ", "\n")
-        side = "left" if column.text else "right"
-        shown.add_column(head, justify=side, vertical="bottom", no_wrap=not column.text, overflow="fold")
+        justify = "left" if column.text else "right"
+        shown.add_column(head, justify=justify, vertical="bottom", no_wrap=not column.text, overflow="fold")
     for row in table.rows:
         cells = [row[index] for index, _ in columns]
         shown.add_row(*(Text(cell, style="bold" if isinstance(cell, Strong) else "") for cell in cells))
