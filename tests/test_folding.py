@@ -42,11 +42,11 @@ def pointwise(model):
     return [m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and max(m.kernel_size) == 1]
 
 
-def assert_folded(model, shape, unfolded=0):
+def assert_folded(model, shape, unfolded=0, example=False):
     x = torch.randn(shape, dtype=next(model.parameters()).dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        folded = fold(model)
+        folded = fold(model, x[:4] if example else None)
     assert not norms(folded)
     assert not folded.training
     assert len(pointwise(folded)) - len(pointwise(model)) == unfolded
@@ -131,12 +131,30 @@ class Scaled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
+@pytest.mark.parametrize("example", [False, True])
 @pytest.mark.parametrize("name", NOT_TO_BE_FOLDED)
-def test_where_folding_would_change_another_output_the_norm_becomes_pointwise(name):
+def test_where_folding_would_change_another_output_the_norm_becomes_pointwise(name, example):
     part = Wired(opaque, conv=convolution())
     parts = {"conv": convolution(), "other": convolution(), "part": part, "norm": DecorrelatedBatchNorm2d(6)}
     model = Wired(NOT_TO_BE_FOLDED[name], **parts).double()
-    assert_folded(trained(model, (8, 6, 6, 6)), (8, 6, 6, 6), unfolded=1)
+    assert_folded(trained(model, (8, 6, 6, 6)), (8, 6, 6, 6), unfolded=1, example=example)
+
+
+SEEN_IN_A_RUN = {
+    "it is returned too": (lambda m, x: ((y := m.conv(x)), m.norm(y)), 1),
+    "it is changed in place": (lambda m, x: m.norm(m.conv(x).mul_(2)), 1),
+    "its values steer": (lambda m, x: m.norm(y) if (y := m.conv(x)).mean() < 1e6 else x, 1),
+    "its shape alone is asked for": (lambda m, x: m.norm(y).view(len(x), -1) if (y := m.conv(x)).shape[1] else x, 0),
+    "dropout lies between": (lambda m, x: m.norm(m.dropout(m.conv(x))) if x.mean() < 1e6 else x, 0),
+}
+
+
+@pytest.mark.parametrize("name", SEEN_IN_A_RUN)
+def test_an_example_shows_what_becomes_of_the_output_of_a_convolution(name):
+    wiring, unfolded = SEEN_IN_A_RUN[name]
+    parts = {"conv": convolution(), "dropout": nn.Dropout(), "norm": DecorrelatedBatchNorm2d(6)}
+    model = trained(Wired(wiring, **parts).double(), (8, 6, 6, 6))
+    assert_folded(model, (8, 6, 6, 6), unfolded=unfolded, example=True)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from . import functional
 from ._base import Observation, SpectralModule
-from ._fold import fold, to_plain
+from ._fold import fold
+from ._plain_copy import to_plain
 from ._replace_batchnorm import replace_batchnorm
 from ._update_statistics import update_statistics
 from .covariance_pool import GlobalCovariancePool2d, TokenCovariancePool

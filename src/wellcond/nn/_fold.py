@@ -1,30 +1,24 @@
 """Folding decorrelated batch norm into the layer before it: in evaluation it is one affine map of the channels.
 
 y = γ ∘ S (x − μ) + β = M x + (β − M μ) with M = diag(γ) S, block diagonal by groups. After x = W u + b that is the same
-kind of layer, with the weight M W and the bias M b + β − M μ, whatever its stride, padding and dilation. Or S alone
-goes into the layer, S W and S b, and γ ∘ (x − S μ) + β is a plain batch norm: then the model has the layers and the
-state dict that it had before its batch norm was replaced.
+kind of layer, with the weight M W and the bias M b + β − M μ, whatever its stride, padding and dilation.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-
-from wellcond._shared.models import unwrapped
 
 from ._base import replace_modules
 from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 from ._layers_before import LAYERS, TRANSPOSED, layers_before
+from ._plain_weights import with_plain_weights
 
 Model = TypeVar("Model", bound=nn.Module)
-BATCHNORMS = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
 def fold(model: Model, example_input: Any = None) -> Model:
@@ -60,94 +54,32 @@ def fold(model: Model, example_input: Any = None) -> Model:
           (2): ReLU()
         )
     """
-    model = _with_plain_weights(model)
-    norms = _norms(model)
-    before = _before(model, norms, example_input)
+    model = with_plain_weights(model)
+    norms = fixed_norms(model)
+    before = layers_of(model, norms, example_input)
     plain: dict[nn.Module, nn.Module] = {}
     for norm in norms.values():
         layer = before.get(norm)
-        if layer is not None and (folded := _absorbed(layer, norm)) is not None:
+        if layer is not None and (folded := absorbed(layer, norm)) is not None:
             plain[layer], plain[norm] = folded, nn.Identity()
         else:
-            plain[norm] = _as_convolution(norm)
-    return _replaced(model, plain)
+            plain[norm] = as_convolution(norm)
+    return replaced(model, plain)
 
 
-def to_plain(model: Model, example_input: Any = None) -> Model:
-    """A copy of ``model`` in evaluation mode, of plain ``torch.nn`` layers: treatments off, whitening folded in.
-
-    Its state dict is that of the model without treatments and with ordinary batch norm, so that whatever builds that
-    one loads it: ``from_pretrained``, ``load_from_checkpoint``, ``load_state_dict``. Every parametrised weight becomes
-    a plain one, the one in use. Of a decorrelated batch norm the whitening matrix goes into the layer before it, under
-    the conditions of :func:`fold`, and the rest is an ``nn.BatchNorm`` with the scale and shift and a running variance
-    of 1 (less ε). Where there is no such layer, a 1 × 1 convolution takes its place and a warning names it: that copy
-    has another state dict.
-
-    What no layer of ``torch.nn`` can do stays as it is: :class:`GlobalCovariancePool2d`, :class:`TokenCovariancePool`,
-    :class:`SpectralLayer`, :class:`WhiteningColoring` (which save nothing that is theirs) and
-    :class:`SkewOrthogonalConv2d` (whose parameters are ordinary ones).
-
-    Args:
-        model: any module; it is not changed. Of a wrapped one (DDP, ``torch.compile``) the model inside is copied.
-        example_input: as for :func:`fold`.
-
-    Returns:
-        The copy, whose outputs differ from those of ``model.eval()`` by rounding.
-
-    Raises:
-        ValueError: a decorrelated batch norm without running statistics, which has no fixed map (naming it); the model
-            does not run on the example input.
-
-    Example:
-        >>> import torch
-        >>> from wellcond.nn import replace_batchnorm
-        >>> from wellcond.orthogonality import orthogonal_weight
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        >>> names = list(model.state_dict())
-        >>> _ = replace_batchnorm(model), orthogonal_weight(model[0])
-        >>> list(to_plain(model).state_dict()) == names
-        True
-    """
-    model = _with_plain_weights(model)
-    for name, module in model.named_modules():
-        if isinstance(module, _DecorrelatedBatchNorm) and not module.track_running_stats:
-            raise ValueError(
-                f"layer '{name}' ({type(module).__name__}) keeps no running statistics: its output depends on the "
-                "batch, and no plain layer has it; train it with track_running_stats=True"
-            )
-    norms = _norms(model)
-    before = _before(model, norms, example_input)
-    plain: dict[nn.Module, nn.Module] = {}
-    alone = []
-    for name, norm in norms.items():
-        layer = before.get(norm)
-        if layer is not None and (whitened := _absorbed(layer, norm, whitening_only=True)) is not None:
-            plain[layer], plain[norm] = whitened, _as_batchnorm(norm)
-        else:
-            plain[norm] = _as_convolution(norm)
-            alone.append(f"'{name}'")
-    if alone:
-        warnings.warn(
-            f"{', '.join(alone)}: no layer before that the whitening folds into, so it became a 1 × 1 convolution, "
-            "which the model with ordinary batch norm does not have; load the state into a copy made by to_plain",
-            stacklevel=2,
-        )
-    return _replaced(model, plain)
-
-
-def _norms(model: nn.Module) -> dict[str, _DecorrelatedBatchNorm]:
+def fixed_norms(model: nn.Module) -> dict[str, _DecorrelatedBatchNorm]:
     """Those that are a fixed map in evaluation, by name."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, _DecorrelatedBatchNorm)}
     return {name: norm for name, norm in found.items() if norm.track_running_stats}
 
 
-def _before(
+def layers_of(
     model: nn.Module, norms: dict[str, _DecorrelatedBatchNorm], example_input: Any
 ) -> dict[nn.Module, nn.Module]:
     return layers_before(model, example_input) if norms and model not in norms.values() else {}
 
 
-def _replaced(model: Any, new: dict[nn.Module, nn.Module]) -> Any:
+def replaced(model: Any, new: dict[nn.Module, nn.Module]) -> Any:
     for module in new.values():
         module.eval()
     if model in new:
@@ -156,37 +88,8 @@ def _replaced(model: Any, new: dict[nn.Module, nn.Module]) -> Any:
     return model
 
 
-def _with_plain_weights(model: Model) -> Model:
-    """A copy in evaluation mode whose parametrised tensors are ordinary ones, of the values in use.
-
-    Not by ``torch.nn.utils.parametrize.remove_parametrizations``, which changes the class that copies share.
-    """
-    model = copy.deepcopy(unwrapped(model)).eval()  # pyright: ignore[reportAssignmentType]
-    for layer in list(model.modules()):
-        if not parametrize.is_parametrized(layer):
-            continue
-        lists: Any = layer.parametrizations
-        plain: dict[str, Tensor] = {}
-        for name, chain in lists.items():
-            value, stored = getattr(layer, name).detach().clone(), list(chain.parameters(recurse=False))
-            plain[name] = nn.Parameter(value, any(p.requires_grad for p in stored)) if stored else value
-        layer.__class__ = type(layer).__bases__[0]
-        del layer.parametrizations
-        others = dict(layer._parameters)
-        layer._parameters.clear()
-        for name, value in plain.items():  # in front: a weight comes before its bias
-            if isinstance(value, nn.Parameter):
-                layer.register_parameter(name, value)
-            else:
-                layer.register_buffer(name, value)
-        layer._parameters.update(others)
-        if isinstance(layer, nn.RNNBase):
-            layer._init_flat_weights()
-    return model
-
-
 @torch.no_grad()
-def _absorbed(layer: nn.Module, norm: _DecorrelatedBatchNorm, *, whitening_only: bool = False) -> nn.Module | None:
+def absorbed(layer: nn.Module, norm: _DecorrelatedBatchNorm, *, whitening_only: bool = False) -> nn.Module | None:
     """A new layer that is ``layer`` followed by the norm, or by its whitening matrix alone, without a shift; None where
     that is no layer of the same kind.
 
@@ -202,7 +105,7 @@ def _absorbed(layer: nn.Module, norm: _DecorrelatedBatchNorm, *, whitening_only:
     if channels != norm.num_features or (channels // groups) % (channels // norm.groups):
         return None
     if whitening_only:
-        matrix, shift = _whitening(norm), None
+        matrix, shift = evaluation_whitening(norm), None
     else:
         matrix, shift = norm.evaluation_map(torch.float64)
         shift = shift.to(weight.device)
@@ -231,7 +134,7 @@ def _absorbed(layer: nn.Module, norm: _DecorrelatedBatchNorm, *, whitening_only:
     return new.requires_grad_(source.weight.requires_grad)
 
 
-def _whitening(norm: _DecorrelatedBatchNorm) -> Tensor:
+def evaluation_whitening(norm: _DecorrelatedBatchNorm) -> Tensor:
     """S (G, d, d) of evaluation, in double precision."""
     bare = copy.deepcopy(norm)
     bare.weight = bare.bias = None
@@ -239,25 +142,7 @@ def _whitening(norm: _DecorrelatedBatchNorm) -> Tensor:
 
 
 @torch.no_grad()
-def _as_batchnorm(norm: _DecorrelatedBatchNorm) -> nn.Module:
-    """γ ∘ (x − S μ) + β of x that is whitened already, as a batch norm."""
-    mean: Any = norm.running_mean
-    like = mean if norm.weight is None else norm.weight
-    kind: Any = BATCHNORMS[norm._dims[-1]]
-    new = kind(norm.num_features, norm.batchnorm_eps, norm.momentum, norm.affine, device=like.device, dtype=like.dtype)
-    S = _whitening(norm).reshape(norm.groups, -1, norm.num_features // norm.groups)
-    new.running_mean.copy_((S @ mean.double().view(norm.groups, -1, 1)).flatten())
-    new.running_var.fill_(1.0 - norm.batchnorm_eps)
-    new.num_batches_tracked.copy_(norm.num_batches_tracked)
-    if norm.affine:
-        new.weight.copy_(norm.weight)
-        new.bias.copy_(norm.bias)
-        new.requires_grad_(like.requires_grad)
-    return new
-
-
-@torch.no_grad()
-def _as_convolution(norm: _DecorrelatedBatchNorm) -> nn.Module:
+def as_convolution(norm: _DecorrelatedBatchNorm) -> nn.Module:
     """The norm as a convolution of kernel 1."""
     weight, bias = norm.evaluation_map(torch.float64)
     kind: Any = (_PointwiseConv1d, nn.Conv2d, nn.Conv3d)[weight.ndim - 3]

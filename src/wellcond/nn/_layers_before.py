@@ -93,9 +93,11 @@ class _Uses(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.watched = [m for m in model.modules() if isinstance(m, (*LAYERS, *PASSED_THROUGH, _DecorrelatedBatchNorm))]
+        # A subclass may do anything: what it does is seen as if the model did it.
+        plain = (*LAYERS, *PASSED_THROUGH)
+        self.watched = [m for m in model.modules() if type(m) in plain or isinstance(m, _DecorrelatedBatchNorm)]
         self.fed_by: dict[nn.Module, nn.Module] = {}
-        self._layer_of = {id(p): m for m in self.watched if isinstance(m, LAYERS) for p in m.parameters()}
+        self._layer_of = {id(p): m for m in self.watched if type(m) in LAYERS for p in m.parameters()}
         self._calls: Counter[nn.Module] = Counter()
         self._inside: list[nn.Module] = []
         self._used_elsewhere: set[nn.Module] = set()

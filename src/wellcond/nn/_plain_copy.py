@@ -1,0 +1,100 @@
+"""A model of plain ``torch.nn`` layers, with the state dict that it had before it was given ours and was treated.
+
+Decorrelated batch norm in evaluation is y = γ ∘ S (x − μ) + β. After x = W u + b the whitening matrix S goes into the
+layer, S W and S b, and what is left, γ ∘ (x − S μ) + β, is a batch norm.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
+from ._fold import absorbed, as_convolution, evaluation_whitening, fixed_norms, layers_of, replaced
+from ._plain_weights import with_plain_weights
+
+Model = TypeVar("Model", bound=nn.Module)
+BATCHNORMS = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+def to_plain(model: Model, example_input: Any = None) -> Model:
+    """A copy of ``model`` in evaluation mode, of plain ``torch.nn`` layers: treatments off, whitening folded in.
+
+    Its state dict is that of the model without treatments and with ordinary batch norm, so that whatever builds that
+    one loads it: ``from_pretrained``, ``load_from_checkpoint``, ``load_state_dict``. Every parametrised weight becomes
+    a plain one, the one in use. Of a decorrelated batch norm the whitening matrix goes into the layer before it, under
+    the conditions of :func:`fold`, and the rest is an ``nn.BatchNorm`` with the scale and shift and a running variance
+    of 1 (less ε). Where there is no such layer, a 1 × 1 convolution takes its place and a warning names it: that copy
+    has another state dict.
+
+    What no layer of ``torch.nn`` can do stays as it is: :class:`GlobalCovariancePool2d`, :class:`TokenCovariancePool`,
+    :class:`SpectralLayer`, :class:`WhiteningColoring` (which save nothing that is theirs) and
+    :class:`SkewOrthogonalConv2d` (whose parameters are ordinary ones).
+
+    Args:
+        model: any module; it is not changed. Of a wrapped one (DDP, ``torch.compile``) the model inside is copied.
+        example_input: as for :func:`fold`.
+
+    Returns:
+        The copy, whose outputs differ from those of ``model.eval()`` by rounding.
+
+    Raises:
+        ValueError: a decorrelated batch norm without running statistics, which has no fixed map (naming it); the model
+            does not run on the example input.
+
+    Example:
+        >>> import torch
+        >>> from wellcond.nn import replace_batchnorm
+        >>> from wellcond.orthogonality import orthogonal_weight
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        >>> names = list(model.state_dict())
+        >>> _ = replace_batchnorm(model), orthogonal_weight(model[0])
+        >>> list(to_plain(model).state_dict()) == names
+        True
+    """
+    model = with_plain_weights(model)
+    for name, module in model.named_modules():
+        if isinstance(module, _DecorrelatedBatchNorm) and not module.track_running_stats:
+            raise ValueError(
+                f"layer '{name}' ({type(module).__name__}) keeps no running statistics: its output depends on the "
+                "batch, and no plain layer has it; train it with track_running_stats=True"
+            )
+    norms = fixed_norms(model)
+    before = layers_of(model, norms, example_input)
+    plain: dict[nn.Module, nn.Module] = {}
+    alone = []
+    for name, norm in norms.items():
+        layer = before.get(norm)
+        if layer is not None and (whitened := absorbed(layer, norm, whitening_only=True)) is not None:
+            plain[layer], plain[norm] = whitened, _as_batchnorm(norm)
+        else:
+            plain[norm] = as_convolution(norm)
+            alone.append(f"'{name}'")
+    if alone:
+        warnings.warn(
+            f"{', '.join(alone)}: no layer before that the whitening folds into, so it became a 1 × 1 convolution, "
+            "which the model with ordinary batch norm does not have; load the state into a copy made by to_plain",
+            stacklevel=2,
+        )
+    return replaced(model, plain)
+
+
+@torch.no_grad()
+def _as_batchnorm(norm: _DecorrelatedBatchNorm) -> nn.Module:
+    """γ ∘ (x − S μ) + β of x that is whitened already, as a batch norm."""
+    mean: Any = norm.running_mean
+    like = mean if norm.weight is None else norm.weight
+    kind: Any = BATCHNORMS[norm._dims[-1]]
+    new = kind(norm.num_features, norm.batchnorm_eps, norm.momentum, norm.affine, device=like.device, dtype=like.dtype)
+    S = evaluation_whitening(norm).reshape(norm.groups, -1, norm.num_features // norm.groups)
+    new.running_mean.copy_((S @ mean.double().view(norm.groups, -1, 1)).flatten())
+    new.running_var.fill_(1.0 - norm.batchnorm_eps)
+    new.num_batches_tracked.copy_(norm.num_batches_tracked)
+    if norm.weight is not None:
+        new.weight.copy_(norm.weight)
+        new.bias.copy_(norm.bias)
+        new.requires_grad_(norm.weight.requires_grad)
+    return new
