@@ -31,7 +31,7 @@ def read(state: Any) -> dict[str, Any]:
     """The options in an extra state; a ValueError if it is not one of ours or damaged."""
     try:
         found = json.loads(bytes(state.detach().round().int().tolist()).decode("ascii"))
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the extra state is damaged ({type(error).__name__}); leave it out") from None
     if not isinstance(found, dict):
         raise ValueError(f"the extra state is {found!r}, not options; leave it out")
@@ -55,19 +55,22 @@ class SelfDescribing(nn.Module):
         """The options, of plain types, under which the tensors of the state are to be read."""
         raise NotImplementedError
 
-    def _say(self) -> None:
+    def _say(self, device: torch.device | str | None) -> None:
         """To be called when the options are there: Accelerate loads entry by entry, each into a tensor of its name."""
-        self.register_buffer(KEY, written(self.meaning()), persistent=False)
+        place = torch.get_default_device() if device is None else device  # that of the other buffers, as DDP wants it
+        self.register_buffer(KEY, written(self.meaning()).to(place), persistent=False)
 
     def get_extra_state(self) -> Tensor:
         return written(self.meaning())
 
     def set_extra_state(self, state: Any) -> None:
-        """Refuse another meaning; of the module nothing changes.
+        """Refuse another meaning; of the module nothing changes. A state without values says nothing.
 
         Raises:
             ValueError: the state is of other options, or damaged.
         """
+        if getattr(state, "is_meta", False):
+            return
         if not same(theirs := read(state), mine := self.meaning()):
             raise ValueError(
                 f"the saved state is of {listing(theirs)}, this {type(self).__name__} has {listing(mine)}; make it "

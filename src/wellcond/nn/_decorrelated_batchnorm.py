@@ -90,7 +90,7 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
         self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
         self._register_statistics(device, dtype)
-        self._say()
+        self._say(device)
         self._warned = False
         self.reset_parameters()
 

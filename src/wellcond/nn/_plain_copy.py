@@ -96,5 +96,5 @@ def _as_batchnorm(norm: _DecorrelatedBatchNorm) -> nn.Module:
     if norm.weight is not None:
         new.weight.copy_(norm.weight)
         new.bias.copy_(norm.bias)
-        new.requires_grad_(norm.weight.requires_grad)
+        new.requires_grad_(like.requires_grad)
     return new

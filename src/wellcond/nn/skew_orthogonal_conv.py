@@ -104,7 +104,7 @@ class SkewOrthogonalConv2d(SelfDescribing):
         self.weight = nn.Parameter(torch.empty(c, c, *kernel, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self._kept = Derived()
-        self._say()
+        self._say(device)
         self.reset_parameters()
 
     def meaning(self) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def _treated(chain: Any, weight: Tensor, stored: str) -> dict[str, Any]:
 
 def _require_alike(chain: Any, state: dict[str, Any], stored: str) -> None:
     """Refuse the state of other treatments; one that does not say, of an older version, gets the marks of ``chain``."""
-    theirs = [read(state[key]) for i in range(len(state)) if (key := f"{stored}{i}.{KEY}") in state]
+    marks = [state[key] for i in range(len(state)) if (key := f"{stored}{i}.{KEY}") in state]
+    theirs = [read(mark) for mark in marks if not getattr(mark, "is_meta", False)]
     mine = [one.meaning() for one in chain if hasattr(one, "meaning")]
     if theirs and not alike(theirs, mine):
         raise ValueError(

@@ -82,7 +82,7 @@ class WeightTreatment(SelfDescribing, TreatmentClass):
         parametrisation = cls(target, **options)
         known = signature(cls).parameters.values()
         parametrisation._options = {p.name: p.default for p in known if p.default is not p.empty} | options
-        parametrisation._say()
+        parametrisation._say(target.parameter.device)
         _attach(layer, name, parametrisation)
 
     @classmethod
