@@ -310,7 +310,7 @@ def test_inspect_watches_a_batch_norm_where_there_is_no_spectral_layer(tmp_path:
     assert found.weights == ()
 
 
-def test_inspect_says_what_is_wrong(done: Path, tmp_path: Path) -> None:
+def test_inspect_says_what_is_wrong(done: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = done / "runs" / "zca-seed0"
     colour = (torch.zeros(90, 3, 8, 8, dtype=torch.uint8), torch.arange(90) % 2)
     for options, message in [
@@ -328,6 +328,13 @@ def test_inspect_says_what_is_wrong(done: Path, tmp_path: Path) -> None:
     (copy / "checkpoints" / "last.ckpt").write_bytes(b"torn")
     with pytest.raises(RunError, match=r"last.ckpt' is not a checkpoint of a run"):
         inspect(copy / "checkpoints" / "last.ckpt")
+    caplog.clear()
+    instead = inspect(copy, batches=1).checkpoint.name
+    (said,) = caplog.messages
+    assert instead != "last.ckpt"
+    assert "last.ckpt' cannot be read (it is damaged" in said
+    assert f"looking at '{instead}'" in said
+    assert (copy / "checkpoints" / "last.ckpt").read_bytes() == b"torn"  # inspecting changes nothing
     state = checkpoint(run)
     state["state_dict"] = {name.replace("norm1", "norm2"): value for name, value in state["state_dict"].items()}
     torch.save(state, copy / "checkpoints" / "last.ckpt")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -10,14 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from rich.console import Console
 
 from small_runs import full_disk_after
 from wellcond.experiments.errors import ConfigError
 from wellcond.experiments.files import write_atomically, write_csv, write_json
 from wellcond.experiments.results.summary import summarise
+from wellcond.experiments.results.tables import comparison_table
 from wellcond.experiments.run.config import DECAY_AFTER, RunConfig, grid, recipe
 from wellcond.experiments.run.result import CONDITION, LayerCondition, RunResult, load_result
 from wellcond.experiments.show.figures import COLOURS, condition_figure, curve, save_figure
+from wellcond.experiments.show.render import for_terminal
 
 CONDITION_COLUMNS = ("step", "layer", "kappa", "kappa_eps", "numerical_rank", "effective_rank", "dim")
 
@@ -167,6 +173,45 @@ def test_the_figure_is_readable(tmp_path):
     looks = {(line.get_color(), line.get_linestyle()) for line in left.lines}
     assert len(looks) == len(left.lines) == len(labels)
     assert [line.get_color() for line in left.lines] == list(COLOURS[: len(labels)])
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["side by side", "stacked"])
+def test_long_labels_break_and_cut_nothing(stacked, tmp_path):
+    """Of both forms: panels and legend lie apart and inside, and no title reaches into the next panel."""
+    rng = np.random.default_rng(5)
+    labels = [f"batch/gcp+nog+ow+olr, epochs {n}, weight_decay 0.0005, monitor_every 2" for n in range(12)]
+    runs = {label: [result(tmp_path / label.replace("/", "-"))] for label in labels}
+    for (run,) in runs.values():
+        write_conditions(Path(run.folder), rng, scale=math.inf)
+    figure = condition_figure(runs, "condition number of the covariance: median of 12 seeds", stacked=stacked)
+    FigureCanvasAgg(figure).draw()  # which lays it out
+    boxes = [axis.get_tightbbox() for axis in figure.axes] + [figure.legends[0].get_window_extent()]
+    boxes = [box.padded(-1) for box in boxes]  # pixels are rounded
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert min(box.x0 for box in boxes) >= 0
+    assert max(box.x1 for box in boxes) <= figure.bbox.width
+    assert min(box.y0 for box in boxes) >= 0
+    assert max(box.y1 for box in boxes) <= figure.bbox.height
+    panel = figure.axes[0].get_position()
+    assert min(panel.width * figure.bbox.width, panel.height * figure.bbox.height) > 150  # there is room for curves
+    assert [text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts()] == [
+        f"{label} (κ(P) infinite at 11 of 11)" for label in labels
+    ]
+
+
+def test_on_the_terminal_labels_break_before_a_number_is_cut(tmp_path):
+    runs = [result(tmp_path, treat="nog+ow+olr", kappa=1.234e8), result(tmp_path)]
+    rows = summarise(
+        runs, lambda config: f"batch/gcp+{config.treat}, weight_decay {config.weight_decay}, a_rather_long_word"
+    )
+    console = Console(width=80, file=io.StringIO())
+    console.print(for_terminal(comparison_table(rows)))
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    for number in ("10.00", "1.23e+08", "6.17e+07", "16/16", "0.0100"):
+        assert number in shown
+    words = "".join(line[: line.index("  ")] if "  " in line else line for line in map(str.strip, shown.splitlines()))
+    assert "batch/gcp+nog+ow+olr,weight_decay0.0005,a_rather_long_word" in words.replace(" ", "")
 
 
 def test_infinite_condition_numbers_are_said_and_not_drawn(tmp_path):

@@ -78,7 +78,8 @@ def reporting(debug: bool, level: int, how_to_go_on: list[str]) -> Iterator[None
     except KeyboardInterrupt as stopped:
         what, status = ("terminated", 143) if isinstance(stopped, Terminated) else ("interrupted", 130)
         again = "".join(f"; go on with: {command}" for command in how_to_go_on)
-        say(f"{what}{'; finished epochs are kept' if how_to_go_on else ''}{again}", stderr)
+        if not console.quiet:
+            say(f"{what}{'; finished epochs are kept' if how_to_go_on else ''}{again}", stderr)
         raise typer.Exit(status) from None
     except (RunError, ValueError, OSError, ImportError) as error:
         if debug:

@@ -16,6 +16,7 @@ from wellcond.experiments.run.result import CONDITION, METRICS, RunResult
 INK = "#1b1f24"
 # Okabe & Ito (2008), distinguishable with any colour vision; the line styles say the same without colour.
 COLOURS = (INK, "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A800")
+HEIGHT = 4.4  # inches, of two panels side by side
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 
 DARK = """<style>
@@ -99,7 +100,7 @@ def _two_panels(title: str, x: str, stacked: bool, **options: Any) -> tuple[Any,
     """An empty figure of two panels, side by side or one over the other."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no window, and quicker to import
 
-    figure = Figure(figsize=(4.8, 8.4) if stacked else (10.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(4.8 if stacked else 10.5, HEIGHT), layout="constrained")
     figure.suptitle(textwrap.fill(title, 50) if stacked else title, fontsize=11)
     axes = figure.subplots(*((2, 1) if stacked else (1, 2)), **options)
     for axis in axes:
@@ -124,6 +125,8 @@ def _draw(axis: Any, curves: Mapping[str, Curve], heading: str) -> None:
         where, width = ("outside right center", 34) if beside else ("outside lower center", 44)
         names = [textwrap.fill(name, width) for name in names]
         axis.figure.legend(handles, names, loc=where, frameon=False, handlelength=3.2)
+        needed = sum(0.07 + 0.17 * (1 + name.count("\n")) for name in names)  # inches, at 10 points
+        axis.figure.set_figheight(max(HEIGHT, needed + 0.5) if beside else 1.5 * HEIGHT + needed)
 
 
 def svg(figure: Any) -> bytes:
