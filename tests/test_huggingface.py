@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -342,6 +343,19 @@ def test_accelerate_loads_it_entry_by_entry(empty: bool, tmp_path: Path) -> None
     load_checkpoint_and_dispatch(model, str(tmp_path / "model.safetensors"), device_map={"": "cpu"})
     assert torch.equal(model.eval()(x), saved.eval()(x))
     assert same(model, saved)
+
+
+def test_what_from_pretrained_leaves_out_is_said_once_when_it_is_saved(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    with pytest.warns(UserWarning, match=r"from_pretrained will leave net\.0 at random.*treat_like") as said:
+        trainer(tmp_path, TreatmentCallback("ow+nog"), **saving).train()
+    assert len([w for w in said if "from_pretrained" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="from_pretrained")
+        trainer(tmp_path, TreatmentCallback("nog"), **saving).train()
+        trainer(
+            tmp_path, TreatmentCallback("ow"), model=Treated(), **saving
+        ).train()  # which is treated where it is made
 
 
 def test_a_treated_model_is_loaded_into_a_plain_one_by_its_file(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,7 @@ class TreatmentCallback(TreatmentInStages, PartOfTrainer):
     def __init__(self, treatments: str, **options: Any) -> None:
         super().__init__(treatments, **options)
         self._loss_hook: RemovableHandle | None = None
+        self._said = False
 
     @property
     def treatment(self) -> Treatment | None:
@@ -95,6 +97,17 @@ class TreatmentCallback(TreatmentInStages, PartOfTrainer):
         self.treat_steps(model, {optimizer: self.layers})
         if self.treatment is not None and saved is not None:
             self.treatment.load_state_dict(_tensors(saved["treatment"]))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say once what ``from_pretrained`` will not: it asks no callback, and starts what it misses at random."""
+        if self.put_on and not self._said and hasattr(kwargs.get("model"), "from_pretrained"):
+            self._said = True
+            warnings.warn(
+                f"from_pretrained will leave {', '.join(self.put_on)} at random, as the saved weights are treated: "
+                "load with model.load_state_dict(wellcond.orthogonality.treat_like(model, state)), or save "
+                "wellcond.nn.to_plain(model) in the end",
+                stacklevel=2,
+            )
 
     def _add_loss_gradient(self, *_: Any) -> None:
         if self.treatment is not None:
