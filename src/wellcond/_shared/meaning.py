@@ -58,7 +58,7 @@ class SelfDescribing(nn.Module):
     def _say(self, device: torch.device | str | None) -> None:
         """To be called when the options are there: Accelerate loads entry by entry, each into a tensor of its name."""
         place = torch.get_default_device() if device is None else device  # that of the other buffers, as DDP wants it
-        self.register_buffer(KEY, written(self.meaning()).to(place), persistent=False)
+        self.register_buffer(KEY, written(self.meaning()).to(place, torch.long), persistent=False)
 
     def get_extra_state(self) -> Tensor:
         return written(self.meaning())
