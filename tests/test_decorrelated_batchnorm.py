@@ -10,7 +10,7 @@ from torch import nn
 
 from helpers import channels_first
 from wellcond.linalg import covariance, invsqrtm
-from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, IterNorm2d
+from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, IterNorm2d, fold
 
 
 def correlated(shape, dtype=torch.float64):
@@ -52,6 +52,42 @@ def test_evaluation_follows_statistics_that_change_under_it():
     torch.testing.assert_close(layer(x), before / 2, rtol=1e-5, atol=0)
     layer.load_state_dict(DecorrelatedBatchNorm2d(3, dtype=torch.float64).state_dict())
     torch.testing.assert_close(layer(x), before)
+
+
+def test_eval_renews_the_matrix_that_graphs_read_whatever_was_written_where():
+    layer = DecorrelatedBatchNorm2d(3, eps=1e-12, dtype=torch.float64).eval()
+    for write in (
+        lambda: layer.running_cov.data[0].copy_(4 * torch.eye(3)),
+        lambda: layer.evaluation_whitening.data.fill_(3.0),
+    ):
+        write()
+        torch.testing.assert_close(layer.eval().evaluation_whitening[0], torch.eye(3, dtype=torch.float64) / 2)
+
+
+@pytest.mark.parametrize(
+    "option", [{"eps": 3.0}, {"relative": True}, {"method": "cholesky"}, {"solver": "newton_schulz"}]
+)
+def test_options_changed_under_it_reach_evaluation_and_folding_alike(option):
+    layer, x = DecorrelatedBatchNorm2d(3, dtype=torch.float64), correlated((8, 3, 4, 4))
+    layer(x)
+    before = layer.eval()(x)
+    made = DecorrelatedBatchNorm2d(3, **option, dtype=torch.float64)
+    made.load_state_dict(layer.state_dict())
+    for name, value in option.items():
+        setattr(layer, name, value)
+    torch.testing.assert_close(layer(x), made.eval()(x))
+    torch.testing.assert_close(fold(layer)(x), made(x))
+    assert not torch.allclose(layer(x), before, rtol=1e-6)
+
+
+def test_a_solver_that_is_set_otherwise_reaches_evaluation():
+    layer, x = IterNorm2d(3, dtype=torch.float64), correlated((8, 3, 4, 4))
+    layer(x)
+    layer.eval()(x)
+    layer.solver.steps = 40
+    exact = DecorrelatedBatchNorm2d(3, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), exact.eval()(x))
 
 
 def test_without_running_statistics_evaluation_uses_the_batch():
