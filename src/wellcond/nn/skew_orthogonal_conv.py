@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wellcond._shared.checks import refuse_by_tracing_to_onnx
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond._shared.torch_internals import is_compiling, under_functorch
@@ -141,6 +142,7 @@ class SkewOrthogonalConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         require_input(x, (4,), self.in_channels)
+        refuse_by_tracing_to_onnx("SkewOrthogonalConv2d")
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise ValueError(f"expected a size divisible by stride={self.stride} (got {tuple(x.shape[2:])})")
         c = self.weight.shape[0]
