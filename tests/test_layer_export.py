@@ -166,6 +166,14 @@ def test_what_onnx_cannot_have_is_refused_with_the_way_out(name, says, tmp_path)
         to_onnx(layer, x, tmp_path / "layer.onnx")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["sqrt auto", "skew", "zca of the batch"])
+def test_the_older_exporter_is_refused_by_name(name, tmp_path):
+    layer, x = made(name)
+    with pytest.raises(NotImplementedError, match="dynamo=True"):
+        torch.onnx.export(layer, (x,), str(tmp_path / "layer.onnx"), dynamo=False)
+
+
 def test_an_export_leaves_no_trace_in_the_layer():
     layer, x = SpectralLayer("sqrt").eval(), torch.randn(2, 5, 9)
     before = layer(x)

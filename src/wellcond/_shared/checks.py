@@ -85,6 +85,12 @@ def refuse_in_onnx(operation: str, way_out: str = BY_PRODUCTS) -> None:
         raise NotImplementedError(f"ONNX has no {operation}{place()}: {way_out}")
 
 
+def refuse_by_tracing_to_onnx(layer: str) -> None:
+    """Refuse the older of the two ONNX exporters, which lacks the operators of matrix work."""
+    if torch.jit.is_tracing() and in_onnx_export():
+        raise NotImplementedError(f"{layer} exports to ONNX by torch.onnx.export(..., dynamo=True) alone")
+
+
 def require_nonnegative(value: float, name: str) -> None:
     """Refuse a negative or non-finite number, and a tensor whose gradient would be lost."""
     if isinstance(value, Tensor) and value.requires_grad:

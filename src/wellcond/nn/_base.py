@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
+from wellcond._shared.checks import refuse_by_tracing_to_onnx
 from wellcond._shared.meaning import refuse_treated
 from wellcond._shared.torch_internals import is_compiling, is_exporting
 from wellcond.linalg import Solver, SolverEvents, recording
@@ -119,6 +120,7 @@ class SpectralModule(nn.Module):
     def _recording(self, solver: str | Solver | None = None) -> AbstractContextManager[Any]:
         """Counts and names the events of this block; not where a graph stays whole without: of a traceable ``solver``,
         and in what the compiler exports."""
+        refuse_by_tracing_to_onnx(type(self).__name__)
         whole = is_compiling() and solver is not None and choose_solver(solver).traceable
         whole = whole or (is_exporting() and torch.compiler.is_dynamo_compiling())
         return nullcontext() if whole else recording(self.solver_events, self.describe)

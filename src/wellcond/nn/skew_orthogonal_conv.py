@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wellcond._shared.checks import refuse_by_tracing_to_onnx
 from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, working_dtype
@@ -147,6 +148,7 @@ class SkewOrthogonalConv2d(SelfDescribing):
         if (node := symbolic_call(self, x)) is not None:
             return node
         require_input(x, (4,), self.in_channels)
+        refuse_by_tracing_to_onnx("SkewOrthogonalConv2d")
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise ValueError(f"expected a size divisible by stride={self.stride} (got {tuple(x.shape[2:])})")
         c = self.weight.shape[0]
