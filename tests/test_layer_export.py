@@ -193,4 +193,6 @@ def test_a_norm_exported_in_training_writes_its_statistics_and_not_its_input(run
     torch.testing.assert_close(program(x), twin(x))
     torch.testing.assert_close(x, kept, rtol=0, atol=0)
     for name, value in twin.state_dict().items():
+        if name == "_extra_state":  # options, of which the program has none
+            continue
         torch.testing.assert_close(program.state_dict()[name], value)

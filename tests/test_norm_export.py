@@ -104,6 +104,8 @@ def test_an_exported_training_step_is_that_of_eager_and_leaves_its_input_alone(o
         assert relative_error(program(x), eager(x)) < 1e-4
     assert torch.equal(x, given)
     for name, value in eager.state_dict().items():
+        if name == "_extra_state":  # options, of which the program has none
+            continue
         assert relative_error(program.state_dict()[name], value) < 1e-5, name
 
 

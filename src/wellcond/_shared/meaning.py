@@ -84,6 +84,8 @@ class SelfDescribing(nn.Module):
             args[-1].append(f"layer '{prefix.rstrip('.')}': {error}")  # to PyTorch's list; nothing is loaded here
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self._buffers[KEY].is_meta and (loaded := [t for t in self.state_dict().values() if not t.is_meta]):
+            self._say(loaded[0].device)  # given values by assign=True
 
 
 def refuse_treated(missing: list[str], unexpected: list[str], errors: list[str]) -> None:

@@ -90,7 +90,6 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
         self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
         self._register_statistics(device, dtype)
-        self._say(device)
         self._warned = False
         self.reset_parameters()
 
@@ -206,6 +205,7 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
             for name, shape in shapes.items():
                 self.register_buffer(name, torch.empty(shape, **kind), persistent=name != "evaluation_whitening")
             self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+        self._say(device)
         for name in STATISTICS:
             if name not in self._buffers:
                 # After the others: torch.export counts those that are None, and would take its input for a buffer.
