@@ -55,7 +55,7 @@ def main() -> None:
         where = f"{result.case.task} {result.case.size}"
         ours, theirs = result[AUTO].both, result[ISQRT].both
         assert ours is not None and theirs is not None
-        eigh[where], isqrt[where] = result.faster(result[AUTO]) or 0.0, theirs.least / ours.least
+        eigh[where], isqrt[where] = result.faster(result[AUTO]) or 0.0, theirs.minimum / ours.minimum
         if result.case.task in ON_MATRICES and result.overhead is not None:
             over[where] = result.overhead
         overhead = f"{over[where]:+.0%}" if where in over else "—"

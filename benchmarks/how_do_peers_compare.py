@@ -67,7 +67,7 @@ def orthogonal_weights(size: int, device: torch.device, seconds: float) -> Table
         call()
         calls[name] = call
     times = take_turns(calls, device, seconds=seconds)
-    body = [[name, f"{times[AUTO].least / times[name].least:.2g}", f"{gaps[name]:.1e}"] for name in calls]
+    body = [[name, f"{times[AUTO].minimum / times[name].minimum:.2g}", f"{gaps[name]:.1e}"] for name in calls]
     return Table([f"{size}×{size}", f"times as fast as {AUTO}", "‖WWᵀ − I‖"], body)
 
 

@@ -71,7 +71,7 @@ def main() -> None:
         direction = torch.randn(shape[0], shape[1] * (shape[1] + 1) // 2, device=options.device)
         calls = {name: partial(gradient, head, x, direction) for name, head in heads.items()}
         times = take_turns(calls, x.device, seconds=0.0, rounds=(rounds, rounds))
-        least = {name: time.least for name, time in times.items()}
+        least = {name: time.minimum for name, time in times.items()}
         errors = {name: gradient_error(head, x) for name, head in heads.items()}
         columns = ", ".join(f"{name} {1e3 * least[name]:.1f} ms (gradient off by {errors[name]:.0e})" for name in heads)
         print(f"{shape}: {columns}; ratio {least['iSQRT-COV'] / least['ours']:.1f}", flush=True)

@@ -78,7 +78,9 @@ def minimum(calls: dict[str, Call], rounds: int, device: torch.device) -> dict[s
     """Seconds of each, all of them called twice before to warm up."""
     for call in 2 * [*calls.values()]:
         call()
-    return {name: time.least for name, time in take_turns(calls, device, seconds=0.0, rounds=(rounds, rounds)).items()}
+    return {
+        name: time.minimum for name, time in take_turns(calls, device, seconds=0.0, rounds=(rounds, rounds)).items()
+    }
 
 
 def compare(shape: tuple[int, ...], dtype: torch.dtype, options: argparse.Namespace) -> None:

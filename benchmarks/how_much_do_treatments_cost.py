@@ -37,7 +37,7 @@ def minimum(works: list[Call], rounds: int, device: str) -> list[float]:
     """Seconds of each piece of work, which take turns."""
     calls = {str(index): work for index, work in enumerate(works)}
     times = take_turns(calls, torch.device(device), seconds=0.0, rounds=(rounds, rounds))
-    return [time.least for time in times.values()]
+    return [time.minimum for time in times.values()]
 
 
 def training_step(model: nn.Module, treatments: str | None, size: int, device: str) -> Callable[[], object]:

@@ -31,7 +31,7 @@ def gain(P: torch.Tensor, seconds: float) -> float:
             _batches.in_threads(torch.linalg.eigh, P)
 
     times = take_turns({"whole": lambda: torch.linalg.eigh(P), "cut": cut}, CPU, seconds=seconds, rounds=(5, 100))
-    return times["whole"].least / times["cut"].least
+    return times["whole"].minimum / times["cut"].minimum
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def main() -> None:
         for batch in batches:
             if batch == 1 or batch * d**3 <= most:
                 t = times((batch, d, d), device, seconds)
-                ratios.setdefault(d, {})[batch] = t["minimax_or_eigh"].least / t["eigh"].least
+                ratios.setdefault(d, {})[batch] = t["minimax_or_eigh"].minimum / t["eigh"].minimum
     print(f"{device}, float32, {torch.get_num_threads()} threads: time of minimax_or_eigh over that of eigh\n")
     heading = ["size", *(f"batch {batch}" for batch in batches)]
     cells = [[str(d), *(f"{row[b]:.2g}" if b in row else "—" for b in batches)] for d, row in ratios.items()]
@@ -65,7 +65,7 @@ def main() -> None:
         t = times(shape, device, seconds)
         taken = auto_solver(torch.empty(shape, device=device)).name
         # Auto and the solver it takes are the same code: what differs between the two is the noise of the machine.
-        lost = min(t["auto"].least, t[taken].least) / min(time.least for time in t.values())
+        lost = min(t["auto"].minimum, t[taken].minimum) / min(time.minimum for time in t.values())
         worst = max(worst, lost)
         cells.append(["×".join(map(str, shape)), taken, f"{lost:.2f}"])
     print(for_markdown(Table(["shape", "auto takes", "auto / best"], cells)))

@@ -72,18 +72,18 @@ def test_the_file_holds_everything(small):
         for row in rows.values():
             if row["failure"]:
                 continue
-            assert 0 < row["forward"]["least"] <= row["forward"]["median"]
+            assert 0 < row["forward"]["minimum"] <= row["forward"]["median"]
             assert row["both"]["timings"] >= 3
             assert row["saved"] >= 0 and row["peak"] > 0
-        ratio = rows[REFERENCE]["both"]["least"] / rows[AUTO]["both"]["least"]
+        ratio = rows[REFERENCE]["both"]["minimum"] / rows[AUTO]["both"]["minimum"]
         assert rows[AUTO]["faster_both"] == pytest.approx(ratio)
         # The reference's error is bounded by rounding: κ = 1e4, and autograd divides by the gaps of eigenvalues.
         assert rows[AUTO]["error"] < 10 * eps_of(torch.float32) * 1e4
         limits = result["limits"]
         if result["task"] != "polar":
-            least = min(limits[name]["least"] for name in limits if name.startswith("eigh"))
-            bound = least + limits["five products alone"]["least"]
-            assert result["overhead_over_limit"] == pytest.approx(rows[AUTO]["both"]["least"] / bound - 1)
+            least = min(limits[name]["minimum"] for name in limits if name.startswith("eigh"))
+            bound = least + limits["five products alone"]["minimum"]
+            assert result["overhead_over_limit"] == pytest.approx(rows[AUTO]["both"]["minimum"] / bound - 1)
 
 
 def test_an_occupied_folder_is_refused_and_overwritten_on_request(small):
@@ -269,7 +269,7 @@ def test_timing_repeats_fast_calls_and_takes_turns():
     times = take_turns({name: lambda name=name: count(name) for name in counts}, CPU, seconds=0.0, rounds=(4, 9))
     assert [time.timings for time in times.values()] == [4, 4]
     assert counts["a"] == counts["b"] == 1 + 4 * 50  # far below the shortest timing: repeated as often as allowed
-    assert all(0 < time.least <= time.median for time in times.values())
+    assert all(0 < time.minimum <= time.median for time in times.values())
     assert take_turns({"a": lambda: None}, CPU, seconds=60.0, rounds=(1, 2))["a"].timings == 2
     assert seconds_of(lambda: None, CPU, 3) > 0
 

@@ -138,7 +138,7 @@ def test_a_replaced_weight_is_refused_in_the_next_step():
     treat(net, optimizer, "nog")
     step(net, optimizer)
     net.load_state_dict(net.state_dict(), assign=True)
-    with pytest.raises(RuntimeError, match=r"layer '0' .*another weight.*assign=True.*make the optimizer anew"):
+    with pytest.raises(RuntimeError, match=r"layer '0' .*another weight.*assign=True.*build the optimizer again"):
         step(net, optimizer)
 
 

@@ -39,7 +39,7 @@ MOST_REPEATS = 50
 class Time:
     """Seconds of one call: the minimum and the median of that many timings."""
 
-    least: float
+    minimum: float
     median: float
     timings: int
 

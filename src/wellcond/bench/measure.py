@@ -41,7 +41,7 @@ class Measured:
     @property
     def operations_per_second(self) -> float | None:
         """FLOP/s of forward and backward, of those that only multiply."""
-        return self.operations / self.both.least if self.operations and self.both else None
+        return self.operations / self.both.minimum if self.operations and self.both else None
 
 
 @dataclass
@@ -60,7 +60,7 @@ class CaseResult:
     def faster(self, row: Measured, what: str = "both") -> float | None:
         """How many times as fast as autograd through eigh."""
         mine, reference = getattr(row, what), getattr(self[REFERENCE], what)
-        return reference.least / mine.least if mine and reference else None
+        return reference.minimum / mine.minimum if mine and reference else None
 
     @property
     def overhead(self) -> float | None:
@@ -68,8 +68,8 @@ class CaseResult:
         both = self[AUTO].both
         if not both or EIGH not in self.limits:
             return None
-        eigh = min(self.limits[name].least for name in (EIGH, EIGH_IN_THREADS) if name in self.limits)
-        return both.least / (eigh + self.limits[PRODUCTS].least) - 1
+        eigh = min(self.limits[name].minimum for name in (EIGH, EIGH_IN_THREADS) if name in self.limits)
+        return both.minimum / (eigh + self.limits[PRODUCTS].minimum) - 1
 
     def to_dict(self) -> dict[str, Any]:
         """For the JSON file: everything measured, and the ratios made of it."""
@@ -123,7 +123,7 @@ def measure_case(
         times = take_turns({**calls, **limits}, device, seconds=seconds)
     for row in rows:
         row.forward, row.both = (times.get(f"{row.name}/{what}") for what in ("forward", "both"))
-    peak = count_operations(limits[LARGE_PRODUCT]) / times[LARGE_PRODUCT].least
+    peak = count_operations(limits[LARGE_PRODUCT]) / times[LARGE_PRODUCT].minimum
     return CaseResult(case, X.numel() * X.element_size(), rows, {name: times[name] for name in limits}, peak)
 
 

@@ -64,7 +64,7 @@ def summary_table(results: Sequence[CaseResult]) -> Table:
                 result.case.task,
                 result.case.size,
                 milliseconds(ours.both),
-                *(ratio(other.least / ours.both.least if other and ours.both else None) for other in others),
+                *(ratio(other.minimum / ours.both.minimum if other and ours.both else None) for other in others),
                 cell(result.overhead, "+.0%").replace("%", " %"),
                 *measures(ours, result),
             ]
@@ -131,7 +131,7 @@ def measures(row: Measured, result: CaseResult) -> list[str]:
 
 def milliseconds(time: Time | None) -> str:
     """The minimum, to three digits."""
-    return cell(time and 1e3 * time.least, ".3g")
+    return cell(time and 1e3 * time.minimum, ".3g")
 
 
 def ratio(value: float | None) -> str:

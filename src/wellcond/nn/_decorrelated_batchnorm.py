@@ -221,7 +221,7 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         for matrix in (self.running_cov, self.running_whitening):
             if matrix is not None:
                 matrix.copy_(torch.eye(matrix.shape[-1], device=matrix.device).expand_as(matrix))
-        self._derive_anew()
+        self._renew_derived()
 
     @torch.no_grad()
     def _track(
@@ -273,12 +273,12 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
                 cov
             )  # loaded with assign=True, which gives what is saved alone
         if not self.training:
-            self._derive_anew()
+            self._renew_derived()
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
         if not mode:
-            self._derive_anew()
+            self._renew_derived()
         return self
 
     def evaluation_map(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -316,7 +316,7 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         self.evaluation_whitening = whitening.clone()  # others may write into a buffer
         return whitening
 
-    def _derive_anew(self) -> None:
+    def _renew_derived(self) -> None:
         """Recompute the whitening matrix of evaluation."""
         cov = self.running_cov
         if cov is None or self.running_mean is None or not has_values(cov):

@@ -32,7 +32,7 @@ class Derived:
         return self._value
 
     def forget(self) -> None:
-        """Compute it anew the next time, whatever has changed."""
+        """Compute it again the next time, whatever has changed."""
         self._key = self._value = None
 
     def __reduce__(self) -> tuple[type[Derived], tuple[()]]:

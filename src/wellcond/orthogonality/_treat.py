@@ -84,7 +84,7 @@ def treat(
 
 
 def _require_untied(model: nn.Module, targets: Iterable[Target], treatment: str) -> None:
-    """Refuse to compute the weight of one layer anew where another one shares it, which would keep the old one."""
+    """Refuse to parametrise a weight that another layer shares, which would keep the plain one."""
     for target in targets:
         for name, module in unwrapped(model).named_modules():
             if module is not target.layer and any(p is target.parameter for p in module._parameters.values()):

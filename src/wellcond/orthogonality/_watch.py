@@ -103,5 +103,5 @@ def require_same_weight(treatment: str, where: str, parameter: nn.Parameter, now
         raise RuntimeError(
             f"{treatment} of {where}: the layer has another weight than when it was treated "
             "(load_state_dict(assign=True), or one set by hand), which this optimizer does not hold; "
-            "make the optimizer anew, and treat the model again"
+            "build the optimizer again, and treat the model again"
         )
