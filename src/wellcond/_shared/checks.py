@@ -123,13 +123,14 @@ def require_finite(x: Tensor, name: str) -> None:
 
 
 def require_symmetric(P: Tensor, name: str, unit: float = 0.0) -> None:
-    """Refuse a matrix further from Hermitian than √eps of its largest entry, or of ``unit`` where that is larger.
+    """Refuse a matrix further from Hermitian than √eps of its largest entry, which rounding stays far below.
 
-    Rounding stays far below it.
+    Of a small matrix that stands beside another of size ``unit``, also the rounding of that one counts, 10·d·eps.
     """
+    eps = torch.finfo(P.dtype).eps
     gap = (P - P.mH).abs().amax((-2, -1))
-    size = P.abs().amax((-2, -1)).clamp_min(unit)
-    bad = gap > torch.finfo(P.dtype).eps ** 0.5 * size
+    size = P.abs().amax((-2, -1))
+    bad = gap > (eps**0.5 * size).clamp_min(10 * P.shape[-1] * eps * unit)
     if bad.any():
         worst = (gap / size.clamp_min(torch.finfo(P.dtype).tiny)).max().item()
         raise NotSymmetricError(

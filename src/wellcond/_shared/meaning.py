@@ -69,7 +69,7 @@ class SelfDescribing(nn.Module):
         Raises:
             ValueError: the state is of other options, or damaged.
         """
-        if getattr(state, "is_meta", False):
+        if not isinstance(state, Tensor) or state.is_meta:  # as in what FSDP gives ranks that read no file
             return
         if not same(theirs := read(state), mine := self.meaning()):
             raise ValueError(
@@ -84,7 +84,8 @@ class SelfDescribing(nn.Module):
             args[-1].append(f"layer '{prefix.rstrip('.')}': {error}")  # to PyTorch's list; nothing is loaded here
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if self._buffers[KEY].is_meta and (loaded := [t for t in self.state_dict().values() if not t.is_meta]):
+        mark = self._buffers[KEY]
+        if mark is not None and mark.is_meta and (loaded := [t for t in self.state_dict().values() if not t.is_meta]):
             self._say(loaded[0].device)  # given values by assign=True
 
 

@@ -16,7 +16,7 @@ from wellcond._shared.autograd import BatchedFunction
 from wellcond._shared.precision import full_precision
 
 from ._divided_differences import Power, SpectralMap, reciprocal_or_zero
-from ._rank import RootAtZero, Truncated, without_rounding
+from ._rank import RootAtZero, Truncated, without_noise
 from ._sylvester import in_eigenbasis, sylvester
 
 
@@ -35,7 +35,7 @@ def derivative_along(P: Tensor, E: Tensor, f: SpectralMap, eigvals: Tensor, U: T
     if exponent is None:
         return _Derivative.call(P, E, f, eigvals, U)
     root = apply_function(P, f, eigvals, U)
-    s = (without_rounding(eigvals) if isinstance(f, RootAtZero) else eigvals).sqrt()
+    s = (without_noise(eigvals) if isinstance(f, RootAtZero) else eigvals).sqrt()
     if exponent > 0:
         return sylvester(root, E, s, U)
     # From S P S = I: dS = −S Y S with SY + YS = S dP S.

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wellcond._shared.torch_internals import is_exporting
+
 
 def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
     """xi and xj, ready to broadcast to (..., d, d)."""
@@ -28,11 +30,13 @@ def triples(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def reciprocal_or_zero(x: Tensor) -> Tensor:
     """1/x, and 0 where x is 0: the pseudo-inverse of a diagonal. Not differentiated."""
-    return _zero_for_infinity(x.reciprocal())
+    return reciprocal_or_zero_(x.clone())
 
 
 def reciprocal_or_zero_(x: Tensor) -> Tensor:
     """The same in place."""
+    if is_exporting():  # whose graph is differentiated as it is written, if at all
+        return torch.where(x == 0, 0.0, 1.0 / torch.where(x == 0, 1.0, x))
     return _zero_for_infinity(x.reciprocal_())
 
 

@@ -121,8 +121,8 @@ def require_exponent(exponent: float | Tensor, rank: str) -> float | Tensor:
         if not math.isfinite(exponent):
             raise ValueError(f"exponent must be a finite number, got {exponent}")
         return float(exponent)
-    if not exponent.is_floating_point():
-        raise TypeError(f"exponent must be a number or a tensor of a floating dtype, got {exponent.dtype}")
+    if exponent.is_complex():
+        raise TypeError(f"exponent must be real, got a tensor of {exponent.dtype}")
     if readable(exponent) and not torch.isfinite(exponent).all():
         raise ValueError(f"exponent must be finite, got {exponent.tolist()}")
     if exponent.ndim == 0 and not (exponent.requires_grad or under_forward_mode() or under_functorch()):

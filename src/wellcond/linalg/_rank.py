@@ -3,7 +3,8 @@
 Of a matrix P (..., d, d) eigenvalues at or below d·eps of the largest are rounding: what forming it and decomposing it
 leave behind (Higham, Accuracy and Stability of Numerical Algorithms, 2002, ch. 3; the rule of ``matrix_rank``). A
 singular matrix has them anywhere in that band, on either side of zero, so nothing may depend on where: functions that
-need the inverse refuse them all, and the derivative of a root takes them all for zero.
+need the inverse refuse them all. The derivative of a root goes on and takes for zero what may be no more than the
+rounding that is met, (4 + 2√d)·eps: the bound would cut off eigenvalues that are known to two digits.
 
 Features X (..., d, n) know more. Rounding them to their dtype moves the factor A = (X − mean)/√n by E with
 ‖E‖ ≤ eps/2 · ‖X‖_F/√n, so eigenvalues of P = A Aᴴ below eps² ‖X‖²_F/n can be that alone. (The customary max(d,
@@ -75,9 +76,18 @@ def require_rank_policy(rank: str, eps: float) -> None:
         raise ValueError(f"eps={eps} is the ridge of rank='ridge'; rank={rank!r} takes none")
 
 
-def without_rounding(eigvals: Tensor) -> Tensor:
-    """The eigenvalues, with 0 for those that are rounding."""
-    return torch.where(eigvals > matrix_tolerance(eigvals), eigvals, 0.0)
+def noise(d: int, dtype: torch.dtype) -> float:
+    """How far from zero, relative to the largest, rounding puts a null eigenvalue of a d × d matrix in practice.
+
+    Of Gram matrices of rank d − 1 and d/2 and of rotated projectors, d from 4 to 256, up to 4096 samples, 300 draws
+    each: 7.3 eps at d = 4, 8 at 64, 13.5 at 256.
+    """
+    return (4 + 2 * d**0.5) * torch.finfo(dtype).eps
+
+
+def without_noise(eigvals: Tensor) -> Tensor:
+    """Eigenvalues in ascending order, with 0 for those that are no more than noise."""
+    return torch.where(eigvals > noise(eigvals.shape[-1], eigvals.dtype) * eigvals[..., -1:], eigvals, 0.0)
 
 
 def shifted_spectrum(eigvals: Tensor, eps: float, *, invertible: bool, rank: Rank = "ridge") -> Tensor:
@@ -86,16 +96,17 @@ def shifted_spectrum(eigvals: Tensor, eps: float, *, invertible: bool, rank: Ran
     refuses_singular = rank == "raise" or (rank == "ridge" and invertible and eps == 0.0)
     if checks_values(eigvals) and eigvals.numel():
         lowest = eigvals.amin(-1)
-        if lowest.min().item() < 0.0:
+        bad = lowest <= matrix_tolerance(eigvals).squeeze(-1) if refuses_singular else lowest < 0.0
+        if bad.any():
             _require_semidefinite(eigvals)
-        if refuses_singular and (singular := lowest <= matrix_tolerance(eigvals).squeeze(-1)).any():
-            raise NotPositiveSemidefiniteError(
-                f"P is singular{bad_indices(singular)}{place()}: its smallest eigenvalue is {lowest.min().item():.3e}, "
-                f"zero up to rounding in {eigvals.dtype} (d·eps of the largest); "
-                "give eps > 0, or rank='pinv' or 'floor'"
-            )
+            if refuses_singular:
+                raise NotPositiveSemidefiniteError(
+                    f"P is singular{bad_indices(bad)}{place()}: its smallest eigenvalue is {lowest.min().item():.3e}, "
+                    f"zero up to rounding in {eigvals.dtype} (d·eps of the largest); "
+                    "give eps > 0, or rank='pinv' or 'floor'"
+                )
     if rank == "pinv":
-        return without_rounding(eigvals)
+        return torch.where(eigvals > matrix_tolerance(eigvals), eigvals, 0.0)
     return eigvals.clamp_min(0.0).add_(eps) if eps else eigvals.clamp_min(0.0)
 
 
@@ -166,7 +177,7 @@ class Truncated(SpectralMap):
 
 class RootAtZero(SpectralMap):
     """A fractional power at its zeros: the value is that of every eigenvalue, the derivative, which does not exist at
-    zero, that of the eigenvalues which are not rounding."""
+    zero, that of the eigenvalues which are more than noise."""
 
     def __init__(self, f: Power) -> None:
         self.f = f
@@ -175,10 +186,10 @@ class RootAtZero(SpectralMap):
         return self.f.values(eigvals)
 
     def differences(self, eigvals: Tensor) -> Tensor:
-        return self.f.differences(without_rounding(eigvals))
+        return self.f.differences(without_noise(eigvals))
 
     def second_differences(self, eigvals: Tensor) -> Tensor:
-        return self.f.second_differences(without_rounding(eigvals))
+        return self.f.second_differences(without_noise(eigvals))
 
 
 def of_matrix(f: ScalarFunction, rank: Rank, eps: float) -> SpectralMap:

@@ -101,7 +101,9 @@ def whiten(
         # The features themselves are asked for their rank only without a ridge, and in double precision.
         A = centred_factor(widened(X) if by_factor and eps == 0.0 else X, correction)
         root_n = (X.shape[-1] - correction) ** 0.5
-        A = A.masked_fill(_constant(X, A, root_n), 0.0)
+        constant = _constant(X, A, root_n)
+        if not readable(X) or constant.any():
+            A = A.masked_fill(constant, 0.0)
         scale: Tensor | float = 1.0
         if relative or eps == 0.0:
             # Nothing changes when the features are scaled, so any scale will do that keeps P in the range of the dtype.
@@ -291,13 +293,13 @@ def _with_ridge(T: Tensor, eps: float) -> Tensor:
 
 
 def _constant(X: Tensor, A: Tensor, root_n: float) -> Tensor:
-    """(..., d, 1) whether a channel varies by no more than its own rounding, eps·|mean|, which is then no variance.
+    """(..., d, 1) whether the variance of a channel is less than (eps·mean)², the rounding of its samples.
 
-    Of a constant the rounded mean leaves a difference, the same everywhere.
+    Of a constant the rounded mean leaves a difference, the same everywhere, which is no variance either.
     """
-    parts = torch.view_as_real(A.detach()) if A.is_complex() else A.detach().unsqueeze(-1)
-    spread = (parts.amax(-2) - parts.amin(-2)).amax(-1, keepdim=True) * root_n
-    return spread <= 2 * torch.finfo(working_dtype(X.dtype)).eps * X[..., :1].detach().abs()
+    centred = A.detach() * root_n
+    mean = X[..., :1].detach() - centred[..., :1]
+    return centred.std(-1, correction=0, keepdim=True) < torch.finfo(working_dtype(X.dtype)).eps * mean.abs()
 
 
 def _require_samples(A: Tensor) -> None:

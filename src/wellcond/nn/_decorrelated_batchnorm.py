@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from wellcond._shared.checks import checks_values, require_finite
+from wellcond._shared.checks import checks_values, readable, require_finite
 from wellcond._shared.errors import NonFiniteMatrixError
 from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.names import require_known
@@ -114,7 +114,7 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         return layer.train(batchnorm.training)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "running_var":  # asked for by who would put a plain SyncBatchNorm in this place, or reset half
+        if name == "running_var":  # read by whoever would put a plain SyncBatchNorm here, or reset half
             raise AttributeError(
                 f"{type(self).__name__} has a running covariance, running_cov, and no running_var; to synchronise a "
                 "model take wellcond.nn.convert_sync(model, batchnorm=True), and wellcond.nn.update_statistics for the "
@@ -307,25 +307,34 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         if under_functorch():
             return self._whitening_of_average(mean, cov)
         # The solver is compared by what it holds: its settings may be changed under it.
-        options = self.eps, self.relative, self.method, self.solver, str(getattr(self.solver, "__dict__", ""))
-        return self._derived.of((mean, cov), options, self._renewed_whitening)
-
-    def _renewed_whitening(self, mean: Tensor, cov: Tensor) -> Tensor:
-        # A new tensor each time: graphs that are still to be differentiated keep the old one.
-        whitening = self._whitening_of_average(mean, cov)
-        self.evaluation_whitening = whitening.clone()  # others may write into a buffer
+        settings = {
+            k: v for k, v in getattr(self.solver, "__dict__", {}).items() if k not in ("has_warned", "times_checked")
+        }
+        options = self.eps, self.relative, self.method, self.solver, str(settings)
+        whitening = self._derived.of((mean, cov), options, self._whitening_of_average)
+        self._write_buffer(whitening)
         return whitening
 
+    def _write_buffer(self, whitening: Tensor) -> None:
+        """Give it to graphs, in the place where they read it."""
+        buffer = self.evaluation_whitening
+        assert buffer is not None
+        if buffer.shape == whitening.shape and buffer.dtype == whitening.dtype and not buffer.is_inference():
+            if not torch.equal(buffer, whitening):
+                with torch.no_grad():
+                    buffer.copy_(whitening)
+        else:
+            self.evaluation_whitening = whitening.clone()
+
     def _renew_derived(self) -> None:
-        """Recompute the whitening matrix of evaluation."""
+        """Bring the whitening matrix of evaluation up to date."""
         cov = self.running_cov
         if cov is None or self.running_mean is None or not has_values(cov):
             return
-        self._derived.forget()
         try:
             self._running_whitening()
         except NonFiniteMatrixError:  # a forward pass says so; a model that diverged may be loaded to look at it
-            self.evaluation_whitening = torch.full_like(cov, torch.nan)
+            self._write_buffer(torch.full_like(cov, torch.nan))
 
     def _whitening_of_average(self, mean: Tensor, cov: Tensor) -> Tensor:
         with self._accepting_rounding(cov):
@@ -337,9 +346,9 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         An average of covariances has them by rounding alone, but maybe by that of a shorter dtype than it is in now (a
         model trained in single precision and evaluated in double): ε outweighs what the checks would refuse.
         """
-        if self.method == "cholesky":  # which sees P + εI only, and has nothing but the check against a failure
+        if self.method == "cholesky":  # sees P + εI alone, and only the check notices where it fails
             return nullcontext()
-        if checks_values(cov):
+        if readable(cov):
             with recording(self.solver_events, self.describe):
                 require_finite(cov, "running_cov")
         return value_checks(False)

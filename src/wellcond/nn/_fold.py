@@ -70,7 +70,7 @@ def fold(model: Model, example_input: Any = None) -> Model:
 def fixed_norms(model: nn.Module) -> dict[str, _DecorrelatedBatchNorm]:
     """Those that are a fixed map in evaluation, by name."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, _DecorrelatedBatchNorm)}
-    return {name: norm for name, norm in found.items() if norm.track_running_stats}
+    return {name: norm for name, norm in found.items() if norm.running_mean is not None}
 
 
 def layers_of(

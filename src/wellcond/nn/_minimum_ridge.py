@@ -37,7 +37,7 @@ def without_constants(P: Tensor, mean: Tensor) -> Tensor:
     relative ε there may be nothing larger to outweigh it.
     """
     floor = (torch.finfo(P.dtype).eps * mean.detach()).square()
-    constant = P.detach().diagonal(dim1=-2, dim2=-1).unsqueeze(-1) <= floor  # NaN is not, and is refused later
+    constant = P.detach().diagonal(dim1=-2, dim2=-1).unsqueeze(-1).abs() <= floor  # NaN is not, and is refused later
     if not is_compiling() and readable(P) and not constant.any():
         return P
     return torch.where(constant | constant.mT, 0.0, P)

@@ -36,7 +36,8 @@ def to_plain(model: Model, example_input: Any = None) -> Model:
 
     Args:
         model: any module; it is not changed. Of a wrapped one (DDP, ``torch.compile``) the model inside is copied.
-        example_input: as for :func:`fold`.
+        example_input: what the model is called with, to find the layer before each norm by running it once: a tensor, a
+            tuple of arguments, or a dict of keyword arguments. None for symbolic tracing.
 
     Returns:
         The copy, whose outputs differ from those of ``model.eval()`` by rounding.
@@ -57,7 +58,7 @@ def to_plain(model: Model, example_input: Any = None) -> Model:
     """
     model = with_plain_weights(model)
     for name, module in model.named_modules():
-        if isinstance(module, _DecorrelatedBatchNorm) and not module.track_running_stats:
+        if isinstance(module, _DecorrelatedBatchNorm) and module.running_mean is None:
             raise ValueError(
                 f"layer '{name}' ({type(module).__name__}) keeps no running statistics: its output depends on the "
                 "batch, and no plain layer has it; train it with track_running_stats=True"

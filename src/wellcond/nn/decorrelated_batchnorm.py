@@ -71,9 +71,9 @@ class DecorrelatedBatchNorm2d(_DecorrelatedBatchNorm):
     Complexity: two products of C × C/groups by C × N·L forward and three backward, O(C³/groups²) for the decomposition;
     no copy of the activations is made. Evaluation is one affine map, :meth:`evaluation_map`, whose matrix is derived
     again when statistics or options are not those that it was derived from. They are compared by their contents, which
-    costs C²/groups, and on an accelerator lets the host wait. A graph (``torch.compile``, ``torch.export``, ONNX, CUDA)
-    reads the matrix from a buffer, which ``eval()``, loading, and an evaluation outside of graphs renew: call
-    ``eval()`` after writing into ``running_cov``.
+    costs C²/groups, and on an accelerator makes the host wait. A graph of ``torch.compile`` or CUDA reads it from a
+    buffer, which ``eval()``, loading, and an evaluation outside of graphs write: call ``eval()`` after writing into
+    ``running_cov``. An exported program (``torch.export``, ``torch.jit.trace``, ONNX) has a copy of its own.
 
     Tools that know batch norm by its class take this for one (``isinstance(layer, nn.modules.batchnorm._BatchNorm)``):
     ``torch.optim.swa_utils.update_bn`` recomputes its statistics, ``torch.func.replace_all_batch_norm_modules_`` takes

@@ -21,8 +21,8 @@ class SeriesSolver(LyapunovSolver):
     Args:
         order: of the expansion.
         backward_steps: Newton–Schulz steps of the Lyapunov equation in the derivative.
-        tolerance: warn where the relative residual is larger, or now and then the relative error along an eigenvector
-            (``None``: never); checked with the values.
+        tolerance: warn where the relative residual is larger, and in the 1st, 2nd, 4th, 8th, … call the relative error
+            along an eigenvector (``None``: never); checked with the values.
     """
 
     default_order: ClassVar[int]

@@ -24,8 +24,8 @@ class Minimax(LyapunovSolver):
     Args:
         kappa: condition numbers up to this one are resolved; smaller eigenvalues are damped. A factor of 20 costs
             one step.
-        tolerance: warn where the relative residual is larger, or now and then the relative error along an eigenvector
-            (``None``: never); checked with the values.
+        tolerance: warn where the relative residual is larger, and in the 1st, 2nd, 4th, 8th, … call the relative error
+            along an eigenvector (``None``: never); checked with the values.
 
     Raises:
         ValueError: kappa is not a finite number above 1.

@@ -22,7 +22,7 @@ class MinimaxOrEigh(LyapunovSolver):
     """Roots by :class:`Minimax`, verified; a batch in which some matrix fails goes to :class:`Eigh` as a whole.
 
     Args:
-        kappa: as for :class:`Minimax`.
+        kappa: condition numbers up to this one are left to the products.
         tolerated: ‖S P S − I‖_F of every matrix (P + εI for P) up to which its roots count as resolved: about the
             relative change of P's eigenvalues that the roots amount to, which for the smallest is some eps κ. In
             float32, 0.1 is met up to κ ≈ 1e5.

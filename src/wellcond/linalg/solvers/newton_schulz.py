@@ -26,8 +26,8 @@ class NewtonSchulz(Solver):
 
     Args:
         steps: iterations; 5 in the published layers.
-        tolerance: warn where the relative residual is larger, or now and then the relative error along an eigenvector
-            (``None``: never); checked with the values, so by default on the CPU.
+        tolerance: warn where the relative residual is larger, and in the 1st, 2nd, 4th, 8th, … call the relative error
+            along an eigenvector (``None``: never); checked with the values, so by default on the CPU.
         adaptive: stop each matrix on its own as soon as its residual is within the tolerance, or rounding keeps the
             next step from making it smaller; ``steps`` is then the most there may be. One more product a step for a
             square root, and the host waits for a device at every step.
