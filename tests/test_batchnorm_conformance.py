@@ -153,7 +153,11 @@ def shapes_of_fake_tensors(make: Maker) -> Any:
 @scenario
 def a_state_of_nan_loads_in_evaluation(make: Maker) -> Any:
     layer = make().eval()
-    bad = {name: value * torch.nan for name, value in layer.state_dict().items() if name != "num_batches_tracked"}
+    bad = {
+        name: value * torch.nan
+        for name, value in layer.state_dict().items()
+        if name not in ("num_batches_tracked", "_extra_state")
+    }
     first = outcome(lambda: layer.load_state_dict(bad, strict=False)), outcome(layer.eval)
     layer.load_state_dict(trained(make).state_dict())
     return first, as_saved(layer, make)
@@ -183,7 +187,7 @@ def writes_through_data(make: Maker) -> Any:
     for mine, theirs in zip(layer.state_dict().values(), other.state_dict().values(), strict=True):
         mine.data.copy_(theirs.data)
     copied = as_saved(layer, make)
-    matrix = layer.running_var if hasattr(layer, "running_var") else layer.running_cov
+    matrix = layer.running_cov if hasattr(layer, "running_cov") else layer.running_var
     before = layer(batch())
     matrix.data.mul_(100)
     return copied, as_saved(layer, make), (layer(batch()).std() / before.std()).item() < 0.2
@@ -418,7 +422,9 @@ def test_the_momenta_weigh_batches_as_in_batch_norm(momentum):
     assert ours.num_batches_tracked == theirs.num_batches_tracked == 3
     # Sums of 128 values in single precision.
     assert relative_error(ours.running_mean, theirs.running_mean) < 1e-5
-    assert relative_error(ours.running_cov[0].diagonal(), theirs.running_var) < 1e-5
+    assert relative_error(ours.running_var, theirs.running_var) < 1e-5
+    ours.running_var = theirs.running_var.new_full((C,), 3.0)
+    assert torch.equal(ours.running_cov[0], 3.0 * torch.eye(C))
 
 
 def test_what_differs_from_batch_norm_and_says_so():
@@ -426,9 +432,8 @@ def test_what_differs_from_batch_norm_and_says_so():
     # An empty batch has no covariance: batch norm counts it as a step, and a batch of one value too, which it refuses.
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         model[0](torch.empty(0, C, 4, 4))
-    # There is no running variance to hand over to a plain SyncBatchNorm, which would forget the covariance.
-    assert not hasattr(model[0], "running_var")
-    with pytest.raises(AttributeError, match=r"convert_sync\(model, batchnorm=True\)"):
+    # A plain SyncBatchNorm would forget the covariance.
+    with pytest.raises(RuntimeError, match=r"convert_sync\(model, batchnorm=True\)"):
         nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     assert convert_sync(model, batchnorm=True) is model
     assert model[0].sync and isinstance(model[1], nn.SyncBatchNorm)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -200,3 +201,43 @@ def test_inverse_root_of_evaluation_is_that_of_the_running_covariance():
     S = invsqrtm(layer.running_cov[0], eps=layer.eps)
     expected = torch.einsum("cd,ndhw->nchw", S, x - layer.running_mean.view(1, -1, 1, 1))
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_an_ensemble_evaluates_under_vmap():
+    """Stacked states of two models, as ``torch.func.stack_module_state`` gives them."""
+    layers = [DecorrelatedBatchNorm2d(3, dtype=torch.float64) for _ in range(2)]
+    x = correlated((8, 3, 4, 4))
+    for scale, layer in enumerate(layers, start=1):
+        layer(scale * x)
+        layer.eval()
+    state = torch.func.stack_module_state(layers)
+    y = torch.func.vmap(lambda p, b: torch.func.functional_call(layers[0], (p, b), (x,)))(*state)
+    torch.testing.assert_close(y, torch.stack([layer(x) for layer in layers]))
+
+
+def test_threads_may_evaluate_one_layer():
+    layer, x = DecorrelatedBatchNorm2d(3), correlated((8, 3, 4, 4)).float()
+    layer(x)
+    wanted = layer.eval()(x)
+
+    def work(_):
+        for _ in range(50):
+            torch.testing.assert_close(layer.eval()(x), wanted)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+
+
+def test_eval_does_not_decompose_what_has_not_changed():
+    layer, x = DecorrelatedBatchNorm2d(3), correlated((8, 3, 4, 4)).float()
+    layer(x)
+    buffer = layer.eval().evaluation_whitening
+    calls = layer.solver_events.calls
+    for _ in range(3):
+        layer.eval()(x)
+    assert layer.solver_events.calls == calls
+    with torch.no_grad():
+        layer.running_cov.data.mul_(4)
+    layer.eval()
+    assert layer.evaluation_whitening is buffer  # where graphs read it
+    torch.testing.assert_close(buffer, invsqrtm(layer.running_cov, eps=layer.eps))

@@ -10,11 +10,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.tuner import Tuner
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_task import LR, QUIET, Task, fit, loader
 from treatment_models import same, sgd
 from wellcond.lightning import ConditionMonitorCallback, TreatmentCallback
+from wellcond.nn import DecorrelatedBatchNorm2d
 from wellcond.orthogonality import treat_like
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")]
@@ -198,3 +200,33 @@ def test_an_untreated_checkpoint_starts_a_treated_fit_from_its_weights_and_is_no
             assert module.net[0].parametrizations.weight.original is weight
 
     fit(loaded, callback, Look(), max_epochs=1)
+
+
+def test_stochastic_weight_averaging_renews_the_statistics_of_a_decorrelated_norm(tmp_path):
+    """It resets ``running_mean`` and ``running_var`` of whatever is a batch norm, and runs the data once more."""
+    data = torch.randn(32, 3, 6, 6)
+
+    class Task(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 3), DecorrelatedBatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
+
+        def training_step(self, batch, _):
+            return self.net(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(data), batch_size=8)
+
+    task = Task()
+    pl.Trainer(
+        max_epochs=4, default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[pl.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=2)],
+    ).fit(task)  # fmt: skip
+    features = [task.net[0](batch).transpose(0, 1).flatten(1) for batch in data.split(8)]
+    assert task.net[1].num_batches_tracked == 4
+    wanted = torch.stack([torch.cov(x) for x in features]).mean(0)
+    torch.testing.assert_close(task.net[1].running_cov[0], wanted, rtol=1e-2, atol=2e-3)

@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 
 from wellcond.monitor import ConditionMonitor
 from wellcond.nn import DecorrelatedBatchNorm2d
@@ -82,20 +83,20 @@ def test_the_two_phases_of_sam_are_treated_in_the_step_that_moves():
     torch.testing.assert_close(moved, U @ Vh, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["copied together", "a new optimizer", "pickled"])
-def test_a_treatment_that_no_optimizer_carries_is_missed_and_said(how):
+@pytest.mark.parametrize("how", ["copied together", "a new optimizer", "a new fused one", "pickled"])
+@pytest.mark.parametrize("treatments", ["nog", "nog+ow"])
+def test_a_treatment_that_no_optimizer_carries_is_missed_and_said(how, treatments):
     net = model()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    treat(net, optimizer, "nog")
+    treat(net, optimizer, treatments)
     step(net, optimizer)
     if how == "copied together":
         net, optimizer = copy.deepcopy((net, optimizer))
-    elif how == "a new optimizer":
-        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
-    else:  # in another process nothing is known of it; the pickle itself must work
-        assert pickle.loads(pickle.dumps(net))[0].weight.equal(net[0].weight)
-        return
-    with pytest.warns(RuntimeWarning, match=r"nearest orthogonal gradient of layer '0' .* has not run"):
+    elif how == "pickled":
+        net, optimizer = pickle.loads(pickle.dumps((net, optimizer)))
+    else:
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused="fused" in how)
+    with pytest.warns(RuntimeWarning, match=r"nearest orthogonal gradient of layer '0' .* did not run in a step of"):
         steps(net, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -140,6 +141,42 @@ def test_a_replaced_weight_is_refused_in_the_next_step():
     net.load_state_dict(net.state_dict(), assign=True)
     with pytest.raises(RuntimeError, match=r"layer '0' .*another weight.*assign=True.*build the optimizer again"):
         step(net, optimizer)
+
+
+@pytest.mark.filterwarnings("error")
+def test_weights_can_be_swapped_and_pruned_under_a_treatment():
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    treatment = treat(net, optimizer, "nog")
+    l1_unstructured(net[0], "weight", 0.1)
+    step(net, optimizer)
+    assert treatment.nog.counts()["0"]["treated"] == 1
+    net = model()
+    treat(net, torch.optim.SGD(net.parameters(), lr=0.1), "nog")
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        assert net.double()[0].weight.dtype == torch.float64
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_ascents_in_a_step_are_no_alarm():
+    net = model()
+    sam = SharpnessAware(net.parameters(), torch.optim.SGD, lr=0.1)
+    treatment = treat(net, sam, "nog")
+    for _ in range(3):
+        start = [p.detach().clone() for p in net.parameters()]
+        for _ in range(4):
+            backward(net)
+            sam.first_step()
+        backward(net)
+        with torch.no_grad():
+            for p, old in zip(net.parameters(), start, strict=True):
+                p.copy_(old)
+        sam.base_optimizer.step()
+        sam.zero_grad()
+    assert treatment.nog.counts()["0"]["treated"] == 3
 
 
 def test_the_watch_keeps_nothing_alive():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -38,6 +39,14 @@ def is_shape_only(x: Tensor) -> bool:
 def has_values(x: Tensor) -> bool:
     """Whether ``x`` can be read now; while a CUDA graph is captured nothing can."""
     return not (is_shape_only(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
+def called_by(name: str) -> bool:
+    """Whether the function that asks was called by one of this name, where PyTorch says in no other way what it is
+    about to do."""
+    frame = inspect.currentframe()
+    caller = frame and frame.f_back and frame.f_back.f_back
+    return caller is not None and caller.f_code.co_name == name
 
 
 def under_functorch() -> bool:

@@ -18,7 +18,7 @@ from wellcond._shared.errors import NonFiniteMatrixError
 from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import HALF, full_precision, working_dtype
-from wellcond._shared.torch_internals import has_values, is_compiling, is_exporting, under_functorch
+from wellcond._shared.torch_internals import called_by, has_values, is_compiling, is_exporting, under_functorch
 from wellcond.linalg import NewtonSchulz, Solver, WhiteningMethod, recording, value_checks, whitening_matrix
 
 from ._base import Observation, SpectralModule, require_input, symbolic_call
@@ -113,14 +113,23 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         layer.load_state_dict(state)
         return layer.train(batchnorm.training)
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "running_var":  # read by whoever would put a plain SyncBatchNorm here, or reset half
-            raise AttributeError(
-                f"{type(self).__name__} has a running covariance, running_cov, and no running_var; to synchronise a "
-                "model take wellcond.nn.convert_sync(model, batchnorm=True), and wellcond.nn.update_statistics for the "
-                "statistics of averaged weights"
+    @property
+    def running_var(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The diagonal (C,) of the running covariance, for tools that reset or show it; a variance that is assigned
+        becomes the whole of it."""
+        if called_by("convert_sync_batchnorm"):  # which would put a plain SyncBatchNorm here
+            raise RuntimeError(
+                f"torch.nn.SyncBatchNorm.convert_sync_batchnorm does not know {type(self).__name__}: take "
+                "wellcond.nn.convert_sync(model, batchnorm=True), which converts both kinds, and with it drop "
+                "Trainer(sync_batchnorm=True)"
             )
-        return super().__getattr__(name)
+        return None if self.running_cov is None else self.running_cov.diagonal(dim1=-2, dim2=-1).flatten()
+
+    @running_var.setter
+    def running_var(self, variance: Tensor | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        cov = self.running_cov
+        if cov is not None:
+            self.running_cov = None if variance is None else torch.diag_embed(variance.view(cov.shape[:-1])).to(cov)
 
     def reset_parameters(self) -> None:
         """Reset the running statistics, and the affine parameters to 1 and 0."""

@@ -77,12 +77,12 @@ class DecorrelatedBatchNorm2d(_DecorrelatedBatchNorm):
 
     Tools that know batch norm by its class take this for one (``isinstance(layer, nn.modules.batchnorm._BatchNorm)``):
     ``torch.optim.swa_utils.update_bn`` recomputes its statistics, ``torch.func.replace_all_batch_norm_modules_`` takes
-    them away, fine-tuning freezes it. ``torch.fx`` traces it as one node, like layers of torch. There is no
-    ``running_var``, the diagonal of ``running_cov``; what asks for it stops with an ``AttributeError`` that says what
-    to do: ``SyncBatchNorm.convert_sync_batchnorm`` (take :func:`convert_sync`), Lightning's
-    ``StochasticWeightAveraging`` (take ``WeightAveraging``, then :func:`update_statistics`). timm's ``distribute_bn``
-    goes by buffer names and averages ``running_mean`` alone: train with ``sync=True``, so that all processes have the
-    same statistics and there is nothing to average. ``torch.jit.script`` does not take it; ``torch.jit.trace`` does.
+    them away, fine-tuning freezes it. ``torch.fx`` traces it as one node, like layers of torch. ``running_var`` is the
+    diagonal of ``running_cov``, so that Lightning's ``StochasticWeightAveraging`` resets and renews the statistics.
+    ``SyncBatchNorm.convert_sync_batchnorm``, and with it ``Trainer(sync_batchnorm=True)``, would put a plain batch norm
+    in this place and is refused: take :func:`convert_sync`. timm's ``distribute_bn`` goes by buffer names and averages
+    ``running_mean`` alone: train with ``sync=True``, so that all processes have the same statistics and there is
+    nothing to average. ``torch.jit.script`` does not take it; ``torch.jit.trace`` does.
 
     Source: Huang et al., Decorrelated Batch Normalization, CVPR 2018.
 

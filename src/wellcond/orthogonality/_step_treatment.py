@@ -20,7 +20,7 @@ from wellcond._shared.models import unwrapped_optimizer
 from ._matrix import Target, Treatables, stored_tensor, targets
 from ._registry import Applied, TreatmentClass
 from ._sharded import gathered
-from ._watch import require_same_weight, unwatch, watch
+from ._watch import HOOKS, marks_of, unwatch, watch
 
 
 def _of_this_torch(names: str) -> tuple[type[Optimizer], ...]:
@@ -51,7 +51,7 @@ def decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Any:
 
 def _active(optimizer: Optimizer) -> list[StepTreatment]:
     """The treatments that are on in ``optimizer``, kept with it (a copy of the optimizer has no hooks, and no list)."""
-    return optimizer.__dict__.setdefault("_wellcond_hooks", [])
+    return optimizer.__dict__.setdefault(HOOKS, [])
 
 
 def require_held(optimizer: Optimizer, target: Target, treatment: str) -> None:
@@ -121,7 +121,8 @@ class StepTreatment(Applied, TreatmentClass):
             self.optimizer.register_step_pre_hook(self._pre),
             self.optimizer.register_step_post_hook(lambda *_: self._run(self.after)),
         ]
-        self._watches = [watch(self.treatment, t.where, t.parameter, t.layer) for t in self.targets]
+        for target in self.targets:
+            watch(self.treatment, target.where, target.parameter, target.layer)
         others.append(self)
 
     @classmethod
@@ -144,12 +145,12 @@ class StepTreatment(Applied, TreatmentClass):
         """Take the hooks off: later steps are the optimizer's own. May be called twice."""
         for handle in self._handles:
             handle.remove()
-        for watched, target in zip(self._watches, self.targets, strict=True):
-            unwatch(watched, target.layer)
+        for target in self.targets:
+            unwatch(self.treatment, target.parameter, target.layer)
         if self in (others := _active(self.optimizer)):
             others.remove(self)
         if not others:
-            del self.optimizer.__dict__["_wellcond_hooks"]
+            del self.optimizer.__dict__[HOOKS]
 
     def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -166,17 +167,28 @@ class StepTreatment(Applied, TreatmentClass):
             return (args[0], treated, *args[2:]), kwargs
         return args, {**kwargs, "closure": treated}
 
+    def _require_same_weight(self, target: Target) -> None:
+        """Refuse to go on where the layer has another weight than the one that is treated, and it is that one which
+        learns."""
+        now = stored_tensor(target.layer) if target.layer is not None else None
+        if now is not None and now is not target.parameter and now.grad is not None:
+            raise RuntimeError(
+                f"{self.treatment} of {target.where}: the layer has another weight than when it was treated "
+                "(load_state_dict(assign=True), or one set by hand), which this optimizer does not hold; "
+                "build the optimizer again, and treat the model again"
+            )
+
     @torch.no_grad()
     def _run(self, act: Any) -> None:
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         moving: list[Target] = []
-        for target, watched in zip(self.targets, self._watches, strict=True):
-            watched.ran()
-            if target.layer is not None:
-                require_same_weight(self.treatment, target.where, target.parameter, stored_tensor(target.layer))
+        for target in self.targets:
+            if mark := marks_of(target.parameter).get(self.treatment):
+                mark["ran"] = True
             if id(target.parameter) not in groups:
                 raise RuntimeError(f"{self.treatment} of {target.where}: the optimizer no longer holds its weight")
             if (gradient := target.parameter.grad) is None:
+                self._require_same_weight(target)
                 continue
             if gradient.layout is not torch.strided:
                 raise ValueError(

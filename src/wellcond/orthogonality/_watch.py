@@ -1,107 +1,93 @@
-"""Whether a treatment of the step really runs: a weight that moves without it is noticed, and said.
+"""Whether a treatment of the step really runs: a weight that another optimizer moves without it is noticed, and said.
 
-A deep copy of an optimizer has no hooks, nor has one that is made later, and a wrapper may call something else than
-``step``. The weight itself sees its gradient arrive in every step, so that is where its treatment is missed.
+A deep copy of an optimizer has no hooks, nor has one that is made later. So the weight itself says what it is treated
+by, in an attribute of plain types that its copies and pickles keep, and every step of any optimizer is asked about it.
+Moves by hand are not seen.
 """
 
 from __future__ import annotations
 
 import warnings
-import weakref
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from wellcond._shared.torch_internals import is_compiling
+from wellcond._shared.models import unwrapped_optimizer
 
-ATTRIBUTE = "_wellcond_watches"
-"""Where a layer keeps its watches by treatment; a deep copy of the layer so has its own."""
+MARK = "_wellcond_treated"
+"""Of a parameter: by treatment, what messages call the parameter, whether it ran, and whether this is a copy's."""
 
-PATIENCE = 3
-"""Moves without the treatment until it is said: an optimizer may move a weight more than once in a step (SAM)."""
+CARRIER = "_wellcond_carrier"
+"""Of a layer: what marks the parameter of a deep copy, which PyTorch copies without its attributes."""
 
-
-class Watch:
-    """Watches that a treatment runs in the steps that move one weight.
-
-    Args:
-        treatment: what messages call it.
-        where: the layer or parameter.
-        parameter: the weight that the optimizer moves.
-    """
-
-    def __init__(self, treatment: str, where: str, parameter: nn.Parameter | None) -> None:
-        self.treatment, self.where = treatment, where
-        self.version: int | None = None  # when a gradient last arrived and the treatment has not run since
-        self.missed = 0
-        self.is_copy = False
-        self._parameter = self._handle = None
-        if parameter is not None and parameter.requires_grad:
-            self._parameter = weakref.ref(parameter)
-            self._handle = parameter.register_post_accumulate_grad_hook(self._arrived)
-
-    def ran(self) -> None:
-        """The treatment ran."""
-        self.version, self.missed = None, 0
-
-    def close(self) -> None:
-        """Watch no more."""
-        if self._handle is not None:
-            self._handle.remove()
-
-    def _arrived(self, parameter: Tensor) -> None:
-        if is_compiling() or self.missed >= PATIENCE:
-            return
-        if self.version is not None and parameter._version != self.version:
-            self.missed += 1
-            if self.missed == PATIENCE:
-                warnings.warn(
-                    f"{self.treatment} of {self.where} has not run in the last {PATIENCE} steps that moved its weight: "
-                    "another optimizer moves it (a deep copy of one has no hooks), or a wrapper that does not call "
-                    "its step(); treat the model with the optimizer that trains it",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-        self.version = parameter._version
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
-        """Of the copied weight, which no treated optimizer moves until it is treated itself."""
-        parameter = None if self._parameter is None else self._parameter()
-        found = Watch(self.treatment, self.where, memo.get(id(parameter)))
-        found.is_copy = True
-        return found
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Watch, (self.treatment, self.where, None)
+HOOKS = "_wellcond_hooks"
+"""Of an optimizer: the treatments that are on in it (a copy of the optimizer has none)."""
 
 
-def watch(treatment: str, where: str, parameter: nn.Parameter, layer: nn.Module | None) -> Watch:
-    """Begin to watch a weight. Who treats a copy of a layer says what is on there: the copied watches end."""
-    found = Watch(treatment, where, parameter)
+class _Carrier:
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Carrier | None:
+        copied = memo.get(id(self.parameter))
+        if copied is None:
+            return None
+        marks = {name: {**mark, "ran": False, "copy": True} for name, mark in marks_of(self.parameter).items()}
+        setattr(copied, MARK, marks)
+        return _Carrier(copied)
+
+
+_watching = False
+
+
+def watch(treatment: str, where: str, parameter: nn.Parameter, layer: nn.Module | None) -> None:
+    """Begin to watch a weight. Who treats a copy says what is on there: the marks of the original end."""
+    global _watching
+    if not _watching:
+        register_optimizer_step_post_hook(_after_any_step)
+        _watching = True
+    marks = {name: mark for name, mark in marks_of(parameter).items() if not mark["copy"]}
+    setattr(parameter, MARK, {**marks, treatment: {"where": where, "ran": False, "copy": False}})
     if layer is not None:
-        watches = layer.__dict__.setdefault(ATTRIBUTE, {})
-        for name in [name for name, earlier in watches.items() if earlier.is_copy or name == treatment]:
-            watches.pop(name).close()
-        watches[treatment] = found
-    return found
+        layer.__dict__[CARRIER] = _Carrier(parameter)
 
 
-def unwatch(found: Watch, layer: nn.Module | None) -> None:
+def unwatch(treatment: str, parameter: nn.Parameter, layer: nn.Module | None) -> None:
     """End it, and leave the layer as it was."""
-    found.close()
-    if layer is None or (watches := layer.__dict__.get(ATTRIBUTE)) is None:
-        return
-    if watches.get(found.treatment) is found:
-        del watches[found.treatment]
-    if not watches:
-        del layer.__dict__[ATTRIBUTE]
+    marks = marks_of(parameter)
+    marks.pop(treatment, None)
+    if not marks:
+        vars(parameter).pop(MARK, None)
+        if layer is not None:
+            layer.__dict__.pop(CARRIER, None)
 
 
-def require_same_weight(treatment: str, where: str, parameter: nn.Parameter, now: Tensor | None) -> None:
-    """Refuse to go on where the layer has another weight than the one that is treated."""
-    if now is not parameter:
-        raise RuntimeError(
-            f"{treatment} of {where}: the layer has another weight than when it was treated "
-            "(load_state_dict(assign=True), or one set by hand), which this optimizer does not hold; "
-            "build the optimizer again, and treat the model again"
-        )
+def marks_of(parameter: nn.Parameter) -> dict[str, dict[str, Any]]:
+    """What the weight is treated by."""
+    return getattr(parameter, MARK, {})
+
+
+def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
+    """Say which treatment is missing in a step that moved its weight, once."""
+    inner = unwrapped_optimizer(optimizer)
+    on = {part.treatment for part in inner.__dict__.get(HOOKS, ())}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None or not (marks := getattr(parameter, MARK, None)):
+                continue
+            for treatment, mark in list(marks.items()):
+                if treatment in on:
+                    continue
+                if mark["ran"]:  # in the step of an optimizer inside this one
+                    mark["ran"] = False
+                    continue
+                del marks[treatment]
+                warnings.warn(
+                    f"{treatment} of {mark['where']} did not run in a step of {type(optimizer).__name__} that moved "
+                    "its weight: it is on in another optimizer (a deep copy has no hooks); treat the model with the "
+                    "one that trains it",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
