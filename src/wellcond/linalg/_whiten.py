@@ -101,18 +101,19 @@ def whiten(
         # The features themselves are asked for their rank only without a ridge, and in double precision.
         A = centred_factor(widened(X) if by_factor and eps == 0.0 else X, correction)
         root_n = (X.shape[-1] - correction) ** 0.5
-        constant = _constant(X, A, root_n)
-        if not readable(X) or constant.any():
-            A = A.masked_fill(constant, 0.0)
+        A = _without_constants(X, A, root_n)
         scale: Tensor | float = 1.0
         if relative or eps == 0.0:
             # Nothing changes when the features are scaled, so any scale will do that keeps P in the range of the dtype.
-            largest = A.detach().abs().amax((-2, -1), keepdim=True)
+            largest = torch.linalg.vector_norm(A.detach(), float("inf"), dim=(-2, -1), keepdim=True)
             scale = torch.where(largest > 0, largest, 1.0)
             if relative and eps:
                 size = (A / scale).abs().square().sum((-2, -1), keepdim=True) / A.shape[-2]
                 scale = scale * torch.where(size > 0, size, 1.0).sqrt()
-            A = A / scale
+            if relative or not readable(A) or (scale.log10().abs() > 6).any():
+                A = A / scale
+            else:
+                scale = 1.0
         if by_factor:
             white = _white_factor(X, A, scale, method, eps, rank)
         else:
@@ -292,14 +293,20 @@ def _with_ridge(T: Tensor, eps: float) -> Tensor:
     return torch.cat([T, (eps**0.5 * eye).expand(*T.shape[:-2], *eye.shape)], -2)
 
 
-def _constant(X: Tensor, A: Tensor, root_n: float) -> Tensor:
-    """(..., d, 1) whether the variance of a channel is less than (eps·mean)², the rounding of its samples.
+def _without_constants(X: Tensor, A: Tensor, root_n: float) -> Tensor:
+    """A with 0 for the channels whose variance is less than (eps·mean)², which is the rounding of their samples.
 
     Of a constant the rounded mean leaves a difference, the same everywhere, which is no variance either.
     """
-    centred = A.detach() * root_n
-    mean = X[..., :1].detach() - centred[..., :1]
-    return centred.std(-1, correction=0, keepdim=True) < torch.finfo(working_dtype(X.dtype)).eps * mean.abs()
+    rows = A.detach()
+    mean = (X[..., :1].detach() - rows[..., :1] * root_n).abs()
+    rounding = torch.finfo(working_dtype(X.dtype)).eps * mean
+    # With that difference, at most some ten times the rounding, and at half the cost of the deviation.
+    if readable(X) and not (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) <= 16 * rounding).any():
+        return A
+    unit = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True)  # squares of tiny ones would vanish
+    deviation = (rows / unit).std(-1, correction=0, keepdim=True) * unit * root_n  # NaN of zeros, which stay
+    return A.masked_fill(deviation < rounding, 0.0)
 
 
 def _require_samples(A: Tensor) -> None:
