@@ -17,8 +17,8 @@ from wellcond._shared.models import Layers, as_given, layers_by_name
 
 from ._pre_spectral import pre_spectral_layers
 from ._registry import Options, in_order, options_of, parse_treatments
-from ._treat import Treatment, treat
-from ._weight_treatment import WeightTreatment
+from ._treat import Treatment, require_treatable, treat
+from ._weight_treatment import WeightTreatment, restorer
 
 
 class TreatmentInStages:
@@ -53,15 +53,25 @@ class TreatmentInStages:
         """Find the layers and treat their weights, once for each model."""
         if self._model is model:
             return
-        self.layers = self.find_layers(model) if self._given is None else layers_by_name(model, self._given)
-        self._model = model
+        layers = self.find_layers(model) if self._given is None else layers_by_name(model, self._given)
         # They are all there already in a model that comes back after another.
-        if all(kind.is_on(layer) for kind in self._on_weights for layer in self.layers.values()):
-            return
-        for kind in self._on_weights:
-            for label, layer in self.layers.items():
-                kind.put_on(layer, label=label, **self._options.get(kind.name, {}))
-                self.put_on[label] = layer
+        if not all(kind.is_on(layer) for kind in self._on_weights for layer in layers.values()):
+            self._put_on(model, layers)
+        self._model, self.layers = model, layers
+
+    def _put_on(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        """All weight treatments on all layers, or, if one is refused, none on any."""
+        require_treatable(model, layers, self.treatments)
+        restorers = [restorer(layer) for layer in layers.values()]
+        try:
+            for kind in self._on_weights:
+                for label, layer in layers.items():
+                    kind.put_on(layer, label=label, **self._options.get(kind.name, {}))
+        except Exception:
+            for restore in restorers:
+                restore()
+            raise
+        self.put_on.update(layers)
 
     def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
         """The layers to treat when none were given."""
@@ -70,14 +80,21 @@ class TreatmentInStages:
 
     def treat_steps(self, model: nn.Module, shares: Mapping[Optimizer, Iterable[str]]) -> None:
         """Treat the steps of the optimizers, each on its layers, with all that does not act on the weight."""
-        for handle in self.handles.values():  # of an earlier training, whose optimizers are gone
+        self._remove_handles()  # of an earlier training, whose optimizers are gone
+        options = {name: given for name, given in self._options.items() if name in self._in_step}
+        try:
+            for optimizer, layers in shares.items() if self._in_step else ():
+                self.handles[optimizer] = treat(
+                    model, optimizer, "+".join(self._in_step), layers=list(layers), options=options
+                )
+        except Exception:
+            self._remove_handles()
+            raise
+
+    def _remove_handles(self) -> None:
+        for handle in self.handles.values():
             handle.remove()
         self.handles = {}
-        options = {name: given for name, given in self._options.items() if name in self._in_step}
-        for optimizer, layers in shares.items() if self._in_step else ():
-            self.handles[optimizer] = treat(
-                model, optimizer, "+".join(self._in_step), layers=list(layers), options=options
-            )
 
     def require_alike(self, saved: Mapping[str, Any]) -> None:
         """Refuse the state of a run that was treated otherwise."""
