@@ -104,13 +104,21 @@ class TreatmentInStages:
 
     @property
     def _resume(self) -> str:
-        return f"this callback is TreatmentCallback('{'+'.join(self.treatments)}'); resume with the same treatments"
+        where = of_layers(self.layers or self._named or ())
+        mine = f"TreatmentCallback('{'+'.join(self.treatments)}')"
+        return f"this callback is {mine}{where}; resume with the same treatments and layers"
 
     def summary(self) -> str:
         """What acts where, as text."""
         names = "+".join(kind.name for kind in self._on_weights)
         on_weights = [f"{layer}: {names}" for layer in self.layers if names]
         return "\n".join([*on_weights, *(handle.summary() for handle in self.handles.values())])
+
+
+def of_layers(layers: Iterable[str]) -> str:
+    """`` of net.0, net.4`` for a message, or nothing."""
+    names = ", ".join(layers)
+    return names and f" of {names}"
 
 
 def _moved(example: Any, device: torch.device) -> Any:
