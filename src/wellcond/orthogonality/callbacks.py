@@ -39,7 +39,8 @@ class TreatmentInStages:
         self._on_weights = [kind for kind in kinds if issubclass(kind, WeightTreatment)]
         self._in_step = [kind.name for kind in kinds if not issubclass(kind, WeightTreatment)]
         self._given, self._example_input = as_given(layers), example_input
-        self._named = self._given and [str(layer) for layer in self._given]  # a module as it was before any treatment
+        # A module as it was before any treatment.
+        self._named = None if self._given is None else [str(layer) for layer in self._given]
         self._options = options_of(self.treatments, options)
         self._model: nn.Module | None = None
         self.put_on: dict[str, nn.Module] = {}  # the layers whose weights this callback treated itself

@@ -1,4 +1,4 @@
-"""Folders of images: one folder a class, in one folder a split or not.
+"""Folders of images: one folder per class, inside one folder per split or not.
 
     DIR/CLASS/…/file                or                DIR/{train,validation,test}/CLASS/…/file
 
@@ -78,7 +78,7 @@ def split_folders(path: Path, images: Sequence[Parts]) -> dict[str, str]:
     if not folders:
         inside = listed(sorted(p.name for p in path.iterdir())) or "nothing"
         raise DataError(
-            f"'{path}' has neither parquet files (train-*.parquet, test-*.parquet) nor images in one folder a class "
+            f"'{path}' has neither parquet files (train-*.parquet, test-*.parquet) nor images in one folder per class "
             f"(train/CLASS/*.png, test/CLASS/*.png); it holds: {inside}"
         )
     nested = {image[0] for image in images if len(image) > 2}  # which have folders of images themselves
