@@ -235,7 +235,7 @@ def test_a_plain_model_refuses_a_treated_state_with_the_recipe(head, strict: boo
     assert same(plain, treated)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "lightning.model."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "lightning.model.", "module._orig_mod."])
 def test_whatever_stands_before_the_names_a_model_is_treated_as_the_state_was(prefix: str) -> None:
     saved = net(twice)
     state = {prefix + name: value for name, value in saved.state_dict().items()}
@@ -259,6 +259,22 @@ def test_plain_states_and_compiled_parts_keep_their_names() -> None:
     compiled = nn.Sequential(torch.compile(net(), backend="eager"))
     compiled.load_state_dict(treat_like(compiled, saved.state_dict()))
     assert torch.equal(outputs(compiled[0]._orig_mod), outputs(saved[0]))
+
+
+@pytest.mark.parametrize("treatment", [None, twice])
+def test_a_compiled_model_inside_another_wrapper_is_found(treatment) -> None:
+    saved = net(treatment)
+    state = AveragedModel(torch.compile(saved, backend="eager")).state_dict()
+    assert "module._orig_mod.0.bias" in state
+    for model in (net(), net(twice) if treatment else net()):
+        assert str(model.load_state_dict(treat_like(model, state))) == "<All keys matched successfully>"
+        assert torch.equal(outputs(model), outputs(saved))
+    averaged = AveragedModel(torch.compile(net(), backend="eager"))
+    averaged.load_state_dict(treat_like(averaged, state))
+    assert torch.equal(outputs(averaged.module._orig_mod), outputs(saved))
+    parallel = nn.DataParallel(torch.compile(net(), backend="eager"))
+    parallel.load_state_dict(treat_like(parallel, saved.state_dict()))
+    assert torch.equal(outputs(parallel.module._orig_mod), outputs(saved))
 
 
 def test_tensors_of_any_name_are_treated_alike() -> None:

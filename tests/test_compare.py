@@ -165,6 +165,21 @@ def test_an_interrupted_comparison_goes_on_with_what_is_missing(tmp_path, monkey
         assert (one.label, one.test_error_mean, one.kappa) == (other.label, other.test_error_mean, other.kappa)
 
 
+def test_a_comparison_goes_on_when_one_of_its_runs_was_made_longer(done, tmp_path):
+    """Its table is still of runs of one length, and its figure has the steps of that length only."""
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    longer = out / "runs" / "zca-seed0"
+    assert call("train", "--out", longer, "--resume", "--epochs", "2").exit_code == 0
+    assert json.loads((longer / "result.json").read_text())["config"]["epochs"] == 2
+    before = read_csv(out / "results.csv")
+    again = call("compare", "--out", out, "--resume")
+    assert again.exit_code == 0, again.output
+    assert read_csv(out / "results.csv") == before
+    assert (out / "condition.svg").read_text() == (done[0] / "condition.svg").read_text()
+    assert json.loads((longer / "result.json").read_text())["config"]["epochs"] == 2  # it stays
+
+
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
     def training_step(self, batch, batch_index):
         raise KeyboardInterrupt

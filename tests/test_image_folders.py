@@ -41,6 +41,8 @@ def skipped(data: ImageData) -> list[str]:
         ("test_tube", "train_station"),
         ("__background__", "dev", "validation-1"),
         ("bus", "train", "train/2024"),
+        ("bus/train", "bus/tram", "car/train", "car/van"),
+        ("bus/train", "bus/test", "car"),
     ],
     ids=",".join,
 )
@@ -90,6 +92,22 @@ ASKED = {
     "nearly splits": (["training_set/a", "test_set/a"], r"may be splits \(test_set, training_set\): rename them"),
     "no folders of classes": (["train", "test"], r"images in test, train, but no folders of classes in 'train'"),
     "no training": (["test/cat", "val/cat"], r"images in test, val, but no folder 'train'"),
+    "data sets side by side": (
+        ["bottle/train/good", "bottle/test/good", "bottle/test/bad", "cable/train/good", "cable/test/good"],
+        r"splits inside its folders \(bottle, cable\): give the folder that holds the splits, such as '.*bottle'",
+    ),
+    "and masks": (
+        [f"{name}/{split}" for name in ("bottle", "cable") for split in ("train/good", "test/good", "masks/good")],
+        r"splits inside its folders \(bottle, cable\)",
+    ),
+    "splits inside classes": (
+        ["cat/train", "cat/test", "dog/train", "dog/test"],
+        r"if those are classes, put the splits outside, as in train/cat/",
+    ),
+    "a folder too high": (
+        ["data/train/a", "data/train/b", "data/test/a"],
+        r"splits inside its folders \(data\): give .* such as '.*data'",
+    ),
     "a class that training lacks": (
         ["train/cat", "train/dog", "test/cat", "test/Dog"],
         r"test' has folders of classes that training lacks: Dog; did you mean 'dog'\?",
@@ -235,14 +253,19 @@ def test_wellcond_data_says_what_is_there_and_what_was_skipped(tmp_path: Path):
 def test_wellcond_data_names_broken_images_and_fails(decode: list[str], tmp_path: Path):
     root = write_classes(tmp_path / "data", "cat", "dog", size=(40, 40))
     (root / "cat/0.png").write_bytes(b"<html>")
-    half = (file := root / "dog/3.png").read_bytes()[:1500]  # breaks off after the header
+    half = (file := root / "dog/3.png").read_bytes()[:1500]  # truncated after the header
     file.write_bytes(half)
     found = called("data", root, *decode)
     assert found.exit_code == 2
     assert "Traceback" not in found.output
     broken = [line for line in found.stdout.splitlines() if line.startswith("broken: ")]
     assert ["0.png" in line or "3.png" in line for line in broken] == [True] * (2 if decode else 1)
-    assert found.stderr == f"error: {len(broken)} images cannot be read; replace or remove them\n"
+    assert "not an image of a kind that Pillow knows" in broken[0]
+    assert "object at" not in found.stdout
+    count = (
+        "2 images cannot be read; replace or remove them" if decode else "1 image cannot be read; replace or remove it"
+    )
+    assert found.stderr == f"error: {count}\n"
 
 
 def test_wellcond_data_shows_the_digits_and_one_line_for_what_is_wrong(tmp_path: Path):

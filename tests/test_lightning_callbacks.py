@@ -319,6 +319,17 @@ def test_wrong_treatments_and_layers_are_refused() -> None:
         fit(Frozen(), TreatmentCallback("nog"))
 
 
+def test_a_refused_fit_leaves_all_layers_untreated_and_is_refused_again() -> None:
+    task = Task()
+    nn.utils.parametrizations.weight_norm(task.net[4])
+    callback = TreatmentCallback("ow+nog", layers=["net.0", "net.4"])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"net\.4.*remove a parametrisation such as weight norm first"):
+            fit(task, callback)
+        assert not is_parametrized(task.net[0])
+        assert callback.summary() == ""
+
+
 # -- the monitor --------------------------------------------------------------------------------------------------
 
 

@@ -140,9 +140,14 @@ def test_two_callbacks_of_a_kind_are_saved_and_each_resumes_its_own_state(tmp_pa
         {name: {"treated": 12, "zero": 0, "nonfinite": 0}} for name in ("net.0", "net.4")
     ]
     with pytest.raises(
-        ValueError, match=r"treated with 'ow\+nog and nog', this callback is TreatmentCallback\('olr'\)"
+        ValueError,
+        match=r"treated with 'ow\+nog' of net\.0 and 'nog' of net\.4, this .* TreatmentCallback\('olr'\) of net\.4;",
     ):
         fit(task, TreatmentCallback("olr", layers="net.4"), pairs()[0], ckpt=tmp_path / "epoch=0.ckpt")
+    with pytest.raises(
+        ValueError, match=r"and 'nog' of net\.4, .* TreatmentCallback\('nog'\) of net\.0, net\.4;.* layers"
+    ):
+        fit(task, TreatmentCallback("nog", layers=["net.0", "net.4"]), ckpt=tmp_path / "epoch=0.ckpt")
 
 
 @pytest.mark.parametrize("every", [4, 2])

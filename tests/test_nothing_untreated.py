@@ -16,6 +16,7 @@ from torch.nn.utils.prune import l1_unstructured
 from wellcond.monitor import ConditionMonitor
 from wellcond.nn import DecorrelatedBatchNorm2d
 from wellcond.orthogonality import NearestOrthogonalGradient, pre_spectral_layers, treat
+from wellcond.orthogonality.callbacks import TreatmentInStages
 
 
 class SharpnessAware(torch.optim.Optimizer):
@@ -211,6 +212,52 @@ def test_a_tied_weight_is_not_untied(treatments):
     treat(net, optimizer, "nog", layers=["a"])
     step(net, optimizer)
     assert net.a.weight is net.b.weight
+
+
+@pytest.mark.parametrize("treatments", ["ow", "sn", "nog+ow"])
+def test_callbacks_do_not_untie_a_weight_either(treatments):
+    net = Tied()
+    for _ in range(2):  # nor at the second try
+        with pytest.raises(ValueError, match=r"layer 'a' .*layer 'b' has the same weight.*'nog', 'olr'"):
+            TreatmentInStages(treatments, layers=["a"]).treat_weights(net)
+        assert net.a.weight is net.b.weight
+
+
+def refused(which, norm):
+    """A model and options for 'ow+sn' of its two layers, of which the second is refused; and what is said of it."""
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.Conv2d(6, 6, 3), DecorrelatedBatchNorm2d(6))
+    if which == "weight norm":
+        nn.utils.parametrizations.weight_norm(net[2])
+        return net, {}, "layer '2'.*remove a parametrisation such as weight norm first"
+    if which == "NaN":
+        nn.init.constant_(net[2].weight, float("nan"))
+        return net, {}, "layer '2'.*NaN"
+    return net, {"sn": {"of": "operators"}}, "unknown norm of the spectral norm 'operators'"
+
+
+@pytest.mark.parametrize("which", ["weight norm", "NaN", "an option"])
+def test_a_callback_treats_all_layers_or_none(which):
+    net, options, message = refused(which, DecorrelatedBatchNorm2d(6))
+    weight, before = net[0].weight, net[0].weight.detach().clone()
+    callback = TreatmentInStages("ow+sn", layers=["0", "2"], options=options)
+    for _ in range(2):  # which does not take it for done
+        with pytest.raises(ValueError, match=message):
+            callback.treat_weights(net)
+        assert not nn.utils.parametrize.is_parametrized(net[0])
+        assert net[0].weight is weight
+        assert torch.equal(weight, before)
+        assert callback.summary() == ""
+        assert callback.put_on == {}
+
+
+def test_the_steps_of_all_optimizers_are_treated_or_of_none():
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), DecorrelatedBatchNorm2d(6))
+    first, second = (torch.optim.SGD(net[i].parameters(), lr=0.1) for i in range(2))
+    callback = TreatmentInStages("nog", layers=["0", "1"])
+    with pytest.raises(ValueError, match="layer '0'"):
+        callback.treat_steps(net, {first: ["0"], second: ["0"]})
+    assert callback.handles == {}
+    treat(net, first, "nog", layers=["0"]).remove()  # refused if it were on
 
 
 class PartlyCompiled(nn.Module):

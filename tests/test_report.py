@@ -157,6 +157,39 @@ def test_a_run_that_was_made_longer_says_so_and_how_it_is_made_again(tmp_path: P
     assert Path(first[-1]).resolve() == tmp_path / "a run"
 
 
+def test_a_run_that_is_being_made_longer_is_reported_as_it_was(tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "run"
+    before = run(small(epochs=1), out)
+    _, notes = report([out], tmp_path / "before")
+    assert notes == []
+    real = Classifier.training_step
+
+    def training_step(self, batch, batch_index):
+        if self.global_step == 9:  # of 12; the second epoch is finished, and logged
+            raise KeyboardInterrupt
+        return real(self, batch, batch_index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "training_step", training_step)
+        with pytest.raises(KeyboardInterrupt):
+            run(small(epochs=3), out, resume=True)
+    assert len(read_csv(out / "metrics.csv")) == 2
+    path, (note,) = report([out], tmp_path / "after")
+    assert "is being made longer and that is not finished: reported is its result after 1 epoch; go on" in note
+    results, runs, _ = Page(path.read_text()).tables
+    assert results[1][1] == f"{100 * before.test_error:.2f}"
+    assert [row[0] for row in runs[1:]] == ["zca"]
+    for name in ("condition.svg", "learning.svg"):  # the curves end where the result does
+        assert (tmp_path / "after" / name).read_text() == (tmp_path / "before" / name).read_text()
+    (lines,) = [pre.text for pre in ElementTree.fromstring(path.read_text()).iter("pre")]
+    assert lines is not None
+    assert lines.count("wellcond train") == 1
+    assert "--epochs 1" in lines
+    run(small(epochs=3), out, resume=True)
+    _, (note,) = report([out], tmp_path / "after")
+    assert "was made longer: 1, then 3 epochs" in note
+
+
 def test_what_is_not_finished_is_left_out_and_said(done: Path, tmp_path: Path) -> None:
     part = tmp_path / "part"
     shutil.copytree(done, part)

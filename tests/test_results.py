@@ -55,7 +55,7 @@ def result(folder, *, treat="none", seed=0, error=0.1, kappa=1e3, seconds=0.01):
         test_loss=0.3,
         best_val_accuracy=0.95,
         best_epoch=1,
-        steps=40,
+        steps=55,
         seconds=4.0,
         seconds_per_step=seconds,
         conditions=(condition,),

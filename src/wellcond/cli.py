@@ -226,7 +226,9 @@ def compare(
 def data(
     source: Annotated[str, typer.Argument(metavar="PATH", help="as --data of train")] = "digits",
     image_size: Annotated[int | None, typer.Option(help="as --image-size of train")] = None,
-    decode: Annotated[bool, typer.Option("--decode", help="decode every image, to find those that break off")] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="decode every image, to find those that are truncated")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """What is in a data set: images by split and class, sizes and modes, and what was skipped and why."""

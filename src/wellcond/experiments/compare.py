@@ -23,7 +23,7 @@ from wellcond.experiments.files import write_csv, write_json
 from wellcond.experiments.results.summary import COMPARISON, RUNS, as_columns, by_label, configs_in, summarise
 from wellcond.experiments.run.config import NO_TREATMENT, RunConfig
 from wellcond.experiments.run.parts import is_treatable
-from wellcond.experiments.run.result import RunResult
+from wellcond.experiments.run.result import EARLIER_RESULT, RunResult, load_result
 from wellcond.experiments.run.train import MADE as MADE_BY_RUN
 from wellcond.experiments.run.train import build, run
 from wellcond.experiments.show.figures import condition_figure, save_figure
@@ -93,8 +93,12 @@ def _results(
     results = []
     for index, config in enumerate(configs):
         folder = out / RUNS / config.folder_name
-        begun = (folder / folders.CONFIG).exists()
-        results.append(run(config, folder, resume=begun, data=data, progress=progress))
+        # Of one that was made longer since, what it had found by then.
+        result = load_result(folder, EARLIER_RESULT.format(config.epochs))
+        if result is None or result.config != config:
+            begun = (folder / folders.CONFIG).exists()
+            result = run(config, folder, resume=begun, data=data, progress=progress)
+        results.append(result)
         finished(index, results[-1])
     return results
 

@@ -38,7 +38,8 @@ MADE = (folders.CONFIG, PAGE, *(f"{name}.{suffix}" for name in FIGURES for suffi
 def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> tuple[Path, list[str]]:
     """Write the report of the finished runs in these folders; an earlier report in `out` is replaced.
 
-    Returns the page, and what was left out and why, a line each (which the page says too).
+    Of a run that is being made longer it has the result from before. Returns the page, and what
+    was left out and why, a line each (which the page says too).
 
     Raises:
         RunError: a folder holds no run, none of the runs is finished, or ``out`` holds something else.
@@ -46,8 +47,8 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     out = Path(out)
     results, notes = collect([Path(run) for run in runs])
     for result in results:
-        if earlier := earlier_epochs(Path(result.folder)):
-            stages = ", then ".join(map(str, [*earlier, result.config.epochs]))
+        if len(lengths := _lengths(result)) > 1:
+            stages = ", then ".join(map(str, lengths))
             notes.append(
                 f"'{result.folder}' was made longer: {stages} epochs. Its learning rates were not those of a run of "
                 f"{result.config.epochs} epochs from the start"
@@ -88,9 +89,15 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], out: Path) -> Pat
     return out / PAGE
 
 
+def _lengths(result: RunResult) -> list[int]:
+    """The epochs of the run each time that it was finished, up to this result."""
+    last = result.config.epochs
+    return [*(epochs for epochs in earlier_epochs(Path(result.folder)) if epochs < last), last]
+
+
 def commands(result: RunResult) -> list[str]:
     """The command lines that train a run again; several where it was made longer."""
-    first, *more = [*earlier_epochs(Path(result.folder)), result.config.epochs]
+    first, *more = _lengths(result)
     if not more:
         return [command(result.config)]
     out = shlex.join(["--out", result.folder])

@@ -22,8 +22,8 @@ class ConditionMonitorCallback(MonitorInTraining, StatefulCallback):
     for callbacks that look at ``trainer.callback_metrics``, and the progress bar shows it with a sparkline.
     The records travel in the checkpoint, and a resumed run goes on as if it had not stopped. In several
     processes the first writes and logs what it sees of its own share of the batch; of processes that end with the fit
-    (``ddp_spawn``, notebooks) the records come back, and :attr:`monitor` is None. Two of them in one trainer differ in
-    ``every`` or ``layers``.
+    (``ddp_spawn``, notebooks) the records come back, and :attr:`monitor` is None. Two of them in one trainer must
+    differ in ``every`` or ``layers``.
 
     Args:
         every, layers, writers, on_alarm, kappa_above, max_matrices: of :class:`wellcond.monitor.ConditionMonitor`, with

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 
 def is_launched(trainer: pl.Trainer) -> bool:
-    """Whether a training of this trainer runs in processes that end with it."""
+    """Whether this trainer trains in processes that end with it."""
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 

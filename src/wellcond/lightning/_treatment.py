@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from wellcond._shared.models import is_spectral
-from wellcond.orthogonality.callbacks import TreatmentInStages
+from wellcond.orthogonality.callbacks import TreatmentInStages, of_layers
 
 from ._stateful import StatefulCallback, is_launched
 
@@ -32,9 +32,9 @@ class TreatmentCallback(TreatmentInStages, StatefulCallback):
 
     Works under automatic and manual optimisation, with gradient accumulation, clipping, mixed precision, and several
     optimizers, of which each treats the layers that it holds. List it before callbacks that copy the model; two of
-    them in one trainer differ in treatments or ``layers``. A weight that `ow` or `sn` took stays so after ``fit``; to
-    validate or test its checkpoint in another process, give this callback to that trainer too. (What to add to the
-    module for ``load_from_checkpoint`` is in docs/checkpoints.md.) After a fit in processes that end with it
+    them in one trainer must differ in treatments or ``layers``. A weight that `ow` or `sn` took stays so after
+    ``fit``; to validate or test its checkpoint in another process, give this callback to that trainer too. (What to
+    add to the module for ``load_from_checkpoint`` is in docs/checkpoints.md.) After a fit in processes that end with it
     (``ddp_spawn``, notebooks) the module has the trained weights in use, and :meth:`state_dict` the counters. Of the
     strategies that shard weights ``ModelParallelStrategy`` with ``fully_shard`` works, where `ow` and `sn` ask for a
     model that is built by ``setup``; FSDPStrategy and DeepSpeed flatten the weights, and are refused.
@@ -180,8 +180,9 @@ class TreatmentCallback(TreatmentInStages, StatefulCallback):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         states = checkpoint["callbacks"]
         if self.state_key not in states and (others := self.states_of_this_kind(states)):
-            theirs = " and ".join("+".join(states[key]["treatments"]) for key in others)
-            raise ValueError(f"the checkpoint is of a run treated with '{theirs}', {self._resume}")
+            found = (states[key] for key in others)
+            theirs = " and ".join(f"'{'+'.join(one['treatments'])}'{of_layers(one['layers'])}" for one in found)
+            raise ValueError(f"the checkpoint is of a run treated with {theirs}, {self._resume}")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -72,7 +72,8 @@ def orthogonal_weight(layer: nn.Module, name: str = "weight", map: str = "exp") 
     The layer starts at the orthogonal matrix nearest to its present weight. The parameter that the optimizer holds
     stays the same tensor with the same values (its name becomes ``parametrizations.weight.original``), and so does its
     optimizer state. Weight decay on it draws the weight back towards the start and never off orthogonality. In a
-    half-precision layer the map is computed in float32 and rounded once.
+    half-precision layer the map is computed in float32 and rounded once. This function sees one layer and no model: it
+    would untie a weight that another layer shares, which :func:`treat` and the callbacks refuse.
 
     Args:
         layer: a layer with a matrix-like tensor ``name``; changed in place.

@@ -114,11 +114,11 @@ def treat_like(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     inner = unwrapped(model)
     prefix = _prefix(state, {_plain(bare_name(key)) for key in inner.state_dict()})
-    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    found = {bare_name(key.removeprefix(prefix)): value for key, value in state.items() if key.startswith(prefix)}
     _treat_all(inner, found)
     lead = next(name + "." if name else "" for name, module in model.named_modules() if module is inner)
     mine = {bare_name(key): lead + key for key in inner.state_dict()}
-    renamed = {mine.get(bare_name(key), lead + key): value for key, value in found.items()}
+    renamed = {mine.get(key, lead + key): value for key, value in found.items()}
     return state if list(renamed) == list(state) else renamed  # PyTorch keeps versions beside the entries of its own
 
 
@@ -128,11 +128,12 @@ def _plain(key: str) -> str:
 
 
 def _prefix(state: Mapping[str, Any], own: set[str]) -> str:
-    """What stands before most of the names in ``state`` that are ``own`` ones after it."""
+    """What stands before most of the names in ``state`` that are ``own`` ones after it, without compiled parts."""
     votes: Counter[str] = Counter({"": 0})
     for key in state:
-        parts = _plain(bare_name(key)).split(".")
-        votes.update(".".join([*parts[:i], ""]) for i in range(len(parts)) if ".".join(parts[i:]) in own)
+        parts = _plain(key).split(".")
+        starts = (i for i, part in enumerate(parts) if part != "_orig_mod")  # which belongs to what is before it
+        votes.update(".".join([*parts[:i], ""]) for i in starts if bare_name(".".join(parts[i:])) in own)
     return max(votes, key=lambda prefix: (votes[prefix], -len(prefix)))
 
 

@@ -56,7 +56,8 @@ def spectral_norm(
 
     Unlike ``torch.nn.utils.parametrizations.spectral_norm`` the value is exact in every forward pass (from the smaller
     Gram matrix), not a step of a power iteration, so training and evaluation agree. The groups of a convolution
-    share one divisor. The optimizer's parameter stays the same tensor with the same values.
+    share one divisor. The optimizer's parameter stays the same tensor with the same values. This function sees one
+    layer and no model: it would untie a weight that another layer shares, which :func:`treat` and the callbacks refuse.
 
     Args:
         layer: a layer with a matrix-like tensor ``name``; changed in place.

@@ -72,15 +72,23 @@ def treat(
     optimizer = unwrapped_optimizer(optimizer)
     # By the names of the bare model: a state saved under DDP or torch.compile loads without them, and the other way.
     found = layers_by_name(model, pre_spectral_layers(model, example_input).values() if layers is None else layers)
-    targets = {name: layer_target(layer, name) for name, layer in found.items()}
-    for name, layer in found.items():
-        for kind in in_order(names):
+    targets = require_treatable(model, found, names)
+    for target in targets.values():
+        require_held(optimizer, target, f"treatment '{treatments}'")
+    return Treatment(optimizer, found, targets, tuple(name for name in TREATMENTS if name in names), options)
+
+
+def require_treatable(
+    model: nn.Module, layers: Mapping[str, nn.Module], treatments: Iterable[str]
+) -> dict[str, Target]:
+    """The weights of ``layers``; refused if any of them cannot take one of the treatments, before any is changed."""
+    targets = {name: layer_target(layer, name) for name, layer in layers.items()}
+    for kind in in_order(treatments):
+        for name, layer in layers.items():
             kind.require_free(layer, targets[name])
-        require_held(optimizer, targets[name], f"treatment '{treatments}'")
-    for kind in in_order(names):
         if issubclass(kind, WeightTreatment):
             _require_untied(model, targets.values(), kind.name)
-    return Treatment(optimizer, found, targets, tuple(name for name in TREATMENTS if name in names), options)
+    return targets
 
 
 def _require_untied(model: nn.Module, targets: Iterable[Target], treatment: str) -> None:

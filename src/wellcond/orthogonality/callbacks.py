@@ -17,8 +17,8 @@ from wellcond._shared.models import Layers, as_given, layers_by_name
 
 from ._pre_spectral import pre_spectral_layers
 from ._registry import Options, in_order, options_of, parse_treatments
-from ._treat import Treatment, treat
-from ._weight_treatment import WeightTreatment
+from ._treat import Treatment, require_treatable, treat
+from ._weight_treatment import WeightTreatment, restorer
 
 
 class TreatmentInStages:
@@ -39,7 +39,8 @@ class TreatmentInStages:
         self._on_weights = [kind for kind in kinds if issubclass(kind, WeightTreatment)]
         self._in_step = [kind.name for kind in kinds if not issubclass(kind, WeightTreatment)]
         self._given, self._example_input = as_given(layers), example_input
-        self._named = self._given and [str(layer) for layer in self._given]  # a module as it was before any treatment
+        # A module as it was before any treatment.
+        self._named = None if self._given is None else [str(layer) for layer in self._given]
         self._options = options_of(self.treatments, options)
         self._model: nn.Module | None = None
         self.put_on: dict[str, nn.Module] = {}  # the layers whose weights this callback treated itself
@@ -53,15 +54,25 @@ class TreatmentInStages:
         """Find the layers and treat their weights, once for each model."""
         if self._model is model:
             return
-        self.layers = self.find_layers(model) if self._given is None else layers_by_name(model, self._given)
-        self._model = model
+        layers = self.find_layers(model) if self._given is None else layers_by_name(model, self._given)
         # They are all there already in a model that comes back after another.
-        if all(kind.is_on(layer) for kind in self._on_weights for layer in self.layers.values()):
-            return
-        for kind in self._on_weights:
-            for label, layer in self.layers.items():
-                kind.put_on(layer, label=label, **self._options.get(kind.name, {}))
-                self.put_on[label] = layer
+        if not all(kind.is_on(layer) for kind in self._on_weights for layer in layers.values()):
+            self._put_on(model, layers)
+        self._model, self.layers = model, layers
+
+    def _put_on(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        """All weight treatments on all layers, or, if one is refused, none on any."""
+        require_treatable(model, layers, self.treatments)
+        restorers = [restorer(layer) for layer in layers.values()]
+        try:
+            for kind in self._on_weights:
+                for label, layer in layers.items():
+                    kind.put_on(layer, label=label, **self._options.get(kind.name, {}))
+        except Exception:
+            for restore in restorers:
+                restore()
+            raise
+        self.put_on.update(layers)
 
     def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
         """The layers to treat when none were given."""
@@ -70,14 +81,21 @@ class TreatmentInStages:
 
     def treat_steps(self, model: nn.Module, shares: Mapping[Optimizer, Iterable[str]]) -> None:
         """Treat the steps of the optimizers, each on its layers, with all that does not act on the weight."""
-        for handle in self.handles.values():  # of an earlier training, whose optimizers are gone
+        self._remove_handles()  # of an earlier training, whose optimizers are gone
+        options = {name: given for name, given in self._options.items() if name in self._in_step}
+        try:
+            for optimizer, layers in shares.items() if self._in_step else ():
+                self.handles[optimizer] = treat(
+                    model, optimizer, "+".join(self._in_step), layers=list(layers), options=options
+                )
+        except Exception:
+            self._remove_handles()
+            raise
+
+    def _remove_handles(self) -> None:
+        for handle in self.handles.values():
             handle.remove()
         self.handles = {}
-        options = {name: given for name, given in self._options.items() if name in self._in_step}
-        for optimizer, layers in shares.items() if self._in_step else ():
-            self.handles[optimizer] = treat(
-                model, optimizer, "+".join(self._in_step), layers=list(layers), options=options
-            )
 
     def require_alike(self, saved: Mapping[str, Any]) -> None:
         """Refuse the state of a run that was treated otherwise."""
@@ -87,13 +105,21 @@ class TreatmentInStages:
 
     @property
     def _resume(self) -> str:
-        return f"this callback is TreatmentCallback('{'+'.join(self.treatments)}'); resume with the same treatments"
+        where = of_layers(self.layers or self._named or ())
+        mine = f"TreatmentCallback('{'+'.join(self.treatments)}')"
+        return f"this callback is {mine}{where}; resume with the same treatments and layers"
 
     def summary(self) -> str:
         """What acts where, as text."""
         names = "+".join(kind.name for kind in self._on_weights)
         on_weights = [f"{layer}: {names}" for layer in self.layers if names]
         return "\n".join([*on_weights, *(handle.summary() for handle in self.handles.values())])
+
+
+def of_layers(layers: Iterable[str]) -> str:
+    """`` of net.0, net.4`` for a message, or nothing."""
+    names = ", ".join(layers)
+    return names and f" of {names}"
 
 
 def _moved(example: Any, device: torch.device) -> Any:

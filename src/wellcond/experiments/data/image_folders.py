@@ -1,4 +1,4 @@
-"""Folders of images: one folder a class, in one folder a split or not.
+"""Folders of images: one folder per class, inside one folder per split or not.
 
     DIR/CLASS/…/file                or                DIR/{train,validation,test}/CLASS/…/file
 
@@ -78,7 +78,7 @@ def split_folders(path: Path, images: Sequence[Parts]) -> dict[str, str]:
     if not folders:
         inside = listed(sorted(p.name for p in path.iterdir())) or "nothing"
         raise DataError(
-            f"'{path}' has neither parquet files (train-*.parquet, test-*.parquet) nor images in one folder a class "
+            f"'{path}' has neither parquet files (train-*.parquet, test-*.parquet) nor images in one folder per class "
             f"(train/CLASS/*.png, test/CLASS/*.png); it holds: {inside}"
         )
     nested = {image[0] for image in images if len(image) > 2}  # which have folders of images themselves
@@ -96,12 +96,31 @@ def split_folders(path: Path, images: Sequence[Parts]) -> dict[str, str]:
             f"{as_classes}"
         )
     if others:
+        _refuse_inner_splits(path, images)
         return {}
     splits = by_split(f"'{path}'", named)
     if splits.get("train") not in nested:
         lacks = f"no folders of classes in '{splits['train']}'" if "train" in splits else "no folder 'train'"
         raise DataError(f"'{path}' has images in {listed(named)}, but {lacks}: make train/CLASS/…; {as_classes}")
     return splits
+
+
+def _refuse_inner_splits(path: Path, images: Sequence[Parts]) -> None:
+    """Refuse folders that would be classes and each hold splits, whose images would be mixed."""
+    inside: dict[str, set[str]] = {}
+    for image in images:
+        if len(image) > 1:
+            inside.setdefault(image[0], set()).add(image[1] if len(image) > 2 else "")  # an image of its own
+    for names in inside.values():
+        named = {split_of(name) for name in names} - {None}
+        # Beside several splits there may be another folder, such as one of masks.
+        if "" in names or not named or (len(named) == 1 and not all(map(split_of, names))):
+            return
+    first = min(inside)
+    raise DataError(
+        f"'{path}' has splits inside its folders ({listed(sorted(inside))}): give the folder that holds the splits, "
+        f"such as '{path / first}'; if those are classes, put the splits outside, as in train/{first}/…"
+    )
 
 
 def _classes(root: Path, images: Sequence[Parts], skipped: Skipped) -> dict[str, list[Parts]]:

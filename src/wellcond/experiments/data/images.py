@@ -16,7 +16,7 @@ from wellcond.experiments.data import pixels
 from wellcond.experiments.errors import DataError, needs_train_extra
 
 with needs_train_extra():
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import datasets
@@ -91,9 +91,10 @@ class EncodedImages:
             return pixels.opened(Path(path or "").read_bytes() if data is None else data, use)
         except Exception as error:  # of any kind: OSError, SyntaxError, ValueError, struct.error, …
             name = f" ('{path}')" if path else ""
+            unknown = isinstance(error, UnidentifiedImageError)  # whose message shows the buffer's address
+            why = "not an image of a kind that Pillow knows" if unknown else error or type(error).__name__
             failed = DataError(
-                f"{self.place}: image {row}{name} cannot be decoded ({error or type(error).__name__}); "
-                "replace the file or remove the row"
+                f"{self.place}: image {row}{name} cannot be decoded ({why}); replace the file or remove the row"
             )
             failed.__cause__ = error
             return failed

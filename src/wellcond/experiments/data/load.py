@@ -140,7 +140,7 @@ def check_size(image_size: int | None) -> None:
 
 
 def for_training(found: Source, validation: float = 0.1, seed: int = 0) -> tuple[dict[str, ImageSet], list[str]]:
-    """The three splits that a training needs, what a source lacks held out as `load_images` says; and notes on that."""
+    """The three splits that training needs, what a source lacks held out as `load_images` says; and notes on that."""
     if len(found.classes) < 2:
         raise DataError(f"'{found.name}' has one class only, {found.classes}: there is nothing to tell apart")
     splits, notes = dict(found.splits), []

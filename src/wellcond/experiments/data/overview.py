@@ -32,7 +32,7 @@ class Overview:
     modes: Counter[str]  # as Pillow names them
     notes: tuple[str, ...]  # what was passed over and why
     broken: tuple[str, ...]  # images that cannot be read, a message each
-    training: tuple[str, ...]  # what a training would decide
+    training: tuple[str, ...]  # what training would decide
     trouble: str  # what would stop it, or nothing
 
     def lines(self) -> list[str]:
@@ -58,7 +58,7 @@ def overview(source: str | Path | Any, *, image_size: int | None = None, decode:
 
     Args:
         image_size: as in `load_images`.
-        decode: decode every image; otherwise its header alone is read, and what breaks off later is not seen.
+        decode: decode every image; otherwise its header alone is read, and one that is truncated is not seen.
 
     Raises:
         DataError: the source is unknown, cannot be reached, is not labelled images, or can be read in two ways.
@@ -76,7 +76,8 @@ def overview(source: str | Path | Any, *, image_size: int | None = None, decode:
         splits, decided = for_training(found)
         counts = ", ".join(f"{split} {len(splits[split])}" for split in ("train", "validation", "test"))
         training += [*decided, *deep, f"for training: {counts}; {_pixels(sizes, modes, image_size)}"]
-        trouble = f"{len(broken)} images cannot be read; replace or remove them" if broken else ""
+        some, them = ("1 image", "it") if len(broken) == 1 else (f"{len(broken)} images", "them")
+        trouble = f"{some} cannot be read; replace or remove {them}" if broken else ""
     except DataError as error:
         trouble = str(error)
     return Overview(

@@ -14,7 +14,7 @@ from typing import Any
 from wellcond.experiments import folders
 from wellcond.experiments.errors import FolderError, RunError
 from wellcond.experiments.run.config import RunConfig
-from wellcond.experiments.run.result import RunResult, load_result
+from wellcond.experiments.run.result import RunResult, load_result, newest_earlier_result
 from wellcond.experiments.run.train import KIND as RUN
 
 COMPARISON, RUNS = "comparison", "runs"
@@ -92,7 +92,10 @@ def configs_in(comparison: Mapping[str, Any]) -> list[RunConfig]:
 
 
 def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
-    """The results of all finished runs in the folders, each once, and a line for each that is not finished."""
+    """The results of all finished runs in the folders, each once, and a line for each that is not finished.
+
+    Of a run that is being made longer it is the result that it had before.
+    """
     found = dict.fromkeys(path.resolve() for place in places for path in _runs_in(place))
     results, notes = [], []
     here = Path.cwd()
@@ -100,6 +103,13 @@ def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
         folder = path.relative_to(here) if path.is_relative_to(here) else path
         if (result := load_result(folder)) is not None:
             results.append(result)
+        elif (result := newest_earlier_result(folder)) is not None:
+            results.append(result)
+            epochs = f"{result.config.epochs} epoch{'s' if result.config.epochs > 1 else ''}"
+            notes.append(
+                f"'{folder}' is being made longer and that is not finished: reported is its result after {epochs}; "
+                f"go on with: {_how_to_go_on(folder)}"
+            )
         else:
             notes.append(f"'{folder}' is not finished and left out; go on with: {_how_to_go_on(folder)}")
     if not results:

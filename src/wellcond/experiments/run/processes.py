@@ -1,4 +1,4 @@
-"""Several processes on one machine, Ctrl-C and SIGTERM, and Lightning's chatter: what surrounds a training.
+"""Several processes on one machine, Ctrl-C and SIGTERM, and Lightning's chatter: what surrounds training.
 
 Processes started here find each other by the variables that `torchrun` would set, so that Lightning's DDP sees no
 difference between the two.
@@ -69,7 +69,7 @@ def interruptible() -> Iterator[Callable[..., None]]:
 
     try:
         yield keep_sigterm
-    except SystemExit as ended:  # Lightning ends a training so when it was interrupted
+    except SystemExit as ended:  # Lightning ends training so when it was interrupted
         if isinstance(ended.__context__, KeyboardInterrupt):
             raise type(ended.__context__) from None
         raise

@@ -65,9 +65,9 @@ class RunResult:
         write_json(Path(self.folder) / RESULT, values)
 
 
-def load_result(folder: Path) -> RunResult | None:
-    """The result of a finished run, or None if it has not finished; a `RunError` where `result.json` is damaged."""
-    path = folder / RESULT
+def load_result(folder: Path, name: str = RESULT) -> RunResult | None:
+    """The result of a finished run, or None if it has not finished; a `RunError` where the file is damaged."""
+    path = folder / name
     if not path.exists():
         return None
     try:
@@ -84,6 +84,12 @@ def earlier_epochs(folder: Path) -> list[int]:
     marks = EARLIER_RESULT.split("{}")
     names = [path.name for path in folder.glob(EARLIER_RESULT.format("*"))]
     return sorted(int(name.removeprefix(marks[0]).removesuffix(marks[1])) for name in names)
+
+
+def newest_earlier_result(folder: Path) -> RunResult | None:
+    """The last result that a run had before it was made longer, or None."""
+    epochs = earlier_epochs(folder)
+    return load_result(folder, EARLIER_RESULT.format(epochs[-1])) if epochs else None
 
 
 def _floats(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

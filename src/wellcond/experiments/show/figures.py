@@ -44,14 +44,20 @@ def curve(runs: Sequence[RunResult], column: str) -> Curve:
 
 
 def _tables(runs: Sequence[RunResult], name: str) -> list[Any]:
-    """A file of every run as a data frame, in which only `layer` is not a number."""
+    """A file of every run as a data frame, in which only `layer` is not a number.
+
+    It ends with the result's last step or epoch: what comes after it is of the same run made longer.
+    """
     import pandas as pd
 
     def number(text: str) -> float:
         return float(text or "nan")  # pandas' own reader does not keep the last digit
 
     frames = [pd.DataFrame(read_csv(Path(run.folder) / name)) for run in runs]
-    return [frame.apply(lambda column: column if column.name == "layer" else column.map(number)) for frame in frames]
+    frames = [frame.apply(lambda column: column if column.name == "layer" else column.map(number)) for frame in frames]
+    ends = [run.steps if name == CONDITION else run.config.epochs for run in runs]
+    column = "step" if name == CONDITION else "epoch"
+    return [frame[frame[column] < end] for frame, end in zip(frames, ends, strict=True)]
 
 
 def _over_seeds(tables: Sequence[Any], x: str, y: str) -> Curve:
