@@ -12,25 +12,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from helpers import features_with, geometric
 from wellcond.linalg import _covariance, condition_number, covariance_spectrum
 from wellcond.monitor import MEASURES, ConditionMonitor, ConditionRecord, medians
 from wellcond.monitor._record import measure
 from wellcond.nn import DecorrelatedBatchNorm2d, GlobalCovariancePool2d, SpectralLayer, WhiteningColoring
 from wellcond.orthogonality import treat
-
-
-def features_with(eigvals: torch.Tensor, n: int, seed: int = 0) -> torch.Tensor:
-    """Float64 features (d, n) whose covariance has exactly these eigenvalues, up to rounding of the product."""
-    generator = torch.Generator().manual_seed(seed)
-    d = len(eigvals)
-    U = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator)).Q
-    noise = torch.randn(n, d, dtype=torch.float64, generator=generator)
-    V = torch.linalg.qr(noise - noise.mean(0)).Q  # orthonormal and orthogonal to the ones vector
-    return (U * eigvals.sqrt()) @ V.mT * n**0.5
-
-
-def spread(d: int, kappa: float) -> torch.Tensor:
-    return torch.logspace(0, -math.log10(kappa), d, dtype=torch.float64)
 
 
 def brute_force(features: torch.Tensor) -> np.ndarray:
@@ -73,7 +60,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 @pytest.mark.parametrize("kappa", [1e2, 1e6, 1e10, 1e14, 1e18])
 def test_kappa_is_that_of_the_spectrum_beyond_what_a_float64_covariance_resolves(kappa: float) -> None:
-    record = record_of(features_with(spread(16, kappa), 500))
+    record = record_of(features_with(geometric(16, kappa), 500))
     # The features carry rounding of about d·eps64·σ_max, hence σ_min is off by that, relative d·eps64·√κ, and κ by
     # twice. Below the QR branch (κ < 3e11) the Gram matrix is allowed 1 %.
     assert record.kappa == pytest.approx(kappa, rel=0.01 if kappa < 3e11 else 2 * 16 * 2.3e-16 * kappa**0.5)
@@ -81,14 +68,14 @@ def test_kappa_is_that_of_the_spectrum_beyond_what_a_float64_covariance_resolves
 
 
 def test_the_gram_matrix_alone_would_have_been_wrong_there() -> None:
-    features = features_with(spread(16, 1e18), 500)
+    features = features_with(geometric(16, 1e18), 500)
     gram = _covariance.centred_gram(features)[0] / features.shape[-1]
     eigvals = torch.linalg.eigvalsh(gram)
     assert not 0.5e18 < eigvals[-1] / eigvals[0] < 2e18
 
 
 def test_kappa_with_eps_is_that_of_the_shifted_covariance() -> None:
-    record = record_of(features_with(spread(8, 1e6), 300), eps=1e-3)
+    record = record_of(features_with(geometric(8, 1e6), 300), eps=1e-3)
     assert record.kappa_eps == pytest.approx((1 + 1e-3) / (1e-6 + 1e-3), rel=1e-9)
     assert record.kappa == pytest.approx(1e6, rel=1e-6)
 
@@ -133,14 +120,13 @@ def test_more_channels_than_samples_has_the_rank_of_the_centred_samples() -> Non
 
 def test_an_ill_conditioned_float32_batch_of_image_size_is_not_called_singular() -> None:
     """max(d, n)·eps·σ_max, numpy's rank tolerance, would be 0.4 % of σ_max here and end κ at 7e4."""
-    record = record_of(features_with(spread(16, 1e10), 32 * 32 * 32).float())
+    record = record_of(features_with(geometric(16, 1e10), 32 * 32 * 32).float())
     # rounding to float32 puts noise of about eps32²/12·mean square on each eigenvalue: 1e-15 of λ_max beside 1e-10
     assert record.kappa == pytest.approx(1e10, rel=0.02)
 
 
 def test_rounding_to_float32_is_not_taken_for_rank() -> None:
-    low_rank = spread(16, 1e3)
-    low_rank[10:] = 0
+    low_rank = [*geometric(16, 1e3)[:10], *[0.0] * 6]
     for offset in (0.0, 100.0):  # a large mean makes the rounding larger, and the tolerance with it
         record = record_of((features_with(low_rank, 4000) + offset).float())
         assert record.numerical_rank == 10
@@ -176,7 +162,7 @@ def test_constant_features_have_rank_zero() -> None:
 
 def test_at_most_max_matrices_are_looked_at_evenly_spread() -> None:
     scales = torch.arange(1.0, 10.0)
-    features = torch.stack([features_with(torch.tensor([float(s), 1.0]).double(), 50) for s in scales])
+    features = torch.stack([features_with([float(s), 1.0], 50) for s in scales])
     record = record_of(features, max_matrices=3)  # the first, the middle and the last: κ = 1, 5, 9
     assert record.kappa == pytest.approx(5.0)
     assert record.kappa_max == pytest.approx(9.0)
@@ -344,7 +330,7 @@ def test_solver_failures_are_those_since_the_last_record() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_layer_that_takes_covariances_is_recorded_by_their_eigenvalues(dtype: torch.dtype) -> None:
     """Of rank 6 of 8: what rounding left of the rest is not taken for eigenvalues."""
-    eigvals = torch.cat([spread(6, 100.0), torch.zeros(2, dtype=torch.float64)])
+    eigvals = torch.tensor([*geometric(6, 100.0), 0.0, 0.0], dtype=torch.float64)
     U = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
     P = ((U * eigvals) @ U.mT).to(dtype)
     layer = SpectralLayer("sqrt", takes="covariance")
