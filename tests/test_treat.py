@@ -128,7 +128,7 @@ def test_nog_and_olr_act_on_the_stored_tensor_of_an_orthogonal_weight():
     """The step of the stored tensor is the rate times an orthogonal matrix, as the optimizer here is plain SGD."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    treatment = treat(model, optimizer, "nog+ow+olr")
+    treatment = treat(model, optimizer, "nog+ow+olr", options={"nog": {"scale": "paper"}})
     stored = model[0].parametrizations.weight.original
     rates = []
     for data in batches(4):
@@ -250,7 +250,7 @@ def test_copies_of_a_treated_model_are_whole_and_outlive_its_removal(names):
 def test_autocast_trains_with_everything_on():
     model = net()
     optimizer = sgd(model)
-    treatment = treat(model, optimizer, "nog+ow+olr+ol")
+    treatment = treat(model, optimizer, "nog+ow+olr+ol", options={"nog": {"scale": "paper"}})
     for x, y in batches(3):
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -6,7 +6,7 @@ Song, Sebe and Wang, "Improving Covariance Conditioning of the SVD Meta-layer by
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,20 @@ from wellcond._shared.names import require_known
 from wellcond.linalg import polar, value_checks
 
 from ._matrix import Target, Treatables
+from ._orthogonal_weight import OrthogonalWeight
 from ._step_treatment import StepTreatment, decoupled_decay, gradient_scale, require_linear_in_lr
 
 _COUNTS = ("treated", "zero", "nonfinite")
 _Write = Callable[[Tensor, Tensor], None]
+
+
+class _Waiting(NamedTuple):
+    """A tensor to treat, what is done with its factor, and the unit that is still on it (a loss scale, or lr)."""
+
+    target: Target
+    tensor: Tensor
+    write: _Write
+    unit: Tensor | float
 
 
 def nearest_orthogonal(matrix: Tensor, solver: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
@@ -49,6 +59,18 @@ _SCALES = {
 """By name: the singular value that an m × n matrix gets in every direction."""
 
 
+def _is_orthogonal(target: Target) -> bool:
+    """Whether the tensor is what an orthogonal weight is computed from."""
+    return target.layer is not None and OrthogonalWeight.is_on(target.layer)
+
+
+def _norm_ratio(matrix: Tensor, factor: Tensor) -> Tensor:
+    """‖G‖_F/‖R‖_F of (..., m, n) matrices and their factors; squares of large entries leave the range of the dtype."""
+    largest = matrix.abs().amax((-2, -1), keepdim=True)
+    size = largest * torch.linalg.matrix_norm(matrix / largest.clamp_min(torch.finfo(matrix.dtype).tiny), keepdim=True)
+    return size / torch.linalg.matrix_norm(factor, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+
+
 class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthogonal gradient, eq. (14)-(17)"):
     """Make the gradient of chosen layers orthogonal in every step of an optimizer; the training loop does not change.
 
@@ -63,9 +85,13 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
         on: ``"gradient"``, the paper's place, or ``"update"``, Muon's: the step of the optimizer (momentum, Adam's
             scaling, coupled weight decay) is made orthogonal instead; decoupled weight decay stays outside. The update
             is read from the move of the weight, so it is known to eps·|w|/lr.
-        scale: ``"paper"``: all singular values 1; ``"rms"``: 0.2·√max(m, n), which makes the root mean square entry 0.2
-            at full rank, the size of an Adam step, so that a rate tuned for Adam fits; ``"muon"``: √max(1, m/n), the
-            scale of the original Muon. The last two are ``match_rms_adamw`` and ``original`` of ``torch.optim.Muon``.
+        scale: ``"paper"``: all singular values 1; ``"gradient"``: all equal, with the Frobenius norm of the gradient;
+            ``"rms"``: 0.2·√max(m, n), which makes the root mean square entry 0.2 at full rank, the size of an Adam
+            step, so that a rate tuned for Adam fits; ``"muon"``: √max(1, m/n), the scale of the original Muon. The last
+            two are ``match_rms_adamw`` and ``original`` of ``torch.optim.Muon``. ``"auto"``: ``"paper"``, and
+            ``"gradient"`` for the tensor that an orthogonal weight is computed from. (A plain weight before a spectral
+            layer grows under steps of one length, and so turns more and more slowly; an orthogonal one is turned by as
+            much in every step.)
         solver: as in :func:`wellcond.linalg.polar`, which states the error of each: ``"svd"``; ``"minimax"``, matrix
             products alone, the same for singular values down to 1e-5 of the largest; ``"muon"``, the five steps of
             that optimizer, whose singular values are 0.68 to 1.14 instead of 1. ``"auto"``: ``"svd"`` on the CPU,
@@ -97,18 +123,18 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
         params: Treatables,
         *,
         on: str = "gradient",
-        scale: str = "paper",
+        scale: str = "auto",
         solver: str = "auto",
     ) -> None:
         require_known(on, ("gradient", "update"), "place of the nearest orthogonal gradient")
-        require_known(scale, _SCALES, "scale of the nearest orthogonal gradient")
+        require_known(scale, ("auto", *_SCALES, "gradient"), "scale of the nearest orthogonal gradient")
         with value_checks(False):
             polar(torch.eye(1), solver=solver)  # an unknown solver is refused here, not in the first step
         self.on, self.scale, self.solver = on, scale, solver
         super().__init__(optimizer, params)
         self._counts = {t.name: torch.zeros(3, dtype=torch.int64, device=t.parameter.device) for t in self.targets}
         self._before: dict[str, Tensor] = {}
-        self._waiting: list[tuple[Target, Tensor, _Write]] = []
+        self._waiting: list[_Waiting] = []
 
     def validate(self) -> None:
         if self.on == "gradient":
@@ -135,7 +161,7 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
                 orthogonal = torch.where(found, orthogonal * scale.to(orthogonal), orthogonal)
             gradient.copy_(orthogonal)
 
-        self._waiting.append((target, gradient, write))
+        self._waiting.append(_Waiting(target, gradient, write, 1.0 if scale is None else scale))
 
     def after(self, target: Target, group: dict[str, Any]) -> None:
         if self.on == "gradient" or (start := self._before.pop(target.name, None)) is None:
@@ -147,28 +173,31 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
         def write(orthogonal: Tensor, found: Tensor) -> None:
             parameter.copy_(torch.where(found, start - lr * orthogonal, parameter))
 
-        self._waiting.append((target, start - parameter, write))  # lr times the update: the scale does not matter
+        self._waiting.append(_Waiting(target, start - parameter, write, lr))
 
     def finish(self) -> None:
-        batches: dict[Any, list[tuple[Target, Tensor, _Write]]] = {}
+        batches: dict[Any, list[_Waiting]] = {}
         for item in self._waiting:
-            matrix = item[0].view.matrix(item[1])
+            matrix = item.target.view.matrix(item.tensor)
             batches.setdefault((matrix.shape[-2:], matrix.dtype, matrix.device), []).append(item)
         self._waiting.clear()
         for batch in batches.values():
             self._treat(batch)
 
-    def _treat(self, batch: list[tuple[Target, Tensor, _Write]]) -> None:
+    def _treat(self, batch: list[_Waiting]) -> None:
         """Matrices of one shape at once: fewer calls, and several cores or one kernel for all of them."""
-        matrices = [target.view.matrix(tensor) for target, tensor, _ in batch]
+        matrices = [item.target.view.matrix(item.tensor) for item in batch]
         factors, zero, nonfinite = nearest_orthogonal(torch.cat(matrices), self.solver)
         found = ~(zero | nonfinite)
-        if self.scale != "paper":
+        if self.scale in ("rms", "muon"):
             factors = torch.where(found[:, None, None], factors * _SCALES[self.scale](*factors.shape[-2:]), factors)
         flags = torch.stack([found, zero, nonfinite], -1)
         sizes = [len(matrix) for matrix in matrices]
-        for (target, tensor, write), factor, flag in zip(batch, factors.split(sizes), flags.split(sizes), strict=True):
+        split = zip(batch, matrices, factors.split(sizes), flags.split(sizes), strict=True)
+        for (target, tensor, write, unit), matrix, factor, flag in split:
             self._counts[target.name] += flag.sum(0)  # on the device: only reading a counter waits for it
+            if self.scale == "gradient" or (self.scale == "auto" and _is_orthogonal(target)):
+                factor = torch.where(flag[:, :1, None], factor * _norm_ratio(matrix, factor) / unit, factor)
             everywhere = target.view.tensor(flag[:, :1, None].expand_as(factor), tensor.shape)
             write(target.view.tensor(factor, tensor.shape), everywhere)
 
