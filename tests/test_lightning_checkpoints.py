@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +49,14 @@ class AnyRate(Task):
 
 @pytest.mark.parametrize("treatments", ["ow+nog", "sn"])
 def test_from_processes_that_end_the_weights_the_counters_and_the_records_come_back(treatments, tmp_path) -> None:
+    """In a process of its own: one that has computed already has threads, and what is forked from it may
+    deadlock on them."""
+    body = f"import test_lightning_checkpoints as t; t.forked({treatments!r}, t.Path({str(tmp_path)!r}))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", body], check=True, timeout=120, env=environment)
+
+
+def forked(treatments: str, folder: Path) -> None:
     there, here = Task(), Task()
     treated, monitor = TreatmentCallback(treatments), ConditionMonitorCallback(every=2)
     launched = {"strategy": "ddp_fork", "devices": 1, "use_distributed_sampler": False}
@@ -57,8 +68,8 @@ def test_from_processes_that_end_the_weights_the_counters_and_the_records_come_b
     assert [record.step for record in monitor.records] == [0, 2, 4]
     assert monitor.records == watched.records
     assert str(treated.state_dict()) == str(reference.state_dict())
-    trainer.save_checkpoint(tmp_path / "after.ckpt")
-    loaded = Task.load_from_checkpoint(tmp_path / "after.ckpt", weights_only=True)
+    trainer.save_checkpoint(folder / "after.ckpt")
+    loaded = Task.load_from_checkpoint(folder / "after.ckpt", weights_only=True)
     assert torch.equal(outputs(loaded), outputs(there))
 
 
