@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from wellcond._shared.models import unwrapped_optimizer
+from wellcond._shared.torch_internals import is_compiling
 
 MARK = "_wellcond_treated"
 """Of a parameter: by treatment, what messages call the parameter, whether it ran, and whether this is a copy's."""
@@ -70,7 +71,9 @@ def marks_of(parameter: nn.Parameter) -> dict[str, dict[str, Any]]:
 
 
 def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
-    """Say which treatment is missing in a step that moved its weight, once."""
+    """Say which treatment is missing in a step that moved its weight, once; not in compiled steps, of any optimizer."""
+    if is_compiling():
+        return
     inner = unwrapped_optimizer(optimizer)
     on = {part.treatment for part in inner.__dict__.get(HOOKS, ())}
     for group in optimizer.param_groups:
