@@ -227,6 +227,25 @@ def test_without_openmp_the_batch_is_decomposed_as_it_is(threads, monkeypatch, o
     assert relative_error(wl.sqrtm(P), want) < 10 * eps_of(torch.float32)
 
 
+@needs_team
+def test_the_self_test_leaves_no_thread_that_is_about_to_end():
+    """MKL's clean-up of an ending thread holds its locks; forked meanwhile, a child waits for them forever."""
+    printed = in_a_process_of_its_own(
+        """
+import os
+from wellcond.linalg.lapack import _openmp, _switch
+torch.rand(10**7) * 2  # makes the team
+threads = sorted(os.listdir("/proc/self/task"))
+left = 0
+for _ in range(50):
+    assert _switch._problem() is None
+    left += sorted(os.listdir("/proc/self/task")) != threads
+print(left)
+"""
+    )
+    assert printed == "0"
+
+
 @pytest.mark.parametrize("imported", ["before the fork", "after the fork"])
 def test_a_forked_child_does_without_threads(imported):
     """The team was made before the fork; its threads do not exist in the child, which would wait for them forever."""

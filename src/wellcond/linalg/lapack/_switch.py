@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import warnings
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from ._openmp import available, side_by_side
 VARIABLE = "WELLCOND_PARALLEL_BATCHES"
 # Seconds that the self-test may take; it takes milliseconds.
 PATIENCE = 10.0
+# Seconds to wait for its threads to end. GNU's runtime ends them in less than a millisecond; Intel's keeps them.
+ENDING = 0.2
 
 _lock = threading.RLock()
 _wanted: bool | None = None  # None until it is asked for
@@ -109,10 +113,12 @@ def _problem() -> str | None:
     A thread from which a parallel region is entered gets a team of its own, made in the same way by the same runtime.
     """
     outcome: list[str | None] = []
+    team: set[int] = set()
 
     def probe() -> None:
+        team.add(threading.get_native_id())
         try:
-            outcome.append(None if _is_right() else "gave a wrong result")
+            outcome.append(None if _is_right(team) else "gave a wrong result")
         except BaseException as error:
             outcome.append(f"raised {error!r}")
 
@@ -122,18 +128,33 @@ def _problem() -> str | None:
     except RuntimeError as error:
         return f"raised {error!r}"
     watched.join(PATIENCE)
+    if outcome:
+        _wait_for_the_end(team)
     return outcome[0] if outcome else f"did not return within {PATIENCE:g} seconds"
 
 
-def _is_right() -> bool:
-    """Whether decompositions on the team, one for each of its threads, give back the matrices."""
+def _wait_for_the_end(team: set[int]) -> None:
+    """Until the operating system has ended these threads, which is some 100 µs after Python has joined them.
+
+    Meanwhile MKL gives back their memory and holds the locks of every thread's. A process that is forked at that moment
+    has the locks, but not the threads that would open them: its first decomposition would never return.
+    """
+    deadline = time.monotonic() + ENDING
+    while any(Path(f"/proc/self/task/{thread}").exists() for thread in team) and time.monotonic() < deadline:
+        time.sleep(1e-4)
+
+
+def _is_right(team: set[int]) -> bool:
+    """Whether decompositions on the team, one for each of its threads, give back the matrices. Adds to ``team`` the
+    system's numbers of the threads that decomposed."""
     A = torch.arange(160 * 160, dtype=torch.float64, device="cpu").square().cos().reshape(160, 160)
     count = max(4, torch.get_num_threads())
-    return all(side_by_side([partial(_gives_back, A * scale / count) for scale in range(1, 1 + count)]))
+    return all(side_by_side([partial(_gives_back, A * scale / count, team) for scale in range(1, 1 + count)]))
 
 
-def _gives_back(A: Tensor) -> bool:
+def _gives_back(A: Tensor, team: set[int]) -> bool:
     """Decompose A (160, 160) and parts of it in three ways, and compare the products with what was decomposed."""
+    team.add(threading.get_native_id())
     tall, symmetric, x = A[:48, :24], A[:24, :24] + A[:24, :24].mT, A[0]
     U, sigma, Vh = torch.linalg.svd(tall, full_matrices=False)
     eigvals, Q = torch.linalg.eigh(symmetric)
