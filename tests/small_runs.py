@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from wellcond.experiments.files import read_csv
-from wellcond.experiments.run.config import RunConfig, recipe
+from wellcond.experiments.run.config import RunConfig, run_config
 
 
 def small(**options: Any) -> RunConfig:
@@ -25,7 +25,7 @@ def small(**options: Any) -> RunConfig:
         "monitor_every": 2,
         "lr": 0.05,
     }
-    return recipe(**{**defaults, **options})
+    return run_config(**{**defaults, **options})
 
 
 def checkpoint(folder: Path, name: str = "last.ckpt") -> dict[str, Any]:

@@ -215,9 +215,9 @@ def test_what_cannot_be_built_is_named(options: dict[str, Any], message: str):
 
 def test_a_new_norm_or_data_set_is_one_entry(monkeypatch: pytest.MonkeyPatch):
     """Configuration, grid, network and loader read the same tables."""
-    norm = parts.Norm(lambda channels, groups, eps: DecorrelatedBatchNorm2d(channels, eps=2 * eps))
+    norm = parts.Norm(lambda channels, options: DecorrelatedBatchNorm2d(channels, eps=2 * options.eps))
     monkeypatch.setitem(parts.NORMS, "mine", norm)
-    data = SimpleNamespace(load=NAMED["digits"].load, RECIPE={"model": "resnet8", "epochs": 7})
+    data = SimpleNamespace(load=NAMED["digits"].load, SETTINGS={"model": "resnet8", "epochs": 7})
     monkeypatch.setitem(NAMED, "scans", data)
     (config,) = grid(["mine"], ["avg"], ["nog"], [0], data="scans")
     assert (config.label, config.model, config.epochs) == ("mine+nog", "resnet8", 7)

@@ -29,7 +29,7 @@ from wellcond.experiments.files import read_csv
 from wellcond.experiments.inspect import inspect, newest_run
 from wellcond.experiments.report import command, report
 from wellcond.experiments.results.summary import labels
-from wellcond.experiments.run.config import RunConfig, recipe
+from wellcond.experiments.run.config import RunConfig, run_config
 from wellcond.experiments.run.train import run
 from wellcond.experiments.run.training import Classifier
 
@@ -232,10 +232,10 @@ def test_configurations_that_share_a_short_name_are_told_apart() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        recipe(),
+        run_config(),
         small(treat="nog+ow", seed=4, augment=True),
-        recipe(data="cifar100", model="resnet50", head="gcp", augment=False, eps=1e-3, threads=2),
-        recipe(data="a folder/of <images>", norm="iter", monitor_every=3),
+        run_config(data="cifar100", model="resnet50", head="gcp", augment=False, eps=1e-3, threads=2),
+        run_config(data="a folder/of <images>", norm="iter", monitor_every=3),
     ],
 )
 def test_the_command_on_the_page_is_that_of_the_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +329,7 @@ def test_inspect_takes_any_checkpoint_and_split_and_the_newest_run(done: Path, t
     assert newest_run((done / "runs", tmp_path / "nothing")) == done / "runs" / "zca-seed1"
     assert newest_run((tmp_path,)) is None
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(wellcond.cli, "recipe", lambda: small(epochs=1))
+    monkeypatch.setattr(wellcond.cli, "run_config", lambda: small(epochs=1))
     for said in (True, False):  # trained the first time, found the second
         result = call("inspect", "--batches", "1")
         assert result.exit_code == 0, result.output

@@ -20,8 +20,9 @@ from wellcond.experiments.errors import ConfigError
 from wellcond.experiments.files import write_atomically, write_csv, write_json
 from wellcond.experiments.results.summary import summarise
 from wellcond.experiments.results.tables import comparison_table
-from wellcond.experiments.run.config import DECAY_AFTER, RunConfig, grid, recipe
+from wellcond.experiments.run.config import BEFORE, RunConfig, grid, run_config
 from wellcond.experiments.run.result import CONDITION, LayerCondition, RunResult, load_result
+from wellcond.experiments.run.schedule import Schedule
 from wellcond.experiments.show.figures import COLOURS, condition_figure, curve, save_figure
 from wellcond.experiments.show.render import for_terminal
 
@@ -45,7 +46,7 @@ def write_conditions(folder, rng, steps=11, scale=1.0):
 
 
 def result(folder, *, treat="none", seed=0, error=0.1, kappa=1e3, seconds=0.01):
-    config = recipe(data="digits", treat=treat, seed=seed)
+    config = run_config(data="digits", treat=treat, seed=seed)
     condition = LayerCondition("norm1", kappa, kappa / 2, 16, 16, 3.5, 1, 20)
     return RunResult(
         config=config,
@@ -120,21 +121,22 @@ def test_the_default_grid_is_that_of_the_papers_tables():
 
 
 def test_treatments_are_named_as_in_the_tables_however_they_are_typed():
-    assert recipe(treat="NOG + ow").label == "zca+nog+ow"
+    assert run_config(treat="NOG + ow").label == "zca+nog+ow"
 
 
 def test_the_paper_s_recipe_is_the_default_away_from_the_digits():
-    config = recipe(data="cifar100")
+    config = run_config(data="cifar100")
     assert (config.epochs, config.lr, config.batch_size) == (350, 0.1, 128)
     assert (config.momentum, config.weight_decay) == (0.9, 5e-4)
-    assert [round(350 * fraction) for fraction in DECAY_AFTER] == [150, 250]
+    rates = [config.lr * Schedule.parse(config.schedule).factor(epoch, 350) for epoch in (99, 100, 199, 200, 300, 349)]
+    assert rates == pytest.approx([1e-1, 1e-2, 1e-2, 1e-3, 1e-4, 1e-4])
 
 
 def test_a_configuration_of_another_version_is_refused():
-    values = recipe(data="digits").to_dict()
-    assert RunConfig.from_dict(values) == recipe(data="digits")
-    earlier = {name: value for name, value in values.items() if name != "image_size"}  # which had no such option
-    assert RunConfig.from_dict(earlier) == recipe(data="digits")
+    values = run_config(data="digits").to_dict()
+    assert RunConfig.from_dict(values) == run_config(data="digits")
+    earlier = RunConfig.from_dict({name: value for name, value in values.items() if name not in BEFORE})
+    assert (earlier.image_size, earlier.schedule, earlier.memory_format) == (None, "150,250/350", "contiguous")
     with pytest.raises(ConfigError, match="epochs"):
         RunConfig.from_dict({name: value for name, value in values.items() if name != "epochs"})
     with pytest.raises(ConfigError, match="colour"):

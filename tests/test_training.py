@@ -18,8 +18,9 @@ from wellcond.experiments.errors import FolderError, NonFiniteLossError, RunErro
 from wellcond.experiments.files import read_csv
 from wellcond.experiments.run.models import build_model
 from wellcond.experiments.run.processes import interruptible, spawn, threads
+from wellcond.experiments.run.schedule import Schedule
 from wellcond.experiments.run.train import observed_layers, run
-from wellcond.experiments.run.training import Classifier, decay, first_non_finite_layer
+from wellcond.experiments.run.training import Classifier, first_non_finite_layer
 from wellcond.orthogonality import treat
 
 
@@ -47,7 +48,7 @@ def plain_loop(config, data, weights):
     model.load_state_dict(weights)
     images = ImageDataModule(data, config.batch_size, augment=False, seed=config.seed)
     loader = images.train_dataloader()
-    milestones = (3, 6)  # 150/350 and 250/350 of 8 steps, to the nearest
+    milestones = (2, 5, 7)  # 100/350, 200/350 and 300/350 of 8 steps, to the nearest
     assert config.epochs * len(loader) == 8
     step = 0
     for epoch in range(config.epochs):
@@ -70,7 +71,7 @@ def test_lightning_takes_the_steps_of_a_plain_loop(options, digits, tmp_path):
     start = Classifier(config, num_classes=digits.num_classes, in_channels=1).model.state_dict()
     run(config, tmp_path / "run", data=digits)
     trained = {k.removeprefix("model."): v for k, v in checkpoint(tmp_path / "run")["state_dict"].items()}
-    with threads(1):  # as the recipe of the digits has it
+    with threads(1):  # as the settings of the digits have it
         expected = plain_loop(config, digits, start)
     assert differences(trained, dict(expected)) == []
 
@@ -79,10 +80,11 @@ def test_the_schedule_is_torchs_multistep_at_the_papers_length():
     steps_per_epoch = 7
     parameter = nn.Parameter(torch.zeros(()))
     sgd = torch.optim.SGD([parameter], lr=1.0)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(sgd, [150, 250])
+    schedule = torch.optim.lr_scheduler.MultiStepLR(sgd, [100, 200, 300])
+    ours = Schedule.parse("100,200,300/350")
     for epoch in range(350):
         for step in (epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch - 1):
-            assert decay(step, 350 * steps_per_epoch) == pytest.approx(sgd.param_groups[0]["lr"], rel=1e-12)
+            assert ours.factor(step, 350 * steps_per_epoch) == pytest.approx(sgd.param_groups[0]["lr"], rel=1e-12)
         sgd.step()
         schedule.step()
 
@@ -271,7 +273,9 @@ def plain_loop_of_two(config, data):
             share.set_epoch(epoch)
             orders.append(list(share))
         for i in range(steps):
-            module.sgd.param_groups[0]["lr"] = config.lr * decay(step, config.epochs * steps)
+            module.sgd.param_groups[0]["lr"] = config.lr * Schedule.parse(config.schedule).factor(
+                step, config.epochs * steps
+            )
             module.sgd.zero_grad()
             before = {name: buffer.clone() for name, buffer in module.named_buffers()}
             after = {}

@@ -34,7 +34,7 @@ import wellcond
 from wellcond._shared.streams import make_patient
 from wellcond.experiments.errors import RunError, Terminated
 from wellcond.experiments.folders import read_config
-from wellcond.experiments.run.config import NO_TREATMENT, RunConfig, grid, recipe, said_default
+from wellcond.experiments.run.config import NO_TREATMENT, RunConfig, grid, run_config, said_default
 from wellcond.experiments.run.parts import is_treatable
 
 app = typer.Typer(
@@ -169,7 +169,7 @@ def train(
     """Train one network: weights, metrics, condition numbers and logs in one folder, and the test error."""
     again: list[str] = []
     with reporting(debug, logging.WARNING if console.is_terminal else logging.INFO, again):
-        config = recipe(**asked)
+        config = run_config(**asked)
         folder = out or _run_folder(config)
         if resume and not overwrite:  # what is held there; `run` refuses what was asked beside it
             config = RunConfig.from_dict({**read_config(folder, "run"), **asked})
@@ -277,7 +277,7 @@ def inspect(
 def _train_default(again: list[str]) -> Path:
     from wellcond.experiments.run.train import run as run_training
 
-    config = recipe()
+    config = run_config()
     folder = _run_folder(config)
     again.append(f"wellcond train --out {folder} --resume")
     say(f"there is no run yet: training the default into {folder}")

@@ -20,7 +20,7 @@ from wellcond.experiments import folders
 from wellcond.experiments.files import write_atomically
 from wellcond.experiments.results.summary import by_label, collect, labels, summarise
 from wellcond.experiments.results.tables import comparison_table, configuration_table, runs_table
-from wellcond.experiments.run.config import RunConfig, recipe
+from wellcond.experiments.run.config import RunConfig, run_config
 from wellcond.experiments.run.result import RunResult, earlier_epochs
 from wellcond.experiments.show.figures import condition_figure, learning_figure, save_figure, svg
 from wellcond.experiments.show.render import page
@@ -106,8 +106,8 @@ def commands(result: RunResult) -> list[str]:
 
 
 def command(config: RunConfig) -> str:
-    """The command line that trains ``config`` again: what departs from the recipe of its data."""
-    default = recipe(data=config.data).to_dict()
+    """The command line that trains ``config`` again: what departs from the settings of its data."""
+    default = run_config(data=config.data).to_dict()
     words = ["wellcond", "train", "--data", config.data]
     for name, value in config.to_dict().items():
         if name == "data" or value == default[name]:

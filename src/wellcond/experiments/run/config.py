@@ -1,13 +1,14 @@
 """What is trained and how: the configuration of one run, and the grid of a comparison.
 
-The defaults are the paper's (Song, Sebe & Wang, ECCV 2022): SGD with momentum 0.9, weight decay 5e-4, batches of 128,
-a learning rate of 0.1 divided by 10 after 150 and 250 of 350 epochs; for another number of epochs it is scaled in
-proportion, to the step. Data sets depart from them by recipes of their own. Nothing here needs torch, so that
-`wellcond --help` is quick.
+The defaults are those of the paper (Song, Sebe & Wang, ECCV 2022) and of its released code: SGD with momentum 0.9,
+weight decay 5e-4, batches of 128, a learning rate of 0.1 divided by 10 after 100, 200 and 300 of 350 epochs; for
+another number of epochs it is scaled in proportion, to the step. Data sets depart from them by settings of their own.
+Nothing here needs torch, so that `wellcond --help` is quick.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 from wellcond._shared.names import listed, require_known
 from wellcond.experiments.data.named import NAMED
 from wellcond.experiments.errors import ConfigError
-from wellcond.experiments.run.parts import HEADS, NORMS, is_treatable
+from wellcond.experiments.run.parts import HEADS, NORMS, is_treatable, takes_solver
+from wellcond.experiments.run.schedule import Schedule
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 ALSO_CALLED = {
@@ -23,10 +25,33 @@ ALSO_CALLED = {
     **dict.fromkeys(("bf16", "bfloat16"), "bf16-mixed"),
     **dict.fromkeys(("16", "fp16", "float16", "half"), "16-mixed"),
 }
+CHOICES = {
+    "precision": PRECISIONS,
+    "running": ("covariance", "whitening"),
+    "ow_map": ("exp", "cayley", "householder", "soc"),
+    "norm_weight": ("ones", "uniform"),
+    "stem": ("cifar", "imagenet"),
+    "crop": ("border", "resized"),
+    "memory_format": ("channels_last", "contiguous"),
+}
+"""Of options that are one of few words."""
+
 NO_TREATMENT = "none"
 
-DECAY_AFTER = (150 / 350, 250 / 350)
-"""Fractions of the training after which the learning rate is divided by 10."""
+BEFORE = {
+    "image_size": None,
+    "solver": None,
+    "running": "covariance",
+    "ow_map": "exp",
+    "norm_weight": "ones",
+    "stem": "cifar",
+    "crop": "border",
+    "schedule": "150,250/350",
+    "memory_format": "contiguous",
+    "compile": False,
+    "workers": 0,
+}
+"""What runs had before there were these options."""
 
 
 def _option(default: Any, help: str, unset: str = "") -> Any:
@@ -48,32 +73,53 @@ class RunConfig:
     norm: str = _option("zca", f"of the stem: {listed(NORMS)}")
     head: str = _option("avg", listed(HEADS))
     width: int | None = _option(None, "channels after the stem", unset="the model's own")
-    stem_kernel: int = _option(3, "size of the first convolution")
+    stem: str = _option("cifar", "cifar: at the size of the image; imagenet: 7×7, stride 2, and max-pooling")
+    stem_kernel: int = _option(3, "size of the first convolution of the cifar stem")
     groups: int = _option(1, "groups of the decorrelated batch norm")
     eps: float = _option(1e-5, "ε added to the covariance")
+    solver: str | None = _option(None, "of the spectral layers: eigh, svd, newton_schulz, …", unset="the layer's own")
+    running: str = _option("covariance", f"what the norm averages for evaluation: {listed(CHOICES['running'])}")
+    norm_weight: str = _option("ones", "start of the decorrelated norm's weight: ones, or uniform on [0, 1)")
     treat: str = _option(NO_TREATMENT, "none, or of sn, ol, ow, nog, olr, as nog+ow+olr")
+    ow_map: str = _option("exp", f"of ow: {listed(CHOICES['ow_map'])}")
     epochs: int = _option(350, "passes over the training images; the schedule scales with them")
     batch_size: int = _option(128, "images a step (of each process)")
     lr: float = _option(0.1, "learning rate at the start")
     momentum: float = _option(0.9, "of SGD")
     weight_decay: float = _option(5e-4, "of SGD")
+    schedule: str = _option(
+        "100,200,300/350", "epochs after which the rate is divided by 10, of how many; or cosine, constant"
+    )
     augment: bool = _option(True, "random crops and flips")
+    crop: str = _option("border", "border: of an eighth around the image; resized: random area and shape")
     seed: int = _option(0, "of weights, order and augmentation")
     precision: str = _option("32-true", listed(PRECISIONS))
+    memory_format: str = _option("channels_last", listed(CHOICES["memory_format"]))
+    compile: bool = _option(False, "by torch.compile")
+    workers: int = _option(0, "processes that read and decode images")
     devices: int = _option(1, "processes, on as many GPUs or CPU shares")
     threads: int | None = _option(None, "CPU threads of a process", unset="PyTorch's own")
     monitor_every: int = _option(10, "steps between condition numbers")
 
     def __post_init__(self) -> None:
-        require_known(self.precision, PRECISIONS, "precision", error=ConfigError, also_called=ALSO_CALLED)
+        for name, choices in CHOICES.items():
+            also = ALSO_CALLED if name == "precision" else {}
+            require_known(getattr(self, name), choices, name, error=ConfigError, also_called=also)
+        Schedule.parse(self.schedule)
         treatable = is_treatable(self.norm, self.head)
         for name in ("epochs", "batch_size", "devices", "monitor_every", "limit", "threads", "image_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if not 0 < self.lr < float("inf"):
             raise ConfigError(f"lr must be positive and finite, got {self.lr}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must not be negative, got {self.seed}")
+        for name in ("seed", "workers"):
+            if (value := getattr(self, name)) < 0:
+                raise ConfigError(f"{name} must not be negative, got {value}")
+        if self.solver is not None and not takes_solver(self.norm, self.head):
+            raise ConfigError(
+                f"solver '{self.solver}' is that of a spectral layer, but of norm '{self.norm}' and head '{self.head}' "
+                "none takes one"
+            )
         if self.treat != NO_TREATMENT and not treatable:
             norms, heads = (
                 " or ".join(f"'{name}'" for name, part in parts.items() if part.spectral) for parts in (NORMS, HEADS)
@@ -87,12 +133,16 @@ class RunConfig:
     def label(self) -> str:
         """The short name of the configuration in tables: `zca+nog+ow`, `batch/gcp`."""
         base = self.norm if self.head == "avg" else f"{self.norm}/{self.head}"
-        return base if self.treat == NO_TREATMENT else f"{base}+{self.treat}"
+        base = base if self.solver is None else f"{base} by {self.solver}"
+        treat = (
+            self.treat if self.ow_map == "exp" else f"+{self.treat}+".replace("+ow+", f"+ow({self.ow_map})+").strip("+")
+        )
+        return base if self.treat == NO_TREATMENT else f"{base}+{treat}"
 
     @property
     def folder_name(self) -> str:
         """The label and the seed, fit for a folder."""
-        return f"{self.label.replace('/', '-')}-seed{self.seed}"
+        return f"{re.sub('[^a-zA-Z0-9_.+]+', '-', self.label)}-seed{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,26 +151,26 @@ class RunConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """The inverse of `to_dict`; unknown or missing fields raise `ConfigError`.
 
-        `image_size` may be missing: earlier versions had none.
+        Options that earlier versions did not have may be missing: `BEFORE` has what was done then.
         """
-        values = {"image_size": None, **values}
+        values = {**BEFORE, **values}
         names = {field.name for field in fields(cls)}
         if set(values) != names:
             raise ConfigError(f"not the configuration of a run: fields {sorted(names ^ set(values))} do not match")
         return cls(**values)
 
 
-def recipe(**options: Any) -> RunConfig:
-    """The configuration for `options`; what is absent or None is from the data's recipe, then the paper's."""
+def run_config(**options: Any) -> RunConfig:
+    """The configuration for `options`; what is absent or None is from the settings of the data, then the paper's."""
     given = {name: value for name, value in options.items() if value is not None}
     if "treat" in given:
         given["treat"] = given["treat"].lower().replace(" ", "")
-    return RunConfig(**{**getattr(NAMED.get(given.get("data", "digits")), "RECIPE", {}), **given})
+    return RunConfig(**{**getattr(NAMED.get(given.get("data", "digits")), "SETTINGS", {}), **given})
 
 
 def said_default(option: Field[Any]) -> str:
     """What the command line says of the default of a field: the paper's, and the digits' own."""
-    values = dict.fromkeys((option.default, getattr(recipe(), option.name)))
+    values = dict.fromkeys((option.default, getattr(run_config(), option.name)))
     texts = [option.metadata["unset"] if value is None else str(value) for value in values]
     if option.type == "bool":
         texts = [f"{'' if value else 'no-'}{option.name}" for value in values]
@@ -130,10 +180,10 @@ def said_default(option: Field[Any]) -> str:
 def grid(
     norms: Sequence[str], heads: Sequence[str], treats: Sequence[str], seeds: Iterable[int], **options: Any
 ) -> list[RunConfig]:
-    """Every combination once; where there is no spectral layer, so that nothing can be treated, untreated.
+    """Every combination once; where there is no spectral layer, untreated, and without a solver where none is taken.
 
     Raises:
-        ConfigError: as `RunConfig`; and there is a treatment, but no spectral layer anywhere.
+        ConfigError: as `RunConfig`; and there is a treatment or a solver, but nothing anywhere that takes it.
     """
     nowhere = not any(is_treatable(norm, head) for norm in norms for head in heads)
     rows = dict.fromkeys(
@@ -142,7 +192,11 @@ def grid(
         for norm in norms
         for treat in treats
     )
-    seeds = list(seeds)
-    return [
-        recipe(norm=norm, head=head, treat=treat, seed=seed, **options) for norm, head, treat in rows for seed in seeds
-    ]
+    solver = options.pop("solver", None)
+    no_solver = not any(takes_solver(norm, head) for norm, head, _ in rows)
+    seeds, configs = list(seeds), []
+    for norm, head, treat in rows:
+        its: dict[str, Any] = {"norm": norm, "head": head, "treat": treat}
+        its["solver"] = solver if no_solver or takes_solver(norm, head) else None
+        configs += [run_config(**its, seed=seed, **options) for seed in seeds]
+    return configs

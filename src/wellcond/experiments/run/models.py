@@ -12,12 +12,12 @@ Decorrelated batch norm takes the place of the batch norm after the first convol
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from wellcond._shared.names import require_known
-from wellcond.experiments.run.parts import HEADS, NORMS
+from wellcond.experiments.run.parts import HEADS, NORMS, SpectralOptions
 
 
 class BasicBlock(nn.Module):
@@ -83,8 +83,7 @@ def build_model(
     head: str = "avg",
     width: int | None = None,
     stem_kernel: int = 3,
-    groups: int = 1,
-    eps: float = 1e-5,
+    **spectral: Any,
 ) -> nn.Sequential:
     """A residual network for (N, in_channels, H, W) images, returning (N, num_classes) logits.
 
@@ -106,7 +105,7 @@ def build_model(
         width: channels of the first stage, where not the design's own (16 for `resnet8`, 64 for the others).
         stem_kernel: odd size of the first convolution. Its output has a covariance of rank at most
             in_channels · stem_kernel²: fewer channels (`width`) than that are needed for full rank.
-        groups, eps: of the decorrelated batch norm.
+        spectral: options of the spectral layers, as in :class:`SpectralOptions`.
 
     Raises:
         ValueError: an unknown name (with the nearest right one) or a size that cannot be.
@@ -128,7 +127,7 @@ def build_model(
         raise ValueError(f"stem_kernel must be odd and positive, got {stem_kernel}")
     parts: dict[str, nn.Module] = {
         "conv1": _conv(in_channels, width, stem_kernel, 1),
-        "norm1": NORMS[norm].build(width, groups, eps),
+        "norm1": NORMS[norm].build(width, SpectralOptions(**spectral)),
         "relu": nn.ReLU(),
     }
     channels = width
@@ -139,7 +138,7 @@ def build_model(
             blocks.append(design.block(channels, width << stage, stride=2 if halve and i == 0 else 1))
             channels = (width << stage) * design.block.expansion
         parts[f"stage{stage + 1}"] = blocks
-    pool, features = HEADS[head].build(channels)
+    pool, features = HEADS[head].build(channels, SpectralOptions(**spectral))
     parts |= {"pool": pool, "flatten": nn.Flatten(), "classifier": nn.Linear(features, num_classes)}
     model = nn.Sequential(OrderedDict(parts))
     for module in model.modules():

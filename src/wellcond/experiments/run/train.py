@@ -43,7 +43,8 @@ from wellcond.experiments.run.result import (
     load_result,
     versions,
 )
-from wellcond.experiments.run.training import Classifier, decay, evaluate, spectral_layers
+from wellcond.experiments.run.schedule import Schedule
+from wellcond.experiments.run.training import Classifier, evaluate, spectral_layers
 from wellcond.lightning import ConditionMonitorCallback
 
 with needs_train_extra():
@@ -143,7 +144,8 @@ def _lengthen(folder: Path, config: RunConfig) -> None:
     before, after = finished.config.epochs, config.epochs
     folders.mark(folder, KIND, config.to_dict())
     os.replace(folder / RESULT, folder / EARLIER_RESULT.format(before))
-    was, now = (config.lr * decay(finished.steps, finished.steps * epochs // before) for epochs in (before, after))
+    factor = Schedule.parse(config.schedule).factor
+    was, now = (config.lr * factor(finished.steps, finished.steps * epochs // before) for epochs in (before, after))
     log.warning(
         "training on from %d to %d epochs, at the learning rates that the schedule of %d epochs has from there: "
         "%g, where it was %g",

@@ -19,8 +19,9 @@ from wellcond._shared.models import is_spectral
 from wellcond.experiments.data.batches import ImageDataModule
 from wellcond.experiments.data.draws import mixed_seed
 from wellcond.experiments.errors import NonFiniteLossError, needs_train_extra
-from wellcond.experiments.run.config import DECAY_AFTER, NO_TREATMENT, RunConfig
+from wellcond.experiments.run.config import NO_TREATMENT, RunConfig
 from wellcond.experiments.run.models import build_model
+from wellcond.experiments.run.schedule import Schedule
 from wellcond.linalg import DecompositionError, NonFiniteMatrixError, SolverEvents
 from wellcond.orthogonality import treat
 
@@ -28,9 +29,8 @@ with needs_train_extra():
     import lightning.pytorch as pl
 
 
-def decay(step: int, total: int) -> float:
-    """The factor on the learning rate at `step` of `total`: a tenth after each fraction of `DECAY_AFTER`."""
-    return 0.1 ** sum(step >= round(fraction * total) for fraction in DECAY_AFTER)
+MODEL_OPTIONS = ("norm", "head", "width", "stem_kernel", "groups", "eps", "solver", "running", "norm_weight")
+"""Those of a `RunConfig` that are options of the model."""
 
 
 def spectral_layers(model: nn.Module) -> dict[str, Any]:
@@ -53,18 +53,19 @@ class Classifier(pl.LightningModule):
             config.model,
             num_classes=num_classes,
             in_channels=in_channels,
-            **{name: getattr(config, name) for name in ("norm", "head", "width", "stem_kernel", "groups", "eps")},
+            **{name: getattr(config, name) for name in MODEL_OPTIONS},
         )
         self.sgd = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
         treated = config.treat != NO_TREATMENT
-        self.treatment = treat(self.model, self.sgd, config.treat) if treated else None
+        options = {"ow": {"map": config.ow_map}} if "ow" in config.treat.split("+") else None
+        self.treatment = treat(self.model, self.sgd, config.treat, options=options) if treated else None
 
     def configure_optimizers(self) -> Any:
         """SGD and its schedule, counted in steps so that any number of epochs keeps the proportions."""
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(self.sgd, lambda step: decay(step, total))
+        total, schedule_of_rate = int(self.trainer.estimated_stepping_batches), Schedule.parse(self.config.schedule)
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.sgd, lambda step: schedule_of_rate.factor(step, total))
         return {"optimizer": self.sgd, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:

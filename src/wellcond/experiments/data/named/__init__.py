@@ -1,7 +1,7 @@
 """Data sets by name, a module each; a new data set is a new module here and nothing else.
 
 A module has ``HUB``, the name on the Hugging Face hub, or ``load() -> Source``; and, where the training departs from
-the paper's, ``RECIPE``. It imports torch in ``load`` only, so that ``wellcond --help`` knows the names and is quick.
+the paper's, ``SETTINGS``. It imports torch in ``load`` only, so that ``wellcond --help`` knows the names and is quick.
 """
 
 from importlib import import_module

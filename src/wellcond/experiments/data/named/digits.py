@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 # 8 × 8 images: a small network. The 5 × 5 stem gives a covariance of rank up to 25, so 16 channels can have full rank,
 # where a 3 × 3 stem would stop at 9. A second thread gains a tenth on two idle cores, and on busy ones, waiting in a
 # loop at every small operation, makes a step 10 to 40 times longer.
-RECIPE = {
+SETTINGS = {
     "model": "resnet8",
     "width": 16,
     "stem_kernel": 5,

@@ -1,0 +1,42 @@
+"""The learning rate over a training, as a fraction of it: in steps, by the cosine, or constant."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from wellcond.experiments.errors import ConfigError
+
+_STEPS = re.compile(r"(\d+(?:,\d+)*)/(\d+)")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The factor on the learning rate at any step.
+
+    ``drops`` are the fractions of the training after which it is divided by 10. Without any it is constant, or where it
+    is by the ``cosine`` falls to zero (Loshchilov and Hutter, SGDR, ICLR 2017, without restarts).
+    """
+
+    drops: tuple[float, ...] = ()
+    cosine: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """From ``100,200,300/350``, ``cosine`` or ``constant``; anything else is a `ConfigError`."""
+        if text in ("cosine", "constant"):
+            return cls(cosine=text == "cosine")
+        if (found := _STEPS.fullmatch(text.replace(" ", ""))) is not None:
+            epochs, total = [int(epoch) for epoch in found[1].split(",")], int(found[2])
+            if all(0 < one < other for one, other in zip(epochs, [*epochs[1:], total], strict=True)):
+                return cls(tuple(epoch / total for epoch in epochs))
+        raise ConfigError(
+            f"schedule must be cosine, constant, or rising epochs of a total, such as 100,200,300/350, got {text!r}"
+        )
+
+    def factor(self, step: int, total: int) -> float:
+        """On the learning rate at ``step`` of ``total``, to the step."""
+        if self.cosine:
+            return (1 + math.cos(math.pi * step / total)) / 2
+        return 0.1 ** sum(step >= round(drop * total) for drop in self.drops)
