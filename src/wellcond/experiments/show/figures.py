@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wellcond.experiments.files import read_csv, write_atomically
+from wellcond.experiments.results.condition import condition_rows
 from wellcond.experiments.run.result import CONDITION, METRICS, RunResult
 
 INK = "#1b1f24"
@@ -51,9 +52,10 @@ def _tables(runs: Sequence[RunResult], name: str) -> list[Any]:
     import pandas as pd
 
     def number(text: str) -> float:
-        return float(text or "nan")  # pandas' own reader does not keep the last digit
+        return float("nan" if text == "" else text)  # pandas' own reader does not keep the last digit
 
-    frames = [pd.DataFrame(read_csv(Path(run.folder) / name)) for run in runs]
+    rows = (condition_rows(run) if name == CONDITION else read_csv(Path(run.folder) / name) for run in runs)
+    frames = [pd.DataFrame(found) for found in rows]
     frames = [frame.apply(lambda column: column if column.name == "layer" else column.map(number)) for frame in frames]
     ends = [run.steps if name == CONDITION else run.config.epochs for run in runs]
     column = "step" if name == CONDITION else "epoch"
@@ -93,13 +95,19 @@ def learning_figure(runs: Mapping[str, Sequence[RunResult]], title: str, stacked
     figure, axes = _two_panels(title, "epoch", stacked)
     tables = {
         label: [t.assign(epoch=t.epoch + 1, val_error=100 * t.val_error) for t in _tables(results, METRICS)]
-        for label, results in runs.items()
+        for label, results in _with(METRICS, runs).items()
     }
     headings = {"train_loss": "training loss", "val_error": "validation error, %"}
     for axis, (column, heading) in zip(axes, headings.items(), strict=True):
         _draw(axis, {label: _over_seeds(found, "epoch", column) for label, found in tables.items()}, heading)
         axis.xaxis.get_major_locator().set_params(integer=True)
     return figure
+
+
+def _with(name: str, runs: Mapping[str, Sequence[RunResult]]) -> dict[str, list[RunResult]]:
+    """The runs that have the file: those that were read from a table of results have no folder."""
+    found = {label: [run for run in results if (Path(run.folder) / name).exists()] for label, results in runs.items()}
+    return {label: results for label, results in found.items() if results}
 
 
 def _two_panels(title: str, x: str, stacked: bool, **options: Any) -> tuple[Any, Any]:
