@@ -8,6 +8,7 @@ go on and are exit status 130 and 143. What needs torch is imported inside the c
 from __future__ import annotations
 
 import inspect as introspection
+import itertools
 import logging
 import os
 import signal
@@ -193,6 +194,8 @@ def train(
 def compare(
     asked: dict[str, Any],
     out: Annotated[Path, typer.Option(help="the comparison's folder")] = DEFAULT_COMPARISON,
+    jobs: Annotated[int | None, typer.Option(help="runs at once, each in a process of its own; default 1")] = None,
+    executor: Annotated[str | None, typer.Option(help="ray or ray://HOST:PORT: on a cluster")] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -207,19 +210,20 @@ def compare(
 
         again.append(f"wellcond compare --out {out} --resume")
 
+        ends = itertools.count(1)
+
         def finished(index: int, result: Any) -> None:
             config = result.config
             say(
-                f"[{index + 1}/{len(configs)}] {config.label}, seed {config.seed}: "
+                f"[{next(ends)}/{len(configs)}] {config.label}, seed {config.seed}: "
                 f"test error {100 * result.test_error:.2f} %, {result.seconds:.1f} s"
             )
 
-        rows = compare_runs(
-            configs, out, resume=resume, overwrite=overwrite, progress=console.is_terminal, finished=finished
-        )
+        options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "jobs": jobs, "executor": executor}
+        rows = compare_runs(configs, out, **options, progress=console.is_terminal, finished=finished)
         title = f"{configs[0].model} on {configs[0].data}, {configs[0].epochs} epochs"
         console.print(for_terminal(comparison_table(rows, title)))
-        say(f"in {out}: results.csv, results.json, condition.png, condition.svg")
+        say(f"in {out}: results.csv, results.json, results.parquet, condition.parquet, condition.png, condition.svg")
 
 
 @app.command()
@@ -317,7 +321,9 @@ def _configs(asked: dict[str, Any], out: Path, resume: bool) -> list[RunConfig]:
     axes: dict[str, Any] = {"norm": ["batch", "zca"], "head": ["avg"], "treat": list(DEFAULT_TREATS), "seed": range(2)}
     shared: dict[str, Any] = {}
     if resume:
-        held = [RunConfig.from_dict(run) for run in read_config(out, "comparison")["runs"]]
+        from wellcond.experiments.results.summary import configs_in
+
+        held = configs_in(read_config(out, "comparison"))
         if not asked:
             return held
         treatable = [config for config in held if is_treatable(config.norm, config.head)]

@@ -8,13 +8,13 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from wellcond._shared.machine import cpu_model
 from wellcond._shared.names import require_known
 from wellcond.bench import report
 from wellcond.bench.cases import FEATURE_SHAPES, MATRIX_SHAPES, QUICK_SHAPES, TASKS, Shape, cases
@@ -106,11 +106,7 @@ def environment(device: torch.device) -> dict[str, str]:
     """Versions, and the name of the processor as the system has it."""
     if device.type == "cuda":
         return {**versions(), "device": torch.cuda.get_device_name(device)}
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or "CPU"
-    return {**versions(), "device": f"{name}, {os.cpu_count()} cores"}
+    return {**versions(), "device": f"{cpu_model()}, {os.cpu_count()} cores"}
 
 
 def markdown(results: Sequence[CaseResult], remarks: Sequence[str], machine: Mapping[str, str]) -> str:

@@ -1,9 +1,11 @@
-"""A grid of configurations × seeds: trained one after another, then the table and the figure.
+"""A grid of configurations × seeds: every run trained once, one by one or several at once, then table and figure.
 
     OUT/config.json  results.csv  results.json  condition.png  condition.svg  runs/LABEL-seedN/…
+    OUT/results.parquet  condition.parquet
 
 `results.csv` is the table, one line a configuration and layer; `results.json` has it with every run and the machine.
-An interrupted comparison goes on where it was: finished runs are read back, the one under way is resumed. It grows in
+The two Parquet files have what has finished so far, a row a run and a row a record (`results.parquet`).
+An interrupted comparison goes on where it was: finished runs are read back, those under way are resumed. It grows in
 the same way, by seeds, treatments, norms or heads.
 """
 
@@ -16,23 +18,31 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import wellcond
 from wellcond.experiments import folders
-from wellcond.experiments.data.load import ImageData, load_images
+from wellcond.experiments.data.load import load_images
 from wellcond.experiments.errors import ConfigError, FolderError
 from wellcond.experiments.files import write_csv, write_json
+from wellcond.experiments.grid.attempt import Executor, here
+from wellcond.experiments.grid.held import held_results, refuse_another_version, with_threads
+from wellcond.experiments.grid.train_all import train_all
+from wellcond.experiments.results.condition import CONDITION_TABLE
+from wellcond.experiments.results.parquet import RESULTS_TABLE
 from wellcond.experiments.results.summary import COMPARISON, RUNS, as_columns, by_label, configs_in, summarise
+from wellcond.experiments.run.checkpoints import DAMAGED
 from wellcond.experiments.run.config import NO_TREATMENT, RunConfig
 from wellcond.experiments.run.parts import is_treatable
-from wellcond.experiments.run.result import EARLIER_RESULT, RunResult, load_result
+from wellcond.experiments.run.result import RunResult
 from wellcond.experiments.run.train import MADE as MADE_BY_RUN
-from wellcond.experiments.run.train import build, run
+from wellcond.experiments.run.train import build
 from wellcond.experiments.show.figures import condition_figure, save_figure
 
 log = logging.getLogger("wellcond")
 
 FIGURE = "condition"
 MADE = (
-    *(folders.CONFIG, "results.csv", "results.json", f"{FIGURE}.png", f"{FIGURE}.svg"),
+    *(folders.CONFIG, "results.csv", "results.json", f"{FIGURE}.png", f"{FIGURE}.svg", ".*.part"),
+    *(RESULTS_TABLE, CONDITION_TABLE, f"{RESULTS_TABLE}{DAMAGED}"),
     *(f"{RUNS}/*/{pattern}" for pattern in MADE_BY_RUN),
 )
 
@@ -44,15 +54,25 @@ def compare(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = False,
+    jobs: int | None = None,
+    executor: str | None = None,
     finished: Callable[[int, RunResult], None] = lambda index, result: None,
 ) -> list[Any]:
     """Run every configuration, all on the same data, and write table and figure; the rows of the table.
 
-    `overwrite` and `progress` are as in `run`; with `resume` the configurations may be more than the folder holds.
-    `finished` is called with the index and the result of every run that is done.
+    A run that fails does not keep the others from being trained; what went wrong is raised when they have ended.
+
+    Args:
+        resume: go on with what ``out`` holds; the configurations may be more than that.
+        overwrite, progress: as in `run`; there is no progress bar where several are trained at once.
+        jobs: how many runs are trained at once, by default one, on a cluster as many as it has room for. Several are
+            each in a process of its own, on one CPU thread where the configuration does not say another number. A run
+            has the same bits whichever way it is trained with that number of threads.
+        executor: None, this machine; or ``ray``, or ``ray://HOST:PORT`` (`grid.ray_cluster`).
+        finished: called with the index and the result of every run that is done, in the order in which they end.
 
     Raises:
-        ConfigError: no configuration, the same twice, or different data.
+        ConfigError: no configuration, the same twice, different data, no job, or a cluster that does not answer.
         RunError, ValueError, KeyboardInterrupt: as `run`; finished runs remain.
     """
     out = Path(out)
@@ -62,45 +82,48 @@ def compare(
         raise ConfigError("the same configuration and seed is in the grid twice")
     if len({(config.data, config.image_size, config.limit) for config in configs}) > 1:
         raise ConfigError("a comparison is on one data set")
+    elsewhere = _elsewhere(jobs, executor)
+    marked = _marked(out, resume, overwrite)
+    configs = with_threads(configs, configs_in(marked) if resume else [], apart=elsewhere is not None)
     with folders.claimed(out, lambda: _check(out, configs, resume, overwrite)):
+        done = held_results(out, configs) if resume else {}
+        if resume and len(done) < len(configs):
+            refuse_another_version(out, marked.get("version"), list(done.values()))
         data = load_images(configs[0].data, image_size=configs[0].image_size, limit=configs[0].limit)
         for config in {config.label: config for config in configs}.values():  # find what is wrong before writing
             build(config, data)
-        grid = {"runs": [config.to_dict() for config in configs]}
+        version = marked.get("version") if resume else wellcond.__version__
+        grid = {"version": version, "runs": [config.to_dict() for config in configs]}
         if resume:
             folders.mark(out, COMPARISON, grid)
         else:
             folders.prepare(out, COMPARISON, grid, MADE)
         _say_what_stays_untreated(configs)
-        results = _results(configs, out, data, progress, finished)
+        results = train_all(configs, out, done, elsewhere or here(data, progress), finished)
         return _write(configs, results, out)
+
+
+def _elsewhere(jobs: int | None, executor: str | None) -> Executor | None:
+    """What trains the runs in other processes, if anything does."""
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, got {jobs}")
+    if executor is not None:
+        if executor != "ray" and not executor.startswith("ray://"):
+            raise ConfigError(f"executor must be ray or ray://HOST:PORT, got '{executor}'")
+        from wellcond.experiments.grid.ray_cluster import on_ray
+
+        return on_ray(executor, jobs)
+    if jobs is None or jobs == 1:
+        return None
+    from wellcond.experiments.grid.processes import in_processes
+
+    return in_processes(jobs)
 
 
 def _say_what_stays_untreated(configs: Sequence[RunConfig]) -> None:
     names = dict.fromkeys(config.label for config in configs if not is_treatable(config.norm, config.head))
     if names and any(config.treat != NO_TREATMENT for config in configs):
         log.warning("%s: trained without a treatment, as there is no spectral layer to treat", ", ".join(names))
-
-
-def _results(
-    configs: Sequence[RunConfig],
-    out: Path,
-    data: ImageData,
-    progress: bool,
-    finished: Callable[[int, RunResult], None],
-) -> list[RunResult]:
-    """Of every run, trained or resumed where it has not finished."""
-    results = []
-    for index, config in enumerate(configs):
-        folder = out / RUNS / config.folder_name
-        # Of one that was made longer since, what it had found by then.
-        result = load_result(folder, EARLIER_RESULT.format(config.epochs))
-        if result is None or result.config != config:
-            begun = (folder / folders.CONFIG).exists()
-            result = run(config, folder, resume=begun, data=data, progress=progress)
-        results.append(result)
-        finished(index, results[-1])
-    return results
 
 
 def _write(configs: Sequence[RunConfig], results: Sequence[RunResult], out: Path) -> list[Any]:
@@ -117,9 +140,14 @@ def _write(configs: Sequence[RunConfig], results: Sequence[RunResult], out: Path
     return rows
 
 
+def _marked(out: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
+    """What the folder says that it holds; a `FolderError` where something would be lost."""
+    return folders.check(out, COMPARISON, resume=resume, overwrite=overwrite)
+
+
 def _check(out: Path, configs: Sequence[RunConfig], resume: bool, overwrite: bool) -> None:
     """Refuse a folder in which something would be lost, or that holds what is not among `configs`."""
-    marked = folders.check(out, COMPARISON, resume=resume, overwrite=overwrite)
+    marked = _marked(out, resume, overwrite)
     if not resume:
         return
     held = configs_in(marked)

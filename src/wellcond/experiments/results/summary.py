@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import wellcond
 from wellcond.experiments import folders
 from wellcond.experiments.errors import FolderError, RunError
+from wellcond.experiments.results.parquet import RESULTS_TABLE, read_results
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.result import RunResult, load_result, newest_earlier_result
 from wellcond.experiments.run.train import KIND as RUN
@@ -87,22 +89,34 @@ def labels(configs: Sequence[RunConfig]) -> Label:
 
 
 def configs_in(comparison: Mapping[str, Any]) -> list[RunConfig]:
-    """The grid in the configuration of a comparison."""
-    return [RunConfig.from_dict(values) for values in comparison["runs"]]
+    """The grid in the configuration of a comparison; a `FolderError` where this version does not understand it."""
+    try:
+        return [RunConfig.from_dict(values) for values in comparison["runs"]]
+    except (KeyError, TypeError, ValueError) as error:
+        made_by = f" of wellcond {comparison['version']}" if comparison.get("version") else ""
+        raise FolderError(
+            f"this is not a comparison{made_by} that wellcond {wellcond.__version__} can go on with ({error}): "
+            "use the version that began it, or choose another --out"
+        ) from error
 
 
 def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
-    """The results of all finished runs in the folders, each once, and a line for each that is not finished.
+    """The results of all finished runs in the folders or tables (``results.parquet``), each once, and a line for each
+    that is not finished.
 
     Of a run that is being made longer it is the result that it had before.
     """
+    places = list(places)
     found = dict.fromkeys(path.resolve() for place in places for path in _runs_in(place))
+    in_tables = {Path(result.folder).resolve(): result for place in places for result in _in_table(place)}
     results, notes = [], []
     here = Path.cwd()
     for path in found:
         folder = path.relative_to(here) if path.is_relative_to(here) else path
         if (result := load_result(folder)) is not None:
             results.append(result)
+        elif not folder.exists() and path in in_tables:
+            results.append(replace(in_tables[path], folder=str(folder)))
         elif (result := newest_earlier_result(folder)) is not None:
             results.append(result)
             epochs = f"{result.config.epochs} epoch{'s' if result.config.epochs > 1 else ''}"
@@ -123,7 +137,15 @@ def _how_to_go_on(run: Path) -> str:
     return f"wellcond compare --out {run.parents[1]} --resume"  # which has not begun it yet
 
 
+def _in_table(place: Path) -> list[RunResult]:
+    """The results in a Parquet file, or in that of a comparison."""
+    table = place if place.suffix == ".parquet" else place / RESULTS_TABLE
+    return read_results(table) if table.is_file() else []
+
+
 def _runs_in(place: Path) -> list[Path]:
+    if place.suffix == ".parquet":
+        return [Path(result.folder) for result in read_results(place)]
     kind = folders.kind_of(place)
     if kind == RUN:
         return [place]

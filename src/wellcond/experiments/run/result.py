@@ -6,12 +6,14 @@ Errors and accuracies are fractions in the files and percent in the printed tabl
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from wellcond._shared.machine import cpu_model
 from wellcond.experiments.errors import RunError
 from wellcond.experiments.files import write_json
 from wellcond.experiments.run.config import RunConfig
@@ -111,3 +113,12 @@ def versions() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "threads": str(torch.get_num_threads()),
     }
+
+
+def hardware() -> dict[str, str]:
+    """The processor, its cores that this process may use, and the GPU if there is one."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"cpu": cpu_model(), "cores": str(cores), **gpu}

@@ -20,7 +20,7 @@ from torch import nn
 from wellcond.experiments import folders
 from wellcond.experiments.data.batches import ImageDataModule
 from wellcond.experiments.data.load import ImageData, load_images
-from wellcond.experiments.errors import ConfigError, RunError, needs_train_extra
+from wellcond.experiments.errors import ConfigError, NonFiniteLossError, RunError, needs_train_extra
 from wellcond.experiments.run.checkpoints import (
     BEST,
     DAMAGED,
@@ -31,6 +31,7 @@ from wellcond.experiments.run.checkpoints import (
     newest_readable,
 )
 from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.divergence import LAST_CONDITION, keep_last
 from wellcond.experiments.run.log import RunLog
 from wellcond.experiments.run.processes import interruptible, quiet, spawn, threads
 from wellcond.experiments.run.result import (
@@ -40,6 +41,7 @@ from wellcond.experiments.run.result import (
     RESULT,
     LayerCondition,
     RunResult,
+    hardware,
     load_result,
     versions,
 )
@@ -56,7 +58,7 @@ with needs_train_extra():
 KIND = "run"
 CHECKPOINTS = "checkpoints"
 MADE = (
-    *(folders.CONFIG, METRICS, CONDITION, RESULT, EARLIER_RESULT.format("*")),
+    *(folders.CONFIG, METRICS, CONDITION, LAST_CONDITION, RESULT, EARLIER_RESULT.format("*")),
     *("events.out.tfevents.*", "hparams.yaml", ".*.part"),
     *(f"{CHECKPOINTS}/*.ckpt", f"{CHECKPOINTS}/*.ckpt{DAMAGED}", f"{CHECKPOINTS}/.*.part"),
 )
@@ -232,7 +234,10 @@ def _train(
             num_sanity_val_steps=0,
             use_distributed_sampler=False,  # the data module gives each rank its share
         )
-        trainer.fit(module, datamodule=images, ckpt_path=start[0])
+        try:
+            trainer.fit(module, datamodule=images, ckpt_path=start[0])
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"{error}. {keep_last(monitor.records, folder)}") from error
         if trainer.interrupted:
             raise KeyboardInterrupt
     device = trainer.strategy.root_device
@@ -250,8 +255,9 @@ def _train(
         seconds=run_log.seconds,
         seconds_per_step=run_log.seconds_per_step(),
         conditions=tuple(LayerCondition.of(name, found) for name, found in monitor.monitor.statistics().items()),
-        environment={**versions(), "lightning": lightning.__version__, "device": str(device)},
+        environment={**versions(), "lightning": lightning.__version__, **hardware(), "device": str(device)},
     )
     if trainer.is_global_zero:
         result.save()
+        (folder / LAST_CONDITION).unlink(missing_ok=True)  # of an attempt that diverged where this one did not
     return result

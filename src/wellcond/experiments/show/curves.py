@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wellcond.experiments.files import read_csv
+from wellcond.experiments.results.condition import condition_rows
 from wellcond.experiments.run.result import CONDITION, METRICS, RunResult
 
 Curve = tuple[list[int], list[float], list[float], list[float]]
@@ -30,9 +31,10 @@ def _tables(runs: Sequence[RunResult], name: str) -> list[Any]:
     import pandas as pd
 
     def number(text: str) -> float:
-        return float(text or "nan")  # pandas' own reader does not keep the last digit
+        return float("nan" if text == "" else text)  # pandas' own reader does not keep the last digit
 
-    frames = [pd.DataFrame(read_csv(Path(run.folder) / name)) for run in runs]
+    rows = (condition_rows(run) if name == CONDITION else read_csv(Path(run.folder) / name) for run in runs)
+    frames = [pd.DataFrame(found) for found in rows]
     frames = [frame.apply(lambda column: column if column.name == "layer" else column.map(number)) for frame in frames]
     ends = [run.steps if name == CONDITION else run.config.epochs for run in runs]
     column = "step" if name == CONDITION else "epoch"
@@ -72,10 +74,13 @@ def condition_panels(runs: Mapping[str, Sequence[RunResult]], columns: Mapping[s
 
 
 def learning_panels(runs: Mapping[str, Sequence[RunResult]]) -> list[Panel]:
-    """Training loss and validation error (percent) over the epochs."""
+    """Training loss and validation error (percent) over the epochs, of the runs whose folders are there: those that were
+    read from a table of results have none."""
+    here = {name: [run for run in its if (Path(run.folder) / METRICS).exists()] for name, its in runs.items()}
     tables = {
         label: [t.assign(epoch=t.epoch + 1, val_error=100 * t.val_error) for t in _tables(results, METRICS)]
-        for label, results in runs.items()
+        for label, results in here.items()
+        if results
     }
     headings = {"train_loss": "training loss", "val_error": "validation error, %"}
     return [

@@ -1,0 +1,65 @@
+"""What a comparison's folder holds already: its runs, its results, and the version that made them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import wellcond
+from wellcond.experiments.errors import FolderError, RunError
+from wellcond.experiments.results.parquet import RESULTS_TABLE, read_results
+from wellcond.experiments.results.summary import RUNS
+from wellcond.experiments.run.checkpoints import DAMAGED
+from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.result import EARLIER_RESULT, RunResult, load_result
+
+log = logging.getLogger("wellcond")
+
+
+def run_folder(out: Path, config: RunConfig) -> Path:
+    return out / RUNS / config.folder_name
+
+
+def held_results(out: Path, configs: Sequence[RunConfig]) -> dict[RunConfig, RunResult]:
+    """Of the runs that have finished: from their folders, or where those are gone from ``results.parquet``."""
+    found = {}
+    for config in configs:
+        folder = run_folder(out, config)
+        # Of one that was made longer since, what it had found by then.
+        for result in (load_result(folder, EARLIER_RESULT.format(config.epochs)), load_result(folder)):
+            if result is not None and result.config == config:
+                found[config] = result
+                break
+    table = out / RESULTS_TABLE
+    if len(found) < len(configs) and table.exists():
+        try:
+            in_table = {result.config: result for result in read_results(table)}
+        except RunError as error:
+            damaged = table.with_name(table.name + DAMAGED)
+            os.replace(table, damaged)
+            log.warning("%s; it is set aside as '%s', and written anew from the runs", error, damaged.name)
+        else:
+            found |= {c: in_table[c] for c in configs if c in in_table and c not in found}
+    return found
+
+
+def with_threads(configs: Sequence[RunConfig], held: Sequence[RunConfig], apart: bool) -> list[RunConfig]:
+    """The grid with the number of CPU threads said, on which the last bits of a run depend.
+
+    One where the runs are trained in processes ``apart``, as it was in what is ``held``, or as the configuration says.
+    """
+    default = held[0].threads if held else 1 if apart else None
+    return [replace(config, threads=default) if config.threads is None else config for config in configs]
+
+
+def refuse_another_version(out: Path, version: str | None, held: Sequence[RunResult]) -> None:
+    """Refuse to train what is missing by another version than what is there, whose numbers it would stand beside."""
+    made_by = {version, *(result.environment.get("wellcond") for result in held)} - {None}
+    if others := sorted(map(str, made_by - {wellcond.__version__})):
+        raise FolderError(
+            f"'{out}' holds results of wellcond {', '.join(others)}, and this is {wellcond.__version__}: "
+            "go on with that version, or choose another --out"
+        )

@@ -1,0 +1,70 @@
+"""Every run of a grid that is not done, by whatever trains them: kept in the tables and told as each ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from wellcond.experiments.errors import RunError
+from wellcond.experiments.grid.attempt import Executor, Outcome, Task
+from wellcond.experiments.grid.held import run_folder
+from wellcond.experiments.results.parquet import ResultTables
+from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.result import RunResult, load_result
+
+log = logging.getLogger("wellcond")
+
+
+def train_all(
+    configs: Sequence[RunConfig],
+    out: Path,
+    done: Mapping[RunConfig, RunResult],
+    executor: Executor,
+    finished: Callable[[int, RunResult], None],
+) -> list[RunResult]:
+    """The result of every run, trained or resumed where it is not ``done``; the tables have each as soon as it ends.
+
+    Raises:
+        RunError: some runs failed, each named; the others have finished, unless the disk is full.
+    """
+    results, tables = dict(done), ResultTables(out)
+
+    def keep() -> None:
+        tables.write(results[config] for config in configs if config in results)
+
+    for index, config in enumerate(configs):
+        if config in results:
+            finished(index, results[config])
+    keep()
+    missing = [config for config in configs if config not in results]
+    troubles: dict[str, Outcome] = {}
+    tasks = [Task(config, run_folder(out, config)) for config in missing]
+    with closing(executor(tasks)) as outcomes:
+        for place, outcome in outcomes:
+            config = missing[place]
+            for level, message in outcome.said:
+                log.log(level, "%s", message)
+            result = None if outcome.trouble else load_result(run_folder(out, config))
+            if result is not None:
+                results[config] = result
+                keep()
+                finished(configs.index(config), result)
+                continue
+            troubles[config.folder_name] = outcome
+            if outcome.hopeless:
+                break
+            if len(results) + len(troubles) < len(configs):
+                log.warning("%s failed, the others go on: %s", config.folder_name, outcome.trouble)
+    if troubles:
+        raise _failure(troubles, len(configs) - len(results), out)
+    return [results[config] for config in configs]
+
+
+def _failure(troubles: Mapping[str, Outcome], missing: int, out: Path) -> RunError:
+    lines = "; ".join(f"{name}: {outcome.trouble or 'ended without a result'}" for name, outcome in troubles.items())
+    stopped = f"; {missing - len(troubles)} more were not trained" if missing > len(troubles) else ""
+    error = RunError(f"{lines}{stopped}; what has finished is kept in '{out}': go on with --resume")
+    error.__cause__ = RuntimeError("\n".join(outcome.details for outcome in troubles.values()))
+    return error

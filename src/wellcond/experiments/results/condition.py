@@ -1,0 +1,59 @@
+"""What runs recorded of their layers, step by step, as one table.
+
+OUT/condition.parquet    a row a run, layer and recorded step: κ, ranks, extreme eigenvalues, failures
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from wellcond.experiments.errors import needs_train_extra
+from wellcond.experiments.files import read_csv
+from wellcond.experiments.results.columns import place_of, schema, types_of
+from wellcond.experiments.run.result import CONDITION, RunResult
+from wellcond.monitor import ConditionRecord
+
+with needs_train_extra():
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+CONDITION_TABLE = "condition.parquet"
+RECORDED = types_of(ConditionRecord)
+
+
+def condition_rows(result: RunResult) -> list[dict[str, Any]]:
+    """What a run recorded of its layers: from ``condition.csv`` in its folder, or else the comparison's table."""
+    folder = Path(result.folder)
+    if (folder / CONDITION).exists():
+        return list(read_csv(folder / CONDITION))
+    path = folder.parents[1] / CONDITION_TABLE if len(folder.parents) > 1 else folder
+    if not path.is_file():
+        return []
+    place = place_of(result, path.parent)
+    rows = pq.ParquetFile(path).read().filter(pc.field("folder") == place).to_pylist()
+    return [{name: row[name] for name in RECORDED if name in row} for row in rows]
+
+
+def condition_table(result: RunResult, out: Path) -> Any:
+    """What a run recorded up to its last step, as a `pyarrow.Table`."""
+    of_run = {"label": result.config.label, "seed": result.config.seed, "folder": place_of(result, out)}
+    rows = []
+    for found in condition_rows(result):
+        row = {name: _value(found.get(name), kind) for name, kind in RECORDED.items()}
+        if row["step"] < result.steps:  # what comes after it is of the same run made longer
+            rows.append({**of_run, **row})
+    columns = {"label": pa.string(), "seed": pa.int64(), "folder": pa.string(), **RECORDED}
+    return pa.Table.from_pylist(rows, schema=schema(columns))
+
+
+def _value(found: Any, kind: Any) -> Any:
+    """Of text or a number, and of a column."""
+    if found in ("", None):
+        return None
+    if kind == pa.string():
+        return str(found)
+    number = float(found)
+    return int(number) if kind == pa.int64() and math.isfinite(number) else number

@@ -1,0 +1,125 @@
+"""Finished runs as two tables that pandas, polars, DuckDB and the like read: Apache Parquet.
+
+    OUT/results.parquet      a row a run: label, folder, every option, versions and machine, errors, times, conditioning
+    OUT/condition.parquet    a row a run, layer and recorded step: κ, ranks, extreme eigenvalues, failures
+
+Units are in the column names (``_percent``, ``_fraction``, ``_seconds``) and in the metadata of the fields
+(``unit``). The conditioning of the first observed layer has columns of its own; that of all is in ``layers``, a list.
+Every digit is kept, so that the results can be taken from the file alone (`read_results`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from wellcond.experiments.errors import RunError, needs_train_extra
+from wellcond.experiments.results.columns import place_of, schema, types_of, write_table
+from wellcond.experiments.results.condition import CONDITION_TABLE, condition_table
+from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.result import LayerCondition, RunResult
+
+with needs_train_extra():
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+RESULTS_TABLE = "results.parquet"
+ENVIRONMENT = "environment_"
+COUNTS = ("threads", "cores")  # of the environment
+RENAMED = {"seconds": "training_seconds"}
+
+
+OPTIONS = types_of(RunConfig)
+MEASURED = types_of(RunResult, ("config", "folder", "conditions", "environment"))
+OF_A_LAYER = types_of(LayerCondition)
+
+
+def _column(name: str) -> str:
+    """Of a field of `RunResult`."""
+    return f"{name}_fraction" if name.endswith(("_error", "_accuracy")) else RENAMED.get(name, name)
+
+
+def _percents(result: RunResult) -> dict[str, float]:
+    """Every error in percent: the test's, and that of the best epoch on the validation images."""
+    found: dict[str, float] = {}
+    for name in MEASURED:
+        value = getattr(result, name)
+        if value is not None and name.endswith("_error"):
+            found[f"{name}_percent"] = 100 * value
+        elif value is not None and name.endswith("_accuracy"):
+            found.setdefault(f"{name.removesuffix('accuracy')}error_percent", 100 * (1 - value))
+    return found
+
+
+def results_table(results: Sequence[RunResult], out: Path) -> Any:
+    """A row a run, as a `pyarrow.Table`."""
+    percents = [_percents(result) for result in results]
+    names = list(dict.fromkeys(name for result in results for name in result.environment))
+    columns: dict[str, Any] = {"label": pa.string(), "folder": pa.string(), **OPTIONS}
+    columns |= {f"{ENVIRONMENT}{name}": pa.int64() if name in COUNTS else pa.string() for name in names}
+    columns |= {name: pa.float64() for found in percents for name in found}
+    columns |= {_column(name): kind for name, kind in MEASURED.items()}
+    columns |= {**OF_A_LAYER, "layers": pa.list_(pa.struct(list(OF_A_LAYER.items())))}
+
+    def row(result: RunResult, percent: Mapping[str, float]) -> dict[str, Any]:
+        layers = [asdict(condition) for condition in result.conditions]
+        machine = {f"{ENVIRONMENT}{name}": value for name, value in result.environment.items()}
+        machine |= {name: int(machine[name]) for name in (f"{ENVIRONMENT}{name}" for name in COUNTS) if name in machine}
+        measured = {_column(name): getattr(result, name) for name in MEASURED}
+        first = {"label": result.config.label, "folder": place_of(result, out)}
+        return {**first, **result.config.to_dict(), **machine, **percent, **measured, **(layers or [{}])[0]} | {
+            "layers": layers
+        }
+
+    rows = [row(result, percent) for result, percent in zip(results, percents, strict=True)]
+    return pa.Table.from_pylist(rows, schema=schema(columns))
+
+
+def read_results(path: Path) -> list[RunResult]:
+    """The results in a ``results.parquet``, or in that of a folder; nothing else is read.
+
+    Raises:
+        RunError: it cannot be read, or is not a table of results.
+    """
+    path = path / RESULTS_TABLE if path.is_dir() else path
+    try:
+        rows = pq.ParquetFile(path).read().to_pylist()
+        return [_result(row, path.parent) for row in rows]
+    except (OSError, KeyError, TypeError, ValueError) as error:  # Arrow's own are ValueErrors
+        why = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise RunError(f"'{path}' is not a table of results that can be read: {why}") from error
+
+
+def _result(row: Mapping[str, Any], out: Path) -> RunResult:
+    environment = {
+        name.removeprefix(ENVIRONMENT): str(value)
+        for name, value in row.items()
+        if name.startswith(ENVIRONMENT) and value is not None
+    }
+    return RunResult(
+        config=RunConfig.from_dict({name: row[name] for name in OPTIONS if name in row}),
+        folder=str(out / row["folder"]),
+        conditions=tuple(LayerCondition(**layer) for layer in row["layers"]),
+        environment=environment,
+        **{name: row[_column(name)] for name in MEASURED if _column(name) in row},
+    )
+
+
+class ResultTables:
+    """The two tables of a comparison in ``out``, made anew after every run; what was read of a run is kept."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self._conditions = out, dict[str, Any]()
+
+    def write(self, results: Iterable[RunResult]) -> None:
+        """Write both, each atomically."""
+        results = list(results)
+        for result in results:
+            if result.folder not in self._conditions:
+                self._conditions[result.folder] = condition_table(result, self.out)
+        if results:
+            recorded = pa.concat_tables([self._conditions[result.folder] for result in results])
+            write_table(self.out / CONDITION_TABLE, recorded)  # first: a run in the other table has its records here
+            write_table(self.out / RESULTS_TABLE, results_table(results, self.out))

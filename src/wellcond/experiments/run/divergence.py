@@ -1,0 +1,30 @@
+"""What is kept of a training that diverged: the condition numbers that led there.
+
+RUN/last_condition_numbers.csv    the last 50 records of each observed layer, in the columns of condition.csv
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from wellcond.experiments.files import write_csv
+from wellcond.monitor import ConditionRecord
+
+LAST_CONDITION = "last_condition_numbers.csv"
+HOW_MANY = 50  # records of each layer
+
+
+def keep_last(records: Sequence[ConditionRecord], folder: Path) -> str:
+    """Write the last records of every layer into the run's folder, and say so in a sentence with the last of all."""
+    layers = dict.fromkeys(record.layer for record in records)
+    last = [record for layer in layers for record in [one for one in records if one.layer == layer][-HOW_MANY:]]
+    if not last:
+        return "No condition number was recorded"
+    rows = [record.as_dict() for record in last]
+    write_csv(folder / LAST_CONDITION, list(rows[0]), rows)
+    newest = max(last, key=lambda record: record.step)
+    return (
+        f"The last condition numbers (κ of '{newest.layer}' was {newest.kappa:.3g} at step {newest.step}) "
+        f"are in '{folder / LAST_CONDITION}'"
+    )
