@@ -165,7 +165,10 @@ def run_config(**options: Any) -> RunConfig:
     given = {name: value for name, value in options.items() if value is not None}
     if "treat" in given:
         given["treat"] = given["treat"].lower().replace(" ", "")
-    return RunConfig(**{**getattr(NAMED.get(given.get("data", "digits")), "SETTINGS", {}), **given})
+    settings = dict(getattr(NAMED.get(given.get("data", "digits")), "SETTINGS", {}))
+    if given.get("stem") == "imagenet":  # which has a convolution of its own
+        settings.pop("stem_kernel", None)
+    return RunConfig(**{**settings, **given})
 
 
 def said_default(option: Field[Any]) -> str:

@@ -29,7 +29,7 @@ with needs_train_extra():
     import lightning.pytorch as pl
 
 
-MODEL_OPTIONS = ("norm", "head", "width", "stem_kernel", "groups", "eps", "solver", "running", "norm_weight")
+MODEL_OPTIONS = ("norm", "head", "width", "stem", "stem_kernel", "groups", "eps", "solver", "running", "norm_weight")
 """Those of a `RunConfig` that are options of the model."""
 
 
