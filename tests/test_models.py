@@ -201,7 +201,8 @@ def test_the_iterative_norm_asks_for_the_newton_schulz_solver():
     [
         (
             {"name": "resnet19"},
-            r"unknown model 'resnet19'; did you mean 'resnet18'\? \(known: resnet8, resnet18, resnet34, resnet50, resnet101\)",
+            r"unknown model 'resnet19'; did you mean 'resnet18'\? "
+            r"\(known: resnet8, resnet18, resnet34, resnet50, resnet101\)",
         ),
         ({"name": "ResNet50"}, r"unknown model 'ResNet50'; did you mean 'resnet50'"),
         ({"name": "vit"}, r"unknown model 'vit' \(known"),

@@ -115,6 +115,8 @@ class RunConfig:
         for name in ("seed", "workers"):
             if (value := getattr(self, name)) < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}")
+        if self.crop == "resized" and self.image_size is None:
+            raise ConfigError("crop 'resized' brings areas of the images to one size: give image_size, such as 224")
         if self.solver is not None and not takes_solver(self.norm, self.head):
             raise ConfigError(
                 f"solver '{self.solver}' is that of a spectral layer, but of norm '{self.norm}' and head '{self.head}' "
