@@ -1,4 +1,4 @@
-"""The page of a report in a browser: it runs from a file without a word on the console, sorts, and reads figures out."""
+"""The page of a report in a browser: from a file, without a word on the console, it sorts and reads figures out."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ const frame = document.querySelector(".frame"), box = frame.getBoundingClientRec
 const found = JSON.parse(document.getElementById("readout-1").textContent);
 const panel = (matchMedia("(max-width: 40rem)").matches ? found.stacked : found.beside)[0];
 frame.dispatchEvent(new PointerEvent("pointermove", {
-  clientX: box.left + box.width * (panel.left + 0.001), clientY: box.top + box.height * (panel.top + panel.bottom) / 2 }));
+  clientX: box.left + box.width * (panel.left + 0.001),
+  clientY: box.top + box.height * (panel.top + panel.bottom) / 2,
+}));
 """
     document, console = after(page, script, tmp_path, width)
     assert console == ""

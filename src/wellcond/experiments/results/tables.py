@@ -21,6 +21,7 @@ def run_table(result: RunResult) -> Table:
     config = result.config
     lines = [
         ("test error", f"{percent(result.test_error)} %  (weights of the last epoch)"),
+        *([] if (top5 := result.test_top5_error) is None else [("test error, top 5", f"{percent(top5)} %")]),
         ("test accuracy", f"{percent(result.test_accuracy)} %"),
         (
             "validation accuracy",

@@ -74,8 +74,10 @@ def condition_panels(runs: Mapping[str, Sequence[RunResult]], columns: Mapping[s
 
 
 def learning_panels(runs: Mapping[str, Sequence[RunResult]]) -> list[Panel]:
-    """Training loss and validation error (percent) over the epochs, of the runs whose folders are there: those that were
-    read from a table of results have none."""
+    """Training loss and validation error (percent) over the epochs, of the runs whose folders are there.
+
+    Those that were read from a table of results have none.
+    """
     here = {name: [run for run in its if (Path(run.folder) / METRICS).exists()] for name, its in runs.items()}
     tables = {
         label: [t.assign(epoch=t.epoch + 1, val_error=100 * t.val_error) for t in _tables(results, METRICS)]
