@@ -77,7 +77,9 @@ class RunConfig:
     stem_kernel: int = _option(3, "size of the first convolution of the cifar stem")
     groups: int = _option(1, "groups of the decorrelated batch norm")
     eps: float = _option(1e-5, "ε added to the covariance")
-    solver: str | None = _option(None, "of the spectral layers: eigh, svd, newton_schulz, …", unset="the layer's own")
+    solver: str | None = _option(
+        None, "of the spectral layers: eigh, svd, svd:taylor, newton_schulz, …", unset="the layer's own"
+    )
     running: str = _option("covariance", f"what the norm averages for evaluation: {listed(CHOICES['running'])}")
     norm_weight: str = _option("ones", "start of the decorrelated norm's weight: ones, or uniform on [0, 1)")
     treat: str = _option(NO_TREATMENT, "none, or of sn, ol, ow, nog, olr, as nog+ow+olr")
