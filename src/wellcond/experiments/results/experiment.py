@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from wellcond.experiments.errors import FolderError
@@ -42,8 +43,16 @@ class Experiment:
         """Each configuration is a row, and compared with the first."""
         label, first = labels(configs), configs[0]
         names = {_key(config): label(config) for config in configs}
-        heading = f"{first.model} on {first.data}, {first.epochs} epochs"
+        models, data, epochs = (
+            list(dict.fromkeys(getattr(c, n) for c in configs)) for n in ("model", "data", "epochs")
+        )
+        places = ", ".join(Path(one).name for one in data)
+        heading = f"{', '.join(models)} on {places}, {', '.join(map(str, epochs))} epochs"
         return cls(heading, names, {name: label(first) for name in names.values() if name != label(first)}, {})
+
+    def has(self, configs: Iterable[RunConfig]) -> bool:
+        """Whether all of these runs are in a row: not one that was made longer since."""
+        return all(_key(config) in self.names for config in configs)
 
     def label(self, config: RunConfig) -> str:
         """The row of a run."""
