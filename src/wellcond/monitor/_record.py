@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -37,14 +37,18 @@ class ConditionRecord:
     kappa_max: float  #: the largest κ(P) of those looked at
     failures: int  #: decompositions that failed since the last record of this layer
     retries: int  #: matrices that a fall-back saved since then
+    #: ‖W_new − W_old‖_F/‖W_old‖_F of the weight in use before this layer, in the step before the record; the largest of
+    #: several; NaN where none was measured. Not compared: NaN is not equal to itself.
+    rotation: float = field(default=math.nan, compare=False)
 
     def as_dict(self) -> dict[str, int | float | str]:
         """The fields by name, in order."""
         return asdict(self)
 
     def scalars(self, tag: str = "condition") -> dict[str, float]:
-        """The measures by the names under which they are logged: ``condition/LAYER/kappa`` …"""
-        return {f"{tag}/{self.layer}/{name}": getattr(self, name) for name in MEASURES}
+        """The measures by the names under which they are logged: ``condition/LAYER/kappa`` …, and the rotation."""
+        names = MEASURES if math.isnan(self.rotation) else (*MEASURES, "rotation")
+        return {f"{tag}/{self.layer}/{name}": getattr(self, name) for name in names}
 
     @property
     def finite(self) -> bool:
@@ -63,13 +67,13 @@ def alarms(record: ConditionRecord, kappa_above: float) -> list[str]:
     return [reason for reason, holds in reasons.items() if holds]
 
 
-FIELDS: tuple[str, ...] = tuple(field.name for field in fields(ConditionRecord))
+FIELDS: tuple[str, ...] = tuple(one.name for one in fields(ConditionRecord))
 MEASURES = ("kappa", "kappa_eps", "kappa_range", "numerical_rank", "effective_rank", "eig_max", "eig_min")
 """The fields that make a curve over the steps."""
 
 
 def records_of(state: Mapping[str, Any]) -> list[ConditionRecord]:
-    """The records in the state of a monitor, which has a column for each field."""
+    """The records in the state of a monitor, which has a column for each field but those that there were not yet."""
     columns = state["records"]
     return [ConditionRecord(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
@@ -88,7 +92,14 @@ def medians(records: Iterable[ConditionRecord]) -> dict[str, float]:
 
 
 def measure(
-    features: Tensor, eps: float, max_matrices: int, step: int, layer: str, failures: int, retries: int
+    features: Tensor,
+    eps: float,
+    max_matrices: int,
+    step: int,
+    layer: str,
+    failures: int,
+    retries: int,
+    rotation: float = math.nan,
 ) -> ConditionRecord:
     """The record of ``features`` (..., d, n): of at most ``max_matrices`` matrices, evenly spread over the batch."""
     d, n = features.shape[-2:]
@@ -123,4 +134,5 @@ def measure(
         kappa_max=kappas.max().item(),
         failures=failures,
         retries=retries,
+        rotation=rotation,
     )
