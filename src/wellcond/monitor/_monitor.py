@@ -7,7 +7,6 @@ Improving Covariance Conditioning of the SVD Meta-layer by Orthogonality (ECCV 2
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from wellcond._shared.torch_internals import in_backward_pass
 from . import _display
 from ._probe import Hook, attach, observed, solver_counts, watched_layers
 from ._record import FIELDS, MEASURES, ConditionRecord, alarms, measure, medians, records_of
-from ._rotation import Turning, turnings, warn_if_too_far
+from ._rotation import Turning, pending_of, turnings, warn_if_too_far
 from ._writers import as_writers, deliver
 
 
@@ -182,7 +181,6 @@ class ConditionMonitor:
                 finite = [record for record in records if record.finite]
                 failures, retries = self._pending(layer)
                 result[layer] = medians(finite) | {
-                    "rotation": _median([r.rotation for r in records if r.rotation == r.rotation]),
                     "kappa_max": max((r.kappa_max for r in finite), default=math.nan),
                     "dim": records[-1].dim,
                     "records": len(records),
@@ -210,24 +208,17 @@ class ConditionMonitor:
 
         Infinite values leave a gap; ``kappa_eps`` and ``kappa_range`` have none. Needs matplotlib; returns the axes.
         """
-        if measure not in (measures := (*MEASURES, "rotation")):
-            raise ValueError(f"measure must be one of {', '.join(measures)}; got '{measure}'")
+        if measure not in MEASURES:
+            raise ValueError(f"measure must be one of {', '.join(MEASURES)}; got '{measure}'")
         return _display.plot({layer: self.of(layer) for layer in self.layers}, target, measure)
 
     def state_dict(self) -> dict[str, Any]:
         """The step and all records, in plain types that ``torch.load(weights_only=True)`` accepts."""
         columns = {name: [getattr(record, name) for record in self.records] for name in FIELDS}
         pending = {name: list(self._pending(name)) for name in self.layers}
-        for turning in self._turning.values():
-            turning.settle(self.step)
-        rotation = {name: turning.found for name, turning in self._turning.items()}
-        return {
-            "step": self.step,
-            "last": dict(self._last),
-            "pending": pending,
-            "rotation": rotation,
-            "records": columns,
-        }
+        rotation = pending_of(self._turning, self.step)
+        last = dict(self._last)
+        return {"step": self.step, "last": last, "pending": pending, "rotation": rotation, "records": columns}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken; file writers drop what they hold of that step and later."""
@@ -238,16 +229,11 @@ class ConditionMonitor:
             if name in self._events:
                 now = solver_counts(self.layers[name])
                 self._events[name] = (now[0] - failures, now[1] - retries)
-        for name, found in state.get("rotation", {}).items():
-            if name in self._turning:
-                self._turning[name].found = found
+        for name, turning in self._turning.items():
+            turning.found = state.get("rotation", {}).get(name, math.nan)
         for writer in self.writers:
             if (rewind := getattr(writer, "rewind", None)) is not None:
                 rewind(self.step)
 
     def __repr__(self) -> str:
         return f"ConditionMonitor({', '.join(self.layers)}; every {self.every}, {len(self.records)} records)"
-
-
-def _median(values: list[float]) -> float:
-    return statistics.median(values) if values else math.nan

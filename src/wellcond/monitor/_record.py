@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -38,17 +38,17 @@ class ConditionRecord:
     failures: int  #: decompositions that failed since the last record of this layer
     retries: int  #: matrices that a fall-back saved since then
     #: ‖W_new − W_old‖_F/‖W_old‖_F of the weight in use before this layer, in the step before the record; the largest of
-    #: several; NaN where none was measured. Not compared: NaN is not equal to itself.
-    rotation: float = field(default=math.nan, compare=False)
+    #: several; 0 before the first step, NaN where it is not known
+    rotation: float = math.nan
 
     def as_dict(self) -> dict[str, int | float | str]:
         """The fields by name, in order."""
         return asdict(self)
 
     def scalars(self, tag: str = "condition") -> dict[str, float]:
-        """The measures by the names under which they are logged: ``condition/LAYER/kappa`` …, and the rotation."""
-        names = MEASURES if math.isnan(self.rotation) else (*MEASURES, "rotation")
-        return {f"{tag}/{self.layer}/{name}": getattr(self, name) for name in names}
+        """The measures by the names under which they are logged: ``condition/LAYER/kappa`` …"""
+        known = [name for name in MEASURES if name != "rotation" or not math.isnan(self.rotation)]
+        return {f"{tag}/{self.layer}/{name}": getattr(self, name) for name in known}
 
     @property
     def finite(self) -> bool:
@@ -67,8 +67,8 @@ def alarms(record: ConditionRecord, kappa_above: float) -> list[str]:
     return [reason for reason, holds in reasons.items() if holds]
 
 
-FIELDS: tuple[str, ...] = tuple(one.name for one in fields(ConditionRecord))
-MEASURES = ("kappa", "kappa_eps", "kappa_range", "numerical_rank", "effective_rank", "eig_max", "eig_min")
+FIELDS: tuple[str, ...] = tuple(field.name for field in fields(ConditionRecord))
+MEASURES = ("kappa", "kappa_eps", "kappa_range", "numerical_rank", "effective_rank", "eig_max", "eig_min", "rotation")
 """The fields that make a curve over the steps."""
 
 
@@ -86,9 +86,9 @@ def medians(records: Iterable[ConditionRecord]) -> dict[str, float]:
         nan
     """
     finite = [record for record in records if record.finite]
-    return {
-        name: statistics.median(getattr(record, name) for record in finite) if finite else math.nan for name in MEASURES
-    }
+    columns = {name: [getattr(record, name) for record in finite] for name in MEASURES}
+    columns["rotation"] = [record.rotation for record in finite if record.step and not math.isnan(record.rotation)]
+    return {name: statistics.median(values) if values else math.nan for name, values in columns.items()}
 
 
 def measure(

@@ -62,7 +62,7 @@ class Turning:
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self.layers = layers
         self._begun: tuple[int, dict[str, Tensor]] | None = None
-        self.found = math.nan  # of the last step that was looked at, until a record takes it
+        self.found = 0.0 if layers else math.nan  # in the last step that was looked at, until a record takes it
         self.where = ""
 
     def begin(self, step: int) -> None:
@@ -114,3 +114,10 @@ def turnings(model: nn.Module, names: Sequence[str]) -> dict[str, Turning]:
     """For every watched layer the weights before it."""
     model = unwrapped(model)
     return {name: Turning(weights_before(model, name)) for name in names}
+
+
+def pending_of(turnings: Mapping[str, Turning], step: int) -> dict[str, float]:
+    """What the next records are going to say, by layer, where it is known already: for a saved state."""
+    for turning in turnings.values():
+        turning.settle(step)
+    return {name: turning.found for name, turning in turnings.items() if not math.isnan(turning.found)}
