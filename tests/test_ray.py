@@ -73,6 +73,17 @@ def workers():
 
 
 @pytest.mark.slow
+def test_a_cluster_of_this_machine_is_made_where_there_is_none(here, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    out = tmp_path / "out"
+    done = call("compare", *OPTIONS, "--executor", "ray", "--jobs", "2", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "[3/3]" in done.stdout
+    assert not ray.is_initialized()
+    assert {n: d for n in NAMES if (d := differences_of_runs(here / "runs" / n, out / "runs" / n))} == {}
+
+
+@pytest.mark.slow
 def test_a_worker_that_is_killed_loses_nothing(here, cluster, tmp_path):
     """By the address of a cluster, as from another machine; the killed run goes on from its checkpoint."""
     out, killed = tmp_path / "out", []
@@ -90,17 +101,6 @@ def test_a_worker_that_is_killed_loses_nothing(here, cluster, tmp_path):
     killer.join()
     assert killed and not killed[0].is_running()
     assert sorted(told) == [0, 1, 2]
-    assert {n: d for n in NAMES if (d := differences_of_runs(here / "runs" / n, out / "runs" / n))} == {}
-
-
-@pytest.mark.slow
-def test_a_cluster_of_this_machine_is_made_where_there_is_none(here, tmp_path, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    out = tmp_path / "out"
-    done = call("compare", *OPTIONS, "--executor", "ray", "--jobs", "2", "--out", out)
-    assert done.exit_code == 0, done.output
-    assert "[3/3]" in done.stdout
-    assert not ray.is_initialized()
     assert {n: d for n in NAMES if (d := differences_of_runs(here / "runs" / n, out / "runs" / n))} == {}
 
 
