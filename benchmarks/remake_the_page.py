@@ -29,6 +29,7 @@ SECTIONS = {
     "where_does_auto_cross_over": "What `auto` takes",
     "when_do_threads_pay": "Threads for batches",
     "how_do_peers_compare": "Other packages",
+    "svd_gradients": "Published gradients of the SVD",
 }
 
 

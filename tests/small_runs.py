@@ -59,7 +59,8 @@ def differences_of_runs(one: Path, other: Path) -> list[str]:
         found += differences(*states, path=name)
     rows = [read_csv(folder / "metrics.csv") for folder in (one, other)]
     for row in rows[0] + rows[1]:
-        row.pop("seconds")
+        for name in ("seconds", "seconds_total", "images_per_second"):
+            row.pop(name)
     found += differences(*rows, path="metrics.csv")
     if (one / "condition.csv").read_bytes() != (other / "condition.csv").read_bytes():
         found.append("condition.csv")

@@ -18,6 +18,7 @@ SCRIPTS = [
         "are_we_faster_than_autograd",
         "how_do_peers_compare",
         "remake_the_page",
+        "svd_gradients",
         "when_do_threads_pay",
         "where_does_auto_cross_over",
     )
@@ -78,3 +79,16 @@ def test_how_peers_compare(run):
     printed = run("how_do_peers_compare", "--device", "cpu", QUICK_CASES=(Case("polar", (2, 3, 3)),))
     assert "polar 2×3×3" in printed
     assert re.search(r"\| torch parametrizations \| [\d.]+ \| \d\.\de-\d\d \|", printed)
+
+
+def test_gradients_of_the_svd(run):
+    printed = run("svd_gradients", KAPPAS=(1e2,), GAPS=(None, 1e-2, 0.0))
+    tables = printed.split("in float64")
+    rows = [dict(re.findall(r"^\| ([\w:]+) \| (.*) \|$", table, re.MULTILINE)) for table in tables]
+    cells = [{name: re.findall(r"(\S+) / \S+", row) for name, row in table.items()} for table in rows]
+    single, double = ({name: [float(v) for v in row] for name, row in table.items() if row} for table in cells)
+    assert set(single) == set(double) >= {"eigh", "svd:analytic", "svd:taylor", "svd:newton_schulz", "newton_schulz"}
+    assert single["svd:analytic"][0] < 1e-4 < single["svd:analytic"][2]  # a tie up to rounding
+    assert max(single["eigh"]) < 1e-4 and max(double["eigh"]) == 0
+    assert double["svd:taylor"][0] < double["svd:taylor"][1]
+    assert double["svd:newton_schulz"] == pytest.approx(double["newton_schulz"], rel=1e-2)  # to the digits shown

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wellcond.experiments.data.batches import BatchAugmentation, EpochSampler, ImageDataModule
+from wellcond.experiments.data.augmentation import BatchAugmentation
+from wellcond.experiments.data.batches import ImageDataModule
 from wellcond.experiments.data.draws import mixed_seed
 from wellcond.experiments.data.images import ImageSet
 from wellcond.experiments.data.load import ImageData, load_images
+from wellcond.experiments.data.loaders import EpochSampler
 from wellcond.experiments.errors import DataError
 
 pl = pytest.importorskip("lightning.pytorch")
@@ -163,7 +165,7 @@ def trainer(folder: Path, *, epochs: int = 3, **options: Any) -> Any:
 
 
 def fit(module: Recorder, folder: Path, workers: int = 0, resume: Path | None = None, **options: Any) -> Recorder:
-    batches = ImageDataModule(small_data(), 12, augment=True, seed=4, num_workers=workers)
+    batches = ImageDataModule(small_data(), 12, augment=True, seed=4, workers=workers)
     trainer(folder, **options).fit(module, datamodule=batches, ckpt_path=resume)
     return module
 

@@ -20,13 +20,20 @@ from wellcond.nn import DecorrelatedBatchNorm2d, GlobalCovariancePool2d, IterNor
 from wellcond.orthogonality import pre_spectral_layers
 
 BASIC, BOTTLENECK = "basic", "bottleneck"
-# He et al. (CVPR 2016): section 4.2 with n = 1; table 1, the columns of 18 and 50 layers.
+# He et al. (CVPR 2016): section 4.2 with n = 1; table 1, the columns of 18, 34, 50 and 101 layers.
 ARTICLE = {
     "resnet8": (BASIC, (1, 1, 1), 16),
     "resnet18": (BASIC, (2, 2, 2, 2), 64),
+    "resnet34": (BASIC, (3, 4, 6, 3), 64),
     "resnet50": (BOTTLENECK, (3, 4, 6, 3), 64),
+    "resnet101": (BOTTLENECK, (3, 4, 23, 3), 64),
 }
-ALL = [(name, norm, head) for name in ARTICLE for norm in ("batch", "zca") for head in ("avg", "gcp")]
+ALL = [
+    (name, norm, head)
+    for name in ("resnet8", "resnet18", "resnet50")
+    for norm in ("batch", "zca")
+    for head in ("avg", "gcp")
+]
 
 
 def count(kind: str, depths: tuple[int, ...], width: int, classes: int, in_channels: int = 3, stem: int = 3) -> int:
@@ -194,7 +201,8 @@ def test_the_iterative_norm_asks_for_the_newton_schulz_solver():
     [
         (
             {"name": "resnet19"},
-            r"unknown model 'resnet19'; did you mean 'resnet18'\? \(known: resnet8, resnet18, resnet50\)",
+            r"unknown model 'resnet19'; did you mean 'resnet18'\? "
+            r"\(known: resnet8, resnet18, resnet34, resnet50, resnet101\)",
         ),
         ({"name": "ResNet50"}, r"unknown model 'ResNet50'; did you mean 'resnet50'"),
         ({"name": "vit"}, r"unknown model 'vit' \(known"),

@@ -23,7 +23,8 @@ from wellcond.experiments.results.tables import comparison_table
 from wellcond.experiments.run.config import BEFORE, RunConfig, grid, run_config
 from wellcond.experiments.run.result import CONDITION, LayerCondition, RunResult, load_result
 from wellcond.experiments.run.schedule import Schedule
-from wellcond.experiments.show.figures import COLOURS, condition_figure, curve, save_figure
+from wellcond.experiments.show.curves import curve
+from wellcond.experiments.show.figures import COLOURS, condition_figure, save_figure
 from wellcond.experiments.show.render import for_terminal
 
 CONDITION_COLUMNS = ("step", "layer", "kappa", "kappa_eps", "numerical_rank", "effective_rank", "dim")

@@ -291,7 +291,7 @@ def test_resuming_with_another_configuration_is_refused(whole):
 
 
 def test_a_finished_run_can_be_made_longer(tmp_path, monkeypatch, caplog):
-    """Four steps an epoch. Of 2 epochs the rate falls at steps 3 and 6; of 4 at 7 and 11 (3/7 and 5/7 of 16)."""
+    """Four steps an epoch. Of 2 epochs the rate falls at 2, 5 and 7; of 4 at 5, 9 and 14 (2/7, 4/7, 6/7 of 16)."""
     out = tmp_path / "run"
     run(small(epochs=2), out)
     before, earlier = read_csv(out / "metrics.csv"), (out / "result.json").read_bytes()
@@ -306,9 +306,10 @@ def test_a_finished_run_can_be_made_longer(tmp_path, monkeypatch, caplog):
     shutil.copytree(out, tmp_path / "interrupted")
     with caplog.at_level(logging.WARNING, logger="wellcond"):
         longer = run(small(epochs=4), out, resume=True)
-    assert rates == {step: pytest.approx(0.05 * (0.1 if step < 11 else 0.01), rel=1e-12) for step in range(8, 16)}
+    drops = {step: 1 + (step >= 9) + (step >= 14) for step in range(8, 16)}
+    assert rates == {step: pytest.approx(0.05 * 0.1**drop, rel=1e-12) for step, drop in drops.items()}
     assert "training on from 2 to 4 epochs" in caplog.text
-    assert "0.005, where it was 0.0005" in caplog.text
+    assert "0.005, where it was 5e-05" in caplog.text
     assert (longer.steps, longer.config.epochs) == (16, 4)
     rows = read_csv(out / "metrics.csv")
     assert rows[:2] == before

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from small_runs import checkpoint, differences, fail_in_rank_1, small
-from wellcond.experiments.data.batches import EpochSampler, ImageDataModule
+from wellcond.experiments.data.batches import ImageDataModule
 from wellcond.experiments.data.load import ImageData, load_images
+from wellcond.experiments.data.loaders import EpochSampler
 from wellcond.experiments.errors import FolderError, NonFiniteLossError, RunError
 from wellcond.experiments.files import read_csv
 from wellcond.experiments.run.models import build_model
@@ -42,11 +43,13 @@ def plain_loop(config, data, weights):
         norm=config.norm,
         width=config.width,
         stem_kernel=config.stem_kernel,
-    )
+    ).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     sgd = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9, weight_decay=5e-4)
     handle = treat(model, sgd, config.treat) if config.treat != "none" else None
     model.load_state_dict(weights)
-    images = ImageDataModule(data, config.batch_size, augment=False, seed=config.seed)
+    images = ImageDataModule(
+        data, config.batch_size, augment=False, seed=config.seed, memory_format=torch.channels_last
+    )
     loader = images.train_dataloader()
     milestones = (2, 5, 7)  # 100/350, 200/350 and 300/350 of 8 steps, to the nearest
     assert config.epochs * len(loader) == 8
@@ -130,9 +133,9 @@ def test_the_test_images_are_seen_once_and_after_training(digits, tmp_path):
         def __getattr__(self, name):
             return getattr(self.inner, name)
 
-        def __getitems__(self, indices):
+        def batch(self, indices):
             reads.append((self.name, len(indices)))
-            return self.inner.__getitems__(indices)
+            return self.inner.batch(indices)
 
     parts = {name: Watched(getattr(digits, name), name) for name in ("train", "validation", "test")}
     run(small(epochs=2), tmp_path, data=ImageData("digits", classes=digits.classes, **parts))
@@ -263,7 +266,9 @@ def test_one_failing_process_ends_the_others_with_its_message():
 def plain_loop_of_two(config, data):
     """Data parallelism written out in one process: two shares, one averaged gradient, the first share's buffers."""
     module = Classifier(config, num_classes=data.num_classes, in_channels=data.in_channels)
-    images = ImageDataModule(data, config.batch_size, augment=False, seed=config.seed)
+    images = ImageDataModule(
+        data, config.batch_size, augment=False, seed=config.seed, memory_format=torch.channels_last
+    )
     shares = [EpochSampler(data.train, train=True, seed=config.seed, ranks=2, rank=rank) for rank in range(2)]
     steps = len(shares[0]) // config.batch_size
     step = 0

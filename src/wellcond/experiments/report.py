@@ -22,7 +22,7 @@ from wellcond.experiments.results.summary import by_label, collect, labels, summ
 from wellcond.experiments.results.tables import comparison_table, configuration_table, runs_table
 from wellcond.experiments.run.config import RunConfig, run_config
 from wellcond.experiments.run.result import RunResult, earlier_epochs
-from wellcond.experiments.show.figures import condition_figure, learning_figure, save_figure, svg
+from wellcond.experiments.show.figures import condition_figure, learning_figure, readout, save_figure, svg
 from wellcond.experiments.show.render import page
 
 KIND = "report"
@@ -70,15 +70,18 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], out: Path) -> Pat
     }
     figures = []
     for name, figure in draw.items():
-        _, beside = save_figure(figure(), out / name)
-        forms = (beside.read_bytes(), svg(figure(stacked=True)))
-        figures.append((FIGURES[name], *(base64.b64encode(form).decode() for form in forms)))
+        drawn = {"beside": figure(), "stacked": figure(stacked=True)}
+        save_figure(drawn["beside"], out / name)
+        forms = {form: base64.b64encode(svg(one)).decode() for form, one in drawn.items()}
+        readouts = {form: readout(one) for form, one in drawn.items()}
+        figures.append({"text": FIGURES[name], **forms, "readout": readouts})
     text = page(
         title=f"{', '.join(models)} on {', '.join(Path(name).name for name in data)}",
         about=f"{len(results)} run{'s' if len(results) > 1 else ''}, seeds {', '.join(seeds)}; "
         f"wellcond {wellcond.__version__}",
         notes=notes,
-        comparison=comparison_table(summarise(results, label)),
+        tables=[comparison_table(summarise(results, label))],
+        findings=[],
         figures=figures,
         runs=runs_table(results, label),
         configuration=configuration_table(configs),

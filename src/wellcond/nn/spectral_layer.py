@@ -24,6 +24,7 @@ from wellcond.linalg import (
     powm,
     sqrtm,
 )
+from wellcond.linalg.solvers import choose_solver
 
 from ._base import Observation, SpectralModule, symbolic_call
 from ._centred import centred, mean_of_samples
@@ -44,7 +45,8 @@ class SpectralLayer(SpectralModule):
         eps: ε ≥ 0, added to the eigenvalues; the inverse root, the logarithm and negative powers want it positive. Of
             features, roots (by eigendecomposition), logarithm and powers take the factor form: it works on the smaller
             side, and the gradient of the square root is bounded at any condition number.
-        solver: of the two roots, a name of :data:`wellcond.linalg.SOLVERS`, ``"auto"`` or a solver object.
+        solver: of the two roots, a name of :data:`wellcond.linalg.SOLVERS` (``"svd:taylor"`` with a variant),
+            ``"auto"`` or a solver object.
         exponent: of ``"power"``, any finite number, or a :class:`torch.nn.Parameter` of no dimension that is learned
             with the model (``eps`` must be positive then where the covariance is singular); 1/2 if not given.
         normalisation: divide P by its ``"trace"`` or ``"frobenius"`` norm c first: f(P/c + εI), the same for features
@@ -95,6 +97,7 @@ class SpectralLayer(SpectralModule):
             raise TypeError("an exponent that is learned must be a torch.nn.Parameter, got a tensor that is none")
         if function not in ROOTS and solver != "auto":
             raise ValueError(f"solver={solver!r} is for {' and '.join(ROOTS)}, not {function!r}")
+        choose_solver(solver)  # an unknown one is refused here, not in the first step
         self.function, self.eps, self.solver = function, eps, solver
         self.takes: Takes = takes
         self.normalisation: Normalisation | None = normalisation

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from wellcond.experiments.data.draws import TEST_FRACTION, stratified_split
-from wellcond.experiments.data.images import ImageSet, settle
+from wellcond.experiments.data.images import ImageSet
+from wellcond.experiments.data.settle import settle
 from wellcond.experiments.data.sources import open_source
 from wellcond.experiments.data.tables import Source
 from wellcond.experiments.errors import DataError
@@ -84,6 +85,7 @@ def load_images(
     seed: int = 0,
     validation: float = 0.1,
     memory_budget: int = MEMORY_BUDGET,
+    areas: bool = False,
 ) -> ImageData:
     """Load labelled images from any source, in splits for training, validation and testing.
 
@@ -99,6 +101,8 @@ def load_images(
         validation: the fraction of the training images, stratified by class, that is set apart for choosing
             between results where the source has no validation split beside its test split.
         memory_budget: bytes up to which all images are decoded at once; beyond, they are decoded when read.
+        areas: let training see random areas of the images, which stay as they are: decoded when read if they differ in
+            size. Validation and test see the middle, 224/256 of the shorter side. It needs an `image_size`.
 
     Returns:
         The images. Where the source has no test split, its validation split is the test; where it has neither,
@@ -107,7 +111,8 @@ def load_images(
 
     Raises:
         DataError: the source is unknown, cannot be reached or is not labelled images; images differ in size or
-            cannot be decoded; too few images for the splits. The message says which and what to do.
+            cannot be decoded; too few images for the splits; areas without an image size. The message says which and
+            what to do.
         TypeError: the source is of no kind that is understood.
 
     Example:
@@ -118,6 +123,8 @@ def load_images(
         (1, (8, 8), 10)
     """
     check_size(image_size)
+    if areas and image_size is None:
+        raise DataError("random areas need a size to be brought to: give an image size, such as 224")
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1, got {limit}")
     if not 0 < validation < 1:
@@ -127,7 +134,8 @@ def load_images(
     if limit is not None:
         chosen = {"train": seed, "validation": seed, "test": 0}
         splits = {s: _limited(images, limit, chosen[s]) for s, images in splits.items()}
-    (train, valid, test), done = settle([splits[s] for s in ("train", "validation", "test")], image_size, memory_budget)
+    parts = [splits[s] for s in ("train", "validation", "test")]
+    (train, valid, test), done = settle(parts, image_size, memory_budget, areas=areas)
     notes = (*found.notes, *notes, *done)
     for note in notes if os.environ.get("RANK", "0") == "0" else ():  # of the processes of torchrun, one speaks
         _log.warning("%s: %s", found.name, note)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wellcond.experiments.data import pixels
-from wellcond.experiments.data.images import EncodedImages, ImageSet, grey_depth
+from wellcond.experiments.data.encoded import EncodedImages
+from wellcond.experiments.data.images import ImageSet
 from wellcond.experiments.data.load import MEMORY_BUDGET, check_size, for_training
+from wellcond.experiments.data.settle import grey_depth
 from wellcond.experiments.data.sources import open_source
 from wellcond.experiments.errors import DataError
 
@@ -99,12 +101,12 @@ def _headers(images: ImageSet, decode: bool, broken: list[str]) -> list[tuple[tu
     def use(image: Image.Image) -> tuple[tuple[int, int], str]:
         seen = pixels.size(image), pixels.mode(image)
         if decode:
-            pixels.eight_bits(image, 3, 8)
+            pixels.eight_bits(image, 3, 8).load()
         return seen
 
     if isinstance(images.images, EncodedImages):
         return [seen for _, seen in images.images.read(torch.arange(len(images)), use, broken)]
-    _, channels, height, width = images.images.shape
+    _, channels, height, width = images.images.shape  # of arrays
     return [((height, width), "L" if channels == 1 else "RGB")] * len(images)
 
 

@@ -15,6 +15,8 @@ with needs_train_extra():
 
 T = TypeVar("T")
 
+BILINEAR = Image.Resampling.BILINEAR
+
 MOST_PIXELS = 1 << 30
 """Of one image: 4 GB when it is decoded. Pillow's own limit, 179 million, would refuse scans and aerial photographs."""
 
@@ -48,9 +50,9 @@ def mode(image: Image.Image) -> str:
     return image.mode
 
 
-def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The image scaled to the shorter side of (H, W), its middle cropped."""
-    return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
+def fitted(image: Image.Image, size: tuple[int, int], share: float = 1.0) -> Image.Image:
+    """The middle of the image in the proportions of (H, W), so much of what fits into it, scaled to (H, W)."""
+    return ImageOps.fit(image, (size[1], size[0]), BILINEAR, bleed=(1 - share) / 2)
 
 
 def channels(modes: Iterable[str]) -> int:
@@ -67,7 +69,8 @@ def eight_bits(image: Image.Image, channels: int, bits: int) -> Image.Image:
     """Grey (1 channel) or RGB of 8 bits; of greys with more, the uppermost 8 of so many `bits`."""
     if mode(image).startswith("I"):
         image = Image.fromarray(np.minimum(_deep(image) >> (bits - 8), 255).astype(np.uint8))
-    return image.convert("L" if channels == 1 else "RGB")
+    wanted = "L" if channels == 1 else "RGB"
+    return image if image.mode == wanted else image.convert(wanted)  # which would copy
 
 
 def _deep(image: Image.Image) -> np.ndarray:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.names import did_you_mean, listed
-from wellcond.experiments.data.images import EncodedImages, ImageSet
+from wellcond.experiments.data.encoded import EncodedImages
+from wellcond.experiments.data.images import ImageSet
 from wellcond.experiments.data.splits import by_split, split_of
 from wellcond.experiments.errors import DataError
 

@@ -77,7 +77,9 @@ class RunConfig:
     stem_kernel: int = _option(3, "size of the first convolution of the cifar stem")
     groups: int = _option(1, "groups of the decorrelated batch norm")
     eps: float = _option(1e-5, "ε added to the covariance")
-    solver: str | None = _option(None, "of the spectral layers: eigh, svd, newton_schulz, …", unset="the layer's own")
+    solver: str | None = _option(
+        None, "of the spectral layers: eigh, svd, svd:taylor, newton_schulz, …", unset="the layer's own"
+    )
     running: str = _option("covariance", f"what the norm averages for evaluation: {listed(CHOICES['running'])}")
     norm_weight: str = _option("ones", "start of the decorrelated norm's weight: ones, or uniform on [0, 1)")
     treat: str = _option(NO_TREATMENT, "none, or of sn, ol, ow, nog, olr, as nog+ow+olr")
@@ -115,6 +117,8 @@ class RunConfig:
         for name in ("seed", "workers"):
             if (value := getattr(self, name)) < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}")
+        if self.crop == "resized" and self.image_size is None:
+            raise ConfigError("crop 'resized' brings areas of the images to one size: give image_size, such as 224")
         if self.solver is not None and not takes_solver(self.norm, self.head):
             raise ConfigError(
                 f"solver '{self.solver}' is that of a spectral layer, but of norm '{self.norm}' and head '{self.head}' "
@@ -165,7 +169,10 @@ def run_config(**options: Any) -> RunConfig:
     given = {name: value for name, value in options.items() if value is not None}
     if "treat" in given:
         given["treat"] = given["treat"].lower().replace(" ", "")
-    return RunConfig(**{**getattr(NAMED.get(given.get("data", "digits")), "SETTINGS", {}), **given})
+    settings = dict(getattr(NAMED.get(given.get("data", "digits")), "SETTINGS", {}))
+    if given.get("stem") == "imagenet":  # which has a convolution of its own
+        settings.pop("stem_kernel", None)
+    return RunConfig(**{**settings, **given})
 
 
 def said_default(option: Field[Any]) -> str:

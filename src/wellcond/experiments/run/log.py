@@ -1,4 +1,4 @@
-"""The log of a run: a line of `metrics.csv` for every epoch, and the time of every step."""
+"""The log of a run: a line of `metrics.csv` for every epoch, the time of every step, and how fast it goes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 import statistics
 import time
 from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,57 @@ from wellcond.experiments.run.result import METRICS
 
 with needs_train_extra():
     import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import RichProgressBar
 
-COLUMNS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_error", "seconds")
+COLUMNS = (
+    *("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_error"),
+    *("val_top5_error", "seconds", "seconds_total", "images_per_second"),
+)
+"""Of `metrics.csv`. `seconds` are of the epoch, `seconds_total` of all up to it; images are of training alone."""
+
 log = logging.getLogger("wellcond")
+
+
+class Pace:
+    """How fast a training goes: images a second, and what is left at the mean time of a step of this session."""
+
+    def __init__(self) -> None:
+        self._began = self._epoch_began = self._step_ended = time.perf_counter()
+        self._steps = self._epoch_images = 0
+
+    def begin_epoch(self) -> None:
+        self._epoch_began = self._step_ended = time.perf_counter()
+        self._epoch_images = 0
+
+    def end_step(self, images: int) -> None:
+        """A step over so many images, of all processes together, has ended."""
+        self._step_ended = time.perf_counter()
+        self._steps += 1
+        self._epoch_images += images
+
+    @property
+    def images_per_second(self) -> float:
+        """Of training, in this epoch: what comes after its last step is not counted."""
+        return self._epoch_images / max(self._step_ended - self._epoch_began, 1e-9)
+
+    @property
+    def epoch_seconds(self) -> float:
+        """Since the beginning of the epoch."""
+        return time.perf_counter() - self._epoch_began
+
+    def left(self, steps: float) -> str:
+        """The time that so many steps more will take, with everything between them, as h:mm:ss."""
+        if not self._steps:
+            return "?"
+        return str(timedelta(seconds=round(steps * (time.perf_counter() - self._began) / self._steps)))
 
 
 class RunLog(pl.Callback):
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS
         self.seconds, self.recent = 0.0, deque[float](maxlen=1000)
-        self._epoch_began = self._step_began = 0.0
+        self.pace = Pace()
+        self._step_began = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "recent": list(self.recent)}
@@ -36,19 +79,26 @@ class RunLog(pl.Callback):
         """Median over the last 1000 steps."""
         return statistics.median(self.recent)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.pace = Pace()
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._epoch_began = time.perf_counter()
+        self.pace.begin_epoch()
 
     def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         self._step_began = time.perf_counter()
 
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         # The loss was read in this step, so that no work of it is still queued on a GPU but the update.
         self.recent.append(time.perf_counter() - self._step_began)
+        self.pace.end_step(len(batch[1]) * trainer.world_size)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch's line (rank 0) after those of earlier epochs; later ones are from before a resume."""
-        self.seconds += time.perf_counter() - self._epoch_began
+        seconds = self.pace.epoch_seconds
+        self.seconds += seconds
         if not trainer.is_global_zero:
             return
         metrics: dict[str, Any] = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -57,15 +107,51 @@ class RunLog(pl.Callback):
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "seconds": round(self.seconds, 3),
+            "seconds": round(seconds, 3),
+            "seconds_total": round(self.seconds, 3),
+            "images_per_second": round(self.pace.images_per_second, 1),
         }
-        earlier = [row for row in read_csv(self.path) if int(row["epoch"]) < trainer.current_epoch]
+        earlier = with_seconds_of_epochs(read_csv(self.path))
+        earlier = [row for row in earlier if int(row["epoch"]) < trainer.current_epoch]
         write_csv(self.path, COLUMNS, [*earlier, metrics])
         log.info(
-            "epoch %d of %d: training loss %.4f, validation error %.2f %%, %.1f s",
+            "epoch %d of %d: training loss %.4f, validation error %.2f %%, %.1f s, %.0f images/s, %s left",
             trainer.current_epoch + 1,
             trainer.max_epochs,
             metrics["train_loss"],
             100 * metrics["val_error"],
-            self.seconds,
+            seconds,
+            self.pace.images_per_second,
+            self.pace.left(steps_left(trainer)),
         )
+
+
+def with_seconds_of_epochs(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows of `metrics.csv` in which `seconds` are of the epoch: in earlier versions they were of all up to it."""
+    found, before = [], 0.0
+    for row in rows:
+        if "seconds_total" in row:
+            found.append(row)
+        else:
+            total = float(row["seconds"])
+            found.append({**row, "seconds": f"{total - before:.3f}", "seconds_total": row["seconds"]})
+            before = total
+    return found
+
+
+def steps_left(trainer: pl.Trainer) -> float:
+    """Of the training as it is planned."""
+    return max(float(trainer.estimated_stepping_batches) - trainer.global_step, 0.0)
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's, with the images a second and the time that all epochs together still take."""
+
+    def __init__(self, run_log: RunLog) -> None:
+        super().__init__(leave=False)
+        self.run_log = run_log
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        pace = self.run_log.pace
+        shown = {"images/s": f"{pace.images_per_second:.0f}", "left": pace.left(steps_left(trainer))}
+        return {**super().get_metrics(trainer, pl_module), **shown}

@@ -1,12 +1,17 @@
-"""Residual networks for small images, with a place for a spectral layer at either end.
+"""Residual networks with a place for a spectral layer at either end.
 
 He, Zhang, Ren & Sun, "Deep residual learning for image recognition", CVPR 2016: the networks of 6n + 2 layers of
 section 4.2 (three stages, 16-32-64 channels) and those of table 1 (four stages, 64-128-256-512, basic or bottleneck
-blocks), all with the stem that images of about 32×32 need: one convolution of stride 1 and no pooling. Shortcuts
-that change the shape are 1×1 convolutions with batch norm (the article's option B) everywhere.
+blocks). The stem is that of images of about 32×32, one convolution of stride 1 and no pooling; or the article's own
+for photographs, 7×7 with stride 2 and a max-pooling that halves the map again. Shortcuts that change the shape are
+1×1 convolutions with batch norm (the article's option B) everywhere, and a bottleneck has its stride in the 3×3
+convolution (the article: in the first 1×1), as is usual since.
 
 Decorrelated batch norm takes the place of the batch norm after the first convolution, as in Song, Sebe & Wang
-(ECCV 2022), section 6.1. A covariance head takes the place of the average pooling, as in section 6.2.
+(ECCV 2022), section 6.1. A covariance head takes the place of the average pooling, as in section 6.2 and in the code
+on covariance pooling that it builds on: a 1×1 convolution to 256 channels, batch norm and ReLU before the covariance,
+the upper triangle of its root after it. Ours departs from that in networks whose last stage has fewer than 512
+channels, of which half are kept.
 """
 
 from __future__ import annotations
@@ -70,8 +75,14 @@ class Design(NamedTuple):
 MODELS = {
     "resnet8": Design(BasicBlock, (1, 1, 1), 16),
     "resnet18": Design(BasicBlock, (2, 2, 2, 2), 64),
+    "resnet34": Design(BasicBlock, (3, 4, 6, 3), 64),
     "resnet50": Design(Bottleneck, (3, 4, 6, 3), 64),
+    "resnet101": Design(Bottleneck, (3, 4, 23, 3), 64),
 }
+
+STEMS = ("cifar", "imagenet")
+STEM_KERNEL = 3
+"""Size of the first convolution of the `cifar` stem, where nothing else is asked for."""
 
 
 def build_model(
@@ -82,19 +93,20 @@ def build_model(
     norm: str = "batch",
     head: str = "avg",
     width: int | None = None,
-    stem_kernel: int = 3,
+    stem: str = "cifar",
+    stem_kernel: int = STEM_KERNEL,
     **spectral: Any,
 ) -> nn.Sequential:
     """A residual network for (N, in_channels, H, W) images, returning (N, num_classes) logits.
 
-    A sequence of `conv1`, `norm1`, `relu`, `stage1` …, `pool`, `flatten`, `classifier`, so that what comes before a
-    spectral layer is plain to see and to trace.
+    A sequence of `conv1`, `norm1`, `relu`, (`maxpool`,) `stage1` …, `pool`, `flatten`, `classifier`, so that what comes
+    before a spectral layer is plain to see and to trace.
 
     Weights of convolutions are drawn from N(0, 2 / fan_out) (He et al., "Delving deep into rectifiers", ICCV
     2015), norms start as the identity, the classifier as `torch.nn.Linear` does; all from torch's global generator.
 
     Args:
-        name: `resnet8`, `resnet18` or `resnet50`.
+        name: `resnet8`, `resnet18`, `resnet34`, `resnet50` or `resnet101`.
         num_classes: logits per image.
         in_channels: channels of the images.
         norm: after the first convolution: `batch` norm; `zca`, decorrelated batch norm; or `iter`, the same by the
@@ -103,12 +115,15 @@ def build_model(
             256 channels (or half of the last stage's, where those are fewer) to which a 1×1 convolution reduces
             them. With `gcp` the last stage keeps the size of the image, as in that literature, for more positions.
         width: channels of the first stage, where not the design's own (16 for `resnet8`, 64 for the others).
-        stem_kernel: odd size of the first convolution. Its output has a covariance of rank at most
+        stem: `cifar`, the first convolution at the size of the image; or `imagenet`, 7×7 with stride 2, and after norm
+            and ReLU a 3×3 max-pooling with stride 2, so that 224×224 images come to the first stage as 56×56.
+        stem_kernel: odd size of the first convolution of the `cifar` stem. Its output has a covariance of rank at most
             in_channels · stem_kernel²: fewer channels (`width`) than that are needed for full rank.
         spectral: options of the spectral layers, as in :class:`SpectralOptions`.
 
     Raises:
-        ValueError: an unknown name (with the nearest right one) or a size that cannot be.
+        ValueError: an unknown name (with the nearest right one), a size that cannot be, or a ``stem_kernel`` beside the
+            `imagenet` stem.
 
     Example:
         >>> import torch
@@ -116,7 +131,8 @@ def build_model(
         >>> model(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    for kind, chosen, known in (("model", name, MODELS), ("norm", norm, NORMS), ("head", head, HEADS)):
+    names = (("model", name, MODELS), ("norm", norm, NORMS), ("head", head, HEADS), ("stem", stem, STEMS))
+    for kind, chosen, known in names:
         require_known(chosen, known, kind)
     design = MODELS[name]
     width = design.width if width is None else width
@@ -125,11 +141,16 @@ def build_model(
             raise ValueError(f"{what} must be at least 1, got {value}")
     if stem_kernel < 1 or stem_kernel % 2 == 0:
         raise ValueError(f"stem_kernel must be odd and positive, got {stem_kernel}")
+    if stem == "imagenet" and stem_kernel != STEM_KERNEL:
+        raise ValueError(f"the imagenet stem has a 7×7 convolution: leave stem_kernel out, got {stem_kernel}")
+    kernel, stride = (7, 2) if stem == "imagenet" else (stem_kernel, 1)
     parts: dict[str, nn.Module] = {
-        "conv1": _conv(in_channels, width, stem_kernel, 1),
+        "conv1": _conv(in_channels, width, kernel, stride),
         "norm1": NORMS[norm].build(width, SpectralOptions(**spectral)),
         "relu": nn.ReLU(),
     }
+    if stem == "imagenet":
+        parts["maxpool"] = nn.MaxPool2d(3, stride=2, padding=1)
     channels = width
     for stage, depth in enumerate(design.depths):
         halve = stage > 0 and not (HEADS[head].spectral and stage == len(design.depths) - 1)

@@ -59,6 +59,7 @@ class RunResult:
     seconds_per_step: float  # median; of the steps only every `monitor_every`-th measures κ
     conditions: tuple[LayerCondition, ...]
     environment: dict[str, str]
+    test_top5_error: float | None = None  # of more than five classes; results before it was measured have none
 
     def save(self) -> None:
         """Write `result.json` into the run's folder, which marks the run as finished."""

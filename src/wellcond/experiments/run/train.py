@@ -19,8 +19,9 @@ from torch import nn
 
 from wellcond.experiments import folders
 from wellcond.experiments.data.batches import ImageDataModule
-from wellcond.experiments.data.load import ImageData, load_images
+from wellcond.experiments.data.load import ImageData
 from wellcond.experiments.errors import ConfigError, NonFiniteLossError, RunError, needs_train_extra
+from wellcond.experiments.run.build import batches, build
 from wellcond.experiments.run.checkpoints import (
     BEST,
     DAMAGED,
@@ -32,7 +33,7 @@ from wellcond.experiments.run.checkpoints import (
 )
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.divergence import LAST_CONDITION, keep_last
-from wellcond.experiments.run.log import RunLog
+from wellcond.experiments.run.log import ProgressBar, RunLog
 from wellcond.experiments.run.processes import interruptible, quiet, spawn, threads
 from wellcond.experiments.run.result import (
     CONDITION,
@@ -52,7 +53,7 @@ from wellcond.lightning import ConditionMonitorCallback
 with needs_train_extra():
     import lightning
     import lightning.pytorch as pl
-    from lightning.pytorch.callbacks import LambdaCallback, RichProgressBar
+    from lightning.pytorch.callbacks import LambdaCallback
     from lightning.pytorch.loggers import TensorBoardLogger
 
 KIND = "run"
@@ -155,13 +156,6 @@ def _lengthen(folder: Path, config: RunConfig) -> None:
     )
 
 
-def build(config: RunConfig, data: ImageData | None) -> tuple[Classifier, ImageDataModule]:
-    """The network and the batches of `config`; all that can be wrong with it comes out here, as a ValueError."""
-    data = data or load_images(config.data, image_size=config.image_size, limit=config.limit)
-    module = Classifier(config, num_classes=data.num_classes, in_channels=data.in_channels)
-    return module, ImageDataModule(data, config.batch_size, augment=config.augment, seed=config.seed)
-
-
 def _process(config: RunConfig, folder: Path, start: Start, progress: bool) -> None:
     """One of several processes. What there is to say of the data was said by the one that started it."""
     logging.getLogger("wellcond.experiments.data").setLevel(logging.ERROR)
@@ -214,8 +208,10 @@ def _train(
     )
     callbacks: list[pl.Callback] = [monitor, run_log, best]
     if progress:
-        callbacks.append(RichProgressBar(leave=False))
-    tests = ImageDataModule(images.data, config.batch_size, augment=False)
+        callbacks.append(ProgressBar(run_log))
+    if config.compile:
+        module.model.compile()  # in place: names in checkpoints stay as they are
+    tests = batches(config, images.data, augment=False)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this machine
     with quiet(), interruptible() as keep_sigterm:
         callbacks.append(LambdaCallback(on_train_start=keep_sigterm))
@@ -241,14 +237,15 @@ def _train(
         if trainer.interrupted:
             raise KeyboardInterrupt
     device = trainer.strategy.root_device
-    test_loss, test_accuracy = evaluate(module.model, tests, device)
+    test = evaluate(module.model, tests, device)
     assert monitor.monitor is not None  # made by `fit`
     result = RunResult(
         config=config,
         folder=str(folder),
-        test_error=1 - test_accuracy,
-        test_accuracy=test_accuracy,
-        test_loss=test_loss,
+        test_error=1 - test.accuracy,
+        test_accuracy=test.accuracy,
+        test_loss=test.loss,
+        test_top5_error=test.top5_error,
         best_val_accuracy=best.best_accuracy,
         best_epoch=best.best_epoch,
         steps=trainer.global_step,

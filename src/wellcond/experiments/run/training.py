@@ -9,7 +9,7 @@ that was interrupted, by whatever means, repeats the epoch it was in and goes on
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,13 @@ with needs_train_extra():
     import lightning.pytorch as pl
 
 
-MODEL_OPTIONS = ("norm", "head", "width", "stem_kernel", "groups", "eps", "solver", "running", "norm_weight")
+MODEL_OPTIONS = ("norm", "head", "width", "stem", "stem_kernel", "groups", "eps", "solver", "running", "norm_weight")
 """Those of a `RunConfig` that are options of the model."""
+
+MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+TOP = 5
+"""An image counts as right among the top where its class is one of so many with the largest logits."""
 
 
 def spectral_layers(model: nn.Module) -> dict[str, Any]:
@@ -55,6 +60,7 @@ class Classifier(pl.LightningModule):
             in_channels=in_channels,
             **{name: getattr(config, name) for name in MODEL_OPTIONS},
         )
+        self.model.to(memory_format=MEMORY_FORMATS[config.memory_format])  # pyright: ignore[reportCallIssue]
         self.sgd = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
@@ -95,10 +101,13 @@ class Classifier(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
-        """Loss and accuracy on validation images, which choose `best.ckpt`."""
+        """Loss and accuracy on validation images, which choose `best.ckpt`; and the error of the top five."""
         images, labels = batch
         logits = self.model(images)
         self._log("val", F.cross_entropy(logits, labels), logits, labels)
+        if has_top5(logits):
+            wrong = 1 - in_top5(logits, labels).float().mean()
+            self.log("val_top5_error", wrong, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
 
     def _log(self, part: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         accuracy = (logits.argmax(-1) == labels).float().mean()
@@ -140,7 +149,8 @@ def first_non_finite_layer(model: nn.Module, images: Tensor) -> str | None:
         module.register_forward_hook(watch(name)) for name, module in model.named_modules() if not [*module.children()]
     ]
     try:
-        model(images)
+        with torch.compiler.set_stance("force_eager"):  # a compiled model would not call the hooks
+            model(images)
     except ValueError:
         pass  # a spectral layer that refuses the non-finite output of the layer found
     finally:
@@ -149,18 +159,38 @@ def first_non_finite_layer(model: nn.Module, images: Tensor) -> str | None:
     return found[0] if found else None
 
 
+def has_top5(logits: Tensor) -> bool:
+    """Whether there are more classes than five, among which every image would be right."""
+    return logits.shape[-1] > TOP
+
+
+def in_top5(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) bool: whether the class is one of the five with the largest logits."""
+    return (logits.topk(TOP).indices == labels[:, None]).any(-1)
+
+
+class Evaluation(NamedTuple):
+    """Mean cross-entropy, and fractions of the images; of five or fewer classes there is no error of the top five."""
+
+    loss: float
+    accuracy: float
+    top5_error: float | None
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, images: ImageDataModule, device: torch.device) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy of `model` on all test images, in float32, by this process alone.
+def evaluate(model: nn.Module, images: ImageDataModule, device: torch.device) -> Evaluation:
+    """How good `model` is on all test images, in float32, by this process alone.
 
     `images` must not belong to a trainer: of one with several processes each gets a share.
     """
     model.to(device).eval()
-    loss, right, count = 0.0, 0, 0
+    loss, right, among, count, several = 0.0, 0, 0, 0, False
     for batch in images.test_dataloader():
         inputs, labels = images.on_after_batch_transfer([part.to(device) for part in batch], 0)
         logits = model(inputs)
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         right += int((logits.argmax(-1) == labels).sum())
+        if several := has_top5(logits):
+            among += int(in_top5(logits, labels).sum())
         count += len(labels)
-    return loss / count, right / count
+    return Evaluation(loss / count, right / count, 1 - among / count if several else None)

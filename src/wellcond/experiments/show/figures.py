@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wellcond.experiments.files import read_csv, write_atomically
-from wellcond.experiments.results.condition import condition_rows
-from wellcond.experiments.run.result import CONDITION, METRICS, RunResult
+from wellcond.experiments.files import write_atomically
+from wellcond.experiments.run.result import RunResult
+from wellcond.experiments.show.curves import Panel, condition_panels, learning_panels
 
 INK = "#1b1f24"
 # Okabe & Ito (2008), distinguishable with any colour vision; the line styles say the same without colour.
 COLOURS = (INK, "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A800")
+READ_OUT = 500  # points of a curve
 HEIGHT = 4.4  # inches, of two panels side by side
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 
@@ -32,115 +33,85 @@ text { fill: #e6edf3 !important; }
 """
 """What an SVG says of the dark: what is black in it (text, axes, the first curve) is light, and the paper dark."""
 
-Curve = tuple[list[int], list[float], list[float], list[float]]
+BOTH = {"kappa": "without ε:  κ(P)", "kappa_eps": "with ε:  κ(P + εI), what the solver sees"}
+PAPERS = {"kappa": "condition number of the covariance"}
 
 
-def curve(runs: Sequence[RunResult], column: str) -> Curve:
-    """Steps, median, minimum and maximum over `runs` of the first observed layer's `column`, where all recorded it.
-
-    Infinite values stay infinite: matplotlib leaves a gap there.
-    """
-    layer = runs[0].conditions[0].layer
-    return _over_seeds([table[table.layer == layer] for table in _tables(runs, CONDITION)], "step", column)
-
-
-def _tables(runs: Sequence[RunResult], name: str) -> list[Any]:
-    """A file of every run as a data frame, in which only `layer` is not a number.
-
-    It ends with the result's last step or epoch: what comes after it is of the same run made longer.
-    """
-    import pandas as pd
-
-    def number(text: str) -> float:
-        return float("nan" if text == "" else text)  # pandas' own reader does not keep the last digit
-
-    rows = (condition_rows(run) if name == CONDITION else read_csv(Path(run.folder) / name) for run in runs)
-    frames = [pd.DataFrame(found) for found in rows]
-    frames = [frame.apply(lambda column: column if column.name == "layer" else column.map(number)) for frame in frames]
-    ends = [run.steps if name == CONDITION else run.config.epochs for run in runs]
-    column = "step" if name == CONDITION else "epoch"
-    return [frame[frame[column] < end] for frame, end in zip(frames, ends, strict=True)]
-
-
-def _over_seeds(tables: Sequence[Any], x: str, y: str) -> Curve:
-    import pandas as pd
-
-    found: Any = pd.concat([table.set_index(table[x].astype(int))[y] for table in tables], axis=1, join="inner")
-    middle, low, high = found.median(axis=1), found.min(axis=1), found.max(axis=1)
-    return found.index.tolist(), middle.tolist(), low.tolist(), high.tolist()
-
-
-def condition_figure(runs: Mapping[str, Sequence[RunResult]], title: str, stacked: bool = False) -> Any:
+def condition_figure(
+    runs: Mapping[str, Sequence[RunResult]], title: str, stacked: bool = False, columns: Mapping[str, str] = BOTH
+) -> Any:
     """κ(P) and κ(P + εI) of the first observed layer over the steps, side by side, as a matplotlib figure.
 
     `runs` has for each label its runs, one for each seed. A `stacked` figure has one panel over the other, for phones.
+    The paper's figures have one panel, `columns=PAPERS`.
     """
-    figure, axes = _two_panels(title, "training step", stacked, sharey=True)
-    headings = {"kappa": "without ε:  κ(P)", "kappa_eps": "with ε:  κ(P + εI), what the solver sees"}
-    for axis, (column, heading) in zip(axes, headings.items(), strict=True):
-        curves = {}
-        for label, results in runs.items():
-            found = curve(results, column)
-            gaps = sum(math.isinf(value) for value in found[1])
-            curves[label if not gaps else f"{label} (κ(P) infinite at {gaps} of {len(found[1])})"] = found
-        _draw(axis, curves, heading)
-        axis.set_yscale("log")
-    for axis in axes if stacked else axes[:1]:
-        axis.set_ylabel("condition number" if stacked else "condition number of the covariance")
+    panels = condition_panels(runs, columns)
+    figure = _figure(panels, title, "training step", stacked, sharey=True)
+    for axis in figure.axes if stacked else figure.axes[:1]:
+        axis.set_ylabel("condition number" if stacked or len(panels) == 1 else "condition number of the covariance")
     return figure
 
 
 def learning_figure(runs: Mapping[str, Sequence[RunResult]], title: str, stacked: bool = False) -> Any:
     """Training loss and validation error (percent) over the epochs, side by side, as a matplotlib figure."""
-    figure, axes = _two_panels(title, "epoch", stacked)
-    tables = {
-        label: [t.assign(epoch=t.epoch + 1, val_error=100 * t.val_error) for t in _tables(results, METRICS)]
-        for label, results in _with(METRICS, runs).items()
-    }
-    headings = {"train_loss": "training loss", "val_error": "validation error, %"}
-    for axis, (column, heading) in zip(axes, headings.items(), strict=True):
-        _draw(axis, {label: _over_seeds(found, "epoch", column) for label, found in tables.items()}, heading)
+    figure = _figure(learning_panels(runs), title, "epoch", stacked)
+    for axis in figure.axes:
         axis.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
-def _with(name: str, runs: Mapping[str, Sequence[RunResult]]) -> dict[str, list[RunResult]]:
-    """The runs that have the file: those that were read from a table of results have no folder."""
-    found = {label: [run for run in results if (Path(run.folder) / name).exists()] for label, results in runs.items()}
-    return {label: results for label, results in found.items() if results}
-
-
-def _two_panels(title: str, x: str, stacked: bool, **options: Any) -> tuple[Any, Any]:
-    """An empty figure of two panels, side by side or one over the other."""
+def _figure(panels: Sequence[Panel], title: str, x: str, stacked: bool, **options: Any) -> Any:
+    """The panels side by side or one over the other."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no window, and quicker to import
 
-    figure = Figure(figsize=(4.8 if stacked else 10.5, HEIGHT), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 50) if stacked else title, fontsize=11)
-    axes = figure.subplots(*((2, 1) if stacked else (1, 2)), **options)
-    for axis in axes:
+    narrow = stacked or len(panels) == 1
+    figure = Figure(figsize=((4.8 if stacked else 7.5) if narrow else 10.5, HEIGHT), layout="constrained")
+    figure.suptitle(textwrap.fill(title, 50 if stacked else 80) if narrow else title, fontsize=11)
+    axes = figure.subplots(*((len(panels), 1) if stacked else (1, len(panels))), squeeze=False, **options)
+    for axis, panel in zip(axes.flat, panels, strict=True):
+        _draw(axis, panel, beside=not stacked)
         axis.set_xlabel(x)
         axis.grid(True, which="major", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+        if panel.log:
+            axis.set_yscale("log")
+    return figure
 
 
-def _draw(axis: Any, curves: Mapping[str, Curve], heading: str) -> None:
+def _draw(axis: Any, panel: Panel, beside: bool) -> None:
     """The curves, with a band where they differ between seeds; the first panel has the legend of both."""
-    axis.set_title(heading, fontsize=10)
+    axis.set_title(panel.heading, fontsize=10)
     looks = zip(itertools.cycle(COLOURS), itertools.cycle(STYLES), strict=False)
-    for (label, (x, middle, low, high)), (colour, style) in zip(curves.items(), looks, strict=False):
+    for (label, (x, middle, low, high)), (colour, style) in zip(panel.curves.items(), looks, strict=False):
         alone = "o" if len(x) == 1 else None  # of one point there is no line
         axis.plot(x, middle, color=colour, linestyle=style, linewidth=1.7, marker=alone, label=label)
         if low != high:
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if not axis.figure.legends:
         handles, names = axis.get_legend_handles_labels()
-        beside = axis.get_subplotspec().get_gridspec().ncols > 1
         where, width = ("outside right center", 34) if beside else ("outside lower center", 44)
         names = [textwrap.fill(name, width) for name in names]
         axis.figure.legend(handles, names, loc=where, frameon=False, handlelength=3.2)
         needed = sum(0.07 + 0.17 * (1 + name.count("\n")) for name in names)  # inches, at 10 points
         axis.figure.set_figheight(max(HEIGHT, needed + 0.5) if beside else 1.5 * HEIGHT + needed)
+
+
+def readout(figure: Any) -> list[dict[str, Any]]:
+    """Of every panel of a drawn figure what a page needs to read it out: its place (fractions of the figure, from the
+    left and from the top), its horizontal range, and up to 500 points of each curve."""
+    panels = []
+    for axis in figure.axes:
+        box, curves = axis.get_position(), []
+        for line in axis.get_lines():
+            x, y = line.get_xdata(), line.get_ydata()
+            some = range(0, len(x), -(-len(x) // READ_OUT) or 1)
+            values = [float(f"{y[i]:.4g}") if math.isfinite(y[i]) else None for i in some]
+            curves.append(
+                {"label": line.get_label(), "colour": line.get_color(), "x": [int(x[i]) for i in some], "y": values}
+            )
+        place = {"left": box.x0, "right": box.x1, "top": 1 - box.y1, "bottom": 1 - box.y0}
+        panels.append({**place, "range": list(axis.get_xlim()), "curves": curves})
+    return panels
 
 
 def svg(figure: Any) -> bytes:

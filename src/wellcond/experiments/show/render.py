@@ -47,6 +47,7 @@ def for_markdown(table: Table) -> str:
 def page(**parts: Any) -> str:
     """The page, in well-formed HTML that needs nothing else; `parts` are the variables of its template."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -56,4 +57,5 @@ def page(**parts: Any) -> str:
         lstrip_blocks=True,
     )
     templates.tests["strong"] = lambda cell: isinstance(cell, Strong)
-    return templates.get_template("page.html").render(parts)
+    script = Markup((Path(__file__).parent / "page.js").read_text(encoding="utf-8"))
+    return templates.get_template("page.html").render(parts, script=script)

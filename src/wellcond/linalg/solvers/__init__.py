@@ -45,8 +45,10 @@ __all__ = [
 def choose_solver(solver: str | Solver, P: Tensor | None = None) -> Solver:
     """The solver meant by a name, a configured object, or ``"auto"`` (for P; the reference where there is none).
 
+    ``"NAME:VARIANT"`` is the solver of that name with this one of its :attr:`Solver.variants`, as ``"svd:taylor"``.
+
     Raises:
-        ValueError: an unknown name (the nearest right one is in the message).
+        ValueError: an unknown name or variant (the nearest right one is in the message).
         TypeError: neither a name nor a solver.
     """
     if isinstance(solver, Solver):
@@ -55,12 +57,23 @@ def choose_solver(solver: str | Solver, P: Tensor | None = None) -> Solver:
         raise TypeError(f"solver must be a name or a Solver object, got {type(solver).__name__}")
     if solver == "auto":
         return Eigh() if P is None else auto_solver(P)
-    require_known(solver, ["auto", *SOLVERS], "solver")
+    name, colon, variant = solver.partition(":")
+    require_known(name, ["auto", *SOLVERS], "solver")
+    if colon:
+        variants = SOLVERS[name].variants if name in SOLVERS else ()
+        if not variants:
+            raise ValueError(f"solver '{name}' has no variants, got {solver!r}; write '{name}'")
+        require_known(variant, variants, "variant", f" of solver '{name}'")
     # The compiler does not see through the cache; nothing warns in what it compiles.
-    return SOLVERS[solver]() if is_compiling() else _by_name(solver)
+    return _made(solver) if is_compiling() else _by_name(solver)
+
+
+def _made(solver: str) -> Solver:
+    name, colon, variant = solver.partition(":")
+    return SOLVERS[name](variant) if colon else SOLVERS[name]()  # pyright: ignore[reportCallIssue]
 
 
 @lru_cache
-def _by_name(name: str) -> Solver:
+def _by_name(solver: str) -> Solver:
     # One object a name: it warns once, not once a call.
-    return SOLVERS[name]()
+    return _made(solver)

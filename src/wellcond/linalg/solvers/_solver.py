@@ -44,6 +44,7 @@ class Solver(ABC):
 
     Attributes:
         name: the word by which users choose it.
+        variants: words that the first argument of its constructor takes; ``"NAME:VARIANT"`` chooses one.
         keeps_input: whether :meth:`backward` wants P (it is saved only then).
         traceable: whether forward and backward are tensor operations that read no values, so that ``torch.compile``
             takes them whole (``fullgraph=True``).
@@ -54,6 +55,7 @@ class Solver(ABC):
     """
 
     name: ClassVar[str]
+    variants: ClassVar[tuple[str, ...]] = ()
     keeps_input: ClassVar[bool] = False
     traceable: bool = False
     tolerance: float | None = None

@@ -1,11 +1,13 @@
 """The paper's baseline: the singular value decomposition, differentiated through its singular vectors, eq. (3)–(8).
 
 Kept as published (with the misprints of eq. (5) and (6) corrected), so that its failures can be shown and counted:
-eq. (7) divides by λi − λj, so the gradient is infinite at repeated eigenvalues and meaningless near them. Use
-``eigh``.
+eq. (7) divides by λi − λj, so the gradient is infinite at repeated eigenvalues and meaningless near them. The remedies
+that were published for it are here too, so that they can be compared on one footing. Use ``eigh``.
 """
 
 from __future__ import annotations
+
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from wellcond._shared.torch_internals import outside_the_compiler
 from .._rank import shifted_spectrum
 from ..lapack import eigh, in_threads
 from ._solver import Done, Root, Solver, Tensors
+from ._svd_remedies import GRADIENTS, gradient_named
 
 
 @outside_the_compiler
@@ -37,10 +40,56 @@ def _eigenpairs_by_svd(P: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Svd(Solver):
-    """Roots by the singular value decomposition, with the gradient of the published SVD layer."""
+    """Roots by the singular value decomposition, with the gradient of the published SVD layer or a published remedy.
+
+    Args:
+        gradient: what the gradient has for 1/(λi − λj):
+
+            - ``"analytic"``: 1/(λi − λj), the paper's baseline, infinite at repeated eigenvalues;
+            - ``"pade"``: 1/λi · 1/(1 − λj/λi), which stays finite, 2/(eps λi) at most;
+            - ``"taylor"``: 1/λi · Σ (λj/λi)^k up to the degree ``order`` = 100;
+            - ``"power_iteration"``: that of ``order`` + 1 = 21 steps of power iteration with deflation;
+            - ``"truncated"``: 1/(λi − λj) between ±``bound`` = 1e10;
+            - ``"top_n"``: 1/(λi − λj) through the first ``n`` eigenvectors (default 206/256 of them, rounded up);
+            - ``"newton_schulz"``: the gradient of ``steps`` = 5 Newton–Schulz iterations instead.
+
+            ``_svd_gradients.py`` says of each what it comes to and its bound, ``_svd_remedies.py`` its source.
+        options: the one of that gradient.
+
+    Wherever a solver is chosen by name, ``"svd:taylor"`` is ``Svd("taylor")``; the defaults are those published.
+
+    Raises:
+        ValueError: an unknown gradient (the nearest name is in the message), an option that it has not, or one that is
+            out of range.
+
+    Complexity: one decomposition and five products of d × d for each root; ``"newton_schulz"`` takes some nine
+    products a step. First derivatives in reverse mode only.
+
+    Source: eq. (3)–(8) of Song, Sebe and Wang, ECCV 2022; the remedies from Song, Sebe and Wang, ICCV 2021.
+
+    Example:
+        >>> import torch
+        >>> from wellcond.linalg import sqrtm
+        >>> P = torch.eye(2, requires_grad=True)
+        >>> for solver in "svd", "svd:taylor", Svd("taylor", order=9):
+        ...     (gradient,) = torch.autograd.grad(sqrtm(P, solver=solver).sum(), P)
+        ...     print(solver, bool(gradient.isfinite().all()))
+        svd False
+        svd:taylor True
+        Svd('taylor', order=9) True
+    """
 
     name = "svd"
+    variants = tuple(GRADIENTS)
     keeps_input = True
+
+    def __init__(self, gradient: str = "analytic", **options: float | None) -> None:
+        self.gradient = gradient_named(gradient, options)
+
+    def __repr__(self) -> str:
+        shown = {field.name: getattr(self.gradient, field.name) for field in fields(self.gradient)}
+        options = "".join(f", {name}={value!r}" for name, value in shown.items())
+        return f"Svd({self.gradient.name!r}{options})" if self.gradient.name != "analytic" else "Svd()"
 
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
         """Eq. (3)–(4)."""
@@ -50,21 +99,8 @@ class Svd(Solver):
         return tuple((U * values[root].unsqueeze(-2)) @ U.mH for root in roots), (eigvals, U)
 
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
-        """Eq. (5)–(7)."""
-        eigvals, U = done.residuals
-        grad_U, grad_eigvals = torch.zeros_like(U), torch.zeros_like(eigvals)
-        for root, grad in zip(done.roots, grads, strict=True):
-            if grad is None:
-                continue
-            power = 0.5 if root == "sqrt" else -0.5
-            grad_U = grad_U + (grad + grad.mH) @ U * eigvals.pow(power).unsqueeze(-2)  # eq. (5)
-            inside = (U.mH @ grad @ U).diagonal(dim1=-2, dim2=-1).real
-            grad_eigvals = grad_eigvals + power * eigvals.pow(power - 1) * inside  # eq. (6)
-        difference = eigvals.unsqueeze(-1) - eigvals.unsqueeze(-2)
-        off_diagonal = ~torch.eye(U.shape[-1], dtype=torch.bool, device=U.device)
-        K = torch.where(off_diagonal, 1 / difference, 0.0)
-        inner = K.mT * (U.mH @ grad_U) + torch.diag_embed(grad_eigvals).to(U.dtype)
-        gradient = U @ inner @ U.mH  # eq. (7)
+        """Eq. (5)–(7), or what the remedy has for them."""
+        gradient = self.gradient.backward(done, grads)
         gradient = (gradient + gradient.mH) / 2
         if not differentiated_again():
             return gradient

@@ -1,0 +1,166 @@
+"""The published remedies of 1/(λi − λj) one by one: what each is, its options, and where it is from.
+
+What they have in common, their bounds, and where they depart from the released code is in ``_svd_gradients.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from wellcond._shared.names import listed, require_known
+
+from .._divided_differences import reciprocal_or_zero
+from ._solver import Done
+from ._svd_gradients import Analytic, Remedy
+from .newton_schulz import NewtonSchulz
+
+
+@dataclass(frozen=True)
+class Pade(Remedy):
+    """1/λi · 1/(1 − λj/λi), as a Padé approximant of the geometric series gives it.
+
+    1/(1 − x) is rational of degree one, so every approximant [m/n] with n ≥ 1 of its series is 1/(1 − x) itself,
+    with the pole: the linear equations for the coefficients of a larger one are singular (Baker and Graves-Morris,
+    Padé Approximants, 1996, sect. 1.4). The published [50/50] solves them on the rounding errors of the series, and is
+    1/(1 − x) to 1e-12 up to x = 0.99, with spurious pairs of poles and zeros. So there is no degree to choose here.
+    1 − x is no smaller in floating point than eps/2, and is that where x = 1.
+    """
+
+    name: ClassVar[str] = "pade"
+
+    def size(self, large: Tensor, small: Tensor, leads: Tensor) -> Tensor:
+        inverse = reciprocal_or_zero(large)
+        return inverse / (1.0 - small * inverse).clamp_min(torch.finfo(large.dtype).eps / 2)
+
+
+@dataclass(frozen=True)
+class Taylor(Remedy):
+    """1/λi · Σ (λj/λi)^k for k up to ``order`` (100 as published; 9 in Wang, Dang, Hu, Fua and Salzmann, "Robust
+    differentiable SVD", TPAMI 2021, where it is proposed)."""
+
+    name: ClassVar[str] = "taylor"
+    order: int = 100
+
+    def __post_init__(self) -> None:
+        require_count(self.order, "order")
+
+    def size(self, large: Tensor, small: Tensor, leads: Tensor) -> Tensor:
+        return geometric_sum(large, small, self.order)
+
+
+@dataclass(frozen=True)
+class PowerIteration(Remedy):
+    """The derivative of ``order`` + 1 steps of power iteration with deflation, taken at eigenvectors that have
+    converged (Wang, Dang, Hu, Fua and Salzmann, "Backpropagation-friendly eigendecomposition", NeurIPS 2019).
+
+    It is the Taylor polynomial: of the degree ``order`` (20 as published) for what follows an eigenvector, and, since
+    what precedes it is subtracted by deflation, of one less for that. (TPAMI 2021 calls the two equivalent, which
+    this last term keeps them from being to the letter.) With it φ = 1 + x^(k+1/2) for the square root and
+    1 − x^k (1 + √x + x) for the inverse one, 2 and −2 at repeated eigenvalues.
+
+    The covariance pooling layer that was released beside it multiplies by I − U Uᴴ with all eigenvectors in U, which
+    is zero: its gradient is rounding alone, and nothing here.
+    """
+
+    name: ClassVar[str] = "power_iteration"
+    order: int = 20
+
+    def __post_init__(self) -> None:
+        require_count(self.order, "order")
+
+    def size(self, large: Tensor, small: Tensor, leads: Tensor) -> Tensor:
+        return torch.where(leads, geometric_sum(large, small, self.order), geometric_sum(large, small, self.order - 1))
+
+
+@dataclass(frozen=True)
+class Truncated(Remedy):
+    """1/(λi − λj) between −``bound`` and ``bound`` (1e10 as published, in float64), which has the unit of 1/λ."""
+
+    name: ClassVar[str] = "truncated"
+    bound: float = 1e10
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.bound < float("inf"):
+            raise ValueError(f"bound must be positive and finite, got {self.bound!r}")
+
+    def size(self, large: Tensor, small: Tensor, leads: Tensor) -> Tensor:
+        return (1 / (large - small)).clamp_max(self.bound)
+
+
+@dataclass(frozen=True)
+class TopN(Remedy):
+    """1/(λi − λj) through the first ``n`` eigenvectors alone; those behind them count as zero, and have no gradient.
+
+    It is the derivative of Σ λi^{±1/2} ui uiᴴ over i ≤ n at the matrix without its other eigenvalues: between them
+    nothing, between i ≤ n < j the divided difference with λj = 0, and the exact one for i, j ≤ n, which is infinite
+    where two of those repeat: ``n`` is to be below the rank. As published it is 206 of 256 channels, in proportion for
+    other sizes (``n=None``). There the root itself is cut off too; here the root is that of the whole matrix.
+    """
+
+    name: ClassVar[str] = "top_n"
+    n: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n is not None:
+            require_count(self.n, "n")
+
+    def spectrum(self, eigvals: Tensor) -> Tensor:
+        d = eigvals.shape[-1]
+        kept = torch.arange(d, device=eigvals.device) < (-(-206 * d // 256) if self.n is None else self.n)
+        return torch.where(kept, super().spectrum(eigvals), 0.0)
+
+    def size(self, large: Tensor, small: Tensor, leads: Tensor) -> Tensor:
+        return torch.where(large > 0, 1 / (large - small), 0.0)
+
+
+@dataclass(frozen=True)
+class OfNewtonSchulz(Analytic):
+    """The derivative of ``steps`` steps of the Newton–Schulz iteration at P, in the place of that of the root: bounded
+    as :class:`NewtonSchulz` is, and as far from the exact one (5 steps as in Li et al., iSQRT-COV, CVPR 2018)."""
+
+    name: ClassVar[str] = "newton_schulz"
+    steps: int = 5
+
+    def __post_init__(self) -> None:
+        require_count(self.steps, "steps")
+
+    def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
+        return NewtonSchulz(self.steps, tolerance=None).backward(done, grads)
+
+
+def geometric_sum(large: Tensor, small: Tensor, order: int) -> Tensor:
+    """1/λ · Σ_{k ≤ order} (μ/λ)^k of λ = ``large`` and μ = ``small``, without cancellation; 0 where both are 0.
+
+    With t = −log(μ/λ) it is (1 − e^{−(order + 1) t}) / (1 − e^{−t}), order + 1 at t = 0.
+    """
+    inverse = reciprocal_or_zero(large)
+    t = -torch.log1p(-(large - small) * inverse)
+    tied = t == 0
+    quotient = torch.expm1(-(order + 1) * t) / torch.expm1(-torch.where(tied, 1.0, t))
+    return torch.where(tied, float(order + 1), quotient) * inverse
+
+
+def require_count(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+GRADIENTS: dict[str, type[Analytic]] = {
+    kind.name: kind for kind in (Analytic, Pade, Taylor, PowerIteration, Truncated, TopN, OfNewtonSchulz)
+}
+"""Every gradient by its name. A new one is a class above and an entry here."""
+
+
+def gradient_named(name: str, options: dict[str, Any]) -> Analytic:
+    """The gradient of that name with its options."""
+    require_known(name, GRADIENTS, "gradient of solver 'svd'")
+    kind = GRADIENTS[name]
+    taken = [field.name for field in fields(kind)]
+    for option in options:
+        if option not in taken:
+            raise ValueError(f"gradient '{name}' takes no option '{option}' (known: {listed(taken) or 'none'})")
+    return kind(**options)
