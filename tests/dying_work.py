@@ -21,3 +21,10 @@ def live_or_die(task: str) -> str:
         if len(file.read_text()) <= count:
             os.kill(os.getpid(), signal.SIGKILL)
     return f"{task}, done in {os.getpid()}"
+
+
+def kill_rank_1() -> None:
+    """Work for two processes of which one is killed while the other waits for it."""
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
