@@ -16,12 +16,17 @@ from pathlib import Path
 from typing import Any
 
 
+def part_of(path: Path) -> Path:
+    """Where the file is written, before it has its name."""
+    return path.with_name(f".{path.name}.part")
+
+
 def write_atomically(path: Path, data: bytes, *, previous: Path | None = None) -> None:
     """Make `path` hold `data`, or leave it as it was and raise the `OSError` that stopped it.
 
     What `path` held before is kept as `previous` when that is given.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         try:

@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from wellcond.experiments.errors import FolderError, needs_train_extra
-from wellcond.experiments.files import write_json
+from wellcond.experiments.files import part_of, write_json
 
 CONFIG = "config.json"
 LOCK = ".lock"
 
 
 def is_occupied(folder: Path) -> bool:
-    """Whether there is anything in the folder (a file of that name counts too)."""
-    return folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()))
+    """Whether there is anything in the folder (a file of that name counts too).
+
+    What a process leaves that was killed before it had written its `config.json` is nothing.
+    """
+    nothing = (LOCK, part_of(folder / CONFIG).name)
+    return folder.exists() and (not folder.is_dir() or any(path.name not in nothing for path in folder.iterdir()))
 
 
 def kind_of(folder: Path) -> str | None:

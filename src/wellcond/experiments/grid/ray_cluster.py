@@ -23,8 +23,8 @@ PATIENCE = 5.0  # seconds until a cluster has answered
 
 
 def on_ray(executor: str, jobs: int | None) -> Executor:
-    """On the cluster at ``ray://HOST:PORT``; by ``ray`` on that of RAY_ADDRESS, or else one made on this machine with
-    ``jobs`` workers (all its cores by default). At most ``jobs`` at once.
+    """On the cluster at ``ray://HOST:PORT``; by ``ray`` on that of RAY_ADDRESS, or one that this machine belongs to, or
+    else one made on this machine with ``jobs`` workers (by default its cores). At most ``jobs`` runs at once.
 
     Raises:
         ImportError: Ray is not installed.
@@ -51,13 +51,14 @@ def on_ray(executor: str, jobs: int | None) -> Executor:
 
 
 def _join(ray: Any, address: str | None, jobs: int | None) -> None:
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    if address is not None:
-        options["address"] = address
-    elif not os.environ.get("RAY_ADDRESS"):  # a cluster of this machine
-        options |= {"num_cpus": jobs, "include_dashboard": False}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
-        ray.init(**options)
+        try:
+            ray.init(address or "auto", **quiet)  # "auto": of RAY_ADDRESS, or one that runs on this machine
+        except ConnectionError:
+            if address or os.environ.get("RAY_ADDRESS"):
+                raise
+            ray.init("local", num_cpus=jobs, include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunError(f"the Ray cluster cannot be used: {' '.join(str(error).split())}") from error
 

@@ -88,11 +88,12 @@ def read_results(path: Path) -> list[RunResult]:
         rows = pq.ParquetFile(path).read().to_pylist()
         return [_result(row, path.parent) for row in rows]
     except (OSError, KeyError, TypeError, ValueError) as error:  # Arrow's own are ValueErrors
-        why = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        why = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split()).rstrip(".")
         raise RunError(f"'{path}' is not a table of results that can be read: {why}") from error
 
 
 def _result(row: Mapping[str, Any], out: Path) -> RunResult:
+    folder = str(out / row["folder"])  # first: what no table of ours lacks
     environment = {
         name.removeprefix(ENVIRONMENT): str(value)
         for name, value in row.items()
@@ -100,7 +101,7 @@ def _result(row: Mapping[str, Any], out: Path) -> RunResult:
     }
     return RunResult(
         config=RunConfig.from_dict({name: row[name] for name in OPTIONS if name in row}),
-        folder=str(out / row["folder"]),
+        folder=folder,
         conditions=tuple(LayerCondition(**layer) for layer in row["layers"]),
         environment=environment,
         **{name: row[_column(name)] for name in MEASURED if _column(name) in row},

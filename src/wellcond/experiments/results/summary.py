@@ -115,8 +115,6 @@ def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
         folder = path.relative_to(here) if path.is_relative_to(here) else path
         if (result := load_result(folder)) is not None:
             results.append(result)
-        elif not folder.exists() and path in in_tables:
-            results.append(replace(in_tables[path], folder=str(folder)))
         elif (result := newest_earlier_result(folder)) is not None:
             results.append(result)
             epochs = f"{result.config.epochs} epoch{'s' if result.config.epochs > 1 else ''}"
@@ -124,6 +122,8 @@ def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
                 f"'{folder}' is being made longer and that is not finished: reported is its result after {epochs}; "
                 f"go on with: {_how_to_go_on(folder)}"
             )
+        elif path in in_tables:  # whose folder is gone
+            results.append(replace(in_tables[path], folder=str(folder)))
         else:
             notes.append(f"'{folder}' is not finished and left out; go on with: {_how_to_go_on(folder)}")
     if not results:

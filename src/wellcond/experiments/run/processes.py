@@ -24,6 +24,7 @@ from wellcond.experiments.errors import RunError, Terminated
 
 INTERRUPTED = 130
 """The exit status of a process that Ctrl-C ended, as shells have it: 128 + SIGINT."""
+DEADLY = [getattr(signal, name) for name in ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGABRT") if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
@@ -98,13 +99,22 @@ def spawn(work: Callable[..., None], count: int, *arguments: Any) -> None:
     except KeyboardInterrupt:
         _end(context.processes)
         raise
-    except multiprocessing.ProcessExitedException as ended:
-        if ended.exit_code == INTERRUPTED:
+    except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as ended:
+        code = ended.exit_code if isinstance(ended, multiprocessing.ProcessExitedException) else None
+        if code == INTERRUPTED:
             raise KeyboardInterrupt from None
-        if ended.exit_code == -signal.SIGTERM:
+        if code == -signal.SIGTERM:
             raise Terminated from None
         if not failures.empty():
             raise RunError(failures.get()) from None
+        # Where one died the others fail too, and it is chance which of them is seen first.
+        for rank, process in enumerate(context.processes):
+            code = process.exitcode if process is not None else None
+            if code is not None and -code in DEADLY:
+                raise RunError(
+                    f"process {rank} of {count} died by {signal.Signals(-code).name} (killed, out of memory, or a "
+                    "library's fault); finished epochs are kept: go on with --resume"
+                ) from ended
         raise
 
 
