@@ -176,6 +176,7 @@ def test_the_network_of_a_run_has_a_picture_too(tmp_path: Path) -> None:
         ("broken:make", "importing 'broken' failed: ModuleNotFoundError: No module named 'nothing_such'"),
         ("wrong:make", "importing 'wrong' failed: SyntaxError"),
         ("HERE:plian", "'HERE' has no 'plian'; did you mean 'plain'?"),
+        ("HERE:text.uper", "'HERE' has no 'text.uper'; did you mean 'upper'?"),
         ("HERE:text", "'HERE:text' is an object of class str, not a callable"),
         ("HERE:numbers", "'HERE:numbers' gave an object of class list, not a torch.nn.Module"),
         ("HERE:wants", "'HERE:wants' wants the arguments path"),

@@ -101,7 +101,7 @@ def _own(source: str, attribute: str, data: ImageData) -> Callable[[], Any]:
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
-            known = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
+            known = [key for key in dir(found) if not key.startswith("_") and callable(getattr(found, key, None))]
             raise ConfigError(f"'{source}' has no '{attribute}'{choices(part, known)}")
         found = getattr(found, part)
     if isinstance(found, nn.Module):
