@@ -1,6 +1,7 @@
 """Condition numbers, ranks and solver failures of the spectral layers of a model in training."""
 
 from ._monitor import ConditionMonitor
+from ._probe import observed as observed_features
 from ._record import MEASURES, ConditionRecord, medians
 from ._writers import CSVWriter, JSONLinesWriter, TensorBoardWriter, as_writers
 
@@ -13,4 +14,5 @@ __all__ = [
     "TensorBoardWriter",
     "as_writers",
     "medians",
+    "observed_features",
 ]

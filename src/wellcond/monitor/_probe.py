@@ -74,7 +74,8 @@ def attach(module: nn.Module, look: Callable[..., None]) -> RemovableHandle:
 def observed(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, float]:
     """Features (..., d, n) and ε: what ``layer.observed_features`` says of these arguments, for a layer that has it.
 
-    Of any other layer the input (N, C, *spatial) as C × (N·L), with its ``eps`` if it has one (a batch norm's), or 0.
+    Of any other layer the input (N, C, *spatial) as C × (N·L), with its ``eps`` if it has one (a batch norm's), or 0;
+    of one that normalises the last dimensions (``normalized_shape``, a layer norm's), those as its features.
     """
     own = getattr(layer, "observed_features", None)
     if own is not None:
@@ -87,4 +88,8 @@ def observed(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             f"got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
         )
     eps = getattr(layer, "eps", 0.0)
-    return x.detach().transpose(0, 1).flatten(1), float(eps) if isinstance(eps, (int, float)) else 0.0
+    eps = float(eps) if isinstance(eps, (int, float)) else 0.0
+    last = tuple(getattr(layer, "normalized_shape", ()))
+    if last and x.shape[-len(last) :] == last and x.ndim > len(last):
+        return x.detach().flatten(0, -len(last) - 1).flatten(1).mT, eps
+    return x.detach().transpose(0, 1).flatten(1), eps

@@ -1,0 +1,105 @@
+"""The network of a run's checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from wellcond._shared.meaning import KEY, read
+from wellcond.experiments import folders
+from wellcond.experiments.data.batches import ImageDataModule
+from wellcond.experiments.data.load import load_images
+from wellcond.experiments.errors import CheckpointError, ConfigError, FolderError, RunError
+from wellcond.experiments.inspect.found import Inspection
+from wellcond.experiments.inspect.look import Look
+from wellcond.experiments.run.checkpoints import newest_readable, read_checkpoint
+from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.train import CHECKPOINTS, KIND, observed_layers
+from wellcond.experiments.run.training import Classifier
+
+log = logging.getLogger("wellcond")
+
+
+def newest_run(places: tuple[Path, ...]) -> Path | None:
+    """The run with the newest checkpoint among the folders directly inside ``places``; None if there is none."""
+    found = [path for place in places for path in place.glob(f"*/{CHECKPOINTS}/*.ckpt")]
+    found = [path for path in found if folders.kind_of(path.parents[1]) == KIND]
+    return max(found, key=lambda path: path.stat().st_mtime).parents[1] if found else None
+
+
+def inspect(
+    place: str | os.PathLike[str],
+    *,
+    data: str | None = None,
+    image_size: int | None = None,
+    batch_size: int | None = None,
+    **look: Any,
+) -> Inspection:
+    """Measure the condition numbers of the network of a run's newest checkpoint, or of one of its checkpoints.
+
+    The options are those of `wellcond inspect`; ``look`` has those of :class:`Look`.
+
+    Raises:
+        RunError: there is no run, no checkpoint that can be read, or its weights are not those of the run.
+        ValueError: an option that :class:`Look` refuses, an unknown layer, or images that the network does not take.
+        OSError: ``out`` or the picture cannot be written.
+    """
+    looking = Look(**look)
+    run, path, checkpoint = _open(Path(place))
+    config = RunConfig.from_dict(folders.read_config(run, KIND))
+    image_size = config.image_size if image_size is None else image_size
+    found = load_images(data or config.data, image_size=image_size, limit=None if data else config.limit)
+    size = config.batch_size if batch_size is None else batch_size
+    images = ImageDataModule(found, size, augment=False, seed=config.seed)
+    module = _restored(config, checkpoint["state_dict"], path)
+    if (wanted := module.model.get_submodule("conv1").in_channels) != found.in_channels:
+        raise ConfigError(
+            f"the network of '{run}' takes images of {wanted} channels, those of '{found.name}' have "
+            f"{found.in_channels}; choose another --data"
+        )
+    epoch = int(checkpoint["epoch"]) + 1
+    return looking.at(
+        module,
+        module.model,
+        images,
+        observed_layers(module),
+        module.model,
+        title=f"{config.model}, {config.label}, after {epoch} epochs",
+        config=config,
+        checkpoint=path,
+        epoch=epoch,
+    )
+
+
+def _open(place: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """The run's folder, the checkpoint and what is in it."""
+    run = place if place.is_dir() else place.parent.parent
+    if not place.exists() or folders.kind_of(run) != KIND:
+        raise FolderError(f"'{place}' is not a run; give the folder of one, or one of its checkpoints")
+    if place.is_dir():
+        path, checkpoint, troubles = newest_readable(run / CHECKPOINTS)
+        if troubles:
+            log.warning("%s; looking at '%s'", "; ".join(troubles.values()), path.name)
+        return run, path, checkpoint
+    try:
+        return run, place, read_checkpoint(place, parts=("state_dict", "epoch"))
+    except ValueError as error:
+        raise CheckpointError(f"'{place}' is not a checkpoint of a run ({error})") from error
+
+
+def _restored(config: RunConfig, state: dict[str, Tensor], path: Path) -> Classifier:
+    try:
+        classes = len(state["model.classifier.bias"])
+        stem = next(v for k, v in state.items() if k.startswith("model.conv1.") and v.ndim == 4)
+        # A skew-orthogonal one has a square filter, and says what it convolves.
+        said = [read(v) for k, v in state.items() if k.startswith("model.conv1.") and k.endswith(KEY)]
+        in_channels, _ = next((one["channels"] for one in said if "channels" in one), (stem.shape[1], None))
+        module = Classifier(config, num_classes=classes, in_channels=in_channels)
+        module.load_state_dict(state)
+    except (KeyError, StopIteration, RuntimeError, ValueError) as error:
+        raise RunError(f"the weights in '{path}' are not those of the run beside it: {error}") from error
+    return module
