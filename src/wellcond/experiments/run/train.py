@@ -34,6 +34,7 @@ from wellcond.experiments.run.checkpoints import (
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.divergence import LAST_CONDITION, keep_last
 from wellcond.experiments.run.log import ProgressBar, RunLog
+from wellcond.experiments.run.models import compile_stages
 from wellcond.experiments.run.processes import interruptible, quiet, spawn, threads
 from wellcond.experiments.run.result import (
     CONDITION,
@@ -210,7 +211,7 @@ def _train(
     if progress:
         callbacks.append(ProgressBar(run_log))
     if config.compile:
-        module.model.compile()  # in place: names in checkpoints stay as they are
+        compile_stages(module.model)
     tests = batches(config, images.data, augment=False)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this machine
     with quiet(), interruptible() as keep_sigterm:
