@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import eps_of
+from wellcond._shared.operator_norm import skew_convolution_norm_bound, spectral_norm_bound
+from wellcond._shared.skew_convolution import truncation_error
 from wellcond.nn import DecorrelatedBatchNorm2d, SkewOrthogonalConv2d
-from wellcond.nn._operator_norm import skew_convolution_norm_bound, spectral_norm_bound
-from wellcond.nn.skew_orthogonal_conv import truncation_error
 from wellcond.orthogonality import pre_spectral_layers
 
 CASES = [

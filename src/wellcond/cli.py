@@ -193,7 +193,12 @@ def train(
 )
 def compare(
     asked: dict[str, Any],
-    out: Annotated[Path, typer.Option(help="the comparison's folder")] = DEFAULT_COMPARISON,
+    recipe: Annotated[str | None, typer.Option(help="table4, fig1, …: see wellcond recipes; or a file .toml")] = None,
+    scale: Annotated[str | None, typer.Option(help="of the recipe: full, or what makes it smaller, as small")] = None,
+    rows: Annotated[list[str] | None, typer.Option(help="these rows of the recipe, repeat; default all")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the comparison's folder; default comparison, or the recipe's name")
+    ] = None,
     jobs: Annotated[int | None, typer.Option(help="runs at once, each in a process of its own; default 1")] = None,
     executor: Annotated[str | None, typer.Option(help="ray or ray://HOST:PORT: on a cluster")] = None,
     resume: Resume = False,
@@ -203,27 +208,90 @@ def compare(
     """Train a grid of configurations × seeds; a table as the paper's with condition numbers, and the figure."""
     again: list[str] = []
     with reporting(debug, logging.WARNING, again):
-        configs = _configs(asked, out, resume)
+        if recipe is None and (scale or rows):
+            raise ValueError(f"{'--scale' if scale else '--rows'} is of a recipe: give --recipe, as table4")
+        out = out or (Path(Path(recipe).stem) if recipe else DEFAULT_COMPARISON)
         from wellcond.experiments.compare import compare as compare_runs
-        from wellcond.experiments.results.tables import comparison_table
+        from wellcond.experiments.results.tables import comparison_table, differences_table
         from wellcond.experiments.show.render import for_terminal
 
+        if recipe is not None:
+            configs, experiment = _of_recipe(recipe, scale or "full", rows, asked)
+        else:
+            configs, experiment = _of_grid(asked, out, resume)
         again.append(f"wellcond compare --out {out} --resume")
 
         ends = itertools.count(1)
 
+        results: list[Any] = []
+
         def finished(index: int, result: Any) -> None:
             config = result.config
+            results.append(result)
             say(
-                f"[{next(ends)}/{len(configs)}] {config.label}, seed {config.seed}: "
+                f"[{next(ends)}/{len(configs)}] {experiment.label(config)}, seed {config.seed}: "
                 f"test error {100 * result.test_error:.2f} %, {result.seconds:.1f} s"
             )
 
         options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "jobs": jobs, "executor": executor}
-        rows = compare_runs(configs, out, **options, progress=console.is_terminal, finished=finished)
-        title = f"{configs[0].model} on {configs[0].data}, {configs[0].epochs} epochs"
-        console.print(for_terminal(comparison_table(rows, title)))
+        options |= {"experiment": experiment, "progress": console.is_terminal, "finished": finished}
+        summary = compare_runs(configs, out, **options)
+        console.print(for_terminal(comparison_table(summary, experiment.heading)))
+        if found := [one for one in experiment.differences(results) if one.seeds > 1]:
+            console.print(for_terminal(differences_table(found, experiment.papers_differences())))
         say(f"in {out}: results.csv, results.json, results.parquet, condition.parquet, condition.png, condition.svg")
+
+
+def _of_recipe(source: str, scale: str, rows: list[str] | None, asked: dict[str, Any]) -> tuple[Any, Any]:
+    """The runs of a recipe, and what they are about."""
+    from wellcond.experiments.recipes import load_recipe
+    from wellcond.experiments.results.experiment import Experiment
+
+    options = {**asked}
+    for name in ("norm", "head", "treat"):
+        if name in options:
+            values = _listed(options[name])
+            if len(values) > 1:
+                raise ValueError(f"--{name} of a recipe is one for all its rows, got {', '.join(values)}")
+            options[name] = values[0]
+    recipe = load_recipe(source)
+    if rows:
+        recipe = recipe.with_rows(rows)
+    configs = recipe.configs(scale, options.pop("seed", None), **options)
+    return [config for row in configs.values() for config in row], Experiment.of_recipe(recipe, configs)
+
+
+def _of_grid(asked: dict[str, Any], out: Path, resume: bool) -> tuple[Any, Any]:
+    """The runs of a grid; or of whatever comparison is resumed without a word on what it is."""
+    from wellcond.experiments.results.experiment import Experiment
+
+    configs = _configs(asked, out, resume)
+    held = read_config(out, "comparison").get("experiment") if resume and not asked else None
+    return configs, Experiment.from_dict(held, configs)
+
+
+@app.command()
+def recipes(
+    show: Annotated[
+        str | None, typer.Argument(metavar="[show]", help="show: print a recipe, to read or to change")
+    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="its name, or a file .toml")] = None,
+    debug: Debug = False,
+) -> None:
+    """The paper's tables and figures, and experiments of our own, for compare --recipe; `show NAME` prints one."""
+    with reporting(debug, logging.WARNING, []):
+        from wellcond.experiments.recipes import known_recipes, load_recipe, recipe_text
+        from wellcond.experiments.results.recipes import recipes_table
+        from wellcond.experiments.show.render import for_terminal
+
+        if show is None:
+            console.print(for_terminal(recipes_table([load_recipe(known) for known in known_recipes()])))
+            say("one of them: wellcond recipes show NAME; to run it: wellcond compare --recipe NAME --scale small")
+            return
+        if show != "show" or name is None:
+            raise ValueError(f"write wellcond recipes, or wellcond recipes show NAME ({', '.join(known_recipes())})")
+        load_recipe(name)
+        print(recipe_text(name), end="")
 
 
 @app.command()

@@ -27,7 +27,8 @@ from wellcond.experiments.grid.attempt import Executor, here
 from wellcond.experiments.grid.held import held_results, refuse_another_version, with_threads
 from wellcond.experiments.grid.train_all import train_all
 from wellcond.experiments.results.condition import CONDITION_TABLE
-from wellcond.experiments.results.parquet import RESULTS_TABLE
+from wellcond.experiments.results.experiment import Experiment
+from wellcond.experiments.results.parquet import RESULTS_TABLE, ResultTables
 from wellcond.experiments.results.summary import COMPARISON, RUNS, as_columns, by_label, configs_in, summarise
 from wellcond.experiments.run.checkpoints import DAMAGED
 from wellcond.experiments.run.config import NO_TREATMENT, RunConfig
@@ -35,7 +36,7 @@ from wellcond.experiments.run.parts import is_treatable
 from wellcond.experiments.run.result import RunResult
 from wellcond.experiments.run.train import MADE as MADE_BY_RUN
 from wellcond.experiments.run.train import build
-from wellcond.experiments.show.figures import condition_figure, save_figure
+from wellcond.experiments.show.figures import BOTH, PAPERS, condition_figure, save_figure
 
 log = logging.getLogger("wellcond")
 
@@ -56,6 +57,7 @@ def compare(
     progress: bool = False,
     jobs: int | None = None,
     executor: str | None = None,
+    experiment: Experiment | None = None,
     finished: Callable[[int, RunResult], None] = lambda index, result: None,
 ) -> list[Any]:
     """Run every configuration, all on the same data, and write table and figure; the rows of the table.
@@ -69,6 +71,7 @@ def compare(
             each in a process of its own, on one CPU thread where the configuration does not say another number. A run
             has the same bits whichever way it is trained with that number of threads.
         executor: None, this machine; or ``ray``, or ``ray://HOST:PORT`` (`grid.ray_cluster`).
+        experiment: the names of the rows, and what they are compared with; by default each configuration is a row.
         finished: called with the index and the result of every run that is done, in the order in which they end.
 
     Raises:
@@ -85,22 +88,30 @@ def compare(
     elsewhere = _elsewhere(jobs, executor)
     marked = _marked(out, resume, overwrite)
     configs = with_threads(configs, configs_in(marked) if resume else [], apart=elsewhere is not None)
-    with folders.claimed(out, lambda: _check(out, configs, resume, overwrite)):
-        done = held_results(out, configs) if resume else {}
+    experiment = experiment or Experiment.of_grid(configs)
+    places = {config: out / RUNS / experiment.folder(config) for config in configs}
+    if len(set(places.values())) < len(configs):
+        raise ConfigError("two rows have names that differ in signs alone, and would share a folder")
+    with folders.claimed(out, lambda: _check(out, configs, resume, overwrite, experiment)):
+        done = held_results(out, places) if resume else {}
         if resume and len(done) < len(configs):
             refuse_another_version(out, marked.get("version"), list(done.values()))
         data = load_images(configs[0].data, image_size=configs[0].image_size, limit=configs[0].limit)
-        for config in {config.label: config for config in configs}.values():  # find what is wrong before writing
+        for config in {
+            experiment.label(config): config for config in configs
+        }.values():  # find what is wrong before writing
             build(config, data)
         version = marked.get("version") if resume else wellcond.__version__
         grid = {"version": version, "runs": [config.to_dict() for config in configs]}
+        grid["experiment"] = experiment.to_dict(configs)
         if resume:
             folders.mark(out, COMPARISON, grid)
         else:
             folders.prepare(out, COMPARISON, grid, MADE)
         _say_what_stays_untreated(configs)
-        results = train_all(configs, out, done, elsewhere or here(data, progress), finished)
-        return _write(configs, results, out)
+        tables = ResultTables(out, experiment.label)
+        results = train_all(places, tables, done, elsewhere or here(data, progress), finished)
+        return _write(experiment, results, out)
 
 
 def _elsewhere(jobs: int | None, executor: str | None) -> Executor | None:
@@ -126,16 +137,19 @@ def _say_what_stays_untreated(configs: Sequence[RunConfig]) -> None:
         log.warning("%s: trained without a treatment, as there is no spectral layer to treat", ", ".join(names))
 
 
-def _write(configs: Sequence[RunConfig], results: Sequence[RunResult], out: Path) -> list[Any]:
+def _write(experiment: Experiment, results: Sequence[RunResult], out: Path) -> list[Any]:
     """The table and the figure; the rows of the table."""
-    rows = summarise(results)
-    table = [as_columns(row, configs[0]) for row in rows]
+    rows = summarise(results, experiment.label)
+    table = [as_columns(row, results[0].config) for row in rows]
     write_csv(out / "results.csv", list(table[0]), table)
-    write_json(out / "results.json", {"rows": table, "runs": [asdict(result) for result in results]})
-    config = configs[0]
-    seeds = len({config.seed for config in configs})
-    band = f"median of {seeds} seeds, band from minimum to maximum" if seeds > 1 else f"seed {config.seed}"
-    figure = condition_figure(by_label(results), f"{config.model} on {Path(config.data).name}: {band}")
+    found = [one._asdict() for one in experiment.differences(results)]
+    write_json(
+        out / "results.json", {"rows": table, "differences": found, "runs": [asdict(result) for result in results]}
+    )
+    seeds = sorted({result.config.seed for result in results})
+    band = f"median of {len(seeds)} seeds, band from minimum to maximum" if len(seeds) > 1 else f"seed {seeds[0]}"
+    columns = PAPERS if experiment.shows == "figure" else BOTH
+    figure = condition_figure(by_label(results, experiment.label), f"{experiment.heading}: {band}", columns=columns)
     save_figure(figure, out / FIGURE)
     return rows
 
@@ -145,12 +159,16 @@ def _marked(out: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
     return folders.check(out, COMPARISON, resume=resume, overwrite=overwrite)
 
 
-def _check(out: Path, configs: Sequence[RunConfig], resume: bool, overwrite: bool) -> None:
+def _check(out: Path, configs: Sequence[RunConfig], resume: bool, overwrite: bool, experiment: Experiment) -> None:
     """Refuse a folder in which something would be lost, or that holds what is not among `configs`."""
     marked = _marked(out, resume, overwrite)
     if not resume:
         return
     held = configs_in(marked)
+    its = Experiment.from_dict(marked.get("experiment"), held)
+    if its.recipe != experiment.recipe:
+        names = [f"recipe '{one}'" if one else "a grid without a recipe" for one in (its.recipe, experiment.recipe)]
+        raise FolderError(f"'{out}' holds {names[0]}, and {names[1]} was asked; choose another --out")
     if set(held) <= set(configs):
         return
     axes = {name: getattr(held[0], name) for name in ("norm", "head", "treat", "seed")}

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wellcond._shared.meaning import KEY, read
 from wellcond._shared.names import require_known
 from wellcond.experiments import folders
 from wellcond.experiments.data.batches import ImageDataModule
@@ -182,9 +183,12 @@ def _restored(config: RunConfig, state: dict[str, Tensor], path: Path) -> Classi
     try:
         classes = len(state["model.classifier.bias"])
         stem = next(v for k, v in state.items() if k.startswith("model.conv1.") and v.ndim == 4)
-        module = Classifier(config, num_classes=classes, in_channels=stem.shape[1])
+        # A skew-orthogonal one has a square filter, and says what it convolves.
+        said = [read(v) for k, v in state.items() if k.startswith("model.conv1.") and k.endswith(KEY)]
+        in_channels, _ = next((one["channels"] for one in said if "channels" in one), (stem.shape[1], None))
+        module = Classifier(config, num_classes=classes, in_channels=in_channels)
         module.load_state_dict(state)
-    except (KeyError, StopIteration, RuntimeError) as error:
+    except (KeyError, StopIteration, RuntimeError, ValueError) as error:
         raise RunError(f"the weights in '{path}' are not those of the run beside it: {error}") from error
     return module
 

@@ -18,11 +18,12 @@ from pathlib import Path
 import wellcond
 from wellcond.experiments import folders
 from wellcond.experiments.files import write_atomically
-from wellcond.experiments.results.summary import by_label, collect, labels, summarise
-from wellcond.experiments.results.tables import comparison_table, configuration_table, runs_table
+from wellcond.experiments.results.experiment import Experiment
+from wellcond.experiments.results.summary import COMPARISON, by_label, collect, configs_in, summarise
+from wellcond.experiments.results.tables import comparison_table, configuration_table, differences_table, runs_table
 from wellcond.experiments.run.config import RunConfig, run_config
 from wellcond.experiments.run.result import RunResult, earlier_epochs
-from wellcond.experiments.show.figures import condition_figure, learning_figure, readout, save_figure, svg
+from wellcond.experiments.show.figures import BOTH, PAPERS, condition_figure, learning_figure, readout, save_figure, svg
 from wellcond.experiments.show.render import page
 
 KIND = "report"
@@ -54,18 +55,34 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
                 f"{result.config.epochs} epochs from the start"
             )
     with folders.claimed(out, lambda: folders.check(out, KIND, overwrite=folders.is_occupied(out))):
-        return _write(results, notes, out), notes
+        return _write(results, notes, _experiment(runs, results), out), notes
 
 
-def _write(results: Sequence[RunResult], notes: Sequence[str], out: Path) -> Path:
+def _experiment(runs: Sequence[str | os.PathLike[str]], results: Sequence[RunResult]) -> Experiment:
+    """That of the comparison, if it is of one; else every configuration is a row, and compared with none."""
     configs = [result.config for result in results]
-    label = labels(configs)
+    if len(runs) == 1 and folders.kind_of(Path(runs[0])) == COMPARISON:
+        held = folders.read_config(Path(runs[0]), COMPARISON)
+        found = Experiment.from_dict(held.get("experiment"), configs_in(held))
+        if found.has(configs):
+            return found
+    return replace(Experiment.of_grid(configs), against={})
+
+
+def _write(results: Sequence[RunResult], notes: Sequence[str], experiment: Experiment, out: Path) -> Path:
+    configs = [result.config for result in results]
+    label = experiment.label
     groups = by_label(results, label)
+    found, papers = experiment.differences(results), experiment.papers_differences()
+    tables = [comparison_table(summarise(results, label))]
+    if any(one.seeds > 1 for one in found):
+        tables.append(differences_table(found, papers))
     folders.prepare(out, KIND, {"runs": [result.folder for result in results]}, MADE)
-    data, models, seeds = (sorted({str(getattr(c, f)) for c in configs}) for f in ("data", "model", "seed"))
+    seeds = sorted({config.seed for config in configs})
+    columns = PAPERS if experiment.shows == "figure" else BOTH
     band = f"median of {len(seeds)} seeds, band from minimum to maximum" if len(seeds) > 1 else "one seed"
     draw = {
-        "condition": partial(condition_figure, groups, f"condition number of the covariance: {band}"),
+        "condition": partial(condition_figure, groups, f"condition number of the covariance: {band}", columns=columns),
         "learning": partial(learning_figure, groups, f"training: {band}"),
     }
     figures = []
@@ -76,12 +93,12 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], out: Path) -> Pat
         readouts = {form: readout(one) for form, one in drawn.items()}
         figures.append({"text": FIGURES[name], **forms, "readout": readouts})
     text = page(
-        title=f"{', '.join(models)} on {', '.join(Path(name).name for name in data)}",
-        about=f"{len(results)} run{'s' if len(results) > 1 else ''}, seeds {', '.join(seeds)}; "
+        title=experiment.heading,
+        about=f"{len(results)} run{'s' if len(results) > 1 else ''}, seeds {', '.join(map(str, seeds))}; "
         f"wellcond {wellcond.__version__}",
         notes=notes,
-        tables=[comparison_table(summarise(results, label))],
-        findings=[],
+        tables=tables,
+        findings=[one.sentence(papers.get(one.row)) for one in found] if experiment.recipe else [],
         figures=figures,
         runs=runs_table(results, label),
         configuration=configuration_table(configs),

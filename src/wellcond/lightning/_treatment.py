@@ -76,6 +76,16 @@ class TreatmentCallback(TreatmentInStages, StatefulCallback):
         self._load_hook = pl_module.register_load_state_dict_pre_hook(partial(self._before_load, stage))
         if stage == "fit" and any(map(is_spectral, pl_module.modules())):
             self.treat_weights(pl_module)
+            self._require_way_back(trainer)
+
+    def _require_way_back(self, trainer: pl.Trainer) -> None:
+        """Refuse to learn what the module of the process that started this one could not hold."""
+        if is_launched(trainer) and self.changes_parameters():
+            raise ValueError(
+                f"{', '.join(self.put_on)}: the weight in use is no weight of the untreated module, and this strategy "
+                "hands weights back to it when its processes end; treat the module with treat_like or "
+                "orthogonal_weight before the fit, or take strategy='ddp'"
+            )
 
     def _unhook(self) -> None:
         if self._load_hook is not None:
@@ -125,6 +135,7 @@ class TreatmentCallback(TreatmentInStages, StatefulCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Treat the optimizers: they exist now, and their state is restored after this."""
         self.treat_weights(pl_module)
+        self._require_way_back(trainer)
         state = self._restored or (self.state_dict() if trainer.global_step else None)
         self.treat_steps(pl_module, self._shares(trainer.optimizers))
         self._fitting, self._restored, self._ended = True, None, None

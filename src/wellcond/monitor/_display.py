@@ -20,6 +20,7 @@ _NAMES = {
     "kappa_range": "condition number over the numerical range",
     "eig_max": "largest eigenvalue of P",
     "eig_min": "smallest eigenvalue of P",
+    "rotation": "move of the weight before in one step, relative to it",
 }
 _COLUMNS = ("kappa", "kappa_eps", "numerical_rank", "effective_rank", "dim", "records", "failures", "retries")
 

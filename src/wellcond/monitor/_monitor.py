@@ -22,6 +22,7 @@ from wellcond._shared.torch_internals import in_backward_pass
 from . import _display
 from ._probe import Hook, attach, observed, solver_counts, watched_layers
 from ._record import FIELDS, MEASURES, ConditionRecord, alarms, measure, medians, records_of
+from ._rotation import Turning, pending_of, turnings, warn_if_too_far
 from ._writers import as_writers, deliver
 
 
@@ -98,6 +99,8 @@ class ConditionMonitor:
         self.layers = watched_layers(model, layers)
         self._last: dict[str, int] = {}
         self._events = {name: solver_counts(layer) for name, layer in self.layers.items()}
+        self._turning = turnings(model, list(self.layers))
+        self._warned: set[str] = set()
         self._handles = []
         for name, layer in self.layers.items():
             if hasattr(layer, "layer_name"):
@@ -118,14 +121,25 @@ class ConditionMonitor:
     def _look(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         last = self._last.get(name)
         due = last is None or self.step // self.every > last // self.every
-        if not (due and self._handles) or in_backward_pass():
+        next_due = (self.step + 1) % self.every == 0
+        if not ((due or next_due) and self._handles) or in_backward_pass():
             return
+        turning = self._turning[name]
+        turning.settle(self.step)
+        if due:
+            self._record(name, layer, args, kwargs, turning)
+        if next_due:
+            turning.begin(self.step)
+
+    def _record(self, name: str, layer: nn.Module, args: Any, kwargs: Any, turning: Turning) -> None:
         features, eps = observed(layer, args, kwargs)
         self._last[name] = self.step
         failures, retries = self._pending(name)
         self._events[name] = solver_counts(layer)
-        record = measure(features, eps, self.max_matrices, self.step, name, failures, retries)
+        record = measure(features, eps, self.max_matrices, self.step, name, failures, retries, turning.take())
         self.records.append(record)
+        if name not in self._warned and warn_if_too_far(self.of(name), turning.where):
+            self._warned.add(name)
         for writer in self.writers:
             deliver(record, writer)
         if self.on_alarm is not None:
@@ -202,7 +216,9 @@ class ConditionMonitor:
         """The step and all records, in plain types that ``torch.load(weights_only=True)`` accepts."""
         columns = {name: [getattr(record, name) for record in self.records] for name in FIELDS}
         pending = {name: list(self._pending(name)) for name in self.layers}
-        return {"step": self.step, "last": dict(self._last), "pending": pending, "records": columns}
+        rotation = pending_of(self._turning, self.step)
+        last = dict(self._last)
+        return {"step": self.step, "last": last, "pending": pending, "rotation": rotation, "records": columns}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken; file writers drop what they hold of that step and later."""
@@ -213,6 +229,8 @@ class ConditionMonitor:
             if name in self._events:
                 now = solver_counts(self.layers[name])
                 self._events[name] = (now[0] - failures, now[1] - retries)
+        for name, turning in self._turning.items():
+            turning.found = state.get("rotation", {}).get(name, math.nan)
         for writer in self.writers:
             if (rewind := getattr(writer, "rewind", None)) is not None:
                 rewind(self.step)

@@ -37,6 +37,9 @@ class ConditionRecord:
     kappa_max: float  #: the largest κ(P) of those looked at
     failures: int  #: decompositions that failed since the last record of this layer
     retries: int  #: matrices that a fall-back saved since then
+    #: ‖W_new − W_old‖_F/‖W_old‖_F of the weight in use before this layer, in the step before the record; the largest of
+    #: several; 0 before the first step, NaN where it is not known
+    rotation: float = math.nan
 
     def as_dict(self) -> dict[str, int | float | str]:
         """The fields by name, in order."""
@@ -44,7 +47,8 @@ class ConditionRecord:
 
     def scalars(self, tag: str = "condition") -> dict[str, float]:
         """The measures by the names under which they are logged: ``condition/LAYER/kappa`` …"""
-        return {f"{tag}/{self.layer}/{name}": getattr(self, name) for name in MEASURES}
+        known = [name for name in MEASURES if name != "rotation" or not math.isnan(self.rotation)]
+        return {f"{tag}/{self.layer}/{name}": getattr(self, name) for name in known}
 
     @property
     def finite(self) -> bool:
@@ -64,12 +68,12 @@ def alarms(record: ConditionRecord, kappa_above: float) -> list[str]:
 
 
 FIELDS: tuple[str, ...] = tuple(field.name for field in fields(ConditionRecord))
-MEASURES = ("kappa", "kappa_eps", "kappa_range", "numerical_rank", "effective_rank", "eig_max", "eig_min")
+MEASURES = ("kappa", "kappa_eps", "kappa_range", "numerical_rank", "effective_rank", "eig_max", "eig_min", "rotation")
 """The fields that make a curve over the steps."""
 
 
 def records_of(state: Mapping[str, Any]) -> list[ConditionRecord]:
-    """The records in the state of a monitor, which has a column for each field."""
+    """The records in the state of a monitor, which has a column for each field but those that there were not yet."""
     columns = state["records"]
     return [ConditionRecord(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
@@ -82,13 +86,20 @@ def medians(records: Iterable[ConditionRecord]) -> dict[str, float]:
         nan
     """
     finite = [record for record in records if record.finite]
-    return {
-        name: statistics.median(getattr(record, name) for record in finite) if finite else math.nan for name in MEASURES
-    }
+    columns = {name: [getattr(record, name) for record in finite] for name in MEASURES}
+    columns["rotation"] = [record.rotation for record in finite if record.step and not math.isnan(record.rotation)]
+    return {name: statistics.median(values) if values else math.nan for name, values in columns.items()}
 
 
 def measure(
-    features: Tensor, eps: float, max_matrices: int, step: int, layer: str, failures: int, retries: int
+    features: Tensor,
+    eps: float,
+    max_matrices: int,
+    step: int,
+    layer: str,
+    failures: int,
+    retries: int,
+    rotation: float = math.nan,
 ) -> ConditionRecord:
     """The record of ``features`` (..., d, n): of at most ``max_matrices`` matrices, evenly spread over the batch."""
     d, n = features.shape[-2:]
@@ -123,4 +134,5 @@ def measure(
         kappa_max=kappas.max().item(),
         failures=failures,
         retries=retries,
+        rotation=rotation,
     )

@@ -72,13 +72,29 @@ class CSVWriter(_FileWriter):
         >>> writer = CSVWriter(tempfile.mkdtemp() + "/condition.csv")
     """
 
-    header = ",".join(FIELDS) + "\n"
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        self._columns: tuple[str, ...] | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of the file, which an older version may have begun with fewer of them; else all fields."""
+        if self._columns is None and self.path.exists():
+            with self.path.open(encoding="utf-8", newline="") as file:
+                found = tuple(next(csv.reader(file), ()))
+            self._columns = found if "step" in found and set(found) <= set(FIELDS) else None
+        return self._columns or FIELDS
+
+    @property
+    def header(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return ",".join(self.columns) + "\n"
 
     def _write(self, file: TextIO, record: ConditionRecord) -> None:
-        csv.writer(file, lineterminator="\n").writerow(record.as_dict().values())
+        values = record.as_dict()
+        csv.writer(file, lineterminator="\n").writerow(values[name] for name in self.columns)
 
     def _step(self, line: str) -> int:
-        return int(dict(zip(FIELDS, next(csv.reader([line])), strict=True))["step"])
+        return int(dict(zip(self.columns, next(csv.reader([line])), strict=True))["step"])
 
 
 class JSONLinesWriter(_FileWriter):

@@ -12,9 +12,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from wellcond._shared.models import unwrapped
+
 from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 from ._fold import absorbed, as_convolution, evaluation_whitening, fixed_norms, layers_of, replaced
 from ._plain_weights import with_plain_weights
+from .skew_orthogonal_conv import SkewOrthogonalConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
 BATCHNORMS = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -32,7 +35,8 @@ def to_plain(model: Model, example_input: Any = None) -> Model:
 
     What no layer of ``torch.nn`` can do stays as it is: :class:`GlobalCovariancePool2d`, :class:`TokenCovariancePool`,
     :class:`SpectralLayer`, :class:`WhiteningColoring` (which save nothing that is theirs) and
-    :class:`SkewOrthogonalConv2d` (whose parameters are ordinary ones).
+    :class:`SkewOrthogonalConv2d` (whose parameters are ordinary ones), which is also what a convolution becomes whose
+    orthogonal weight has ``map="soc"``: a warning names it, as its filter has another shape than that convolution's.
 
     Args:
         model: any module; it is not changed. Of a wrapped one (DDP, ``torch.compile``) the model inside is copied.
@@ -56,7 +60,15 @@ def to_plain(model: Model, example_input: Any = None) -> Model:
         >>> list(to_plain(model).state_dict()) == names
         True
     """
-    model = with_plain_weights(model)
+    given, model = unwrapped(model), with_plain_weights(model)
+    others = {name for name, module in model.named_modules() if isinstance(module, SkewOrthogonalConv2d)}
+    if skew := [f"'{name}'" for name in others if not isinstance(given.get_submodule(name), SkewOrthogonalConv2d)]:
+        warnings.warn(
+            f"{', '.join(sorted(skew))}: a convolution of torch.nn is not skew-orthogonal, so it became a "
+            "SkewOrthogonalConv2d, which the model without treatments does not have; load the state into a copy made "
+            "by to_plain",
+            stacklevel=2,
+        )
     for name, module in model.named_modules():
         if isinstance(module, _DecorrelatedBatchNorm) and module.running_mean is None:
             raise ValueError(

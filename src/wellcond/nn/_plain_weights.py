@@ -10,15 +10,24 @@ from torch.nn.utils import parametrize
 
 from wellcond._shared.models import unwrapped
 
+from ._base import replace_modules
+from .skew_orthogonal_conv import SkewOrthogonalConv2d
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def with_plain_weights(model: Model) -> Model:
     """A copy in evaluation mode whose parametrised tensors are ordinary ones, of the values in use.
 
+    A convolution that computes as a skew-orthogonal one becomes a :class:`SkewOrthogonalConv2d`.
+
     Not by ``torch.nn.utils.parametrize.remove_parametrizations``, which changes the class that copies share.
     """
     model = copy.deepcopy(unwrapped(model)).eval()  # pyright: ignore[reportAssignmentType]
+    skew = {layer: conv for layer in model.modules() if (conv := _as_skew_orthogonal(layer)) is not None}
+    if model in skew:
+        return skew[model]  # pyright: ignore[reportReturnType]
+    replace_modules(model, skew)
     for layer in list(model.modules()):
         if not parametrize.is_parametrized(layer):
             continue
@@ -40,3 +49,18 @@ def with_plain_weights(model: Model) -> Model:
         if isinstance(layer, nn.RNNBase):
             layer._init_flat_weights()
     return model
+
+
+def _as_skew_orthogonal(layer: nn.Module) -> SkewOrthogonalConv2d | None:
+    """The layer as one of ours, if a parametrisation of its weight says by ``skew_orthogonal`` that it is one."""
+    lists: Any = layer.parametrizations if parametrize.is_parametrized(layer, "weight") else {"weight": ()}
+    chain = lists["weight"]
+    options = next((one.skew_orthogonal for one in chain if hasattr(one, "skew_orthogonal")), None)
+    if options is None:
+        return None
+    stored, bias = chain.original, layer.bias
+    conv = SkewOrthogonalConv2d(**options, bias=bias is not None, device=stored.device, dtype=stored.dtype).eval()
+    conv.weight = nn.Parameter(stored.detach().clone(), stored.requires_grad)
+    if isinstance(bias, nn.Parameter):
+        conv.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    return conv

@@ -1,10 +1,6 @@
 """An orthogonal convolution: the exponential of a skew-symmetric one (Singla and Feizi, SOC, ICML 2021).
 
-With [Mᵀ]_{ij,kl} = M_{ji,−k,−l} the kernel of the transposed convolution, L = M − Mᵀ is skew-symmetric as a linear map
-J, for circular padding and for zero padding alike, and exp(J) = Σ J^k/k! is orthogonal. The series is never a kernel:
-it is applied to the features, x + L∗x + L∗L∗x/2 + …. Cut after the power K it is off by at most ‖J‖^{K+1}/(K+1)! (as
-SOC proves: the remainder of the exponential at an imaginary argument is no larger than its first term), so L is scaled
-down where the four-way bound of ‖J‖ says that it might exceed ``max_norm``.
+The mathematics is in ``wellcond._shared.skew_convolution``; the orthogonal weight of the map "soc" has it too.
 """
 
 from __future__ import annotations
@@ -13,23 +9,24 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wellcond._shared.checks import refuse_by_tracing_to_onnx
 from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.names import require_known
-from wellcond._shared.precision import full_precision, working_dtype
+from wellcond._shared.skew_convolution import (
+    MAX_NORM,
+    TERMS,
+    at_the_bound,
+    bounded_skew_kernel,
+    exact_terms,
+    skew_orthogonal_convolution,
+    stored_channels,
+)
 from wellcond._shared.torch_internals import has_values, is_compiling, under_functorch
 
 from ._base import require_input, symbolic_call
 from ._derived import Derived
-from ._operator_norm import skew_convolution_norm_bound
-
-
-def truncation_error(norm: float, terms: int) -> float:
-    """The largest distance of the series cut after the power ``terms`` from the exponential: norm^{K+1}/(K+1)!."""
-    return norm ** (terms + 1) / math.factorial(terms + 1)
 
 
 class SkewOrthogonalConv2d(SelfDescribing):
@@ -81,8 +78,8 @@ class SkewOrthogonalConv2d(SelfDescribing):
         *,
         bias: bool = True,
         padding_mode: str = "zeros",
-        terms: int = 5,
-        max_norm: float = 1.5,
+        terms: int = TERMS,
+        max_norm: float = MAX_NORM,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -101,7 +98,7 @@ class SkewOrthogonalConv2d(SelfDescribing):
         require_known(padding_mode, ("zeros", "circular"), "padding_mode")
         self.in_channels, self.out_channels, self.kernel_size, self.stride = in_channels, out_channels, kernel, stride
         self.padding, self.padding_mode, self.terms, self.max_norm = same, padding_mode, terms, max_norm
-        c = max(in_channels * stride**2, out_channels)
+        c = stored_channels(in_channels, out_channels, stride)
         self.weight = nn.Parameter(torch.empty(c, c, *kernel, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self._kept = Derived()
@@ -115,10 +112,7 @@ class SkewOrthogonalConv2d(SelfDescribing):
     def reset_parameters(self) -> None:
         """M random and Gaussian, scaled so that L reaches the bound ``max_norm``; the bias 0."""
         with torch.no_grad():
-            self.weight.normal_()
-            bound = skew_convolution_norm_bound(self._skew_kernel())
-            # One channel with a 1 × 1 kernel has no skew part at all.
-            self.weight.mul_(torch.where(bound > 0, self.max_norm / bound, 1.0))
+            self.weight.copy_(at_the_bound(self.weight.normal_(), self.max_norm))
             if self.bias is not None:
                 self.bias.zero_()
 
@@ -134,42 +128,22 @@ class SkewOrthogonalConv2d(SelfDescribing):
         return self._kept.of((weight,), self.max_norm, self._computed_kernel)
 
     def _computed_kernel(self, weight: Tensor) -> Tensor:
-        with full_precision(weight):
-            L = self._skew_kernel()
-            bound = skew_convolution_norm_bound(L)
-            return L * (self.max_norm / bound.clamp_min(self.max_norm))
-
-    def _skew_kernel(self) -> Tensor:
-        """M − Mᵀ, the transpose as a convolution."""
-        M = self.weight.to(working_dtype(self.weight.dtype))
-        return M - M.transpose(0, 1).flip(-1, -2)
+        return bounded_skew_kernel(weight, self.max_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         if (node := symbolic_call(self, x)) is not None:
             return node
         require_input(x, (4,), self.in_channels)
         refuse_by_tracing_to_onnx("SkewOrthogonalConv2d")
-        if x.shape[2] % self.stride or x.shape[3] % self.stride:
-            raise ValueError(f"expected a size divisible by stride={self.stride} (got {tuple(x.shape[2:])})")
-        c = self.weight.shape[0]
-        x = F.pixel_unshuffle(x, self.stride) if self.stride > 1 else x
-        x = F.pad(x, (0, 0, 0, 0, 0, c - x.shape[1])) if x.shape[1] < c else x
-        L = self.kernel().to(x.dtype)
-        total = power = x
-        terms = self.terms
-        while not self.training and truncation_error(self.max_norm, terms) > torch.finfo(x.dtype).eps:
-            terms += 1
-        for k in range(1, terms + 1):
-            power = self._convolve(power, L / k)
-            total = total + power
-        total = total[:, : self.out_channels]
+        total = skew_orthogonal_convolution(
+            x,
+            self.kernel(),
+            out_channels=self.out_channels,
+            stride=self.stride,
+            terms=self.terms if self.training else exact_terms(self.max_norm, x.dtype, self.terms),
+            padding_mode=self.padding_mode,
+        )
         return total if self.bias is None else total + self.bias.to(total.dtype).view(-1, 1, 1)
-
-    def _convolve(self, x: Tensor, L: Tensor) -> Tensor:
-        if self.padding_mode == "zeros":
-            return F.conv2d(x, L, padding=self.padding)
-        rows, columns = self.padding
-        return F.conv2d(F.pad(x, (columns, columns, rows, rows), mode="circular"), L)
 
     def extra_repr(self) -> str:
         return (

@@ -5,6 +5,7 @@
 from ._spectral_norm import spectral_norm
 from ._orthogonal_loss import LossTreatment, OrthogonalLoss
 from ._orthogonal_weight import orthogonal_weight
+from . import _skew_orthogonal_weight  # noqa: F401 - a map of it
 from ._nearest_orthogonal_gradient import NearestOrthogonalGradient
 from ._optimal_learning_rate import OptimalLearningRate
 

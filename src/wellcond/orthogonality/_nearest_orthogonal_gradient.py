@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from wellcond._shared.names import require_known
 from wellcond.linalg import polar, value_checks
 
-from ._matrix import Target, Treatables
+from ._matrix import Target, Treatables, parametrisations
 from ._orthogonal_weight import OrthogonalWeight
 from ._step_treatment import StepTreatment, decoupled_decay, gradient_scale, require_linear_in_lr
 
@@ -59,9 +59,10 @@ _SCALES = {
 """By name: the singular value that an m × n matrix gets in every direction."""
 
 
-def _is_orthogonal(target: Target) -> bool:
-    """Whether the tensor is what an orthogonal weight is computed from."""
-    return target.layer is not None and OrthogonalWeight.is_on(target.layer)
+def _keeps_turning(target: Target) -> bool:
+    """Whether an orthogonal weight is computed from the tensor that turns as far however long the tensor is."""
+    chain = () if target.layer is None else parametrisations(target.layer)
+    return any(isinstance(one, OrthogonalWeight) and not one.scale_invariant for one in chain)
 
 
 def _norm_ratio(matrix: Tensor, factor: Tensor) -> Tensor:
@@ -89,9 +90,9 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
             ``"rms"``: 0.2·√max(m, n), which makes the root mean square entry 0.2 at full rank, the size of an Adam
             step, so that a rate tuned for Adam fits; ``"muon"``: √max(1, m/n), the scale of the original Muon. The last
             two are ``match_rms_adamw`` and ``original`` of ``torch.optim.Muon``. ``"auto"``: ``"paper"``, and
-            ``"gradient"`` for the tensor that an orthogonal weight is computed from. (A plain weight before a spectral
-            layer grows under steps of one length, and so turns more and more slowly; an orthogonal one is turned by as
-            much in every step.)
+            ``"gradient"`` for the tensor that an orthogonal weight is computed from by the maps of matrices. (Under
+            steps of one length a plain weight before a spectral layer grows, and so does the filter of ``map="soc"``:
+            both turn more and more slowly. Those maps turn the weight by as much in every step.)
         solver: as in :func:`wellcond.linalg.polar`, which states the error of each: ``"svd"``; ``"minimax"``, matrix
             products alone, the same for singular values down to 1e-5 of the largest; ``"muon"``, the five steps of
             that optimizer, whose singular values are 0.68 to 1.14 instead of 1. ``"auto"``: ``"svd"`` on the CPU,
@@ -196,7 +197,7 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
         split = zip(batch, matrices, factors.split(sizes), flags.split(sizes), strict=True)
         for (target, tensor, write, unit), matrix, factor, flag in split:
             self._counts[target.name] += flag.sum(0)  # on the device: only reading a counter waits for it
-            if self.scale == "gradient" or (self.scale == "auto" and _is_orthogonal(target)):
+            if self.scale == "gradient" or (self.scale == "auto" and _keeps_turning(target)):
                 factor = torch.where(flag[:, :1, None], factor * _norm_ratio(matrix, factor) / unit, factor)
             everywhere = target.view.tensor(flag[:, :1, None].expand_as(factor), tensor.shape)
             write(target.view.tensor(factor, tensor.shape), everywhere)

@@ -2,16 +2,19 @@
 
 A weight is rarely square, so the rotation acts on a frame: F, the orthogonal matrix nearest to the weight the layer had
 (``_stiefel_maps`` has the maps). Then S = 0 for V = that very weight, so the stored parameter keeps its values and the
-layer starts at the nearest orthogonal matrix.
+layer starts at the nearest orthogonal matrix. The map ``"soc"`` is of the layer, not of this matrix:
+``_skew_orthogonal_weight`` has it.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from wellcond._shared.models import described
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision
 
@@ -19,19 +22,37 @@ from ._matrix import Target, matrix_names
 from ._stiefel_maps import MAPS
 from ._weight_treatment import WeightTreatment
 
+LAYER_MAPS: dict[str, type[OrthogonalWeight]] = {}
+"""The maps that make another layer of it, by name."""
+
 
 class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq. (13)"):
     """The parametrisation that :func:`orthogonal_weight` registers; the frame F is its buffer ``frame``."""
 
     treatment = "orthogonal weight"
+    scale_invariant: ClassVar[bool] = False
+    """Whether a longer stored tensor gives the same weight, and so turns more slowly."""
     frame: Tensor
 
     def __init__(self, target: Target, *, map: str = "exp") -> None:
         super().__init__(target)
-        require_known(map, MAPS, "map of the orthogonal weight")
+        require_known(map, (*MAPS, *LAYER_MAPS), "map of the orthogonal weight")
         if target.layer is None or all(p is not target.parameter for p in target.layer._parameters.values()):
             raise ValueError(f"{self.treatment} of {target.where}: put it on before the spectral norm")
         self.map = map
+
+    @classmethod
+    def put_on(cls, layer: nn.Module, name: str = "weight", label: str = "", **options: Any) -> None:
+        kind = LAYER_MAPS.get(options.get("map", "exp"), cls)
+        if kind is not cls and name != "weight":
+            raise ValueError(
+                f"{cls.treatment} of {described(layer, label)}: map='{options['map']}' is of the layer, not of '{name}'"
+            )
+        super(OrthogonalWeight, kind).put_on(layer, name, label, **options)
+
+    @classmethod
+    def changes_parameter(cls, **options: Any) -> bool:
+        return options.get("map") in LAYER_MAPS
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Start from ``weight``: its nearest orthogonal matrix becomes the frame, and it is stored as it is."""
@@ -80,16 +101,21 @@ def orthogonal_weight(layer: nn.Module, name: str = "weight", map: str = "exp") 
         name: of the tensor, as in ``torch.nn.utils.parametrizations``: such as ``"weight_hh_l0"`` of ``nn.LSTM`` or
             ``"in_proj_weight"`` of ``nn.MultiheadAttention``. Others than ``"weight"`` are read as ``flatten(1)``.
         map: ``"exp"``, the matrix exponential of eq. (13); or, at about a third of its cost, ``"cayley"``, one linear
-            solve, or ``"householder"``, a product of reflections.
+            solve, or ``"householder"``, a product of reflections. Or ``"soc"``: the layer becomes orthogonal as a map
+            on images, the skew-orthogonal convolution of Singla and Feizi (2021), whatever its channels and stride. It
+            starts from the skew part of its filter. The parameter stays the same object and becomes the filter
+            (c, c, kh, kw), c = max(in·stride², out), so its optimizer must not have moved it yet, nor DDP hold it.
 
     Returns:
         ``layer``.
 
     Raises:
         ValueError: no matrix-like tensor of that name (with the nearest right one), NaN or infinity in it, a
-            parametrisation already on it, or an unknown map.
+            parametrisation already on it, or an unknown map; for ``"soc"`` another layer than an ``nn.Conv2d`` of odd
+            kernel, padded by half of it with zeros or round, of one group, one stride and no dilation.
 
-    Take it off with ``torch.nn.utils.parametrize.remove_parametrizations(layer, name)``.
+    Take it off with ``torch.nn.utils.parametrize.remove_parametrizations(layer, name)``; not ``"soc"``, which no plain
+    convolution is.
 
     Example:
         >>> import torch

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from wellcond._shared.models import bare_name, is_spectral, unwrapped
+from wellcond._shared.models import bare_name, is_spectral, layers_by_name, unwrapped
 
 from ._autograd_walk import layers_by_running
 from ._symbolic_walk import layers_by_tracing
 from ._walk_back import NAME_LAYERS
 
 
-def pre_spectral_layers(model: nn.Module, example_input: Any = None) -> dict[str, nn.Module]:
+def pre_spectral_layers(model: nn.Module, example_input: Any = None, *, of: str | None = None) -> dict[str, nn.Module]:
     """Find the layers that feed the spectral layers of a model.
 
     Without an example the forward function is traced symbolically (``torch.fx``); where its control flow asks about the
@@ -28,13 +28,14 @@ def pre_spectral_layers(model: nn.Module, example_input: Any = None) -> dict[str
     Args:
         model: any module; spectral layers are those with a true attribute ``is_spectral_layer``.
         example_input: what the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        of: the name of one layer, of any kind: only those before it.
 
     Returns:
         The layers by their name in ``model.named_modules()``, less the ``_orig_mod`` of compiled parts, in that order.
 
     Raises:
-        ValueError: no spectral layer, no layer with a weight before it, or a model that could not be followed, with the
-            reason and what to do.
+        ValueError: no spectral layer (or none of the name ``of``), no layer with a weight before it, or a model that
+            could not be followed, with the reason and what to do.
 
     Example:
         >>> from torch import nn
@@ -43,14 +44,17 @@ def pre_spectral_layers(model: nn.Module, example_input: Any = None) -> dict[str
         >>> list(pre_spectral_layers(model))
         ['0']
     """
-    spectral = {name: m for name, m in model.named_modules() if is_spectral(m)}
+    if of is None:
+        spectral = {name: m for name, m in model.named_modules() if is_spectral(m)}
+    else:
+        spectral = layers_by_name(model, of)
     if not spectral:
         raise ValueError(
             f"{type(model).__name__} has no spectral layer; put one in (such as wellcond.nn.DecorrelatedBatchNorm2d or "
             f"GlobalCovariancePool2d), or {NAME_LAYERS}"
         )
     if example_input is None:
-        found = layers_by_tracing(unwrapped(model))
+        found = layers_by_tracing(unwrapped(model), None if of is None else next(iter(spectral.values())))
     else:
         found = layers_by_running(model, list(spectral.values()), example_input)
     if not found:

@@ -119,6 +119,11 @@ def parse_treatments(names: str) -> tuple[str, ...]:
     return parsed
 
 
+def listed_options(options: Mapping[str, Any]) -> str:
+    """``map=exp``, for messages and tables."""
+    return " ".join(f"{key}={value}" for key, value in options.items())
+
+
 def options_of(names: Iterable[str], options: Options | None) -> dict[str, Mapping[str, Any]]:
     """The options by treatment; a ValueError for those of a treatment that is not among ``names``."""
     for name in options or {}:

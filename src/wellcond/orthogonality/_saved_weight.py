@@ -48,8 +48,9 @@ def prepare(layer: nn.Module, state: dict[str, Any], prefix: str, errors: list[s
 
 def _treated(chain: Any, weight: Tensor, stored: str) -> dict[str, Any]:
     """The state of ``chain`` (under the prefix ``stored``) if it were put on ``weight``."""
-    if weight.shape != chain.original.shape:
-        raise ValueError(f"its saved shape is {tuple(weight.shape)}, here it is {tuple(chain.original.shape)}")
+    shape = getattr(chain[0], "plain_shape", chain.original.shape)
+    if weight.shape != shape:
+        raise ValueError(f"its saved shape is {tuple(weight.shape)}, here it is {tuple(shape)}")
     if is_sharded(chain.original):
         raise ValueError("it was saved untreated, and is treated and sharded here; load it before fully_shard")
     chain = copy.deepcopy(chain)  # since a frame follows the weight

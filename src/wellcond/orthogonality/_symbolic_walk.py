@@ -25,14 +25,16 @@ class _Tracer(fx.Tracer):
     It answers ``bool(proxy)`` from a script, False past its end, and keeps the answers in ``decisions``.
     """
 
-    def __init__(self, script: list[bool]) -> None:
+    def __init__(self, script: list[bool], of: nn.Module | None) -> None:
         super().__init__()
+        self._of = of
         self._answers = iter(script)
         self.decisions: list[bool] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             is_spectral(m)
+            or m is self._of
             or parametrize.is_parametrized(m)
             or "weight" in matrix_names(m)
             or super().is_leaf_module(m, module_qualified_name)
@@ -49,9 +51,12 @@ class _Tracer(fx.Tracer):
         return self.decisions[-1]
 
 
-def layers_by_tracing(model: nn.Module) -> set[nn.Module]:
-    """The pre-spectral layers, the same on every path through the forward function that does not raise."""
-    answers = [_nearest(model, graph) for graph in _graphs(model)]
+def layers_by_tracing(model: nn.Module, of: nn.Module | None = None) -> set[nn.Module]:
+    """The pre-spectral layers, the same on every path through the forward function that does not raise.
+
+    Those before all spectral layers, or before the layer ``of``, whatever it is.
+    """
+    answers = [_nearest(model, graph, of) for graph in _graphs(model, of)]
     if any(answer != answers[0] for answer in answers):
         raise ValueError(
             f"which layer comes before the spectral layer of {type(model).__name__} depends on its data; {GIVE_EXAMPLE}"
@@ -59,7 +64,7 @@ def layers_by_tracing(model: nn.Module) -> set[nn.Module]:
     return answers[0]
 
 
-def _graphs(model: nn.Module) -> list[fx.Graph]:
+def _graphs(model: nn.Module, of: nn.Module | None) -> list[fx.Graph]:
     """One graph for every outcome of the questions that the forward function asks about its data."""
     graphs: list[fx.Graph] = []
     scripts: list[list[bool]] = [[]]
@@ -68,7 +73,7 @@ def _graphs(model: nn.Module) -> list[fx.Graph]:
         if not scripts:
             break
         script = scripts.pop()
-        tracer = _Tracer(script)
+        tracer = _Tracer(script, of)
         try:
             graphs.append(tracer.trace(model))
         except Exception as error:  # the model's own code, which may raise anything
@@ -97,14 +102,14 @@ def _untraceable(model: nn.Module, why: Any) -> ValueError:
     )
 
 
-def _nearest(model: nn.Module, graph: fx.Graph) -> set[nn.Module]:
+def _nearest(model: nn.Module, graph: fx.Graph, of: nn.Module | None) -> set[nn.Module]:
     """The layers met first on every path back from the inputs of the spectral layers."""
     calls = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
     from_input: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or any(i in from_input for i in node.all_input_nodes):
             from_input.add(node)
-    spectral = [node for node, m in calls.items() if is_spectral(m)]
+    spectral = [node for node, m in calls.items() if (is_spectral(m) if of is None else m is of)]
     if not spectral:
         raise _untraceable(model, "the graph calls no spectral layer")
 

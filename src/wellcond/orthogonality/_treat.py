@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wellcond._shared.models import Layers, bare_name, layers_by_name, unwrapped, unwrapped_optimizer
+from wellcond._shared.models import Layers, layers_by_name, unwrapped_optimizer
 from wellcond._shared.names import aligned
 
-from ._matrix import Target, layer_target
+from ._matrix import Target
 from ._pre_spectral import pre_spectral_layers
-from ._registry import TREATMENTS, Applied, Options, in_order, options_of, parse_treatments
+from ._registry import TREATMENTS, Applied, Options, in_order, listed_options, options_of, parse_treatments
+from ._restorer import restorer
 from ._step_treatment import gradient_scale, require_held
-from ._weight_treatment import WeightTreatment, restorer
+from ._treatable import require_treatable
+from ._weight_treatment import WeightTreatment
 
 
 def treat(
@@ -33,7 +35,8 @@ def treat(
     The order of the names does not matter: the weight is treated first (``ow``, then ``sn``), then at every optimizer
     step the gradient (``nog``), then the learning rate (``olr``, which sees the treated gradient). The ``ol`` term is
     added to the loss by the user, from :meth:`Treatment.loss`. With ``ow`` or ``sn``, ``nog`` and ``olr`` act on the
-    stored tensor that the optimizer moves, as in the authors' code, not on the weight computed from it.
+    stored tensor that the optimizer moves, as in the authors' code, not on the weight computed from it. The optimizer
+    forgets its state of a weight that ``{"ow": {"map": "soc"}}`` changes, which is a filter of another shape then.
 
     Args:
         model: any module, also compiled or inside DDP (treat the bare model before wrapping it, or the wrapped one), or
@@ -48,7 +51,8 @@ def treat(
 
     Raises:
         ValueError: an unknown or repeated name; no spectral layer; a layer that is unknown, without a matrix-like
-            weight, not held by the optimizer, or already treated so; an optimizer that ``olr`` does not know.
+            weight, not held by the optimizer, or already treated so; an optimizer that ``olr`` does not know; with
+            ``map="soc"`` a layer that :func:`orthogonal_weight` refuses, or a model inside DDP already.
             Nothing is changed then.
 
     To resume, treat model and optimizer in the same way, then load the three state dicts (model, optimizer, treatment).
@@ -72,35 +76,10 @@ def treat(
     optimizer = unwrapped_optimizer(optimizer)
     # By the names of the bare model: a state saved under DDP or torch.compile loads without them, and the other way.
     found = layers_by_name(model, pre_spectral_layers(model, example_input).values() if layers is None else layers)
-    targets = require_treatable(model, found, names)
+    targets = require_treatable(model, found, names, options)
     for target in targets.values():
         require_held(optimizer, target, f"treatment '{treatments}'")
     return Treatment(optimizer, found, targets, tuple(name for name in TREATMENTS if name in names), options)
-
-
-def require_treatable(
-    model: nn.Module, layers: Mapping[str, nn.Module], treatments: Iterable[str]
-) -> dict[str, Target]:
-    """The weights of ``layers``; refused if any of them cannot take one of the treatments, before any is changed."""
-    targets = {name: layer_target(layer, name) for name, layer in layers.items()}
-    for kind in in_order(treatments):
-        for name, layer in layers.items():
-            kind.require_free(layer, targets[name])
-        if issubclass(kind, WeightTreatment):
-            _require_untied(model, targets.values(), kind.name)
-    return targets
-
-
-def _require_untied(model: nn.Module, targets: Iterable[Target], treatment: str) -> None:
-    """Refuse to parametrise a weight that another layer shares, which would keep the plain one."""
-    for target in targets:
-        for name, module in unwrapped(model).named_modules():
-            if module is not target.layer and any(p is target.parameter for p in module._parameters.values()):
-                raise ValueError(
-                    f"treatment '{treatment}' of {target.where}: layer '{bare_name(name)}' has the same weight, and "
-                    "the treatment of one would untie them; give each its own, or take treatments of the gradient "
-                    "('nog', 'olr') or of the loss ('ol')"
-                )
 
 
 class Treatment:
@@ -126,7 +105,7 @@ class Treatment:
         self._parts: dict[str, Applied] = {}
         kinds = in_order(treatments)
         on_weights = any(issubclass(kind, WeightTreatment) for kind in kinds)
-        self._restorers = [restorer(layer) for layer in layers.values()] if on_weights else []
+        self._restorers = [restorer(layer, optimizer) for layer in layers.values()] if on_weights else []
         try:
             for kind in kinds:
                 self._parts[kind.name] = kind.apply_to(optimizer, layers, options.get(kind.name, {}))
@@ -180,6 +159,9 @@ class Treatment:
 
         Classes and parameters of the model, their order and identity are as before. A layer that had its weight treated
         keeps the weight in use, or, when no step has moved the stored tensor, gets its own back bit for bit.
+
+        Raises:
+            RuntimeError: a layer cannot go back (sharded since, or ``map="soc"`` that has learnt); all stays on.
         """
         while self._restorers:
             self._restorers[-1]()  # what refuses stays, with all the rest, and refuses again
@@ -200,7 +182,7 @@ class Treatment:
         return aligned(rows)
 
     def _described(self, name: str) -> str:
-        chosen = " ".join(f"{key}={value}" for key, value in self._options.get(name, {}).items())
+        chosen = listed_options(self._options.get(name, {}))
         return f"{name} ({chosen})" if chosen else name
 
     def __repr__(self) -> str:

@@ -1,18 +1,16 @@
 """Treatments of the weight: a parametrisation is put on it and taken off so that the optimizer never notices.
 
 The stored tensor is the weight's own ``Parameter`` with its values, so the optimizer, its state, DDP and averaged
-copies keep hold of the right one. Removal does not go through ``torch.nn.utils.parametrize.remove_parametrizations``,
-which takes the attribute away from every deep copy of the layer too (they share one generated class).
+copies keep hold of the right one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from inspect import signature
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
@@ -21,6 +19,7 @@ from wellcond._shared.checks import refuse_in_onnx
 from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.models import described
 
+from ._exchange import exchange, require_free
 from ._matrix import Target, layer_target, parametrisations
 from ._registry import Applied, TreatmentClass
 from ._saved_weight import prepare
@@ -41,6 +40,8 @@ class WeightTreatment(SelfDescribing, TreatmentClass):
     """
 
     place: ClassVar[int] = 0
+    computes_layer: ClassVar[bool] = False
+    """Whether :meth:`layer_forward` takes the place of the layer's own: then the stored tensor may be of any shape."""
     _options: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, target: Target) -> None:
@@ -60,6 +61,15 @@ class WeightTreatment(SelfDescribing, TreatmentClass):
         """What is stored when ``weight`` is assigned, or is there when the treatment is put on."""
         return weight
 
+    def layer_forward(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output, where that is not its own function of the weight in use."""
+        raise NotImplementedError
+
+    @classmethod
+    def changes_parameter(cls, **options: Any) -> bool:
+        """Whether the parameter gets other values, and perhaps another shape, when the treatment is put on."""
+        return False
+
     def extra_repr(self) -> str:
         return f"groups={self.view.groups}" if self.view.groups > 1 else ""
 
@@ -68,11 +78,13 @@ class WeightTreatment(SelfDescribing, TreatmentClass):
         """Treat one tensor of a layer that messages call ``label``."""
         what = f"{cls.treatment} of {described(layer, label)}"
         for there in parametrisations(layer, name):
-            if isinstance(there, cls):
+            if getattr(there, "treatment", None) == cls.treatment:
                 raise ValueError(f"{what} is already on; remove it first")
             if not isinstance(there, WeightTreatment):
                 kind = type(there).__name__
                 raise ValueError(f"{what}: its weight already has the parametrisation {kind}; remove that first")
+            if there.computes_layer:
+                raise ValueError(f"{what}: the {there.treatment} ({there.extra_repr()}) is all of that layer; take one")
         target = layer_target(layer, label, name)
         if is_sharded(target.parameter):
             raise ValueError(
@@ -80,6 +92,8 @@ class WeightTreatment(SelfDescribing, TreatmentClass):
                 "before fully_shard, and make the optimizer after both"
             )
         parametrisation = cls(target, **options)
+        if cls.computes_layer:
+            require_free(target.parameter, what)
         known = signature(cls).parameters.values()
         parametrisation._options = {p.name: p.default for p in known if p.default is not p.empty} | options
         parametrisation._say(target.parameter.device)
@@ -102,26 +116,41 @@ class WeightTreatment(SelfDescribing, TreatmentClass):
     def apply_to(cls, optimizer: Optimizer, layers: Mapping[str, nn.Module], options: Mapping[str, Any]) -> Applied:
         for label, layer in layers.items():
             cls.put_on(layer, label=label, **options)
+            if cls.changes_parameter(**options):
+                optimizer.state.pop(layer_target(layer, label).parameter, None)  # of a tensor that is gone
         return Applied()  # ``treat`` itself gives the layers their weights back
 
 
-def _attach(layer: nn.Module, name: str, parametrisation: nn.Module) -> None:
-    """Put it on top of what is on the tensor."""
+def _attach(layer: nn.Module, name: str, parametrisation: WeightTreatment, *, stored: bool = False) -> None:
+    """Put it on top of what is on the tensor, which is ``stored`` under it already, or yet to be."""
     weight = layer_target(layer, "", name).parameter
     if bare := not parametrisations(
         layer, name
     ):  # registered with a stand-in: PyTorch would call weight.set_, which cuts it off from DDP's hooks
         layer._parameters[name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     try:
-        parametrize.register_parametrization(layer, name, parametrisation)
+        parametrize.register_parametrization(layer, name, parametrisation, unsafe=parametrisation.computes_layer)
     except Exception:
         if bare:
             layer._parameters[name] = weight
         raise
-    parametrisations(layer, name).original = weight
+    chain = parametrisations(layer, name)
+    start, chain.original = chain.original, weight
+    if parametrisation.computes_layer:
+        type(layer).forward = _forward  # pyright: ignore[reportAttributeAccessIssue]
+        if not stored:
+            exchange(weight, start.detach())
     # PyTorch refuses to pickle a parametrised module, because its class is made at run time; ours can be made again.
     type(layer).__reduce__ = _reduce  # pyright: ignore[reportAttributeAccessIssue]
     type(layer)._load_from_state_dict = _load  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Of the class that a layer shares with its copies, on some of which the treatment may be no more."""
+    for one in parametrisations(layer):
+        if one.computes_layer:
+            return one.layer_forward(layer, *args, **kwargs)
+    return type(layer).__bases__[0].forward(layer, *args, **kwargs)
 
 
 def _load(layer: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -150,41 +179,8 @@ def _rebuild(base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     for name, chain in chains.items():
         for parametrisation in chain:
             buffers = dict(parametrisation._buffers)  # registering would start them afresh from the stored weight
-            _attach(layer, name, parametrisation)
+            _attach(layer, name, parametrisation, stored=True)
             parametrisation._buffers.update(buffers)
     if isinstance(layer, nn.RNNBase):
         layer._init_flat_weights()
     return layer
-
-
-def restorer(layer: nn.Module) -> Callable[[], None]:
-    """A function that takes all parametrisations off the weight of ``layer``, which has none now.
-
-    The layer keeps the weight in use, or, if no step has moved the stored tensor, has its own back bit for bit.
-    """
-    untouched = layer_target(layer, "").parameter.detach().clone()
-    order = list(layer._parameters)
-
-    def restore() -> None:
-        if not parametrisations(layer):
-            return
-        # Read again: loading with assign=True or a move to another kind of device makes it a new tensor.
-        weight = layer_target(layer, "").parameter
-        if is_sharded(weight):
-            raise RuntimeError(
-                f"{described(layer, '')} was sharded since its weight was treated, and fully_shard cannot be undone; "
-                "load the state into a model that is not sharded, and call remove() there"
-            )
-        with torch.no_grad():
-            if not torch.equal(weight, untouched.to(weight)):
-                weight.copy_(layer.weight)  # pyright: ignore[reportArgumentType]
-        if len(layer.parametrizations) == 1:  # pyright: ignore[reportArgumentType]
-            layer.__class__ = type(layer).__bases__[0]
-            del layer.parametrizations
-            layer.register_parameter("weight", weight)
-        else:
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-        for name in (name for name in order if name in layer._parameters):
-            layer._parameters[name] = layer._parameters.pop(name)
-
-    return restore

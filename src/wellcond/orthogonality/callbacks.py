@@ -17,8 +17,10 @@ from wellcond._shared.models import Layers, as_given, layers_by_name
 
 from ._pre_spectral import pre_spectral_layers
 from ._registry import Options, in_order, options_of, parse_treatments
-from ._treat import Treatment, require_treatable, treat
-from ._weight_treatment import WeightTreatment, restorer
+from ._restorer import restorer
+from ._treat import Treatment, treat
+from ._treatable import require_treatable
+from ._weight_treatment import WeightTreatment
 
 
 class TreatmentInStages:
@@ -62,7 +64,7 @@ class TreatmentInStages:
 
     def _put_on(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         """All weight treatments on all layers, or, if one is refused, none on any."""
-        require_treatable(model, layers, self.treatments)
+        require_treatable(model, layers, self.treatments, self._options)
         restorers = [restorer(layer) for layer in layers.values()]
         try:
             for kind in self._on_weights:
@@ -73,6 +75,11 @@ class TreatmentInStages:
                 restore()
             raise
         self.put_on.update(layers)
+
+    def changes_parameters(self) -> bool:
+        """Whether this callback itself gave layers other parameters, perhaps of another shape."""
+        kinds = [kind for kind in self._on_weights if kind.changes_parameter(**self._options.get(kind.name, {}))]
+        return bool(kinds and self.put_on)
 
     def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
         """The layers to treat when none were given."""

@@ -10,7 +10,7 @@ from wellcond.experiments.data.augmentation import BatchAugmentation
 from wellcond.experiments.data.draws import mixed_seed
 from wellcond.experiments.data.images import ImageSet
 from wellcond.experiments.data.load import ImageData
-from wellcond.experiments.data.loaders import Batches, BatchLoader, EpochSampler, TrainLoader
+from wellcond.experiments.data.loaders import BatchLoader, EpochSampler, TrainLoader
 from wellcond.experiments.errors import DataError, needs_train_extra
 
 with needs_train_extra():
@@ -66,8 +66,8 @@ class ImageDataModule(pl.LightningDataModule):
         """This rank's training batches (uint8 images, labels), in an order that `set_epoch` of its sampler changes."""
         sampler = self._sampler(self.data.train, train=True, keyed=self.areas)
         self._check_batch(sampler.num_replicas)
-        batches = Batches(self.data.train, seed=self.seed if self.areas else None)
-        return TrainLoader(batches, sampler, self._steps_done, **self._options())
+        seed = self.seed if self.areas else None
+        return TrainLoader(self.data.train, sampler, self._steps_done, seed=seed, **self._options())
 
     def val_dataloader(self) -> BatchLoader:
         """This rank's share of the validation images, in order."""
@@ -93,7 +93,7 @@ class ImageDataModule(pl.LightningDataModule):
         return images.contiguous(memory_format=self.memory_format), labels
 
     def _in_order(self, images: ImageSet) -> BatchLoader:
-        return BatchLoader(Batches(images), self._sampler(images, train=False), **self._options())
+        return BatchLoader(images, self._sampler(images, train=False), **self._options())
 
     def _sampler(self, images: ImageSet, **options: Any) -> EpochSampler:
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
@@ -102,9 +102,7 @@ class ImageDataModule(pl.LightningDataModule):
     def _options(self) -> dict[str, Any]:
         return {
             "batch_size": self.batch_size,
-            "num_workers": self.workers,
-            "persistent_workers": self.workers > 0,
-            "pin_memory": torch.cuda.is_available(),
+            "workers": self.workers,
             # a generator of its own, or every pass would advance the global one
             "generator": torch.Generator().manual_seed(mixed_seed(self.seed)),
         }

@@ -25,7 +25,7 @@ SHARE = 224 / 256
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 _TRIES = 10
 
-Box = tuple[float, float, float, float]
+Box = tuple[int, int, int, int]
 """Left, upper, right and lower edge, in pixels."""
 
 
@@ -37,7 +37,8 @@ def middle(image: Image.Image, size: int) -> Image.Image:
 def random_area(image: Image.Image, size: int, *key: int) -> Image.Image:
     """A random area, brought to size × size; it depends on the image's size and on `key` (non-negative) alone."""
     box = random_box(image.width, image.height, np.random.default_rng(mixed_seed(*key)))
-    return image.resize((size, size), pixels.BILINEAR, box=box)
+    # Cut out first, as in the literature: the filter of `resize(box=…)` reaches over the edges.
+    return image.crop(box).resize((size, size), pixels.BILINEAR)
 
 
 def random_box(width: int, height: int, draws: np.random.Generator) -> Box:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -28,7 +27,7 @@ T = TypeVar("T")
 class EncodedImages:
     """Images still in their files' encoding; indexing with a 1-D int64 tensor decodes to (B, C, H, W) uint8."""
 
-    table: datasets.Dataset
+    table: datasets.Dataset  # with the format "arrow"
     column: str  # of the table, a `datasets.Image(decode=False)`
     index: Tensor  # (N,) int64, the rows of the table that belong to this set
     place: str  # what error messages call it, such as "'DIR', split 'train'"
@@ -44,25 +43,30 @@ class EncodedImages:
         return (len(self.index), self.channels, *self.size)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        share, size = self.share, self.size
-        return self.decode(indices, None if share is None else lambda image: pixels.fitted(image, size, share))
+        return self.decode(indices, self.as_asked)
 
-    def decode(self, indices: Tensor, use: Callable[[Image.Image], Image.Image] | None = None) -> Tensor:
+    def as_asked(self, image: Image.Image) -> Image.Image:
+        """The middle of an image at `size`, or the image as it is."""
+        return image if self.share is None else pixels.fitted(image, self.size, self.share)
+
+    def decode(self, indices: Tensor, use: Callable[[Image.Image], Image.Image], out: Tensor | None = None) -> Tensor:
         """What `use` makes of each of these images, which must be of `size`; in the memory format of files, (H, W, C).
 
-        Not copied to (C, H, W), which takes a fifth of the time of decoding. `use` gets grey or RGB of 8 bits.
+        Not copied to (C, H, W), which takes a fifth of the time of decoding. `use` gets grey or RGB of 8 bits. `out` is
+        written if it is given, (B, C, H, W) in that memory format.
         """
 
         def pixels_of(image: Image.Image) -> np.ndarray:
-            image = pixels.eight_bits(image, self.channels, self.bits)
-            return np.asarray(use(image) if use else image)
+            return np.asarray(use(pixels.eight_bits(image, self.channels, self.bits)))
 
-        out = torch.empty(len(indices), *self.size, self.channels, dtype=torch.uint8)
-        arrays = out.numpy().reshape(len(out), *self.size, *([3] if self.channels == 3 else []))
+        if out is None:
+            out = torch.empty(len(indices), *self.size, self.channels, dtype=torch.uint8).permute(0, 3, 1, 2)
+        arrays = out.permute(0, 2, 3, 1).numpy()
+        arrays = arrays[..., 0] if self.channels == 1 else arrays
         for position, (row, found) in enumerate(self.read(indices, pixels_of)):
             self._check_size(row, (found.shape[0], found.shape[1]))
             arrays[position] = found
-        return out.permute(0, 3, 1, 2)
+        return out
 
     def spread(self, most: int = _CHUNK) -> Tensor:
         """Indices of up to so many images, spread over the set."""
@@ -80,10 +84,9 @@ class EncodedImages:
 
         What cannot be read becomes a `DataError`, or is left out and its message added to `broken`.
         """
-        arrow = self.table.with_format("arrow")
         for chunk in self.index[indices].split(_CHUNK):
             rows: list[int] = chunk.tolist()
-            for row, encoded in zip(rows, arrow[rows][self.column].to_pylist(), strict=True):
+            for row, encoded in zip(rows, self.table[rows][self.column].to_pylist(), strict=True):
                 found = self._read(row, encoded or {}, use)
                 if not isinstance(found, DataError):
                     yield row, found
@@ -93,11 +96,11 @@ class EncodedImages:
                     broken.append(str(found))
 
     def _read(self, row: int, encoded: dict[str, Any], use: Callable[[Image.Image], T]) -> T | DataError:
-        data, path = encoded.get("bytes"), encoded.get("path")
+        data, path = encoded.get("bytes"), encoded.get("path") or ""
         if data is None and not path:
             return DataError(f"{self.place}: row {row} has no image; remove the row")
         try:
-            return pixels.opened(Path(path or "").read_bytes() if data is None else data, use)
+            return pixels.opened(_contents(path) if data is None else data, use)
         except Exception as error:  # of any kind: OSError, SyntaxError, ValueError, struct.error, …
             name = f" ('{path}')" if path else ""
             unknown = isinstance(error, UnidentifiedImageError)  # whose message shows the buffer's address
@@ -115,3 +118,8 @@ class EncodedImages:
                 f"{self.size[0]}×{self.size[1]} was expected from the first image; bring all images to one size by "
                 "--image-size N (image_size=N)"
             )
+
+
+def _contents(path: str) -> bytes:
+    with open(path, "rb") as file:  # a `Path` takes as long as the reading
+        return file.read()

@@ -34,17 +34,25 @@ class Areas:
         return (self.source.shape[0], self.source.shape[1], self.size, self.size)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        return self._made(indices, lambda image: crops.middle(image, self.size))
+        return self.middles(indices)
 
-    def draw(self, indices: Tensor, *key: int) -> Tensor:
+    def middles(self, indices: Tensor, out: Tensor | None = None) -> Tensor:
+        """The middle of each."""
+        return self._made(indices, lambda image: crops.middle(image, self.size), out)
+
+    def draw(self, indices: Tensor, *key: int, out: Tensor | None = None) -> Tensor:
         """A random area of each, which depends on its index and on `key` (non-negative) alone."""
         left = iter(indices.tolist())  # images come in this order, each once
-        return self._made(indices, lambda image: crops.random_area(image, self.size, *key, next(left)))
+        return self._made(indices, lambda image: crops.random_area(image, self.size, *key, next(left)), out)
 
-    def _made(self, indices: Tensor, use: Callable[[Image.Image], Image.Image]) -> Tensor:
-        if isinstance(self.source, Tensor):
-            return made_of(self.source[indices], use)
-        return replace(self.source, size=(self.size, self.size)).decode(indices, use)
+    def _made(self, indices: Tensor, use: Callable[[Image.Image], Image.Image], out: Tensor | None) -> Tensor:
+        if isinstance(self.source, EncodedImages):
+            return replace(self.source, size=(self.size, self.size)).decode(indices, use, out)
+        return _in(out, made_of(self.source[indices], use))
+
+
+def _in(out: Tensor | None, images: Tensor) -> Tensor:
+    return images if out is None else out.copy_(images)
 
 
 def made_of(images: Tensor, use: Callable[[Image.Image], Image.Image]) -> Tensor:
@@ -80,16 +88,22 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         """Whether training sees random areas of the images, by `draw`."""
         return isinstance(self.images, Areas)
 
-    def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """((B, C, H, W) uint8, (B,) int64) of these items."""
+    def batch(self, indices: Sequence[int] | Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """((B, C, H, W) uint8, (B,) int64) of these items; the images in `out` if it is given."""
         index = torch.as_tensor(indices, dtype=torch.int64)
-        return self.images[index], self.labels[index]
+        if isinstance(self.images, EncodedImages):
+            images = self.images.decode(index, self.images.as_asked, out)
+        elif isinstance(self.images, Areas):
+            images = self.images.middles(index, out)
+        else:
+            images = _in(out, self.images[index])
+        return images, self.labels[index]
 
-    def draw(self, indices: Sequence[int] | Tensor, *key: int) -> tuple[Tensor, Tensor]:
+    def draw(self, indices: Sequence[int] | Tensor, *key: int, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `batch`, of a random area of each image, which depends on its index and `key` alone."""
         assert isinstance(self.images, Areas)
         index = torch.as_tensor(indices, dtype=torch.int64)
-        return self.images.draw(index, *key), self.labels[index]
+        return self.images.draw(index, *key, out=out), self.labels[index]
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         images, labels = self.batch([i])

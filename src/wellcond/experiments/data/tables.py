@@ -84,6 +84,7 @@ def from_tables(place: str, tables: Mapping[Any, Any], name: str) -> Source:
         if image not in splits[split].column_names:
             raise DataError(f"{place}, split '{split}' has no column '{image}', which 'train' has")
         table = splits[split].select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        table = table.with_format("arrow")
         encoded = EncodedImages(table, image, torch.arange(len(table)), f"{place}, split '{split}'")
         sets[split] = ImageSet(encoded, codes)
     return Source(name, sets, classes, tuple(notes))

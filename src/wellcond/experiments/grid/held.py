@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import wellcond
 from wellcond.experiments.errors import FolderError, RunError
 from wellcond.experiments.results.parquet import RESULTS_TABLE, read_results
-from wellcond.experiments.results.summary import RUNS
 from wellcond.experiments.run.checkpoints import DAMAGED
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.result import EARLIER_RESULT, RunResult, load_result
@@ -19,22 +18,17 @@ from wellcond.experiments.run.result import EARLIER_RESULT, RunResult, load_resu
 log = logging.getLogger("wellcond")
 
 
-def run_folder(out: Path, config: RunConfig) -> Path:
-    return out / RUNS / config.folder_name
-
-
-def held_results(out: Path, configs: Sequence[RunConfig]) -> dict[RunConfig, RunResult]:
+def held_results(out: Path, places: Mapping[RunConfig, Path]) -> dict[RunConfig, RunResult]:
     """Of the runs that have finished: from their folders, or where those are gone from ``results.parquet``."""
     found = {}
-    for config in configs:
-        folder = run_folder(out, config)
+    for config, folder in places.items():
         # Of one that was made longer since, what it had found by then.
         for result in (load_result(folder, EARLIER_RESULT.format(config.epochs)), load_result(folder)):
             if result is not None and result.config == config:
                 found[config] = result
                 break
     table = out / RESULTS_TABLE
-    if len(found) < len(configs) and table.exists():
+    if len(found) < len(places) and table.exists():
         try:
             in_table = {result.config: result for result in read_results(table)}
         except RunError as error:
@@ -42,7 +36,7 @@ def held_results(out: Path, configs: Sequence[RunConfig]) -> dict[RunConfig, Run
             os.replace(table, damaged)
             log.warning("%s; it is set aside as '%s', and written anew from the runs", error, damaged.name)
         else:
-            found |= {c: in_table[c] for c in configs if c in in_table and c not in found}
+            found |= {c: in_table[c] for c in places if c in in_table and c not in found}
     return found
 
 

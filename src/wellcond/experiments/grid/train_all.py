@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 
 from wellcond.experiments.errors import RunError
 from wellcond.experiments.grid.attempt import Executor, Outcome, Task
-from wellcond.experiments.grid.held import run_folder
 from wellcond.experiments.results.parquet import ResultTables
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.result import RunResult, load_result
@@ -18,18 +17,19 @@ log = logging.getLogger("wellcond")
 
 
 def train_all(
-    configs: Sequence[RunConfig],
-    out: Path,
+    places: Mapping[RunConfig, Path],
+    tables: ResultTables,
     done: Mapping[RunConfig, RunResult],
     executor: Executor,
     finished: Callable[[int, RunResult], None],
 ) -> list[RunResult]:
-    """The result of every run, trained or resumed where it is not ``done``; the tables have each as soon as it ends.
+    """The result of every run in its place, trained or resumed where it is not ``done``; the tables have each as soon
+    as it ends.
 
     Raises:
         RunError: some runs failed, each named; the others have finished, unless the disk is full.
     """
-    results, tables = dict(done), ResultTables(out)
+    configs, results = list(places), dict(done)
 
     def keep() -> None:
         tables.write(results[config] for config in configs if config in results)
@@ -40,25 +40,25 @@ def train_all(
     keep()
     missing = [config for config in configs if config not in results]
     troubles: dict[str, Outcome] = {}
-    tasks = [Task(config, run_folder(out, config)) for config in missing]
+    tasks = [Task(config, places[config]) for config in missing]
     with closing(executor(tasks)) as outcomes:
         for place, outcome in outcomes:
             config = missing[place]
             for level, message in outcome.said:
                 log.log(level, "%s", message)
-            result = None if outcome.trouble else load_result(run_folder(out, config))
+            result = None if outcome.trouble else load_result(places[config])
             if result is not None:
                 results[config] = result
                 keep()
                 finished(configs.index(config), result)
                 continue
-            troubles[config.folder_name] = outcome
+            troubles[places[config].name] = outcome
             if outcome.hopeless:
                 break
             if len(results) + len(troubles) < len(configs):
-                log.warning("%s failed, the others go on: %s", config.folder_name, outcome.trouble)
+                log.warning("%s failed, the others go on: %s", places[config].name, outcome.trouble)
     if troubles:
-        raise _failure(troubles, len(configs) - len(results), out)
+        raise _failure(troubles, len(configs) - len(results), tables.out)
     return [results[config] for config in configs]
 
 

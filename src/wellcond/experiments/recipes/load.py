@@ -105,18 +105,20 @@ def _loaded(path: Path, children: tuple[Path, ...]) -> Recipe:
 
 def _in_order(own: list[Row], base: Recipe | None, keep: list[str] | None, where: str) -> tuple[Row, ...]:
     """The rows that are taken from ``base`` and the ``own`` ones, as ``keep`` says, checked against each other."""
-    rows = [*(base.rows if base else ()), *own]
-    names = [one.name for one in rows]
+    taken = {one.name: one for one in (base.rows if base else ())}
+    its = [one.name for one in own]
     if keep is not None:
         for name in keep:
-            require_known(name, names, f"row to keep in {where}", error=ConfigError)
-        rows = [rows[names.index(name)] for name in keep] + [one for one in own if one.name not in keep]
-        names = [one.name for one in rows]
+            require_known(name, [*taken, *its], f"row to keep in {where}", error=ConfigError)
+        taken = {name: one for name, one in taken.items() if name in keep}
+    for name in its:
+        if name in taken or its.count(name) > 1:
+            raise ConfigError(f"{where} has two rows '{name}'")
+    known = {**taken, **dict(zip(its, own, strict=True))}
+    rows = [known[name] for name in dict.fromkeys([*(keep or ()), *known])]
     if not rows:
         raise ConfigError(f"{where} has no rows")
     for one in rows:
-        if names.count(one.name) > 1:
-            raise ConfigError(f"{where} has two rows '{one.name}'")
         if one.against is not None:
-            require_known(one.against, names, f"row to compare '{one.name}' with, in {where}", error=ConfigError)
+            require_known(one.against, known, f"row to compare '{one.name}' with, in {where}", error=ConfigError)
     return tuple(rows)

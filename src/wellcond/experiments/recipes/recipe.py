@@ -13,6 +13,9 @@ from wellcond.experiments.errors import ConfigError
 from wellcond.experiments.run.config import RunConfig, run_config
 from wellcond.experiments.run.parts import takes_solver
 
+ASIDE = {"seed", "threads", "workers", "devices", "monitor_every"}
+"""Options that change how a run is made, and not what it finds."""
+
 FULL = "full"
 """The scale of the recipe as it stands."""
 
@@ -92,7 +95,7 @@ class Recipe:
     def heading(self, configs: Iterable[RunConfig]) -> str:
         """The title, with all in which these runs are not those of the recipe at its full scale."""
         chosen, full = next(iter(configs)), next(iter(self.configs(seeds=1).values()))[0]
-        varied = {"seed", *(name for row in self.rows for name in row.options)}
+        varied = {*ASIDE, *(name for row in self.rows for name in row.options)}
         departures = [
             f"{said.name} {getattr(chosen, said.name)}"
             for said in fields(RunConfig)

@@ -37,9 +37,9 @@ def condition_rows(result: RunResult) -> list[dict[str, Any]]:
     return [{name: row[name] for name in RECORDED if name in row} for row in rows]
 
 
-def condition_table(result: RunResult, out: Path) -> Any:
+def condition_table(result: RunResult, out: Path, label: str) -> Any:
     """What a run recorded up to its last step, as a `pyarrow.Table`."""
-    of_run = {"label": result.config.label, "seed": result.config.seed, "folder": place_of(result, out)}
+    of_run = {"label": label, "seed": result.config.seed, "folder": place_of(result, out)}
     rows = []
     for found in condition_rows(result):
         row = {name: _value(found.get(name), kind) for name, kind in RECORDED.items()}

@@ -10,7 +10,7 @@ Every digit is kept, so that the results can be taken from the file alone (`read
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def _percents(result: RunResult) -> dict[str, float]:
     return found
 
 
-def results_table(results: Sequence[RunResult], out: Path) -> Any:
+def results_table(results: Sequence[RunResult], out: Path, label: Callable[[RunConfig], str]) -> Any:
     """A row a run, as a `pyarrow.Table`."""
     percents = [_percents(result) for result in results]
     names = list(dict.fromkeys(name for result in results for name in result.environment))
@@ -68,7 +68,7 @@ def results_table(results: Sequence[RunResult], out: Path) -> Any:
         machine = {f"{ENVIRONMENT}{name}": value for name, value in result.environment.items()}
         machine |= {name: int(machine[name]) for name in (f"{ENVIRONMENT}{name}" for name in COUNTS) if name in machine}
         measured = {_column(name): getattr(result, name) for name in MEASURED}
-        first = {"label": result.config.label, "folder": place_of(result, out)}
+        first = {"label": label(result.config), "folder": place_of(result, out)}
         return {**first, **result.config.to_dict(), **machine, **percent, **measured, **(layers or [{}])[0]} | {
             "layers": layers
         }
@@ -111,16 +111,16 @@ def _result(row: Mapping[str, Any], out: Path) -> RunResult:
 class ResultTables:
     """The two tables of a comparison in ``out``, made anew after every run; what was read of a run is kept."""
 
-    def __init__(self, out: Path) -> None:
-        self.out, self._conditions = out, dict[str, Any]()
+    def __init__(self, out: Path, label: Callable[[RunConfig], str]) -> None:
+        self.out, self.label, self._conditions = out, label, dict[str, Any]()
 
     def write(self, results: Iterable[RunResult]) -> None:
         """Write both, each atomically."""
         results = list(results)
         for result in results:
             if result.folder not in self._conditions:
-                self._conditions[result.folder] = condition_table(result, self.out)
+                self._conditions[result.folder] = condition_table(result, self.out, self.label(result.config))
         if results:
             recorded = pa.concat_tables([self._conditions[result.folder] for result in results])
             write_table(self.out / CONDITION_TABLE, recorded)  # first: a run in the other table has its records here
-            write_table(self.out / RESULTS_TABLE, results_table(results, self.out))
+            write_table(self.out / RESULTS_TABLE, results_table(results, self.out, self.label))

@@ -17,6 +17,8 @@ from wellcond.experiments.run.result import RunResult
 
 LEVEL = 0.05
 """At which a difference counts as seen; intervals cover 1 − LEVEL."""
+FEWEST = 3
+"""Seeds of which there is an interval: of two the bootstrap knows nothing but the two."""
 POWER = 0.8
 """With which so many seeds as are said to be needed would see a difference."""
 RESAMPLES = 9999
@@ -89,12 +91,14 @@ def _difference(row: str, against: str, values: Sequence[float]) -> Difference:
     std = float(np.std(values, ddof=1))
     if std == 0:  # the same in every seed: there is no noise to compare with
         return Difference(row, against, n, mean, std, mean, mean, 1.0 if mean == 0 else 0.0)
+    p: float = stats.ttest_1samp(values, 0.0)[1]  # pyright: ignore[reportAssignmentType]
+    if n < FEWEST:
+        return Difference(row, against, n, mean, std, math.nan, math.nan, float(p))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # BCa of very few values is degenerate, which the nan says
         interval = stats.bootstrap(
             (values,), np.mean, confidence_level=1 - LEVEL, n_resamples=RESAMPLES, rng=np.random.default_rng(0)
         ).confidence_interval
-    p: float = stats.ttest_1samp(values, 0.0)[1]  # pyright: ignore[reportAssignmentType]
     return Difference(row, against, n, mean, std, float(interval.low), float(interval.high), float(p))
 
 

@@ -150,8 +150,9 @@ def _runs_in(place: Path) -> list[Path]:
     if kind == RUN:
         return [place]
     if kind == COMPARISON:
-        grid = configs_in(folders.read_config(place, COMPARISON))
-        return [place / RUNS / config.folder_name for config in grid]
+        comparison = folders.read_config(place, COMPARISON)
+        names = [config.folder_name for config in configs_in(comparison)]
+        return [place / RUNS / name for name in comparison.get("experiment", {}).get("folders", names)]
     inside = sorted(p for p in place.glob("*") if folders.kind_of(p) in (RUN, COMPARISON)) if kind is None else []
     if not inside:
         raise FolderError(f"'{place}' holds no run; give the folder of a run or a comparison")

@@ -1,0 +1,87 @@
+"""Does training read images as fast as its workers decode them?
+
+A folder of JPEG photographs (smooth noise, 256×256) is read in two ways, in turns: by as many processes as there are
+workers, each of which decodes its share of the files and throws the pixels away; and by the training's own loader, an
+epoch in its random order, with the same number of workers. Both print images a second, and the second over the first
+should be at least 0.9.
+
+    python benchmarks/streaming.py --workers 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from wellcond.experiments.data.batches import ImageDataModule
+from wellcond.experiments.data.load import load_images
+
+WANTED = 0.9
+
+
+def write_images(folder: Path, count: int, side: int) -> None:
+    """JPEG files of quality 90 in two classes, about as large as those of photographs."""
+    draws = np.random.default_rng(0)
+    for i in range(count):
+        coarse = draws.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
+        smooth = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+        grain = draws.normal(0, 6, (side, side, 3))
+        path = folder / "train" / f"class {i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def decode(paths: Sequence[Path]) -> int:
+    """Decode the files, and nothing else."""
+    for path in paths:
+        np.asarray(Image.open(path).convert("RGB"))
+    return len(paths)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few and small images")
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    count, side, rounds = (60, 32, 2) if options.quick else (options.images, options.side, options.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder), count, side)
+        data = load_images(folder, validation=0.01, memory_budget=0)
+        batches = ImageDataModule(data, options.batch, workers=options.workers)
+        loader = batches.train_dataloader()
+        paths = sorted(Path(folder).rglob("*.jpg"))
+        chunks = [paths[i : i + options.batch] for i in range(0, len(paths), options.batch)]
+        alone, ours = [], []
+        with multiprocessing.get_context("fork").Pool(options.workers) as pool:
+            for epoch in range(rounds + 1):
+                start = time.perf_counter()
+                decoded = sum(pool.imap_unordered(decode, chunks))
+                between = time.perf_counter()
+                loader.epoch_sampler.set_epoch(epoch)
+                read = sum(len(labels) for _, labels in loader)
+                end = time.perf_counter()
+                if epoch:  # before, the workers started and the files came into the page cache
+                    alone.append(decoded / (between - start))
+                    ours.append(read / (end - between))
+    ratios = [mine / theirs for mine, theirs in zip(ours, alone, strict=True)]
+    ratio = statistics.median(ratios)
+    print(f"{count} images of {side}×{side}, {options.workers} workers, batches of {options.batch}")
+    print(f"decoding alone {statistics.median(alone):.0f} images/s, the loader {statistics.median(ours):.0f} images/s")
+    print(f"ratio {ratio:.2f} (median of {rounds}; {min(ratios):.2f} to {max(ratios):.2f}), wanted {WANTED}: ", end="")
+    print("met" if ratio >= WANTED else "missed")
+
+
+if __name__ == "__main__":
+    main()

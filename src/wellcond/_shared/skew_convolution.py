@@ -1,0 +1,119 @@
+"""The exponential of a skew-symmetric convolution (Singla and Feizi, SOC, ICML 2021), of a stored filter M.
+
+With [Mᵀ]_{ij,kl} = M_{ji,−k,−l} the kernel of the transposed convolution, L = M − Mᵀ is skew-symmetric as a linear map
+J, for circular padding and for zero padding alike, and exp(J) = Σ J^k/k! is orthogonal. The series is never a kernel:
+it is applied to the features, x + L∗x + L∗L∗x/2 + …. Cut after the power K it is off by at most ‖J‖^{K+1}/(K+1)! (as
+SOC proves: the remainder of the exponential at an imaginary argument is no larger than its first term), so L is scaled
+down where the four-way bound of ‖J‖ says that it might exceed ``max_norm``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .operator_norm import skew_convolution_norm_bound
+from .precision import full_precision, working_dtype
+
+TERMS, MAX_NORM = 5, 1.5
+"""The highest power of the series in training, and the bound of ‖J‖."""
+
+
+def truncation_error(norm: float, terms: int) -> float:
+    """The largest distance of the series cut after the power ``terms`` from the exponential: norm^{K+1}/(K+1)!."""
+    return norm ** (terms + 1) / math.factorial(terms + 1)
+
+
+def exact_terms(max_norm: float, dtype: torch.dtype, terms: int) -> int:
+    """The highest power, ``terms`` at least, after which the series is exact to the rounding of ``dtype``."""
+    while truncation_error(max_norm, terms) > torch.finfo(dtype).eps:
+        terms += 1
+    return terms
+
+
+def stored_channels(in_channels: int, out_channels: int, stride: int) -> int:
+    """The c of a stored filter (c, c, kh, kw): a rotation has as many channels on either side."""
+    return max(in_channels * stride**2, out_channels)
+
+
+def skew_kernel(M: Tensor) -> Tensor:
+    """M − Mᵀ, the transpose as a convolution; float32 or better."""
+    M = M.to(working_dtype(M.dtype))
+    return M - M.transpose(0, 1).flip(-1, -2)
+
+
+def bounded_skew_kernel(M: Tensor, max_norm: float) -> Tensor:
+    """The kernel L (c, c, kh, kw), scaled to ‖J‖ ≤ ``max_norm``."""
+    with full_precision(M):
+        L = skew_kernel(M)
+        return L * (max_norm / skew_convolution_norm_bound(L).clamp_min(max_norm))
+
+
+def at_the_bound(M: Tensor, max_norm: float) -> Tensor:
+    """M times the number at which the bound of ‖J‖ is ``max_norm``: where the scaling down begins."""
+    with full_precision(M):
+        bound = skew_convolution_norm_bound(skew_kernel(M))
+        # One channel with a 1 × 1 kernel has no skew part at all.
+        return (M * torch.where(bound > 0, max_norm / bound, 1.0)).to(M.dtype)
+
+
+def skew_orthogonal_convolution(
+    x: Tensor, L: Tensor, *, out_channels: int, stride: int, terms: int, padding_mode: str
+) -> Tensor:
+    """exp(J) of x (N, in, H, W), to (N, out, H/stride, W/stride): s × s pixels are s² channels, and zeros fill up.
+
+    Raises:
+        ValueError: a size that ``stride`` does not divide.
+    """
+    if x.shape[2] % stride or x.shape[3] % stride:
+        raise ValueError(f"expected a size divisible by stride={stride} (got {tuple(x.shape[2:])})")
+    x = F.pixel_unshuffle(x, stride) if stride > 1 else x
+    x = F.pad(x, (0, 0, 0, 0, 0, L.shape[0] - x.shape[1])) if x.shape[1] < L.shape[0] else x
+    L = L.to(x.dtype)
+    total = power = x
+    for k in range(1, terms + 1):
+        power = _convolve(power, L / k, padding_mode)
+        total = total + power
+    return total[:, :out_channels]
+
+
+def _convolve(x: Tensor, L: Tensor, padding_mode: str) -> Tensor:
+    rows, columns = L.shape[2] // 2, L.shape[3] // 2
+    if padding_mode == "zeros":
+        return F.conv2d(x, L, padding=(rows, columns))
+    return F.conv2d(F.pad(x, (columns, columns, rows, rows), mode="circular"), L)
+
+
+def kernel_of_the_exponential(L: Tensor, *, in_channels: int, out_channels: int, stride: int, terms: int) -> Tensor:
+    """The kernel (out, in, s·(2K⌊kh/2⌋ + 1), …) that is exp(J) away from the borders, as of a convolution of stride s.
+
+    It is what the rotation makes of one pixel, so it costs as much as in·s² images of its size.
+    """
+    size = [2 * terms * (k // 2) + 1 for k in L.shape[2:]]
+    n = in_channels * stride**2
+    pixel = torch.zeros(n, n, *size, dtype=L.dtype, device=L.device)
+    pixel[:, :, size[0] // 2, size[1] // 2] = torch.eye(n, dtype=L.dtype, device=L.device)
+    with full_precision(L):
+        response = skew_orthogonal_convolution(
+            pixel, L, out_channels=out_channels, stride=1, terms=terms, padding_mode="zeros"
+        )
+    return F.pixel_shuffle(response.transpose(0, 1).flip(-1, -2), stride)
+
+
+def filled_up(weight: Tensor, stride: int) -> Tensor:
+    """The filter (c, c, kh, kw), zeros around it, with which s × s pixels as channels are convolved as by ``weight``
+    (out, in, kh, kw) with the stride s."""
+    out_channels, in_channels, *kernel = weight.shape
+    c = stored_channels(in_channels, out_channels, stride)
+    coarse = weight.new_zeros(out_channels, in_channels, stride, stride, *kernel)
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            # Offsets from the middle are s·q + r, with q the offset on the coarse grid and r the pixel inside.
+            (qi, ri), (qj, rj) = divmod(i - kernel[0] // 2, stride), divmod(j - kernel[1] // 2, stride)
+            coarse[:, :, ri, rj, qi + kernel[0] // 2, qj + kernel[1] // 2] = weight[:, :, i, j]
+    M = weight.new_zeros(c, c, *kernel)
+    M[:out_channels, : in_channels * stride**2] = coarse.flatten(1, 3)
+    return M

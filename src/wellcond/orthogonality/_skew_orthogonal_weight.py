@@ -1,0 +1,151 @@
+"""The orthogonal weight of ``map="soc"``: a convolution that is orthogonal as a map on images, of whatever channels.
+
+It is the skew-orthogonal convolution of Singla and Feizi (ICML 2021), which the authors of the paper ran under the name
+of OW. The parameter becomes its stored filter M (c, c, kh, kw) with c = max(in·stride², out), and the layer's output
+exp(J) x, with J the convolution by M − Mᵀ: eq. (13) with the transpose of the map on images instead of the matrix's.
+It starts from the filter that the layer had, filled up with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from wellcond._shared.checks import refuse_in_onnx
+from wellcond._shared.skew_convolution import (
+    MAX_NORM,
+    TERMS,
+    at_the_bound,
+    bounded_skew_kernel,
+    exact_terms,
+    filled_up,
+    kernel_of_the_exponential,
+    skew_orthogonal_convolution,
+    stored_channels,
+)
+
+from ._matrix import Target, parametrisations
+from ._orthogonal_weight import LAYER_MAPS, OrthogonalWeight
+from ._sharded import whole
+from ._weight_treatment import TO_PLAIN, WeightTreatment
+
+SAME = "zeros around the border or circular padding, half of the kernel wide"
+
+
+class SkewOrthogonalWeight(OrthogonalWeight):
+    """The parametrisation: from M to the kernel of exp(J) away from the borders, which is the layer's ``weight``.
+
+    The layer itself computes exp(J) x by the series, which is orthogonal at the borders too.
+
+    Args:
+        channels, stride: of the layer that a state was saved from, to be the same; its square filter does not tell.
+
+    Attributes:
+        plain_shape: of the weight that the layer had, (out, in, kh, kw).
+        skew_orthogonal: the options of a ``wellcond.nn.SkewOrthogonalConv2d`` that is this layer.
+    """
+
+    computes_layer = True
+    scale_invariant = True
+
+    def __init__(
+        self, target: Target, *, map: str = "soc", channels: Sequence[int] | None = None, stride: int | None = None
+    ) -> None:
+        WeightTreatment.__init__(self, target)
+        self.map = map
+        if trouble := _trouble(target.layer):
+            raise ValueError(f"{self.treatment} of {target.where}: map='soc' takes {trouble}; choose another map")
+        layer = cast(nn.Conv2d, target.layer)
+        self.plain_shape, self.channels = layer.weight.shape, (layer.in_channels, layer.out_channels)
+        self.stride, self.padding_mode = layer.stride[0], layer.padding_mode
+        for saved, own, name in ((channels, list(self.channels), "channels"), (stride, self.stride, "stride")):
+            if saved is not None and saved != own:
+                raise ValueError(
+                    f"{self.treatment} of {target.where}: its {name} were {saved} when it was saved, not {own}"
+                )
+        c = stored_channels(layer.in_channels, layer.out_channels, self.stride)
+        self.stored_shape = torch.Size([c, c, *layer.kernel_size])
+
+    def meaning(self) -> dict[str, Any]:
+        """Also what the shape of the square filter does not tell."""
+        return {"treatment": self.name, "map": self.map, "channels": list(self.channels), "stride": self.stride}
+
+    @property
+    def skew_orthogonal(self) -> dict[str, Any]:
+        options = {"stride": self.stride, "padding_mode": self.padding_mode, "terms": TERMS, "max_norm": MAX_NORM}
+        return dict(zip(("in_channels", "out_channels"), self.channels, strict=True)) | {
+            "kernel_size": tuple(self.plain_shape[2:]),
+            **options,
+        }
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The filter (c, c, kh, kw) of a plain weight, as long as can be before it is scaled down."""
+        if weight.shape != self.plain_shape:
+            if weight.shape == self.stored_shape:  # the filter itself, when a pickle is opened
+                return weight
+            raise ValueError(
+                f"{self.treatment} of {self.where}: its weight is of shape {tuple(self.plain_shape)}, "
+                f"got {tuple(weight.shape)}"
+            )
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{self.treatment} of {self.where}: its weight holds NaN or infinite entries")
+        with torch.no_grad():
+            return at_the_bound(filled_up(weight.detach(), self.stride), MAX_NORM)
+
+    def forward(self, stored: Tensor) -> Tensor:
+        kernel = kernel_of_the_exponential(
+            bounded_skew_kernel(stored, MAX_NORM),
+            in_channels=self.channels[0],
+            out_channels=self.channels[1],
+            stride=self.stride,
+            terms=TERMS,
+        )
+        return kernel.to(stored.dtype)
+
+    def layer_forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        refuse_in_onnx(f"operator for the {self.treatment} of a layer", TO_PLAIN)
+        if x.ndim != 4 or x.shape[1] != self.channels[0]:
+            raise ValueError(f"expected 4D input with {self.channels[0]} channels (got shape {tuple(x.shape)})")
+        stored, bias = whole(parametrisations(layer).original), layer.bias
+        y = skew_orthogonal_convolution(
+            x,
+            bounded_skew_kernel(stored, MAX_NORM),
+            out_channels=self.channels[1],
+            stride=self.stride,
+            terms=TERMS if layer.training else exact_terms(MAX_NORM, x.dtype, TERMS),
+            padding_mode=self.padding_mode,
+        )
+        return y if bias is None else y + cast(Tensor, bias).to(y.dtype).view(-1, 1, 1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return WeightTreatment._apply(self, fn, recurse)  # it has no frame
+
+    def extra_repr(self) -> str:
+        return f"map={self.map!r}"
+
+
+LAYER_MAPS["soc"] = SkewOrthogonalWeight
+
+
+def _trouble(layer: nn.Module | None) -> str:
+    """What the layer is not, and would have to be."""
+    kind: Any = type(layer).__bases__[0] if layer is not None and parametrize.is_parametrized(layer) else type(layer)
+    if not isinstance(layer, nn.Conv2d) or kind.forward is not nn.Conv2d.forward:
+        return f"nn.Conv2d layers only, got {kind.__name__}"
+    if parametrize.is_parametrized(layer):
+        return "layers without other parametrisations"
+    kernel, stride = layer.kernel_size, layer.stride
+    if any(k % 2 == 0 for k in kernel):
+        return f"kernels of odd size, got {kernel}"
+    same = tuple(k // 2 for k in kernel)
+    if layer.padding_mode not in ("zeros", "circular") or layer.padding not in ("same", same):
+        return f"{SAME}, {same} here, got padding={layer.padding!r}, padding_mode={layer.padding_mode!r}"
+    if layer.groups != 1 or any(d != 1 and k > 1 for d, k in zip(layer.dilation, kernel, strict=True)):
+        return f"no groups and no dilation, got groups={layer.groups}, dilation={layer.dilation}"
+    if stride[0] != stride[1]:
+        return f"one stride for rows and columns, got {stride}"
+    return ""
