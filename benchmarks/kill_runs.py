@@ -23,6 +23,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -119,8 +120,7 @@ def same(one: Path, other: Path) -> bool:
     for state in states:
         state["callbacks"].pop("RunLog")  # holds times
     rows = [read_csv(folder / "metrics.csv") for folder in (one, other)]
-    for row in rows[0] + rows[1]:
-        del row["seconds"]
+    rows = [[{name: row[name] for name in row if "second" not in name} for row in table] for table in rows]
     conditions = [(folder / "condition.csv").read_bytes() for folder in (one, other)]
     return bits(states[0]) == bits(states[1]) and rows[0] == rows[1] and conditions[0] == conditions[1]
 
@@ -170,6 +170,7 @@ def main() -> None:
             in_fork(WORK[kind], out)
             killed[kind] += 1
             equal[kind] += all_same(whole[kind], out)
+            print(f"\r{equal.total()} of {killed.total()} equal", end="", file=sys.stderr, flush=True)
             shutil.rmtree(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
