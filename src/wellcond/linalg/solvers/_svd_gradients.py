@@ -2,8 +2,8 @@
 
 Eq. (7) takes the gradient through the eigenvectors, U (Kᵀ ∘ Uᴴ ∂l/∂U) Uᴴ with K_ij = 1/(λi − λj), which is infinite
 where eigenvalues repeat. Song, Sebe and Wang ("Why approximate matrix square root outperforms accurate SVD in global
-covariance pooling?", ICCV 2021, arXiv 2105.02498) compare them, and their parameters are facts of their released
-code. Most write, for λi > λj, K_ij = 1/λi · 1/(1 − x) with x = λj/λi, K antisymmetric, and put an r(x) for the second
+covariance pooling?", ICCV 2021, arXiv 2105.02498) compare them; the defaults are those of their released code.
+Most write, for λi > λj, K_ij = 1/λi · 1/(1 − x) with x = λj/λi, K antisymmetric, and put an r(x) for the second
 factor. In the gradient of a root that is to multiply what the pair (i, j) contributes to the exact gradient by
 φ = r(x) (1 − x): all of it for well-separated eigenvalues, nothing at repeated ones, where it depends on the basis that
 the eigenspace happens to get. Where 0 ≤ φ ≤ 1 the gradient is no larger than the exact one; the bound on K says by how
