@@ -2,8 +2,8 @@
 
 Eq. (7) takes the gradient through the eigenvectors, U (Kᵀ ∘ Uᴴ ∂l/∂U) Uᴴ with K_ij = 1/(λi − λj), which is infinite
 where eigenvalues repeat. Song, Sebe and Wang ("Why approximate matrix square root outperforms accurate SVD in global
-covariance pooling?", ICCV 2021, arXiv 2105.02498) compare six remedies, whose parameters are facts of their released
-code. Most write, for λi > λj, K_ij = 1/λi · 1/(1 − x) with x = λj/λi, K antisymmetric, and put an r(x) for the second
+covariance pooling?", ICCV 2021, arXiv 2105.02498) compare them; the defaults are those of their released code.
+Most write, for λi > λj, K_ij = 1/λi · 1/(1 − x) with x = λj/λi, K antisymmetric, and put an r(x) for the second
 factor. In the gradient of a root that is to multiply what the pair (i, j) contributes to the exact gradient by
 φ = r(x) (1 − x): all of it for well-separated eigenvalues, nothing at repeated ones, where it depends on the basis that
 the eigenspace happens to get. Where 0 ≤ φ ≤ 1 the gradient is no larger than the exact one; the bound on K says by how
@@ -13,11 +13,12 @@ much rounding is amplified:
 gradient           r(x), or what it is                          φ                       |K_ij| ≤
 =================  ===========================================  ======================  ============
 analytic           1/(1 − x)                                    1                       infinite
+overflow_check     1/(1 − x)                                    1, and 0 where x = 1    finite ones
 pade               1/(1 − x), every approximant of itself       1, and 0 where x = 1    2/(eps λi)
 taylor             1 + x + … + x^k                              1 − x^(k+1)             (k + 1)/λi
 power_iteration    the same, or one term less                   see there, in [−2, 2]   (k + 1)/λi
 truncated          K clipped to [−bound, bound]                 min(1, bound (λi − λj)) bound
-top_n              1/(1 − x) of the first n, λ = 0 behind them  see there               infinite
+top_n              1/(1 − x) of the first n, λ = 0 behind them  see there               finite ones
 newton_schulz      the gradient of another function             —                       —
 =================  ===========================================  ======================  ============
 
@@ -25,7 +26,7 @@ Where this departs from the released code: there the eigenvalues below the machi
 in the root as well and whatever the scale of P; here eigenvalues below eps times the largest are raised to that, and in
 the gradient alone, so that all gradients belong to one root. There both entries of an exactly tied pair have the same
 sign, a gradient of 2 r(1)/√λ; here K is antisymmetric there too. There what is infinite gives way to the largest finite
-entry of the whole batch; here nothing is patched.
+entry of the whole batch, in K and in the products with it; here to that of the matrix, in K alone.
 """
 
 from __future__ import annotations

@@ -20,6 +20,17 @@ from .newton_schulz import NewtonSchulz
 
 
 @dataclass(frozen=True)
+class OverflowCheck(Remedy):
+    """1/(λi − λj), and where it is infinite the largest of the matrix that is not: the plain SVD layer as it was
+    released, with which the published baselines were trained."""
+
+    name: ClassVar[str] = "overflow_check"
+
+    def size(self, large: Tensor, small: Tensor, leads: Tensor) -> Tensor:
+        return without_overflow(1 / (large - small))
+
+
+@dataclass(frozen=True)
 class Pade(Remedy):
     """1/λi · 1/(1 − λj/λi), as a Padé approximant of the geometric series gives it.
 
@@ -96,9 +107,9 @@ class TopN(Remedy):
     """1/(λi − λj) through the first ``n`` eigenvectors alone; those behind them count as zero, and have no gradient.
 
     It is the derivative of Σ λi^{±1/2} ui uiᴴ over i ≤ n at the matrix without its other eigenvalues: between them
-    nothing, between i ≤ n < j the divided difference with λj = 0, and the exact one for i, j ≤ n, which is infinite
-    where two of those repeat: ``n`` is to be below the rank. As published it is 206 of 256 channels, in proportion for
-    other sizes (``n=None``). There the root itself is cut off too; here the root is that of the whole matrix.
+    nothing, between i ≤ n < j the divided difference with λj = 0, and the exact one for i, j ≤ n, with the overflow
+    check where two of those repeat. As published n is 206 of 256 channels, in proportion for other sizes (``n=None``).
+    There the root itself is cut off too; here the root is that of the whole matrix.
     """
 
     name: ClassVar[str] = "top_n"
@@ -114,7 +125,7 @@ class TopN(Remedy):
         return torch.where(kept, super().spectrum(eigvals), 0.0)
 
     def size(self, large: Tensor, small: Tensor, leads: Tensor) -> Tensor:
-        return torch.where(large > 0, 1 / (large - small), 0.0)
+        return torch.where(large > 0, without_overflow(1 / (large - small)), 0.0)
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,12 @@ class OfNewtonSchulz(Analytic):
 
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
         return NewtonSchulz(self.steps, tolerance=None).backward(done, grads)
+
+
+def without_overflow(size: Tensor) -> Tensor:
+    """Infinite entries replaced by the largest finite one of each matrix, 0 where there is none."""
+    finite = torch.where(size.isfinite(), size, 0.0)
+    return torch.where(size.isfinite(), size, finite.amax((-2, -1), keepdim=True))
 
 
 def geometric_sum(large: Tensor, small: Tensor, order: int) -> Tensor:
@@ -150,7 +167,7 @@ def require_count(value: Any, name: str) -> None:
 
 
 GRADIENTS: dict[str, type[Analytic]] = {
-    kind.name: kind for kind in (Analytic, Pade, Taylor, PowerIteration, Truncated, TopN, OfNewtonSchulz)
+    kind.name: kind for kind in (Analytic, OverflowCheck, Pade, Taylor, PowerIteration, Truncated, TopN, OfNewtonSchulz)
 }
 """Every gradient by its name. A new one is a class above and an entry here."""
 

@@ -46,11 +46,14 @@ class Svd(Solver):
         gradient: what the gradient has for 1/(λi − λj):
 
             - ``"analytic"``: 1/(λi − λj), the paper's baseline, infinite at repeated eigenvalues;
+            - ``"overflow_check"``: the same, with the largest finite one of the matrix where it is infinite, as the
+              published baselines were trained;
             - ``"pade"``: 1/λi · 1/(1 − λj/λi), which stays finite, 2/(eps λi) at most;
             - ``"taylor"``: 1/λi · Σ (λj/λi)^k up to the degree ``order`` = 100;
             - ``"power_iteration"``: that of ``order`` + 1 = 21 steps of power iteration with deflation;
             - ``"truncated"``: 1/(λi − λj) between ±``bound`` = 1e10;
-            - ``"top_n"``: 1/(λi − λj) through the first ``n`` eigenvectors (default 206/256 of them, rounded up);
+            - ``"top_n"``: 1/(λi − λj) through the first ``n`` eigenvectors (206/256 of them, rounded up), with the
+              overflow check;
             - ``"newton_schulz"``: the gradient of ``steps`` = 5 Newton–Schulz iterations instead.
 
             ``_svd_gradients.py`` says of each what it comes to and its bound, ``_svd_remedies.py`` its source.
