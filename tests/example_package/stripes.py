@@ -5,7 +5,7 @@ import torch
 from wellcond.experiments.data.images import ImageSet
 from wellcond.experiments.data.tables import Source
 
-RECIPE = {"model": "resnet8", "width": 4, "epochs": 1, "batch_size": 16, "augment": False, "threads": 1}
+SETTINGS = {"model": "resnet8", "width": 4, "epochs": 1, "batch_size": 16, "augment": False, "threads": 1}
 
 
 def load():
