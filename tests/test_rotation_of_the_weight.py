@@ -143,7 +143,7 @@ def test_a_weight_that_turns_too_far_is_said_once_by_name():
         return [str(one.message) for one in said if "turns" in str(one.message)]
 
     (message,) = run({"nog": {"scale": "paper"}})
-    assert "the weight of layer '0' turns by" in message and "(step 30; 10% and more in 3 records" in message
+    assert "the weight of layer '0' turns by" in message and "(step 30; more than 10% in 3 records" in message
     assert "'scale': 'gradient'" in message and "'map': 'soc'" in message
     assert run({}) == []
 

@@ -215,3 +215,26 @@ def test_a_run_of_the_command_resumes_bit_for_bit_and_is_inspected(tmp_path, mon
     # Images of one channel, a kernel of 3 (of 5 for the digits), and the series cut after the power 5.
     assert weight.rows == 8 and weight.columns in (11**2, 21**2)
     assert 0 < weight.smallest <= weight.largest <= 1.1
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped:UserWarning")
+def test_sharded_it_trains_as_a_whole(one_process):
+    from torch.distributed.fsdp import fully_shard
+
+    expected, _, _ = trained(3)
+    model = net()
+    orthogonal_weight(model[0], map="soc")
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = sgd(model)
+    handle = treat(model, optimizer, "nog+olr", layers=["0"])
+    train(model, optimizer, batches(3))
+    whole = {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in model.state_dict().items()
+    }
+    assert_same_weights(whole, expected)
+    assert handle.nog.counts()["0"]["treated"] == 3
+    with pytest.raises(ValueError, match="sharded over processes already"):
+        treat(model, optimizer, "ow", layers=["3"], options=SOC)

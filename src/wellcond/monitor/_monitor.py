@@ -22,7 +22,7 @@ from wellcond._shared.torch_internals import in_backward_pass
 from . import _display
 from ._probe import Hook, attach, observed, solver_counts, watched_layers
 from ._record import FIELDS, MEASURES, ConditionRecord, alarms, measure, medians, records_of
-from ._rotation import Turning, pending_of, turnings, warn_if_too_far
+from ._rotation import Turning, pending_of, turnings
 from ._writers import as_writers, deliver
 
 
@@ -33,6 +33,10 @@ class ConditionMonitor:
     under gradient accumulation, and the only right count when only parts of ``model`` are called). A layer is recorded
     at the first of its forward passes in every block of ``every`` steps: at steps 0, ``every``, 2 ``every``, … of an
     ordinary loop. Between records nothing is computed and nothing waits for the device; activations are only read.
+
+    A record also says how far the weight in use before the layer moved in the step before (``rotation``), where tracing
+    finds that layer: it is looked at when the step begins and when it has ended. Three records in a row above 10 %,
+    from step 20 on, are one ``RuntimeWarning`` a layer.
 
     Under DistributedDataParallel each process watches its own share of the batch (give ``writers`` to one of them);
     under autocast and in half precision the spectra are still computed in float64; a deep copy or a pickle of the model
@@ -100,7 +104,6 @@ class ConditionMonitor:
         self._last: dict[str, int] = {}
         self._events = {name: solver_counts(layer) for name, layer in self.layers.items()}
         self._turning = turnings(model, list(self.layers))
-        self._warned: set[str] = set()
         self._handles = []
         for name, layer in self.layers.items():
             if hasattr(layer, "layer_name"):
@@ -138,8 +141,7 @@ class ConditionMonitor:
         self._events[name] = solver_counts(layer)
         record = measure(features, eps, self.max_matrices, self.step, name, failures, retries, turning.take())
         self.records.append(record)
-        if name not in self._warned and warn_if_too_far(self.of(name), turning.where):
-            self._warned.add(name)
+        turning.note(record)
         for writer in self.writers:
             deliver(record, writer)
         if self.on_alarm is not None:
