@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from wellcond.experiments import folders
-from wellcond.experiments.data.load import ImageData, load_images
+from wellcond.experiments.data.load import ImageData
 from wellcond.experiments.errors import ConfigError, FolderError
 from wellcond.experiments.files import write_csv, write_json
 from wellcond.experiments.results.summary import COMPARISON, RUNS, as_columns, by_label, configs_in, summarise
+from wellcond.experiments.run.build import build, load
 from wellcond.experiments.run.config import NO_TREATMENT, RunConfig
 from wellcond.experiments.run.parts import is_treatable
 from wellcond.experiments.run.result import EARLIER_RESULT, RunResult, load_result
 from wellcond.experiments.run.train import MADE as MADE_BY_RUN
-from wellcond.experiments.run.train import build, run
+from wellcond.experiments.run.train import run
 from wellcond.experiments.show.figures import condition_figure, save_figure
 
 log = logging.getLogger("wellcond")
@@ -60,10 +61,10 @@ def compare(
         raise ConfigError("nothing to compare: the grid is empty")
     if len(set(configs)) < len(configs):
         raise ConfigError("the same configuration and seed is in the grid twice")
-    if len({(config.data, config.image_size, config.limit) for config in configs}) > 1:
+    if len({(config.data, config.image_size, config.limit, config.crop) for config in configs}) > 1:
         raise ConfigError("a comparison is on one data set")
     with folders.claimed(out, lambda: _check(out, configs, resume, overwrite)):
-        data = load_images(configs[0].data, image_size=configs[0].image_size, limit=configs[0].limit)
+        data = load(configs[0])
         for config in {config.label: config for config in configs}.values():  # find what is wrong before writing
             build(config, data)
         grid = {"runs": [config.to_dict() for config in configs]}
