@@ -20,22 +20,21 @@ from typing import Any
 
 import wellcond
 from wellcond.experiments import folders
-from wellcond.experiments.data.load import load_images
 from wellcond.experiments.errors import ConfigError, FolderError
 from wellcond.experiments.files import write_csv, write_json
-from wellcond.experiments.grid.attempt import Executor, here
+from wellcond.experiments.grid.attempt import Executor, here, same_images
 from wellcond.experiments.grid.held import held_results, refuse_another_version, with_threads
 from wellcond.experiments.grid.train_all import train_all
 from wellcond.experiments.results.condition import CONDITION_TABLE
 from wellcond.experiments.results.experiment import Experiment
 from wellcond.experiments.results.parquet import RESULTS_TABLE, ResultTables
 from wellcond.experiments.results.summary import COMPARISON, RUNS, as_columns, by_label, configs_in, summarise
+from wellcond.experiments.run.build import build, load
 from wellcond.experiments.run.checkpoints import DAMAGED
 from wellcond.experiments.run.config import NO_TREATMENT, RunConfig
 from wellcond.experiments.run.parts import is_treatable
 from wellcond.experiments.run.result import RunResult
 from wellcond.experiments.run.train import MADE as MADE_BY_RUN
-from wellcond.experiments.run.train import build
 from wellcond.experiments.show.figures import BOTH, PAPERS, condition_figure, save_figure
 
 log = logging.getLogger("wellcond")
@@ -83,8 +82,8 @@ def compare(
         raise ConfigError("nothing to compare: the grid is empty")
     if len(set(configs)) < len(configs):
         raise ConfigError("the same configuration and seed is in the grid twice")
-    if len({(config.data, config.image_size, config.limit) for config in configs}) > 1:
-        raise ConfigError("a comparison is on one data set")
+    if len({same_images(config) for config in configs}) > 1:
+        raise ConfigError("a comparison is on one data set, and its images are brought to one size by one kind of crop")
     elsewhere = _elsewhere(jobs, executor)
     marked = _marked(out, resume, overwrite)
     configs = with_threads(configs, configs_in(marked) if resume else [], apart=elsewhere is not None)
@@ -96,7 +95,7 @@ def compare(
         done = held_results(out, places) if resume else {}
         if resume and len(done) < len(configs):
             refuse_another_version(out, marked.get("version"), list(done.values()))
-        data = load_images(configs[0].data, image_size=configs[0].image_size, limit=configs[0].limit)
+        data = load(configs[0])
         for config in {
             experiment.label(config): config for config in configs
         }.values():  # find what is wrong before writing
