@@ -19,6 +19,7 @@ from wellcond.experiments.errors import FolderError, RunError
 from wellcond.experiments.files import read_csv, write_json
 from wellcond.experiments.report import report
 from wellcond.experiments.results.parquet import ResultTables, read_results
+from wellcond.experiments.results.summary import SHORT
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.result import load_result
 from wellcond.experiments.run.training import Classifier
@@ -61,7 +62,7 @@ def test_every_result_comes_back_with_every_digit(done, tmp_path):
         config=replace(held[0].config, limit=None, lr=0.1 + 0.2, data="päth/ß"),
     )
     (tmp_path / "runs" / "odd").mkdir(parents=True)
-    ResultTables(tmp_path).write([odd, replace(held[1], folder=str(tmp_path / "runs" / "other"))])
+    ResultTables(tmp_path, SHORT).write([odd, replace(held[1], folder=str(tmp_path / "runs" / "other"))])
     assert read_results(tmp_path)[0] == odd
 
 
@@ -175,7 +176,7 @@ def test_a_full_disk_leaves_the_tables_as_they_were(done, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         full_disk_after(1000, patch)
         with pytest.raises(OSError, match="No space left"):
-            ResultTables(out).write(read_results(out))
+            ResultTables(out, SHORT).write(read_results(out))
     assert {name: (out / f"{name}.parquet").read_bytes() for name in before} == before
     assert not list(out.glob(".*.part"))
 

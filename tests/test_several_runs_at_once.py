@@ -126,7 +126,7 @@ def test_a_run_that_fails_does_not_keep_the_others_from_finishing(tmp_path, capl
     out = tmp_path / "out"
     (out / "runs" / "batch-seed0").mkdir(parents=True)
     (out / "runs" / "batch-seed0" / "thesis.tex").write_text("years of work")
-    (out / "config.json").write_text(json.dumps({"kind": "comparison", "config": {"runs": []}}))
+    (out / "config.json").write_text(json.dumps({"kind": "comparison", "config": {"runs": [configs[2].to_dict()]}}))
     with caplog.at_level(logging.WARNING, logger="wellcond"), pytest.raises(RunError) as failed:
         compare(configs, out, resume=True)
     said = str(failed.value)
@@ -171,14 +171,15 @@ def test_a_run_whose_process_dies_again_and_again_is_given_up(tmp_path, monkeypa
 
 
 def test_a_process_loads_the_images_once(tmp_path, monkeypatch):
+    """Until a run needs others."""
     loaded = []
-    real = attempt.load_images
-    monkeypatch.setattr(attempt, "load_images", lambda *a, **o: loaded.append(a) or real(*a, **o))
-    attempt._loaded.cache_clear()
-    for seed in range(2):
-        assert attempt.attempt(attempt.Task(small(epochs=1, seed=seed), tmp_path / str(seed))) == attempt.Outcome()
-    assert len(loaded) == 1
-    attempt._loaded.cache_clear()
+    real = attempt.load
+    monkeypatch.setattr(attempt, "load", lambda config: loaded.append(config) or real(config))
+    monkeypatch.setattr(attempt, "_KEPT", {})
+    configs = [small(epochs=1, seed=seed) for seed in range(2)] + [small(epochs=1, limit=100)]
+    for place, config in enumerate(configs):
+        assert attempt.attempt(attempt.Task(config, tmp_path / str(place))) == attempt.Outcome()
+    assert loaded == [configs[0], configs[2]]
 
 
 @pytest.mark.parametrize(

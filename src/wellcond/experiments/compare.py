@@ -22,7 +22,7 @@ import wellcond
 from wellcond.experiments import folders
 from wellcond.experiments.errors import ConfigError, FolderError
 from wellcond.experiments.files import write_csv, write_json
-from wellcond.experiments.grid.attempt import Executor, here
+from wellcond.experiments.grid.attempt import Executor, here, same_images
 from wellcond.experiments.grid.held import held_results, refuse_another_version, with_threads
 from wellcond.experiments.grid.train_all import train_all
 from wellcond.experiments.results.condition import CONDITION_TABLE
@@ -82,8 +82,8 @@ def compare(
         raise ConfigError("nothing to compare: the grid is empty")
     if len(set(configs)) < len(configs):
         raise ConfigError("the same configuration and seed is in the grid twice")
-    if len({(config.data, config.image_size, config.limit, config.crop) for config in configs}) > 1:
-        raise ConfigError("a comparison is on one data set")
+    if len({same_images(config) for config in configs}) > 1:
+        raise ConfigError("a comparison is on one data set, and its images are brought to one size by one kind of crop")
     elsewhere = _elsewhere(jobs, executor)
     marked = _marked(out, resume, overwrite)
     configs = with_threads(configs, configs_in(marked) if resume else [], apart=elsewhere is not None)
@@ -96,9 +96,8 @@ def compare(
         if resume and len(done) < len(configs):
             refuse_another_version(out, marked.get("version"), list(done.values()))
         data = load(configs[0])
-        for config in {
-            experiment.label(config): config for config in configs
-        }.values():  # find what is wrong before writing
+        rows = {experiment.label(config): config for config in configs}
+        for config in rows.values():  # find what is wrong before writing
             build(config, data)
         version = marked.get("version") if resume else wellcond.__version__
         grid = {"version": version, "runs": [config.to_dict() for config in configs]}

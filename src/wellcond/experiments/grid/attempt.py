@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import logging
 import os
 import traceback
@@ -11,9 +10,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wellcond.experiments import folders
-from wellcond.experiments.data.load import ImageData, load_images
+from wellcond.experiments.data.load import ImageData
+from wellcond.experiments.run.build import load
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.train import run
 
@@ -68,13 +69,21 @@ def attempt_elsewhere(task: Task) -> Outcome:
     return Outcome(outcome.trouble, outcome.details, outcome.hopeless, tuple(said))
 
 
+_KEPT: dict[tuple[Any, ...], ImageData] = {}
+"""The images that this process has loaded last."""
+
+
 def _images(config: RunConfig) -> ImageData:
-    return _loaded(config.data, config.image_size, config.limit)
+    key = same_images(config)
+    if key not in _KEPT:
+        _KEPT.clear()
+        _KEPT[key] = load(config)
+    return _KEPT[key]
 
 
-@functools.lru_cache(maxsize=1)
-def _loaded(data: str, image_size: int | None, limit: int | None) -> ImageData:
-    return load_images(data, image_size=image_size, limit=limit)
+def same_images(config: RunConfig) -> tuple[Any, ...]:
+    """Of two configurations it is equal if they are trained on the same images in the same form."""
+    return config.data, config.image_size, config.limit, config.crop == "resized"
 
 
 @contextmanager
