@@ -81,7 +81,7 @@ def comparison_table(rows: Sequence[Any], title: str = "") -> Table:
     measured = ["κ(P)", "κ(P+εI)", "rank", "eff. rank", "fails", f"s{SPACE}per step"]
     several_seeds = any(row.seeds > 1 for row in rows)
     return Table(
-        ["configuration", f"test error{SPACE}%", "min", *layer, *measured],
+        ["method", f"test error{SPACE}%", "min", *layer, *measured],
         body,
         caption=("± is the sample standard deviation over the seeds (n − 1). " if several_seeds else "")
         + "κ and ranks: medians over steps, then over seeds, of the layer's batch covariance P. Fails: decompositions "
@@ -117,7 +117,7 @@ def differences_table(found: Sequence[Difference], papers: Mapping[str, float] |
 
     seeds = sorted({one.seeds for one in found})
     many = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    heads: list[str | Column] = ["configuration", Column("against", text=True, wide=True)]
+    heads: list[str | Column] = ["method", Column("against", text=True, wide=True)]
     heads += ["points", f"95{SPACE}% interval", "p", *(["paper's", f"seeds{SPACE}for it"] if papers else [])]
     return Table(
         heads,
