@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from small_runs import checkpoint, differences_of_runs, small
-from wellcond.experiments.run.models import build_model, compile_stages
+from wellcond.experiments.run.compiled import compile_stages
+from wellcond.experiments.run.models import build_model
 from wellcond.experiments.run.train import run
 from wellcond.experiments.run.training import Classifier, first_non_finite_layer
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +64,12 @@ class ImageData:
     def channel_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over pixels, (C,) float32 each, of the training images (0 to 255).
 
-        From the histogram of up to 50,000 images spread over the set. A constant channel has deviation 1.
+        From the histogram of up to 50,000 images spread over the set, once. A constant channel has deviation 1.
         """
+        return self._statistics
+
+    @cached_property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
         some = torch.linspace(0, len(self.train) - 1, min(len(self.train), _STATISTICS_IMAGES)).long()
         histogram = torch.zeros(self.in_channels, 256, dtype=torch.int64)
         for chunk in some.split(500):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from wellcond.experiments.data.batches import ImageDataModule
 from wellcond.experiments.data.load import ImageData, load_images
-from wellcond.experiments.errors import ConfigError
+from wellcond.experiments.run.compiled import require_compiler
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.training import MEMORY_FORMATS, Classifier
 
@@ -23,7 +21,7 @@ def build(config: RunConfig, data: ImageData | None) -> tuple[Classifier, ImageD
     data = data or load(config)
     module = Classifier(config, num_classes=data.num_classes, in_channels=data.in_channels)
     if config.compile:
-        _require_compiler()
+        require_compiler()
     return module, batches(config, data, augment=config.augment)
 
 
@@ -38,15 +36,3 @@ def batches(config: RunConfig, data: ImageData, *, augment: bool) -> ImageDataMo
     memory_format = MEMORY_FORMATS[config.memory_format]
     options = {"seed": config.seed, "workers": config.workers, "memory_format": memory_format}
     return ImageDataModule(data, config.batch_size, augment=augment, **options)
-
-
-def _require_compiler() -> None:
-    """Compile one addition, for which whatever compiles on this machine has to be there."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.compile(torch.add)(torch.ones(2, device=device), 1)
-    except Exception as error:  # of many kinds, with pages of advice
-        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(
-            f"torch.compile does not work here ({why}): install a C++ compiler (on a GPU: Triton), or leave compile out"
-        ) from error

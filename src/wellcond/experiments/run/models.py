@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from wellcond._shared.names import require_known
@@ -167,34 +166,6 @@ def build_model(
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model
-
-
-def compile_stages(model: nn.Sequential) -> None:
-    """Let the stages of a network of `build_model` run as one function that `torch.compile` makes; names stay.
-
-    What surrounds them stays as it is: spectral layers and the layers that a treatment or a monitor acts on would be
-    cut into pieces, each compiled again and again (measured with a whitening stem: four minutes for three blocks).
-    """
-    parts = [*model.named_children()]
-    inside = [i for i, (name, _) in enumerate(parts) if name.startswith("stage")]
-    before, after = parts[: inside[0]], parts[inside[-1] + 1 :]
-
-    def stages(x: Tensor) -> Tensor:
-        for _, stage in parts[inside[0] : inside[-1] + 1]:
-            x = stage(x)
-        return x
-
-    compiled = torch.compile(stages)
-
-    def forward(input: Tensor) -> Tensor:
-        for _, part in before:
-            input = part(input)
-        input = compiled(input)
-        for _, part in after:
-            input = part(input)
-        return input
-
-    model.forward = forward
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int) -> nn.Conv2d:

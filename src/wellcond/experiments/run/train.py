@@ -31,10 +31,10 @@ from wellcond.experiments.run.checkpoints import (
     BestAndLast,
     newest_readable,
 )
+from wellcond.experiments.run.compiled import compile_stages
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.divergence import LAST_CONDITION, keep_last
 from wellcond.experiments.run.log import ProgressBar, RunLog
-from wellcond.experiments.run.models import compile_stages
 from wellcond.experiments.run.processes import interruptible, quiet, spawn, threads
 from wellcond.experiments.run.result import (
     CONDITION,

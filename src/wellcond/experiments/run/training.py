@@ -33,6 +33,8 @@ MODEL_OPTIONS = ("norm", "head", "width", "stem", "stem_kernel", "groups", "eps"
 """Those of a `RunConfig` that are options of the model."""
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+"""Of model and batches. A step in `channels_last` was, on one and two CPU threads, 1.5 × as fast of ResNet-8 (24
+channels, 128 images of 16×16), 1.2 × with a covariance head, 1.03 × of ResNet-18 (16 of 32×32), in no case slower."""
 
 TOP = 5
 """An image counts as right among the top where its class is one of so many with the largest logits."""
