@@ -32,7 +32,6 @@ def test_trainings_killed_at_random_moments_end_with_the_same_bits():
     kinds = re.findall(r"^\| (run|write|grid) \| (\d+) \| (\d+) \| (\d+) \|$", done.stdout, re.MULTILINE)
     assert [kind for kind, *_ in kinds] == ["run", "write", "grid"]
     assert all(int(kills) == int(equal) > 0 for _, kills, equal, _ in kinds)
-    assert sum(int(unhurt) for *_, unhurt in kinds) < 4  # most were alive when they were killed
 
 
 @pytest.mark.parametrize("work", [run, lambda config, out: compare([config], out)], ids=["run", "grid"])
