@@ -22,7 +22,7 @@ TOO_FAR, IN_A_ROW, SETTLED = 0.1, 3, 20
 """Said when so many records in a row, of steps from the last number on, are above the first.
 
 Measured (docs/treatments.md): sound training stays below 10 % from the first number of steps on, and mostly below 5 %,
-while its first steps may turn a short weight by 30 %; full polar factors turn an orthogonal one by 27 % in every step.
+while its first steps may turn a short weight by a quarter; full polar factors turn an orthogonal one by 26 % a step.
 """
 
 
