@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import test_cli
 from test_cli import call
+from test_statistics import RUN
 from wellcond.experiments.errors import ConfigError
-from wellcond.experiments.files import read_csv
+from wellcond.experiments.files import read_csv, write_csv
 from wellcond.experiments.recipes import known_recipes, load_recipe, recipe_text
-from wellcond.experiments.run.config import RunConfig
-from wellcond.experiments.run.result import load_result
+from wellcond.experiments.run.config import BEFORE, RunConfig
+from wellcond.experiments.run.result import LayerCondition, load_result
+from wellcond.experiments.show.curves import BOTH
+from wellcond.experiments.show.curves import PAPERS as PAPERS_PANEL
+from wellcond.experiments.show.figures import condition_figure, save_figure
+
+CONDITION = LayerCondition("norm1", 9.0, 3.0, 16, 16, 3.5, 0, 1)
 
 
 def one_line(*arguments: object) -> str:
@@ -165,7 +172,7 @@ def test_a_recipe_runs_says_its_rows_and_grows(tmp_path: Path):
     """A table at the tiny scale; then with a seed more, of which only the new runs are trained."""
     out = tmp_path / "table"
     options = ["--recipe", "table4", "--scale", "tiny", "--rows", "SVD + NOG", "--epochs", "1", "--out", out]
-    first = call("compare", *options, "--seeds", "1").stdout
+    first = " ".join(call("compare", *options, "--seeds", "1").stdout.split())
     assert "SVD + NOG" in first and "at another scale" in first and "differences" not in first
     before = (out / "runs" / "svd-nog-seed0" / "result.json").stat().st_mtime_ns
     second = call("compare", *options, "--seeds", "2", "--resume").stdout
@@ -178,7 +185,7 @@ def test_a_recipe_runs_says_its_rows_and_grows(tmp_path: Path):
     (found,) = json.loads((out / "results.json").read_text())["differences"]
     assert found["mean"] == pytest.approx(sum(paired) / 2, abs=1e-12) and found["against"] == "SVD"
     assert call("compare", "--out", out, "--resume").stdout.count("SVD + NOG, seed") == 2
-    assert "holds recipe 'table4', and a grid without a recipe was asked" in one_line(
+    assert "holds recipe 'table4': beside --resume give --recipe table4" in one_line(
         "compare", "--out", out, "--resume", "--norm", "zca", "--treat", "nog"
     )
     page = call("report", out, "--out", tmp_path / "report").stdout
@@ -190,10 +197,71 @@ def test_rows_may_differ_in_any_option(tmp_path: Path):
     """Such as the learning rate, which is in no label: each has its folder."""
     (tmp_path / "mine.toml").write_text(OWN)
     out = tmp_path / "out"
-    call(
-        "compare", "--recipe", tmp_path / "mine.toml", "--scale", "tiny", "--seeds", "1", "--epochs", "1", "--out", out
-    )
+    options = ["--scale", "tiny", "--seeds", "1", "--epochs", "1"]
+    assert call("compare", "--recipe", tmp_path / "mine.toml", *options, "--out", out).exit_code == 0
     held = json.loads((out / "config.json").read_text())["config"]
     assert held["experiment"]["folders"] == ["svd-seed0", "slower-seed0"]
     assert [RunConfig.from_dict(run).lr for run in held["runs"]] == [0.05, 0.01]
     assert load_result(out / "runs" / "slower-seed0").config.lr == 0.01
+    rows = read_csv(out / "results.csv")
+    assert [row["label"] for row in rows] == ["SVD", "slower"]
+    # The rate is what the row is about: it cannot be another for all rows.
+    refused = one_line("compare", "--recipe", tmp_path / "mine.toml", "--lr", "0.5", "--out", tmp_path / "other")
+    assert "lr is what row 'slower' of recipe 'mine' is about" in refused
+    # A row that is renamed keeps its folder, for the comparison and its report.
+    (tmp_path / "mine.toml").write_text(OWN.replace("slower", "slow"))
+    again = call("compare", "--recipe", tmp_path / "mine.toml", *options, "--out", out, "--resume")
+    assert again.exit_code == 0 and "slow, seed 0" in again.stdout
+    result = call("report", out, "--out", tmp_path / "report")
+    assert result.stderr == "" and "slow" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_recipe_grows_by_seeds_alone_and_shows_runs_that_were_made_longer(tmp_path: Path):
+    out = tmp_path / "out"
+    options = ["--scale", "tiny", "--epochs", "1", "--rows", "SVD"]
+    assert call("compare", "--recipe", "table4", *options, "--seeds", "1", "--out", out).exit_code == 0
+    grown = call("compare", "--out", out, "--resume", "--seeds", "2")
+    assert grown.exit_code == 0 and "SVD, seed 1" in grown.stdout, grown.output
+    assert "give --recipe table4 with all of its options" in one_line("compare", "--out", out, "--resume", "--lr", "1")
+    assert call("train", "--out", out / "runs" / "svd-seed0", "--resume", "--epochs", "2").exit_code == 0
+    assert call("report", out, "--out", tmp_path / "report").exit_code == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "SVD, 2 epochs" in page and "<h1>Table 4" in page
+
+
+def test_figures_of_reduced_recipes_have_their_whole_title(tmp_path: Path):
+    title = "Table 4: " + ", ".join(f"option_{i} {i}" for i in range(40))
+    runs = {"SVD": [replace(RUN, folder=str(tmp_path), conditions=(CONDITION,))]}
+    columns = ("step", "layer", "kappa", "kappa_eps")
+    write_csv(tmp_path / "condition.csv", columns, [dict(zip(columns, (0, "norm1", 9, 3), strict=True))])
+    for stacked in (False, True):
+        for shown in (BOTH, PAPERS_PANEL):
+            figure = condition_figure(runs, title, stacked=stacked, columns=shown)
+            save_figure(figure, tmp_path / "figure")
+            box = figure._suptitle.get_window_extent()
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+
+
+def test_options_that_nothing_takes_are_refused(tmp_path: Path):
+    out = ["--out", tmp_path / "out"]
+    assert "--eps is an option of norms 'zca' and 'iter'" in one_line("train", "--norm", "batch", "--eps", "1", *out)
+    assert "--ow-map is an option of treatment 'ow'" in one_line("train", "--treat", "nog", "--ow-map", "soc", *out)
+    assert "--norm-weight" in one_line("compare", "--norm", "batch", "--head", "gcp", "--norm-weight", "uniform", *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_before_these_options_goes_on(tmp_path: Path):
+    """Its `config.json` lacks them; with fewer epochs than it is asked for, too."""
+    run = tmp_path / "run"
+    assert (
+        call(
+            "train", *test_cli.SMALL, "--schedule", "150,250/350", "--memory-format", "contiguous", "--out", run
+        ).exit_code
+        == 0
+    )
+    held = json.loads((run / "config.json").read_text())
+    held["config"] = {name: value for name, value in held["config"].items() if name not in BEFORE}
+    (run / "config.json").write_text(json.dumps(held))
+    (run / "result.json").unlink()
+    assert call("train", "--out", run, "--resume").exit_code == 0
+    assert call("train", "--out", run, "--resume", "--epochs", "4").exit_code == 0

@@ -62,13 +62,14 @@ def test_the_page_says_what_the_runs_found_and_needs_nothing_else(done: Path, tm
     assert not page.tags & {"link", "iframe", "object"}
     assert all("src" not in script.attrib for script in ElementTree.fromstring(text).iter("script"))
     assert not re.search(r"(src|href|url)\s*[=(]\s*['\"]?(?!data:)[\w/.]", text.split("</style>")[1])
-    results, runs, options = page.tables
+    results, found, runs, options = page.tables
+    assert [row[:2] for row in found[1:]] == [["zca+ow+nog", "zca"]]
     rows = read_csv(done / "results.csv")
     assert [row[0] for row in results[1:]] == ["zca", "zca+ow+nog"] == [row["label"] for row in rows]
     for shown, row in zip(results[1:], rows, strict=True):
         mean, std = (100 * float(row[f"test_error_{name}"]) for name in ("mean", "std"))
         assert shown[1] == f"{mean:.2f} ± {std:.2f}"
-        assert shown[3:] == [
+        assert shown[3:10] == [
             "norm1",
             f"{float(row['kappa']):.3g}",
             f"{float(row['kappa_eps']):.3g}",
@@ -196,10 +197,11 @@ def test_what_is_not_finished_is_left_out_and_said(done: Path, tmp_path: Path) -
     part = tmp_path / "part"
     shutil.copytree(done, part)
     (part / "runs" / "zca-seed1" / "result.json").unlink()
+    (part / "results.parquet").unlink()  # which has the result too
     path, (note,) = report([part, part / "runs" / "zca-seed0", part / "runs"], tmp_path / "report")
     assert "zca-seed1' is not finished and left out; go on with: wellcond train --out" in note
     page = Page(path.read_text())
-    assert len(page.tables[1]) == 1 + 3  # each run once, however often it is named
+    assert len(page.tables[-2]) == 1 + 3  # each run once, however often it is named
     assert page.tables[0][1][1] == page.tables[0][1][2]  # one seed has no spread
     assert "is not finished" in path.read_text()
     for folder in (part / "runs").iterdir():
@@ -221,7 +223,7 @@ def test_only_an_earlier_report_is_replaced(done: Path, tmp_path: Path) -> None:
     (tmp_path / "report" / "mine.txt").write_text("of the user")
     report([done / "runs" / "zca-seed0"], tmp_path / "report")
     assert (tmp_path / "report" / "mine.txt").exists()
-    assert len(Page((tmp_path / "report" / "report.html").read_text()).tables[1]) == 1 + 1
+    assert len(Page((tmp_path / "report" / "report.html").read_text()).tables[-2]) == 1 + 1
 
 
 def test_configurations_that_share_a_short_name_are_told_apart() -> None:
@@ -264,13 +266,14 @@ def test_without_arguments_report_takes_the_comparison_or_makes_it(done: Path, t
         result = call("report")
         assert result.exit_code == 0, result.output
         assert "in report: report.html, condition.png" in result.stdout
-    assert len(Page((tmp_path / "report" / "report.html").read_text()).tables[1]) == 1 + 4
+    assert len(Page((tmp_path / "report" / "report.html").read_text()).tables[-2]) == 1 + 4
     assert "comparison/runs/zca-seed0" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_a_run_that_its_comparison_has_not_begun_goes_on_with_the_comparison(done: Path, tmp_path: Path) -> None:
     shutil.copytree(done, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "runs" / "zca-seed1")
+    (tmp_path / "cut" / "results.parquet").unlink()  # which has its result too
     _, (note,) = report([tmp_path / "cut"], tmp_path / "out")
     command = note.split("go on with: wellcond ")[1]
     assert command == f"compare --out {tmp_path / 'cut'} --resume"

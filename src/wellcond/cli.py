@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -35,7 +35,14 @@ import wellcond
 from wellcond._shared.streams import make_patient
 from wellcond.experiments.errors import RunError, Terminated
 from wellcond.experiments.folders import read_config
-from wellcond.experiments.run.config import NO_TREATMENT, RunConfig, grid, run_config, said_default
+from wellcond.experiments.run.config import (
+    NO_TREATMENT,
+    RunConfig,
+    grid,
+    refuse_what_nothing_takes,
+    run_config,
+    said_default,
+)
 from wellcond.experiments.run.parts import is_treatable
 
 app = typer.Typer(
@@ -174,6 +181,7 @@ def train(
         folder = out or _run_folder(config)
         if resume and not overwrite:  # what is held there; `run` refuses what was asked beside it
             config = RunConfig.from_dict({**read_config(folder, "run"), **asked})
+        refuse_what_nothing_takes(asked, [config])
         from wellcond.experiments.results.tables import run_table
         from wellcond.experiments.run.train import run
         from wellcond.experiments.show.render import for_terminal
@@ -219,6 +227,7 @@ def compare(
             configs, experiment = _of_recipe(recipe, scale or "full", rows, asked)
         else:
             configs, experiment = _of_grid(asked, out, resume)
+        refuse_what_nothing_takes(asked, configs)
         again.append(f"wellcond compare --out {out} --resume")
 
         ends = itertools.count(1)
@@ -265,9 +274,24 @@ def _of_grid(asked: dict[str, Any], out: Path, resume: bool) -> tuple[Any, Any]:
     """The runs of a grid; or of whatever comparison is resumed without a word on what it is."""
     from wellcond.experiments.results.experiment import Experiment
 
-    configs = _configs(asked, out, resume)
-    held = read_config(out, "comparison").get("experiment") if resume and not asked else None
-    return configs, Experiment.from_dict(held, configs)
+    held = read_config(out, "comparison") if resume else {}
+    described = held.get("experiment") or {}
+    if (recipe := described.get("recipe")) is None:
+        configs = _configs(asked, out, resume)
+        return configs, Experiment.from_dict(described or None if not asked else None, configs)
+    from wellcond.experiments.results.summary import configs_in
+
+    configs = configs_in(held)
+    experiment = Experiment.from_dict(described, configs)
+    if set(asked) - {"seed"}:
+        raise ValueError(
+            f"'{out}' holds recipe '{recipe}': beside --resume give --recipe {recipe} with all of its options, or "
+            "nothing but --seeds"
+        )
+    if "seed" in asked:
+        rows = dict.fromkeys(replace(config, seed=0) for config in configs)
+        configs = [replace(config, seed=seed) for config in rows for seed in range(asked["seed"])]
+    return configs, experiment
 
 
 @app.command()

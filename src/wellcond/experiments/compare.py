@@ -28,14 +28,23 @@ from wellcond.experiments.grid.train_all import train_all
 from wellcond.experiments.results.condition import CONDITION_TABLE
 from wellcond.experiments.results.experiment import Experiment
 from wellcond.experiments.results.parquet import RESULTS_TABLE, ResultTables
-from wellcond.experiments.results.summary import COMPARISON, RUNS, as_columns, by_label, configs_in, summarise
+from wellcond.experiments.results.summary import (
+    COMPARISON,
+    RUNS,
+    as_columns,
+    by_label,
+    configs_in,
+    run_folders,
+    summarise,
+)
 from wellcond.experiments.run.build import build, load
 from wellcond.experiments.run.checkpoints import DAMAGED
 from wellcond.experiments.run.config import NO_TREATMENT, RunConfig
 from wellcond.experiments.run.parts import is_treatable
 from wellcond.experiments.run.result import RunResult
 from wellcond.experiments.run.train import MADE as MADE_BY_RUN
-from wellcond.experiments.show.figures import BOTH, PAPERS, condition_figure, save_figure
+from wellcond.experiments.show.curves import columns
+from wellcond.experiments.show.figures import condition_figure, save_figure
 
 log = logging.getLogger("wellcond")
 
@@ -88,7 +97,9 @@ def compare(
     marked = _marked(out, resume, overwrite)
     configs = with_threads(configs, configs_in(marked) if resume else [], apart=elsewhere is not None)
     experiment = experiment or Experiment.of_grid(configs)
-    places = {config: out / RUNS / experiment.folder(config) for config in configs}
+    held = dict(zip(configs_in(marked), run_folders(marked), strict=True)) if resume else {}
+    names = {config: held.get(config, experiment.folder(config)) for config in configs}  # a row may be renamed
+    places = {config: out / RUNS / name for config, name in names.items()}
     if len(set(places.values())) < len(configs):
         raise ConfigError("two rows have names that differ in signs alone, and would share a folder")
     with folders.claimed(out, lambda: _check(out, configs, resume, overwrite, experiment)):
@@ -101,7 +112,7 @@ def compare(
             build(config, data)
         version = marked.get("version") if resume else wellcond.__version__
         grid = {"version": version, "runs": [config.to_dict() for config in configs]}
-        grid["experiment"] = experiment.to_dict(configs)
+        grid["experiment"] = experiment.to_dict(names)
         if resume:
             folders.mark(out, COMPARISON, grid)
         else:
@@ -138,7 +149,8 @@ def _say_what_stays_untreated(configs: Sequence[RunConfig]) -> None:
 def _write(experiment: Experiment, results: Sequence[RunResult], out: Path) -> list[Any]:
     """The table and the figure; the rows of the table."""
     rows = summarise(results, experiment.label)
-    table = [as_columns(row, results[0].config) for row in rows]
+    configs = {label: its[0].config for label, its in by_label(results, experiment.label).items()}
+    table = [as_columns(row, configs[row.label]) for row in rows]
     write_csv(out / "results.csv", list(table[0]), table)
     found = [one._asdict() for one in experiment.differences(results)]
     write_json(
@@ -146,8 +158,8 @@ def _write(experiment: Experiment, results: Sequence[RunResult], out: Path) -> l
     )
     seeds = sorted({result.config.seed for result in results})
     band = f"median of {len(seeds)} seeds, band from minimum to maximum" if len(seeds) > 1 else f"seed {seeds[0]}"
-    columns = PAPERS if experiment.shows == "figure" else BOTH
-    figure = condition_figure(by_label(results, experiment.label), f"{experiment.heading}: {band}", columns=columns)
+    shown = columns(results, papers=experiment.shows == "figure")
+    figure = condition_figure(by_label(results, experiment.label), f"{experiment.heading}: {band}", columns=shown)
     save_figure(figure, out / FIGURE)
     return rows
 

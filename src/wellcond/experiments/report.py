@@ -23,7 +23,8 @@ from wellcond.experiments.results.summary import COMPARISON, by_label, collect, 
 from wellcond.experiments.results.tables import comparison_table, configuration_table, differences_table, runs_table
 from wellcond.experiments.run.config import RunConfig, run_config
 from wellcond.experiments.run.result import RunResult, earlier_epochs
-from wellcond.experiments.show.figures import BOTH, PAPERS, condition_figure, learning_figure, readout, save_figure, svg
+from wellcond.experiments.show.curves import columns
+from wellcond.experiments.show.figures import condition_figure, learning_figure, readout, save_figure, svg
 from wellcond.experiments.show.render import page
 
 KIND = "report"
@@ -33,6 +34,7 @@ FIGURES = {
     "its ε. A gap is where κ(P) is infinite: the covariance did not have full rank there.",
     "learning": "Training loss and validation error over the epochs.",
 }
+TITLES = {"condition": "condition number of the covariance", "learning": "training"}
 MADE = (folders.CONFIG, PAGE, *(f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")))
 
 
@@ -63,9 +65,7 @@ def _experiment(runs: Sequence[str | os.PathLike[str]], results: Sequence[RunRes
     configs = [result.config for result in results]
     if len(runs) == 1 and folders.kind_of(Path(runs[0])) == COMPARISON:
         held = folders.read_config(Path(runs[0]), COMPARISON)
-        found = Experiment.from_dict(held.get("experiment"), configs_in(held))
-        if found.has(configs):
-            return found
+        return Experiment.from_dict(held.get("experiment"), configs_in(held))
     return replace(Experiment.of_grid(configs), against={})
 
 
@@ -74,16 +74,18 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], experiment: Exper
     label = experiment.label
     groups = by_label(results, label)
     found, papers = experiment.differences(results), experiment.papers_differences()
-    tables = [comparison_table(summarise(results, label))]
+    tables = [comparison_table(summarise(results, label), papers=experiment.papers_figures())]
     if any(one.seeds > 1 for one in found):
         tables.append(differences_table(found, papers))
     folders.prepare(out, KIND, {"runs": [result.folder for result in results]}, MADE)
     seeds = sorted({config.seed for config in configs})
-    columns = PAPERS if experiment.shows == "figure" else BOTH
+    shown = columns(results, papers=experiment.shows == "figure")
     band = f"median of {len(seeds)} seeds, band from minimum to maximum" if len(seeds) > 1 else "one seed"
+    about = f"{experiment.heading}. " if experiment.recipe else ""
+    titles = {name: f"{about}{what}: {band}" for name, what in TITLES.items()}
     draw = {
-        "condition": partial(condition_figure, groups, f"condition number of the covariance: {band}", columns=columns),
-        "learning": partial(learning_figure, groups, f"training: {band}"),
+        "condition": partial(condition_figure, groups, titles["condition"], columns=shown),
+        "learning": partial(learning_figure, groups, titles["learning"]),
     }
     figures = []
     for name, figure in draw.items():

@@ -52,7 +52,8 @@ def inspect(
     run, path, checkpoint = _open(Path(place))
     config = RunConfig.from_dict(folders.read_config(run, KIND))
     image_size = config.image_size if image_size is None else image_size
-    found = load_images(data or config.data, image_size=image_size, limit=None if data else config.limit)
+    limit, areas = None if data else config.limit, config.crop == "resized"
+    found = load_images(data or config.data, image_size=image_size, limit=limit, areas=areas)
     size = config.batch_size if batch_size is None else batch_size
     images = ImageDataModule(found, size, augment=False, seed=config.seed)
     module = _restored(config, checkpoint["state_dict"], path)

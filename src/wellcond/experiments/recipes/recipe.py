@@ -13,7 +13,7 @@ from wellcond.experiments.errors import ConfigError
 from wellcond.experiments.run.config import RunConfig, run_config
 from wellcond.experiments.run.parts import takes_solver
 
-ASIDE = {"seed", "threads", "workers", "devices", "monitor_every"}
+ASIDE = {"seed", "threads", "workers", "monitor_every"}
 """Options that change how a run is made, and not what it finds."""
 
 FULL = "full"
@@ -68,7 +68,7 @@ class Recipe:
 
     def configs(self, scale: str = FULL, seeds: int | None = None, **options: Any) -> dict[str, list[RunConfig]]:
         """The runs of each row, seeded 0, 1, …: with the recipe's options, changed by the scale, by the row and by
-        ``options``, in this order.
+        ``options``, in this order. No option may be one that a row is about.
 
         Raises:
             ConfigError: an unknown scale, no seed, an option that cannot be, or two rows that come out the same.
@@ -84,6 +84,11 @@ class Recipe:
         return {name: [replace(config, seed=seed) for seed in range(count)] for name, config in found.items()}
 
     def _config(self, row: Row, scale: str, options: Mapping[str, Any]) -> RunConfig:
+        if clash := row.options.keys() & options.keys():
+            raise ConfigError(
+                f"{sorted(clash)[0]} is what row '{row.name}' of recipe '{self.name}' is about, and cannot be the same "
+                "in all rows: leave that row out by --rows, or change a copy of the recipe"
+            )
         chosen = {**self.options, **self.scales.get(scale, {}), **row.options, **options}
         if not takes_solver(chosen.get("norm", RunConfig.norm), chosen.get("head", RunConfig.head)):
             chosen["solver"] = None  # of the others

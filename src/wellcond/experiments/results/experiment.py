@@ -50,13 +50,13 @@ class Experiment:
         heading = f"{', '.join(models)} on {places}, {', '.join(map(str, epochs))} epochs"
         return cls(heading, names, {name: label(first) for name in names.values() if name != label(first)}, {})
 
-    def has(self, configs: Iterable[RunConfig]) -> bool:
-        """Whether all of these runs are in a row: not one that was made longer since."""
-        return all(_key(config) in self.names for config in configs)
-
     def label(self, config: RunConfig) -> str:
-        """The row of a run."""
-        return self.names[_key(config)]
+        """The row of a run; of one that was made longer since, a row of its own."""
+        key = _key(config)
+        if key in self.names:
+            return self.names[key]
+        was = (row for held, row in self.names.items() if replace(held, epochs=config.epochs) == key)
+        return f"{next(was, config.label)}, {config.epochs} epochs"
 
     def folder(self, config: RunConfig) -> str:
         """The folder of a run: of a grid as the run would be called alone, of a recipe by the row's name."""
@@ -68,16 +68,26 @@ class Experiment:
         """Of the rows from those that they are compared with."""
         return differences(by_label(results, self.label), self.against)
 
+    def papers_figures(self) -> dict[str, str]:
+        """What the paper reports of each row: error in percent, deviation, minimum, top-5 error, failures."""
+        found = {}
+        for row, its in self.paper.items():
+            spread = "" if its.std is None else f" ± {its.std:.2f}"
+            least = "" if its.min is None else f", min {its.min:.2f}"
+            top5 = "" if its.top5_error is None else f", top-5 {its.top5_error:.2f}"
+            failures = "" if its.failures is None else f", {its.failures} failures"
+            found[row] = f"{its.error:.2f}{spread}{least}{top5}{failures}"
+        return found
+
     def papers_differences(self) -> dict[str, float]:
         """Those that the paper reports, in percent."""
         both = {row: other for row, other in self.against.items() if row in self.paper and other in self.paper}
         return {row: self.paper[row].error - self.paper[other].error for row, other in both.items()}
 
-    def to_dict(self, configs: Iterable[RunConfig]) -> dict[str, Any]:
+    def to_dict(self, folders: Mapping[RunConfig, str]) -> dict[str, Any]:
         """For the comparison's `config.json`; ``rows`` and ``folders`` are in the order of its runs."""
-        configs = list(configs)
         values: dict[str, Any] = {name: getattr(self, name) for name in ("heading", "recipe", "shows")}
-        values |= {"rows": [self.label(c) for c in configs], "folders": [self.folder(c) for c in configs]}
+        values |= {"rows": [self.label(config) for config in folders], "folders": list(folders.values())}
         return values | {"against": dict(self.against), "paper": {k: v._asdict() for k, v in self.paper.items()}}
 
     @classmethod

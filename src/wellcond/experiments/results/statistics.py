@@ -89,8 +89,8 @@ def _difference(row: str, against: str, values: Sequence[float]) -> Difference:
     if n < 2:
         return Difference(row, against, n, mean, *[math.nan] * 4)
     std = float(np.std(values, ddof=1))
-    if std == 0:  # the same in every seed: there is no noise to compare with
-        return Difference(row, against, n, mean, std, mean, mean, 1.0 if mean == 0 else 0.0)
+    if std <= 1e-12:  # errors are counts: a tie says nothing of how much they vary
+        return Difference(row, against, n, mean, 0.0, math.nan, math.nan, math.nan)
     p: float = stats.ttest_1samp(values, 0.0)[1]  # pyright: ignore[reportAssignmentType]
     if n < FEWEST:
         return Difference(row, against, n, mean, std, math.nan, math.nan, float(p))

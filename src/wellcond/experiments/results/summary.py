@@ -35,7 +35,13 @@ def summarise(results: Iterable[RunResult], label: Label = SHORT) -> list[Any]:
     import pandas as pd
 
     layers = pd.DataFrame(
-        {"label": label(run.config), "error": run.test_error, "seconds": run.seconds_per_step, **asdict(layer)}
+        {
+            "label": label(run.config),
+            "error": run.test_error,
+            "top5": _or_nan(run.test_top5_error),
+            "seconds": run.seconds_per_step,
+            **asdict(layer),
+        }
         for run in results
         for layer in run.conditions
     )
@@ -44,6 +50,7 @@ def summarise(results: Iterable[RunResult], label: Label = SHORT) -> list[Any]:
         test_error_mean=("error", "mean"),
         test_error_std=("error", "std"),
         test_error_min=("error", "min"),
+        test_top5_error_mean=("top5", "mean"),
         kappa=("kappa", "median"),
         kappa_eps=("kappa_eps", "median"),
         numerical_rank=("numerical_rank", "median"),
@@ -55,6 +62,10 @@ def summarise(results: Iterable[RunResult], label: Label = SHORT) -> list[Any]:
     return list(table.reset_index().itertuples(index=False, name="Row"))
 
 
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
 def as_columns(row: Any, config: RunConfig) -> dict[str, Any]:
     """A row of the table for a file, which says of what it is, with the units in the names.
 
@@ -62,10 +73,11 @@ def as_columns(row: Any, config: RunConfig) -> dict[str, Any]:
     """
     values = row._asdict()
     fractions = {name: values.pop(name) for name in ("test_error_mean", "test_error_std", "test_error_min")}
+    top5 = values.pop("test_top5_error_mean")
     percents = {name.replace("error", "error_percent"): 100 * value for name, value in fractions.items()}
     first = {name: getattr(config, name) for name in ("data", "model", "epochs")}
     first |= {name: values.pop(name) for name in ("label", "layer", "seeds")}
-    return first | percents | values | fractions
+    return first | percents | {"test_top5_error_percent_mean": 100 * top5} | values | fractions
 
 
 def by_label(results: Iterable[RunResult], label: Label = SHORT) -> dict[str, list[RunResult]]:
@@ -98,6 +110,12 @@ def configs_in(comparison: Mapping[str, Any]) -> list[RunConfig]:
             f"this is not a comparison{made_by} that wellcond {wellcond.__version__} can go on with ({error}): "
             "use the version that began it, or choose another --out"
         ) from error
+
+
+def run_folders(comparison: Mapping[str, Any]) -> list[str]:
+    """The names of the folders of its runs, in their order."""
+    said = (comparison.get("experiment") or {}).get("folders")
+    return said or [config.folder_name for config in configs_in(comparison)]
 
 
 def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
@@ -151,8 +169,7 @@ def _runs_in(place: Path) -> list[Path]:
         return [place]
     if kind == COMPARISON:
         comparison = folders.read_config(place, COMPARISON)
-        names = [config.folder_name for config in configs_in(comparison)]
-        return [place / RUNS / name for name in comparison.get("experiment", {}).get("folders", names)]
+        return [place / RUNS / name for name in run_folders(comparison)]
     inside = sorted(p for p in place.glob("*") if folders.kind_of(p) in (RUN, COMPARISON)) if kind is None else []
     if not inside:
         raise FolderError(f"'{place}' holds no run; give the folder of a run or a comparison")

@@ -46,8 +46,13 @@ def run_table(result: RunResult) -> Table:
     )
 
 
-def comparison_table(rows: Sequence[Any], title: str = "") -> Table:
-    """A line for each configuration, and for each of its observed layers where there are several; the best is bold."""
+def comparison_table(rows: Sequence[Any], title: str = "", papers: Mapping[str, str] | None = None) -> Table:
+    """A line for each configuration, and for each of its observed layers where there are several; the best is bold.
+
+    ``papers`` has by row what the paper reports, which the terminal has no room for, nor for the top-5 error.
+    """
+    papers = papers or {}
+    top5 = any(not math.isnan(row.test_top5_error_mean) for row in rows)
     best = {name: min(getattr(row, name) for row in rows) for name in ("test_error_mean", "test_error_min", "kappa")}
     groups = [list(layers) for _, layers in itertools.groupby(rows, key=lambda row: row.label)]
     one_layer_each = len(groups) == len(rows)
@@ -69,19 +74,27 @@ def comparison_table(rows: Sequence[Any], title: str = "") -> Table:
     for layers in groups:
         first = layers[0]
         spread = "" if math.isnan(first.test_error_std) else f" ± {percent(first.test_error_std)}"
+        wide = [percent(first.test_top5_error_mean)] if top5 else []
+        wide += [papers.get(first.label, "")] if papers else []
         head = [
             first.label,
             cell(f"{percent(first.test_error_mean)}{spread}", first, "test_error_mean"),
             cell(percent(first.test_error_min), first, "test_error_min"),
         ]
         several = len(layers) > 1
-        body.append([*head, *([""] * 5 if several else measures(first)), f"{first.seconds_per_step:.4f}"])
-        body += [[f"{2 * SPACE}{short(row.layer)}", "", "", *measures(row), ""] for row in layers if several]
+        body.append([*head, *([""] * 5 if several else measures(first)), f"{first.seconds_per_step:.4f}", *wide])
+        body += [
+            [f"{2 * SPACE}{short(row.layer)}", "", "", *measures(row), "", *([""] * len(wide))]
+            for row in layers
+            if several
+        ]
+    beside = [Column(f"top-5{SPACE}error{SPACE}%", wide=True)] if top5 else []
+    beside += [Column("paper's", wide=True)] if papers else []
     layer = [Column("layer", text=True, wide=True)] if one_layer_each else []
     measured = ["κ(P)", "κ(P+εI)", "rank", "eff. rank", "fails", f"s{SPACE}per step"]
     several_seeds = any(row.seeds > 1 for row in rows)
     return Table(
-        ["method", f"test error{SPACE}%", "min", *layer, *measured],
+        ["method", f"test error{SPACE}%", "min", *layer, *measured, *beside],
         body,
         caption=("± is the sample standard deviation over the seeds (n − 1). " if several_seeds else "")
         + "κ and ranks: medians over steps, then over seeds, of the layer's batch covariance P. Fails: decompositions "

@@ -76,7 +76,7 @@ class RunConfig:
     stem: str = _option("cifar", "cifar: at the size of the image; imagenet: 7×7, stride 2, and max-pooling")
     stem_kernel: int = _option(3, "size of the first convolution of the cifar stem")
     groups: int = _option(1, "groups of the decorrelated batch norm")
-    eps: float = _option(1e-5, "ε added to the covariance")
+    eps: float = _option(1e-5, "ε added to the covariance of the decorrelated norm")
     solver: str | None = _option(
         None, "of the spectral layers: eigh, svd, svd:taylor, newton_schulz, …", unset="the layer's own"
     )
@@ -173,6 +173,23 @@ def run_config(**options: Any) -> RunConfig:
     if given.get("stem") == "imagenet":  # which has a convolution of its own
         settings.pop("stem_kernel", None)
     return RunConfig(**{**settings, **given})
+
+
+def refuse_what_nothing_takes(asked: Iterable[str], configs: Sequence[RunConfig]) -> None:
+    """Refuse options that were asked for and that none of the runs has anything for.
+
+    Raises:
+        ConfigError: names the option, and what it is of.
+    """
+    taken = {
+        **dict.fromkeys(("eps", "groups", "running", "norm_weight"), "norms 'zca' and 'iter', and the norm is another"),
+        "ow_map": "treatment 'ow', and there is none",
+    }
+    spectral = any(NORMS[config.norm].spectral for config in configs)
+    orthogonal = any("ow" in config.treat.split("+") for config in configs)
+    for name in asked:
+        if name in taken and not (orthogonal if name == "ow_map" else spectral):
+            raise ConfigError(f"--{name.replace('_', '-')} is an option of {taken[name]}; leave it out")
 
 
 def said_default(option: Field[Any]) -> str:

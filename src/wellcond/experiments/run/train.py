@@ -32,7 +32,7 @@ from wellcond.experiments.run.checkpoints import (
     newest_readable,
 )
 from wellcond.experiments.run.compiled import compile_stages
-from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.config import BEFORE, RunConfig
 from wellcond.experiments.run.divergence import LAST_CONDITION, keep_last
 from wellcond.experiments.run.log import ProgressBar, RunLog
 from wellcond.experiments.run.processes import interruptible, quiet, spawn, threads
@@ -129,7 +129,7 @@ def run(
 
 def _check(folder: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
     """Refuse a folder in which something would be lost, or that holds another run than the one to resume."""
-    held = folders.check(folder, KIND, resume=resume, overwrite=overwrite)
+    held = {**BEFORE, **folders.check(folder, KIND, resume=resume, overwrite=overwrite)}
     if not resume:
         return
     finished = load_result(folder)

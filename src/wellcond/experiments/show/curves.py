@@ -73,6 +73,18 @@ def condition_panels(runs: Mapping[str, Sequence[RunResult]], columns: Mapping[s
     return panels
 
 
+BOTH = {"kappa": "without ε:  κ(P)", "kappa_eps": "with ε:  κ(P + εI), what the solver sees"}
+PAPERS = {"kappa": "condition number of the covariance"}
+RANGE = {"kappa_range": "condition number over the numerical range of P; κ(P) is infinite, as P lacks full rank"}
+
+
+def columns(results: Sequence[RunResult], papers: bool) -> dict[str, str]:
+    """What to draw of these runs: the ``papers`` one panel, or both; where P never has full rank, what there is."""
+    if all(math.isinf(result.conditions[0].kappa) for result in results):
+        return RANGE
+    return PAPERS if papers else BOTH
+
+
 def learning_panels(runs: Mapping[str, Sequence[RunResult]]) -> list[Panel]:
     """Training loss and validation error (percent) over the epochs, of the runs whose folders are there.
 

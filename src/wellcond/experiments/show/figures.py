@@ -12,7 +12,7 @@ from typing import Any
 
 from wellcond.experiments.files import write_atomically
 from wellcond.experiments.run.result import RunResult
-from wellcond.experiments.show.curves import Panel, condition_panels, learning_panels
+from wellcond.experiments.show.curves import BOTH, Panel, condition_panels, learning_panels
 
 INK = "#1b1f24"
 # Okabe & Ito (2008), distinguishable with any colour vision; the line styles say the same without colour.
@@ -33,9 +33,6 @@ text { fill: #e6edf3 !important; }
 """
 """What an SVG says of the dark: what is black in it (text, axes, the first curve) is light, and the paper dark."""
 
-BOTH = {"kappa": "without ε:  κ(P)", "kappa_eps": "with ε:  κ(P + εI), what the solver sees"}
-PAPERS = {"kappa": "condition number of the covariance"}
-
 
 def condition_figure(
     runs: Mapping[str, Sequence[RunResult]], title: str, stacked: bool = False, columns: Mapping[str, str] = BOTH
@@ -43,7 +40,7 @@ def condition_figure(
     """κ(P) and κ(P + εI) of the first observed layer over the steps, side by side, as a matplotlib figure.
 
     `runs` has for each label its runs, one for each seed. A `stacked` figure has one panel over the other, for phones.
-    The paper's figures have one panel, `columns=PAPERS`.
+    `columns` are of `condition.csv`, each with the heading of its panel.
     """
     panels = condition_panels(runs, columns)
     figure = _figure(panels, title, "training step", stacked, sharey=True)
@@ -66,7 +63,7 @@ def _figure(panels: Sequence[Panel], title: str, x: str, stacked: bool, **option
 
     narrow = stacked or len(panels) == 1
     figure = Figure(figsize=((4.8 if stacked else 7.5) if narrow else 10.5, HEIGHT), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 50 if stacked else 80) if narrow else title, fontsize=11)
+    figure.suptitle(textwrap.fill(title, 50 if stacked else 80 if narrow else 110), fontsize=11)
     axes = figure.subplots(*((len(panels), 1) if stacked else (1, len(panels))), squeeze=False, **options)
     for axis, panel in zip(axes.flat, panels, strict=True):
         _draw(axis, panel, beside=not stacked)
