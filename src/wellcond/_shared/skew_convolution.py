@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operator_norm import skew_convolution_norm_bound
+from .operator_norm import skew_convolution_norm_bound, spectral_norm_bound
 from .precision import full_precision, working_dtype
 
 TERMS, MAX_NORM = 5, 1.5
 """The highest power of the series in training, and the bound of ‖J‖."""
 SYMMETRIC = 1e-3
-"""The share of ‖M‖ up to which the bound of ‖J‖ is not scaled up."""
+"""The share of ‖M‖, of M as a matrix (c, c·kh·kw), up to which the bound of ‖J‖ is not scaled up."""
 
 
 def truncation_error(norm: float, terms: int) -> float:
@@ -61,7 +61,8 @@ def at_the_bound(M: Tensor, max_norm: float) -> Tensor:
     """
     with full_precision(M):
         bound = skew_convolution_norm_bound(skew_kernel(M))
-        return (M * torch.where(bound > SYMMETRIC * M.norm(), max_norm / bound, 1.0)).to(M.dtype)
+        whole = spectral_norm_bound(M.to(bound.dtype).flatten(1))
+        return (M * torch.where(bound > SYMMETRIC * whole, max_norm / bound, 1.0)).to(M.dtype)
 
 
 def skew_half(M: Tensor) -> Tensor:
