@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import itertools
 import math
 import warnings
 
@@ -15,6 +16,7 @@ from treatment_models import batches, sgd, small_net, train
 from wellcond.experiments.run.models import build_model
 from wellcond.monitor import ConditionMonitor, ConditionRecord, CSVWriter, JSONLinesWriter
 from wellcond.monitor._record import FIELDS
+from wellcond.nn import SkewOrthogonalConv2d
 from wellcond.orthogonality import orthogonal_weight, pre_spectral_layers, treat
 
 TREATMENTS = {"plain": "", "exp": "ow", "exp and steps": "nog+ow+olr", "soc": "nog+ow+olr", "sn": "sn"}
@@ -143,7 +145,7 @@ def test_a_weight_that_turns_too_far_is_said_once_by_name():
         return [str(one.message) for one in said if "turns" in str(one.message)]
 
     (message,) = run({"nog": {"scale": "paper"}})
-    assert "the weight of layer '0' turns by" in message and "(step 30; more than 10% in 3 records" in message
+    assert "the weight of layer '0' turns by" in message and "(step 35; more than 10% in 3 records" in message
     assert "'scale': 'gradient'" in message and "'map': 'soc'" in message
     assert run({}) == []
 
@@ -220,3 +222,116 @@ def test_orthogonal_weights_are_measured_in_use_and_not_as_stored():
         original.add_(model[0].parametrizations.weight[0].frame.mT.reshape(original.shape))
     model(x)
     assert monitor.records[1].rotation < 1e-5
+
+
+class Remembers(nn.Module):
+    """Keeps what it gets and counts its calls, as models do for a look at their features."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.seen, self.scale, self.kept = 0, None, []
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += 1
+        self.calls += 1
+        self.kept.append(x)
+        if self.scale is None:
+            self.scale = x.abs().mean()
+        return self.norm(self.conv(x / self.scale))
+
+
+def test_a_model_is_as_it_was_before_a_monitor_looked_for_its_weights():
+    model, called = nn.Sequential(Remembers()), []
+    model[0].register_forward_hook(lambda *_: called.append(1))
+    ConditionMonitor(model, layers=["0.norm"])
+    pre_spectral_layers(model, of="0.norm")
+    part = model[0]
+    assert (part.seen, part.scale, part.kept, part.calls.item(), called) == (0, None, [], 0, [])
+    assert torch.isfinite(model(torch.randn(2, 3, 8, 8))).all()
+    assert (part.seen, len(part.kept), part.calls.item(), called) == (1, 1, 1, [1])
+
+
+@pytest.mark.parametrize("channels", [4, 64])
+def test_a_skew_orthogonal_convolution_turns_as_its_map_does(channels):
+    """The layer and the treatment alike: by what it does, not by its stored filter. Of many channels by an estimate."""
+    torch.manual_seed(0)
+    conv = SkewOrthogonalConv2d(channels, channels, 3, bias=False)
+    model = nn.Sequential(conv, nn.BatchNorm2d(channels))
+    optimizer = torch.optim.SGD(conv.parameters(), lr=1.0)
+    monitor = ConditionMonitor(model, every=1, layers=["1"], optimizer=optimizer)
+    pixel = torch.zeros(channels, channels, 11, 11)
+    pixel[:, :, 5, 5] = torch.eye(channels)
+    maps, x = [], torch.randn(4, channels, 12, 12)
+    for _ in range(3):
+        with torch.no_grad():
+            maps.append(conv(pixel).double())
+        model(x).pow(3).mean().backward()
+        optimizer.step()
+    turned = [((new - old).norm() / old.norm()).item() for old, new in itertools.pairwise(maps)]
+    # The relative deviation of Hutchinson's estimate from 8 vectors is at most sqrt(2/8) of a matrix of rank one, and
+    # falls with the rank; these are of full rank.
+    within = 1e-4 if channels == 4 else 0.15
+    assert [record.rotation for record in monitor.records[1:]] == pytest.approx(turned, rel=within)
+
+
+def test_a_frozen_zero_weight_does_not_hide_the_others():
+    torch.manual_seed(0)
+    left, right, norm = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)
+
+    class Join(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right, self.norm = left, right, norm
+
+        def forward(self, x):
+            return self.norm(self.left(x) + self.right(x))
+
+    nn.init.zeros_(right.weight).requires_grad_(False)
+    model = Join()
+    optimizer = torch.optim.SGD(left.parameters(), lr=0.1)
+    monitor = ConditionMonitor(model, every=1, layers=["norm"], optimizer=optimizer)
+    for _ in range(3):
+        model(torch.randn(8, 3, 4, 4)).pow(3).mean().backward()
+        optimizer.step()
+    assert all(record.rotation > 0 for record in monitor.records[1:])
+
+
+def test_a_loaded_state_says_nothing_of_the_model_before(tmp_path):
+    torch.manual_seed(0)
+    model = small_net(padding=1)
+    optimizer = sgd(model)
+    monitor = ConditionMonitor(model, every=2, optimizer=optimizer)
+    train(model, optimizer, batches(3))
+    state = monitor.state_dict()
+    train(model, optimizer, batches(2))
+    with torch.no_grad():
+        model[0].weight.mul_(100)
+    monitor.load_state_dict(state)
+    train(model, optimizer, batches(2))
+    assert monitor.records[-1].rotation < 1 or math.isnan(monitor.records[-1].rotation)
+
+
+def test_a_layer_that_is_unfrozen_late_has_its_first_steps_too():
+    """The warning counts from the step in which the weight first moved; over a resume it is not said again."""
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3))
+
+    def go(monitor: ConditionMonitor, steps: range) -> list[str]:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for step in steps:
+                model(torch.randn(8, 4))
+                with torch.no_grad():
+                    model[0].weight.mul_(1.0 if step < 50 else 1.3)
+        return [str(one.message) for one in said]
+
+    monitor = ConditionMonitor(model, every=1, layers=["1"])
+    assert go(monitor, range(69)) == []
+    (message,) = go(monitor, range(69, 80))
+    assert "turns by 30%" in message
+    state = monitor.state_dict()
+    monitor.close()
+    resumed = ConditionMonitor(model, every=1, layers=["1"])
+    resumed.load_state_dict(state)
+    assert go(resumed, range(80, 120)) == []

@@ -219,8 +219,9 @@ class ConditionMonitor:
         columns = {name: [getattr(record, name) for record in self.records] for name in FIELDS}
         pending = {name: list(self._pending(name)) for name in self.layers}
         rotation = pending_of(self._turning, self.step)
-        last = dict(self._last)
-        return {"step": self.step, "last": last, "pending": pending, "rotation": rotation, "records": columns}
+        said = [name for name, turning in self._turning.items() if turning.said]
+        state = {"step": self.step, "last": dict(self._last), "pending": pending}
+        return {**state, "rotation": rotation, "rotation_said": said, "records": columns}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken; file writers drop what they hold of that step and later."""
@@ -232,7 +233,7 @@ class ConditionMonitor:
                 now = solver_counts(self.layers[name])
                 self._events[name] = (now[0] - failures, now[1] - retries)
         for name, turning in self._turning.items():
-            turning.found = state.get("rotation", {}).get(name, math.nan)
+            turning.go_on(state.get("rotation", {}).get(name, math.nan), name in state.get("rotation_said", ()))
         for writer in self.writers:
             if (rewind := getattr(writer, "rewind", None)) is not None:
                 rewind(self.step)

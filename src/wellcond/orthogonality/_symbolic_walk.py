@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import traceback
+from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
@@ -16,6 +20,7 @@ from ._sharded import is_fully_sharded
 from ._walk_back import GIVE_EXAMPLE, first_layers, raw_parameter
 
 _MOST_TRACES = 64
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _ELEMENTWISE = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "div", "cat", "concat", "where"}
 
 
@@ -75,7 +80,8 @@ def _graphs(model: nn.Module, of: nn.Module | None) -> list[fx.Graph]:
         script = scripts.pop()
         tracer = _Tracer(script, of)
         try:
-            graphs.append(tracer.trace(model))
+            with _left_as_it_was(model):
+                graphs.append(tracer.trace(model))
         except Exception as error:  # the model's own code, which may raise anything
             if _from_tracing(error):
                 raise _untraceable(model, error) from error
@@ -87,6 +93,36 @@ def _graphs(model: nn.Module, of: nn.Module | None) -> list[fx.Graph]:
     if not graphs:
         raise _untraceable(model, refusal) from refusal
     return graphs
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Undo what the model's own code does to itself while it is traced: it may keep what it gets, which is a proxy, or
+    count its calls. Its hooks are not called at all."""
+    kept = []
+    for module in model.modules():
+        attributes = dict(vars(module))
+        containers = {k: copy(v) for k, v in attributes.items() if type(v) in (dict, OrderedDict, list, set)}
+        buffers = {k: v.clone() for k, v in module._buffers.items() if v is not None}
+        kept.append((module, attributes, containers, buffers))
+        vars(module).update({name: OrderedDict() for name in _HOOKS})
+    try:
+        yield
+    finally:
+        for module, attributes, containers, buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, contents in containers.items():
+                held = attributes[name]
+                if isinstance(held, list):
+                    held[:] = contents
+                else:
+                    held.clear()
+                    held.update(contents)
+            for name, value in buffers.items():
+                buffer = module._buffers[name]
+                if buffer is not None and not torch.equal(buffer, value):
+                    buffer.data.copy_(value)
 
 
 def _from_tracing(error: Exception) -> bool:
