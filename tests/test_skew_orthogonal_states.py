@@ -20,7 +20,7 @@ from treatment_models import assert_same_weights, batches, same, sgd, tiny_net, 
 from wellcond.experiments.inspect import inspect
 from wellcond.experiments.run.train import run
 from wellcond.lightning import TreatmentCallback
-from wellcond.nn import SkewOrthogonalConv2d, fold, to_plain
+from wellcond.nn import DecorrelatedBatchNorm2d, SkewOrthogonalConv2d, fold, to_plain
 from wellcond.orthogonality import orthogonal_weight, treat, treat_like
 
 
@@ -238,3 +238,98 @@ def test_sharded_it_trains_as_a_whole(one_process):
     assert handle.nog.counts()["0"]["treated"] == 3
     with pytest.raises(ValueError, match="sharded over processes already"):
         treat(model, optimizer, "ow", layers=["3"], options=SOC)
+
+
+def two_layers(second: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    first = (nn.Conv2d(3, 8, 3, padding=1), DecorrelatedBatchNorm2d(8))
+    return nn.Sequential(*first, second, DecorrelatedBatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+REFUSED_LATE = {
+    "the second layer": ("ow", ["0", "2"], SOC),
+    "another treatment": ("nog+ow", ["0"], {**SOC, "nog": {"scale": "long"}}),
+    "another weight treatment": ("ow+sn", ["0"], SOC),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_LATE)
+@pytest.mark.parametrize("kind", [torch.optim.Adam, sgd])
+def test_a_refused_treatment_leaves_gradient_and_optimizer_as_they_were(case, kind):
+    treatments, layers, options = REFUSED_LATE[case]
+    model = two_layers(nn.Conv2d(8, 8, 2))
+    optimizer = kind(model.parameters()) if kind is not sgd else sgd(model)
+    train(model, optimizer, batches(2))
+    states = copy.deepcopy(optimizer.state_dict())
+    held = {p: (p.grad.clone(), dict(optimizer.state[p])) for p in model.parameters() if p.grad is not None}
+    with pytest.raises(ValueError):
+        treat(model, optimizer, treatments, layers=layers, options=options)
+    assert model[0].weight in held and type(model[0]) is nn.Conv2d
+    for p, (gradient, state) in held.items():
+        assert torch.equal(p.grad, gradient) and list(optimizer.state[p]) == list(state)
+    now = optimizer.state_dict()["state"]
+    assert set(now) == set(states["state"])
+    for index, state in states["state"].items():
+        assert all(torch.equal(value, now[index][name]) for name, value in state.items())
+    train(model, optimizer, batches(1))
+
+
+def test_a_refused_callback_leaves_the_gradient():
+    model = two_layers(nn.Conv2d(8, 8, 2))
+    model(batches(1)[0][0]).sum().backward()
+    gradient = model[0].weight.grad.clone()
+    callback = hugging_face.TreatmentCallback("ow", layers=["0", "2"], options=SOC)
+    with pytest.raises(ValueError, match="odd size"):
+        callback.treat_weights(model)
+    assert torch.equal(model[0].weight.grad, gradient)
+
+
+def test_a_removal_that_is_refused_leaves_all_layers_treated():
+    model = two_layers(nn.Conv2d(8, 8, 3, padding=1))
+    model[2].weight.requires_grad_(False)
+    optimizer = sgd(model)
+    handle = treat(model, optimizer, "nog+ow", layers=["0", "2"], options=SOC)
+    train(model, optimizer, batches(1))
+    expected = outputs(model)
+    with pytest.raises(RuntimeError, match="layer '0'"):
+        handle.remove()
+    assert hasattr(model[0], "parametrizations") and hasattr(model[2], "parametrizations")
+    assert torch.equal(outputs(model), expected)
+    train(model, optimizer, batches(1))
+    assert handle.nog.counts()["0"]["treated"] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_an_unmoved_layer_gets_its_weight_back_in_another_dtype(dtype):
+    model = net()
+    before = model[0].weight.detach().clone()
+    handle = treat(model, sgd(model), "ow", options=SOC)
+    model.to(dtype)
+    handle.remove()
+    assert type(model[0]) is nn.Conv2d and torch.equal(model[0].weight, before.to(dtype))
+
+
+def test_on_the_meta_device_it_is_a_layer_that_can_be_filled():
+    with torch.device("meta"):
+        layer = nn.Conv2d(3, 8, 3, padding=1)
+    orthogonal_weight(layer, map="soc")
+    assert stored(layer).is_meta and stored(layer).shape == (8, 8, 3, 3)
+    other = orthogonal_weight(nn.Conv2d(3, 8, 3, padding=1), map="soc")
+    layer.load_state_dict(other.state_dict(), assign=True)
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(layer(x), other(x), rtol=0, atol=0)
+
+
+def test_an_exchange_that_fails_leaves_the_layer_as_it_was(monkeypatch):
+    from wellcond.orthogonality import _weight_treatment
+
+    def fail(*_):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(_weight_treatment, "exchange", fail)
+    layer = nn.Conv2d(3, 8, 3, padding=1)
+    weight, before = layer.weight, copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match="no"):
+        orthogonal_weight(layer, map="soc")
+    assert type(layer) is nn.Conv2d and layer.weight is weight and list(layer._parameters) == ["weight", "bias"]
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())

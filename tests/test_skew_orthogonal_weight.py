@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from treatment_models import batches, polar_reference, sgd, train
-from wellcond._shared.skew_convolution import truncation_error
+from wellcond._shared.operator_norm import skew_convolution_norm_bound
+from wellcond._shared.skew_convolution import filled_up, skew_kernel, truncation_error
 from wellcond.nn import DecorrelatedBatchNorm2d, SkewOrthogonalConv2d
 from wellcond.orthogonality import (
     convolution_singular_values,
@@ -65,12 +66,14 @@ def test_it_is_the_exponential_of_the_skew_part_of_the_layer_that_it_was(form):
     A = jacobian(layer, image)
     before = layer.weight.detach().clone()
     orthogonal_weight(layer, map="soc")
-    scale = (stored(layer).norm() / before.norm()).item()
     # The order in which the pixels of an image are the channels of a coarser one.
     order = F.pixel_unshuffle(torch.arange(A.shape[1]).view(image).double(), s).flatten().long()
     n = max(A.shape)
     square = torch.zeros(n, n, dtype=torch.float64)
     square[: A.shape[0], : A.shape[1]] = A[:, order]
+    bare = filled_up(before, s)
+    skew = bare - bare.transpose(0, 1).flip(2, 3)
+    scale = (2 * stored(layer).norm() / skew.norm()).item() if skew.any() else 1.0
     expected = torch.linalg.matrix_exp(scale * (square - square.T))[: A.shape[0], : A.shape[1]]
     in_training, in_evaluation = jacobian(layer, image), jacobian(layer.eval(), image)
     # The series is cut where its remainder is below rounding in evaluation, and after the power 5 in training.
@@ -126,7 +129,9 @@ def test_layer_parameter_and_group_stay_and_the_momentum_of_the_old_weight_goes(
     treat(model, optimizer, "ow", options=SOC)
     assert model[0] is layer and stored(layer) is parameter and parameter.shape == (8, 8, 3, 3)
     assert all(a is b for a, b in zip(group, optimizer.param_groups[0]["params"], strict=True))
-    assert parameter not in optimizer.state and torch.equal(optimizer.state[other]["momentum_buffer"], momentum)
+    assert optimizer.state[parameter]["momentum_buffer"].shape == parameter.shape
+    assert not optimizer.state[parameter]["momentum_buffer"].any()
+    assert torch.equal(optimizer.state[other]["momentum_buffer"], momentum)
     before = parameter.detach().clone()
     train(model, optimizer, batches(2))
     assert not torch.equal(before, parameter) and optimizer.state[parameter]["momentum_buffer"].shape == before.shape
@@ -328,3 +333,122 @@ def test_a_layer_of_the_library_equals_it():
     x = torch.randn(2, 3, 6, 6)
     for mode in (True, False):
         torch.testing.assert_close(own.train(mode)(x), layer.train(mode)(x), rtol=1e-6, atol=1e-6)
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9),
+    "fused SGD": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, fused=True),
+    "foreach SGD": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, foreach=True),
+    "fused AdamW": lambda p: torch.optim.AdamW(p, 0.01, fused=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 0.01),
+    "Rprop": lambda p: torch.optim.Rprop(p, 0.01),  # whose state does not begin at zero
+    "NAdam": lambda p: torch.optim.NAdam(p, 0.01),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_optimizer_that_has_stepped_moves_the_filter_as_a_new_one_would(kind):
+    filters = []
+    for steps in (1, 0):
+        model = net()
+        optimizer = OPTIMIZERS[kind](model.parameters())
+        train(model, optimizer, batches(steps))
+        model.load_state_dict(net().state_dict())
+        treat(model, optimizer, "ow", options=SOC)
+        train(model, optimizer, batches(1))
+        filters.append(stored(model[0]).detach())
+    torch.testing.assert_close(*filters, rtol=0, atol=0)
+
+
+class Functional(nn.Module):
+    """A model that takes the weight of its convolution, or also calls it, or has a term of the weight."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.use = nn.Conv2d(3, 8, 3, padding=1), DecorrelatedBatchNorm2d(8), use
+
+    def forward(self, x):
+        if self.use == "weight":
+            return self.norm(nn.functional.conv2d(x, self.conv.weight, self.conv.bias, padding=1))
+        if self.use == "scaled weight":
+            return self.norm(nn.functional.conv2d(x, 2 * self.conv.weight.tanh(), padding=1))
+        if self.use == "tied":
+            return self.norm(self.conv(nn.functional.conv_transpose2d(self.conv(x), self.conv.weight, padding=1)))
+        return self.norm(self.conv(x)).square().mean() + 1e-3 * self.conv.weight.square().sum()
+
+
+@pytest.mark.parametrize("use", ["weight", "scaled weight", "tied", "term"])
+def test_a_model_that_computes_the_convolution_itself_is_refused(use):
+    model = Functional(use)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = sgd(model)
+    if use == "term":
+        treat(model, optimizer, "ow", options=SOC)
+        model(batches(1)[0][0]).backward()
+        return
+    for layers in (None, ["conv"]) if use != "tied" else (["conv"],):
+        with pytest.raises(ValueError, match=r"output of layer 'conv', but the forward function of Functional takes"):
+            treat(model, optimizer, "ow", layers=layers, options=SOC)
+    assert list(model.state_dict()) == list(before)
+    assert model(batches(1)[0][0]).shape == (16, 8, 8, 8)
+
+
+def test_a_layer_with_a_forward_function_on_the_object_or_a_convolution_of_its_own_is_refused():
+    class Doubled(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(2 * x, weight, bias)
+
+    with pytest.raises(ValueError, match="this Doubled has its own"):
+        orthogonal_weight(Doubled(3, 4, 3, padding=1), map="soc")
+    for name in ("forward", "_conv_forward"):
+        layer = nn.Conv2d(3, 4, 3, padding=1)
+        setattr(layer, name, getattr(layer, name))
+        with pytest.raises(ValueError, match=r"nn\.Conv2d's forward function, and this Conv2d has its own"):
+            orthogonal_weight(layer, map="soc")
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_an_empty_batch_has_the_shape_that_it_had(padding_mode):
+    layer = nn.Conv2d(4, 8, 3, stride=2, padding=1, padding_mode=padding_mode)
+    x = torch.randn(0, 4, 8, 6, requires_grad=True)
+    expected = layer(x).shape
+    y = orthogonal_weight(layer, map="soc")(x)
+    y.sum().backward()
+    assert y.shape == expected == (0, 8, 4, 3) and x.grad.shape == x.shape
+    assert SkewOrthogonalConv2d(4, 8, 3, stride=2, padding_mode=padding_mode)(x).shape == expected
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-7, 1e-5])
+def test_an_almost_symmetric_filter_starts_near_the_identity_and_learns(share):
+    """Scaled up, rounding would be the layer, and a symmetric part of 10⁶ would swallow the steps."""
+    generator = torch.Generator().manual_seed(0)
+    A, N = (torch.randn(8, 8, 3, 3, generator=generator) for _ in range(2))
+    layer = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_((A + A.transpose(0, 1).flip(2, 3)) / 2 + share * N)
+    skew = skew_kernel(layer.weight.detach())
+    orthogonal_weight(layer, map="soc")
+    M = stored(layer)
+    assert torch.equal(skew_kernel(M.detach()), skew) and M.abs().max() <= skew.abs().max()
+    x, y = torch.randn(4, 8, 8, 8, generator=generator), torch.randn(4, 8, 8, 8, generator=generator)
+    # ‖exp(J) − I‖ ≤ ‖J‖ ≤ Σ|L|
+    assert (layer(x) - x).norm() <= (skew.abs().sum() + 1e-6) * x.norm()
+    before, optimizer = M.detach().clone(), torch.optim.SGD(layer.parameters(), lr=0.1)
+    nn.functional.mse_loss(layer(x), y).backward()
+    optimizer.step()
+    expected = before - 0.1 * M.grad
+    assert M.grad.norm() > 0
+    torch.testing.assert_close(M.detach(), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_stored_filter_is_skew_and_at_the_bound_whatever_the_size_of_the_weight(dtype):
+    for size in (1.0, 1e30, 1e-30):
+        layer = nn.Conv2d(3, 8, 3, padding=1)
+        nn.init.normal_(layer.weight, std=size)
+        orthogonal_weight(layer.to(dtype), map="soc")
+        M = stored(layer).detach()
+        assert torch.equal(M, -M.transpose(0, 1).flip(2, 3)) and M.dtype == dtype
+        # Rounded once to its dtype, and sums of 72 products in float32.
+        bound = skew_convolution_norm_bound(skew_kernel(M.float()))
+        assert bound.item() == pytest.approx(1.5, rel=max(torch.finfo(dtype).eps, 1e-5))

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operator_norm import skew_convolution_norm_bound
+from .operator_norm import skew_convolution_norm_bound, spectral_norm_bound
 from .precision import full_precision, working_dtype
 
 TERMS, MAX_NORM = 5, 1.5
 """The highest power of the series in training, and the bound of ‖J‖."""
+SYMMETRIC = 1e-3
+"""The share of ‖M‖, of M as a matrix (c, c·kh·kw), up to which the bound of ‖J‖ is not scaled up."""
 
 
 def truncation_error(norm: float, terms: int) -> float:
@@ -53,11 +55,19 @@ def bounded_skew_kernel(M: Tensor, max_norm: float) -> Tensor:
 
 
 def at_the_bound(M: Tensor, max_norm: float) -> Tensor:
-    """M times the number at which the bound of ‖J‖ is ``max_norm``: where the scaling down begins."""
+    """M times the number at which the bound of ‖J‖ is ``max_norm``: where the scaling down begins.
+
+    An (almost) symmetric M stays: its skew part may be no more than rounding.
+    """
     with full_precision(M):
         bound = skew_convolution_norm_bound(skew_kernel(M))
-        # One channel with a 1 × 1 kernel has no skew part at all.
-        return (M * torch.where(bound > 0, max_norm / bound, 1.0)).to(M.dtype)
+        whole = spectral_norm_bound(M.to(bound.dtype).flatten(1))
+        return (M * torch.where(bound > SYMMETRIC * whole, max_norm / bound, 1.0)).to(M.dtype)
+
+
+def skew_half(M: Tensor) -> Tensor:
+    """(M − Mᵀ)/2, of the same L as M, in float32 or better."""
+    return skew_kernel(M) / 2
 
 
 def skew_orthogonal_convolution(
@@ -70,7 +80,10 @@ def skew_orthogonal_convolution(
     """
     if x.shape[2] % stride or x.shape[3] % stride:
         raise ValueError(f"expected a size divisible by stride={stride} (got {tuple(x.shape[2:])})")
-    x = F.pixel_unshuffle(x, stride) if stride > 1 else x
+    if stride > 1:
+        # PyTorch's own gives an empty batch the shape that it had.
+        coarse = (x.shape[0], x.shape[1] * stride**2, x.shape[2] // stride, x.shape[3] // stride)
+        x = F.pixel_unshuffle(x, stride) if x.numel() else x.reshape(coarse)
     x = F.pad(x, (0, 0, 0, 0, 0, L.shape[0] - x.shape[1])) if x.shape[1] < L.shape[0] else x
     L = L.to(x.dtype)
     total = power = x

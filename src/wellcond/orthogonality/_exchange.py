@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.optim import Optimizer
 
 
 def exchange(parameter: nn.Parameter, values: Tensor) -> None:
@@ -16,8 +17,22 @@ def exchange(parameter: nn.Parameter, values: Tensor) -> None:
     parameter is of another dtype, which makes PyTorch forget that.
     """
     parameter.grad = None
-    parameter.data = torch.empty(0, dtype=torch.float64 if values.dtype != torch.float64 else torch.float32)
+    between = torch.float64 if values.dtype != torch.float64 else torch.float32
+    parameter.data = torch.empty(0, dtype=between, device=parameter.device)
     parameter.data = values
+
+
+def start_afresh(optimizer: Optimizer, parameter: nn.Parameter, shape: torch.Size) -> None:
+    """Make ``optimizer`` forget what it knows of a parameter that was of ``shape``.
+
+    What is nothing but tensors of that shape (momentum) becomes zeros, as the fused SGD wants momentum for all of its
+    parameters or for none. Any other state is made anew by the next step: not all of it begins at zero.
+    """
+    known = optimizer.state.pop(parameter, {})
+    if known and all(isinstance(value, Tensor) and value.shape == shape for value in known.values()):
+        optimizer.state[parameter] = {
+            name: torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False) for name, value in known.items()
+        }
 
 
 def require_free(parameter: nn.Parameter, what: str) -> None:

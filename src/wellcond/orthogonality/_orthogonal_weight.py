@@ -104,7 +104,9 @@ def orthogonal_weight(layer: nn.Module, name: str = "weight", map: str = "exp") 
             solve, or ``"householder"``, a product of reflections. Or ``"soc"``: the layer becomes orthogonal as a map
             on images, the skew-orthogonal convolution of Singla and Feizi (2021), whatever its channels and stride. It
             starts from the skew part of its filter. The parameter stays the same object and becomes the filter
-            (c, c, kh, kw), c = max(in·stride², out), so its optimizer must not have moved it yet, nor DDP hold it.
+            (c, c, kh, kw), c = max(in·stride², out), so its optimizer must not have moved it yet, nor DDP hold it. The
+            layer is orthogonal when it is called: ``F.conv2d(x, layer.weight)`` in a model is another map, of another
+            size, which :func:`treat` refuses where it can trace the model, and this function cannot see.
 
     Returns:
         ``layer``.
@@ -112,7 +114,8 @@ def orthogonal_weight(layer: nn.Module, name: str = "weight", map: str = "exp") 
     Raises:
         ValueError: no matrix-like tensor of that name (with the nearest right one), NaN or infinity in it, a
             parametrisation already on it, or an unknown map; for ``"soc"`` another layer than an ``nn.Conv2d`` of odd
-            kernel, padded by half of it with zeros or round, of one group, one stride and no dilation.
+            kernel, padded by half of it with zeros or round, of one group, one stride and no dilation, or one with a
+            forward function of its own.
 
     Take it off with ``torch.nn.utils.parametrize.remove_parametrizations(layer, name)``; not ``"soc"``, which no plain
     convolution is.

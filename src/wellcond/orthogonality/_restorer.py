@@ -6,7 +6,7 @@ of the layer too (they share one generated class).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -15,50 +15,90 @@ from torch.optim import Optimizer
 
 from wellcond._shared.models import described
 
-from ._exchange import exchange
+from ._exchange import exchange, start_afresh
 from ._matrix import layer_target, parametrisations
 from ._sharded import is_sharded
 
 
-def restorer(layer: nn.Module, optimizer: Optimizer | None = None) -> Callable[[], None]:
-    """A function that takes all parametrisations off the weight of ``layer``, which has none now.
+class Restorer:
+    """What takes all parametrisations off the weight of ``layer``, which has none now.
 
     The layer keeps the weight in use, or, if no step has moved the stored tensor, has its own back bit for bit. One
-    that is no longer a layer of its class stays so, and the function refuses. ``optimizer`` forgets what it knows of a
+    that is no longer a layer of its class stays so, and :meth:`check` refuses. ``optimizer`` forgets what it knows of a
     stored tensor that was another one.
     """
-    untouched = layer_target(layer, "").parameter.detach().clone()
-    order = list(layer._parameters)
 
-    def restore() -> None:
-        if not parametrisations(layer):
+    def __init__(self, layer: nn.Module, optimizer: Optimizer | None = None) -> None:
+        weight = layer_target(layer, "").parameter
+        self._layer, self._optimizer = layer, optimizer
+        self._untouched, self._order = weight.detach().clone(), list(layer._parameters)
+        self._start = self._untouched
+        self._gradient = weight.grad
+        self._known = dict(optimizer.state.get(weight, {})) if optimizer is not None else {}
+
+    def begin(self) -> None:
+        """Note the stored tensor now that the treatments are on, from which it may move."""
+        self._gradient, self._known = None, {}
+        if self._is_another():
+            self._start = layer_target(self._layer, "").parameter.detach().clone()
+
+    def check(self) -> None:
+        """Refuse, and change nothing, where the layer cannot go back."""
+        if not parametrisations(self._layer):
             return
         # Read again: loading with assign=True or a move to another kind of device makes it a new tensor.
-        weight = layer_target(layer, "").parameter
+        weight = layer_target(self._layer, "").parameter
         if is_sharded(weight):
             raise RuntimeError(
-                f"{described(layer, '')} was sharded since its weight was treated, and fully_shard cannot be undone; "
-                "load the state into a model that is not sharded, and call remove() there"
+                f"{described(self._layer, '')} was sharded since its weight was treated, and fully_shard cannot be "
+                "undone; load the state into a model that is not sharded, and call remove() there"
             )
-        with torch.no_grad():
-            if (computed := parametrisations(layer)[0]).computes_layer:
-                if not torch.equal(weight, computed.right_inverse(untouched.to(weight))):
-                    raise RuntimeError(
-                        f"{computed.treatment} of {computed.where} ({computed.extra_repr()}): no layer of its class is "
-                        "what it has learnt; keep it on, or take wellcond.nn.to_plain(model)"
-                    )
-                exchange(weight, untouched.to(weight))
-                if optimizer is not None:
-                    optimizer.state.pop(weight, None)
-            elif not torch.equal(weight, untouched.to(weight)):
-                weight.copy_(layer.weight)  # pyright: ignore[reportArgumentType]
-        if len(layer.parametrizations) == 1:  # pyright: ignore[reportArgumentType]
-            layer.__class__ = type(layer).__bases__[0]
-            del layer.parametrizations
-            layer.register_parameter("weight", weight)
-        else:
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-        for name in (name for name in order if name in layer._parameters):
-            layer._parameters[name] = layer._parameters.pop(name)
+        if self._is_another() and not torch.equal(weight, self._start.to(weight)):
+            computed = parametrisations(self._layer)[0]
+            raise RuntimeError(
+                f"{computed.treatment} of {computed.where} ({computed.extra_repr()}): no layer of its class is "
+                "what it has learnt; keep it on, or take wellcond.nn.to_plain(model)"
+            )
 
-    return restore
+    def restore(self) -> None:
+        """Take them off, once :meth:`check` has passed."""
+        if not parametrisations(self._layer):
+            return
+        weight = layer_target(self._layer, "").parameter
+        with torch.no_grad():
+            if self._is_another():
+                shape = weight.shape
+                exchange(weight, self._untouched.to(weight))
+                if self._optimizer is not None:
+                    start_afresh(self._optimizer, weight, shape)
+            elif not torch.equal(weight, self._untouched.to(weight)):
+                weight.copy_(self._layer.weight)  # pyright: ignore[reportArgumentType]
+        bared(self._layer, "weight", weight, self._order)
+
+    def undo(self) -> None:
+        """Take off what was not put on in whole: gradient and state in the optimizer come back too."""
+        if not parametrisations(self._layer):
+            return
+        changed = self._is_another()
+        self.restore()
+        if changed:
+            weight = layer_target(self._layer, "").parameter
+            weight.grad = self._gradient
+            if self._optimizer is not None and self._known:
+                self._optimizer.state[weight] = self._known
+
+    def _is_another(self) -> bool:
+        """Whether the stored tensor is not the weight but that of another kind of layer."""
+        return any(one.computes_layer for one in parametrisations(self._layer))
+
+
+def bared(layer: nn.Module, name: str, weight: nn.Parameter, order: Sequence[str]) -> None:
+    """Take the parametrisations off one tensor, which becomes ``weight``, among the parameters in their ``order``."""
+    if len(layer.parametrizations) == 1:  # pyright: ignore[reportArgumentType]
+        layer.__class__ = type(layer).__bases__[0]
+        del layer.parametrizations
+        layer.register_parameter(name, weight)
+    else:
+        parametrize.remove_parametrizations(layer, name, leave_parametrized=False)
+    for one in (one for one in order if one in layer._parameters):
+        layer._parameters[one] = layer._parameters.pop(one)

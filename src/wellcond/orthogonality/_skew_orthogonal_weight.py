@@ -3,7 +3,7 @@
 It is the skew-orthogonal convolution of Singla and Feizi (ICML 2021), which the authors of the paper ran under the name
 of OW. The parameter becomes its stored filter M (c, c, kh, kw) with c = max(in·stride², out), and the layer's output
 exp(J) x, with J the convolution by M − Mᵀ: eq. (13) with the transpose of the map on images instead of the matrix's.
-It starts from the filter that the layer had, filled up with zeros.
+It starts from the skew part of the filter that the layer had, filled up with zeros.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from wellcond._shared.checks import refuse_in_onnx
+from wellcond._shared.precision import working_dtype
 from wellcond._shared.skew_convolution import (
     MAX_NORM,
     TERMS,
@@ -24,6 +25,7 @@ from wellcond._shared.skew_convolution import (
     exact_terms,
     filled_up,
     kernel_of_the_exponential,
+    skew_half,
     skew_orthogonal_convolution,
     stored_channels,
 )
@@ -83,7 +85,10 @@ class SkewOrthogonalWeight(OrthogonalWeight):
         }
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The filter (c, c, kh, kw) of a plain weight, as long as can be before it is scaled down."""
+        """The skew half of the filter (c, c, kh, kw) of a plain weight, as long as can be before it is scaled down.
+
+        The symmetric half is of no effect, and would leave few digits to a small skew one.
+        """
         if weight.shape != self.plain_shape:
             if weight.shape == self.stored_shape:  # the filter itself, when a pickle is opened
                 return weight
@@ -94,7 +99,8 @@ class SkewOrthogonalWeight(OrthogonalWeight):
         if not weight.is_meta and not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{self.treatment} of {self.where}: its weight holds NaN or infinite entries")
         with torch.no_grad():
-            return at_the_bound(filled_up(weight.detach(), self.stride), MAX_NORM)
+            M = filled_up(weight.detach().to(working_dtype(weight.dtype)), self.stride)
+            return skew_half(at_the_bound(M, MAX_NORM)).to(weight.dtype)
 
     def forward(self, stored: Tensor) -> Tensor:
         kernel = kernel_of_the_exponential(
@@ -136,6 +142,8 @@ def _trouble(layer: nn.Module | None) -> str:
     kind: Any = type(layer).__bases__[0] if layer is not None and parametrize.is_parametrized(layer) else type(layer)
     if not isinstance(layer, nn.Conv2d) or kind.forward is not nn.Conv2d.forward:
         return f"nn.Conv2d layers only, got {kind.__name__}"
+    if kind._conv_forward is not nn.Conv2d._conv_forward or not {"forward", "_conv_forward"}.isdisjoint(vars(layer)):
+        return f"the place of nn.Conv2d's forward function, and this {kind.__name__} has its own"
     if parametrize.is_parametrized(layer):
         return "layers without other parametrisations"
     kernel, stride = layer.kernel_size, layer.stride

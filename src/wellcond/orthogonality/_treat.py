@@ -15,7 +15,7 @@ from wellcond._shared.names import aligned
 from ._matrix import Target
 from ._pre_spectral import pre_spectral_layers
 from ._registry import TREATMENTS, Applied, Options, in_order, listed_options, options_of, parse_treatments
-from ._restorer import restorer
+from ._restorer import Restorer
 from ._step_treatment import gradient_scale, require_held
 from ._treatable import require_treatable
 from ._weight_treatment import WeightTreatment
@@ -36,7 +36,7 @@ def treat(
     step the gradient (``nog``), then the learning rate (``olr``, which sees the treated gradient). The ``ol`` term is
     added to the loss by the user, from :meth:`Treatment.loss`. With ``ow`` or ``sn``, ``nog`` and ``olr`` act on the
     stored tensor that the optimizer moves, as in the authors' code, not on the weight computed from it. The optimizer
-    forgets its state of a weight that ``{"ow": {"map": "soc"}}`` changes, which is a filter of another shape then.
+    forgets its state (momentum) of a weight that ``{"ow": {"map": "soc"}}`` changes, a filter of another shape then.
 
     Args:
         model: any module, also compiled or inside DDP (treat the bare model before wrapping it, or the wrapped one), or
@@ -52,8 +52,8 @@ def treat(
     Raises:
         ValueError: an unknown or repeated name; no spectral layer; a layer that is unknown, without a matrix-like
             weight, not held by the optimizer, or already treated so; an optimizer that ``olr`` does not know; with
-            ``map="soc"`` a layer that :func:`orthogonal_weight` refuses, or a model inside DDP already.
-            Nothing is changed then.
+            ``map="soc"`` a layer that :func:`orthogonal_weight` refuses, or whose weight the model's forward function
+            takes without calling it, or a model inside DDP already. Nothing is changed then.
 
     To resume, treat model and optimizer in the same way, then load the three state dicts (model, optimizer, treatment).
     Make averaged copies (EMA) of the model after treating it.
@@ -105,13 +105,17 @@ class Treatment:
         self._parts: dict[str, Applied] = {}
         kinds = in_order(treatments)
         on_weights = any(issubclass(kind, WeightTreatment) for kind in kinds)
-        self._restorers = [restorer(layer, optimizer) for layer in layers.values()] if on_weights else []
+        self._restorers = [Restorer(layer, optimizer) for layer in layers.values()] if on_weights else []
         try:
             for kind in kinds:
                 self._parts[kind.name] = kind.apply_to(optimizer, layers, options.get(kind.name, {}))
         except Exception:
-            self.remove()
+            for one in self._restorers:
+                one.undo()
+            self._remove_parts()
             raise
+        for one in self._restorers:
+            one.begin()
 
     def __getattr__(self, name: str) -> Any:
         if name not in TREATMENTS or "_parts" not in self.__dict__:
@@ -163,9 +167,13 @@ class Treatment:
         Raises:
             RuntimeError: a layer cannot go back (sharded since, or ``map="soc"`` that has learnt); all stays on.
         """
+        for one in self._restorers:  # all are asked before any is changed
+            one.check()
         while self._restorers:
-            self._restorers[-1]()  # what refuses stays, with all the rest, and refuses again
-            self._restorers.pop()
+            self._restorers.pop().restore()
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
         for part in self._parts.values():
             part.remove()
         self._parts.clear()

@@ -9,6 +9,7 @@ from torch import nn
 from wellcond._shared.models import bare_name, unwrapped
 
 from ._matrix import Target, layer_target
+from ._own_use import require_called
 from ._registry import Options, in_order, listed_options
 from ._weight_treatment import WeightTreatment
 
@@ -24,11 +25,14 @@ def require_treatable(
         if issubclass(kind, WeightTreatment):
             _require_untied(model, targets.values(), kind.name)
             held = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
-            if held and kind.changes_parameter(**(given := options.get(kind.name, {}))):
+            if not kind.changes_parameter(**(given := options.get(kind.name, {}))):
+                continue
+            if held:
                 raise ValueError(
                     f"treatment '{kind.name}' ({listed_options(given)}) gives layer '{next(iter(layers))}' another "
                     "parameter than DistributedDataParallel holds; treat the model before it is wrapped"
                 )
+            require_called(model, layers, f"treatment '{kind.name}' ({listed_options(given)})")
     return targets
 
 

@@ -19,9 +19,10 @@ from wellcond._shared.checks import refuse_in_onnx
 from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.models import described
 
-from ._exchange import exchange, require_free
+from ._exchange import exchange, require_free, start_afresh
 from ._matrix import Target, layer_target, parametrisations
 from ._registry import Applied, TreatmentClass
+from ._restorer import bared
 from ._saved_weight import prepare
 from ._sharded import is_sharded, spread, whole
 
@@ -115,15 +116,16 @@ class WeightTreatment(SelfDescribing, TreatmentClass):
     @classmethod
     def apply_to(cls, optimizer: Optimizer, layers: Mapping[str, nn.Module], options: Mapping[str, Any]) -> Applied:
         for label, layer in layers.items():
+            shape = layer_target(layer, label).parameter.shape
             cls.put_on(layer, label=label, **options)
             if cls.changes_parameter(**options):
-                optimizer.state.pop(layer_target(layer, label).parameter, None)  # of a tensor that is gone
+                start_afresh(optimizer, layer_target(layer, label).parameter, shape)
         return Applied()  # ``treat`` itself gives the layers their weights back
 
 
 def _attach(layer: nn.Module, name: str, parametrisation: WeightTreatment, *, stored: bool = False) -> None:
     """Put it on top of what is on the tensor, which is ``stored`` under it already, or yet to be."""
-    weight = layer_target(layer, "", name).parameter
+    weight, order = layer_target(layer, "", name).parameter, list(layer._parameters)
     if bare := not parametrisations(
         layer, name
     ):  # registered with a stand-in: PyTorch would call weight.set_, which cuts it off from DDP's hooks
@@ -139,7 +141,11 @@ def _attach(layer: nn.Module, name: str, parametrisation: WeightTreatment, *, st
     if parametrisation.computes_layer:
         type(layer).forward = _forward  # pyright: ignore[reportAttributeAccessIssue]
         if not stored:
-            exchange(weight, start.detach())
+            try:
+                exchange(weight, start.detach())
+            except Exception:
+                bared(layer, name, weight, order)
+                raise
     # PyTorch refuses to pickle a parametrised module, because its class is made at run time; ours can be made again.
     type(layer).__reduce__ = _reduce  # pyright: ignore[reportAttributeAccessIssue]
     type(layer)._load_from_state_dict = _load  # pyright: ignore[reportAttributeAccessIssue]

@@ -17,7 +17,7 @@ from wellcond._shared.models import Layers, as_given, layers_by_name
 
 from ._pre_spectral import pre_spectral_layers
 from ._registry import Options, in_order, options_of, parse_treatments
-from ._restorer import restorer
+from ._restorer import Restorer
 from ._treat import Treatment, treat
 from ._treatable import require_treatable
 from ._weight_treatment import WeightTreatment
@@ -65,14 +65,14 @@ class TreatmentInStages:
     def _put_on(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         """All weight treatments on all layers, or, if one is refused, none on any."""
         require_treatable(model, layers, self.treatments, self._options)
-        restorers = [restorer(layer) for layer in layers.values()]
+        restorers = [Restorer(layer) for layer in layers.values()]
         try:
             for kind in self._on_weights:
                 for label, layer in layers.items():
                     kind.put_on(layer, label=label, **self._options.get(kind.name, {}))
         except Exception:
-            for restore in restorers:
-                restore()
+            for one in restorers:
+                one.undo()
             raise
         self.put_on.update(layers)
 

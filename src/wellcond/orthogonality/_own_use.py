@@ -1,0 +1,44 @@
+"""Weights that a model's forward function computes with itself, as ``F.conv2d(x, self.conv.weight)``.
+
+A treatment that computes the layer's output, not only its weight, would be passed over there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+from wellcond._shared.models import bare_name, unwrapped
+
+from ._symbolic_walk import _ELEMENTWISE, _graphs
+
+
+def require_called(model: nn.Module, layers: Mapping[str, nn.Module], treatment: str) -> None:
+    """Refuse ``layers`` whose weight meets the data outside of the layer; unseen where the model cannot be traced.
+
+    Adding up is no such use: so a term of the weight comes into a loss.
+    """
+    inner = unwrapped(model)
+    modules = {bare_name(name): module for name, module in inner.named_modules()}
+    try:
+        graphs = _graphs(inner, None)
+    except ValueError:
+        return
+    for graph in graphs:
+        with_data: set[fx.Node] = set()
+        of_weight: dict[fx.Node, set[str]] = {}  # the paths of the modules whose weight it is computed from
+        for node in graph.nodes:  # in the order of computation
+            paths = {path for i in node.all_input_nodes for path in of_weight.get(i, ())}
+            if node.op != "placeholder" and with_data.isdisjoint(node.all_input_nodes):
+                path, _, tensor = str(node.target).rpartition(".")
+                of_weight[node] = paths | ({bare_name(path)} if node.op == "get_attr" and tensor == "weight" else set())
+                continue
+            with_data.add(node)
+            used = [name for name, layer in layers.items() if any(modules.get(path) is layer for path in paths)]
+            if used and getattr(node.target, "__name__", node.target) not in _ELEMENTWISE:
+                raise ValueError(
+                    f"{treatment} computes the output of layer '{used[0]}', but the forward function of "
+                    f"{type(inner).__name__} takes its weight instead of calling it; call the layer, or choose "
+                    "another map"
+                )
