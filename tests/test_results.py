@@ -226,6 +226,14 @@ def test_infinite_condition_numbers_are_said_and_not_drawn(tmp_path):
     assert names == ["a (κ(P) infinite at 11 of 11)", "b"]
 
 
+def test_names_are_not_read_as_mathematics(tmp_path):
+    write_conditions(tmp_path / "a", np.random.default_rng(3))
+    figure = condition_figure({"cost $5_0$": [result(tmp_path / "a")]}, "title")
+    (path, *_) = save_figure(figure, tmp_path / "f")
+    svg = path.with_suffix(".svg").read_text()
+    assert "cost $5_0$" in svg
+
+
 def test_csv_floats_keep_every_digit(tmp_path):
     values = np.random.default_rng(4).standard_normal(50).tolist()
     write_csv(tmp_path / "v.csv", ("v",), [{"v": value} for value in values])

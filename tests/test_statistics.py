@@ -109,4 +109,5 @@ def test_the_table_says_what_is_noise_and_fits_the_terminal():
         assert text in shown
     assert max(map(len, shown.splitlines())) <= 80
     assert "within the noise" in noise.sentence(-0.05) and "seeds" in noise.sentence(-0.05)
+    assert noise._replace(mean=0.00004).sentence() == "SVD + SN: as high as SVD, which is within the noise"
     assert signed(-0.001) == "−0.10"

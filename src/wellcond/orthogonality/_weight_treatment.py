@@ -126,9 +126,8 @@ class WeightTreatment(SelfDescribing, TreatmentClass):
 def _attach(layer: nn.Module, name: str, parametrisation: WeightTreatment, *, stored: bool = False) -> None:
     """Put it on top of what is on the tensor, which is ``stored`` under it already, or yet to be."""
     weight, order = layer_target(layer, "", name).parameter, list(layer._parameters)
-    if bare := not parametrisations(
-        layer, name
-    ):  # registered with a stand-in: PyTorch would call weight.set_, which cuts it off from DDP's hooks
+    # Registered with a stand-in: PyTorch would call weight.set_, which cuts it off from DDP's hooks.
+    if bare := not parametrisations(layer, name):
         layer._parameters[name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     try:
         parametrize.register_parametrization(layer, name, parametrisation, unsafe=parametrisation.computes_layer)

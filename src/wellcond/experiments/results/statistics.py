@@ -43,10 +43,11 @@ class Difference(NamedTuple):
 
     def sentence(self, papers: float | None = None) -> str:
         """In a line; ``papers`` is the difference that the paper reports, in percent."""
-        points = abs(100 * self.mean)
+        points = percent(abs(self.mean))
         side = "lower" if self.mean < 0 else "higher"
+        apart = f"as high as {self.against}" if float(points) == 0 else f"{points} points {side} than {self.against}"
         noise = "" if self.is_seen else ", which is within the noise" if self.seeds > 1 else "; one seed tells nothing"
-        said = f"{self.row}: {points:.2f} points {side} than {self.against}{noise}"
+        said = f"{self.row}: {apart}{noise}"
         if papers is None:
             return said
         needed = seeds_needed(self.std, papers / 100)

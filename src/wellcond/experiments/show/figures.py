@@ -87,7 +87,7 @@ def _draw(axis: Any, panel: Panel, beside: bool) -> None:
     if not axis.figure.legends:
         handles, names = axis.get_legend_handles_labels()
         where, width = ("outside right center", 34) if beside else ("outside lower center", 44)
-        names = [textwrap.fill(name, width) for name in names]
+        names = [textwrap.fill(name, width).replace("$", r"\$") for name in names]  # which is no mathematics here
         axis.figure.legend(handles, names, loc=where, frameon=False, handlelength=3.2)
         needed = sum(0.07 + 0.17 * (1 + name.count("\n")) for name in names)  # inches, at 10 points
         axis.figure.set_figheight(max(HEIGHT, needed + 0.5) if beside else 1.5 * HEIGHT + needed)
