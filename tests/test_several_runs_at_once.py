@@ -12,6 +12,7 @@ import threading
 import time
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -83,23 +84,28 @@ def test_two_at_once_of_which_one_is_killed_and_one_fails_give_the_bits_of_one_b
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("zca*/*")} == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
-def test_what_ends_the_grid_ends_its_runs_and_it_goes_on(number, one_by_one, tmp_path):
-    """Ctrl-C reaches all processes at once; SIGKILL one, and the others must see that nobody waits for them."""
-    out = tmp_path / "out"
+def grid_of_two(out: Path) -> subprocess.Popen[str]:
+    """The command, with a process group of its own."""
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom wellcond.cli import main; main()"
     )
     options = ["--limit", "130", "--width", "8", "--batch-size", "32", "--epochs", "3", "--monitor-every", "2"]
     options += ["--lr", "0.05", "--augment", "--norm", "zca", "--treat", "none,nog,nog+ow+olr", "--seeds", "1"]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-c", code, "compare", *options, "--jobs", "2", "--out", str(out)],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_what_ends_the_grid_ends_its_runs_and_it_goes_on(number, one_by_one, tmp_path):
+    """Ctrl-C reaches all processes at once; SIGKILL one, and the others must see that nobody waits for them."""
+    out = tmp_path / "out"
+    process = grid_of_two(out)
     deadline = time.monotonic() + 120
     while not any((out / "runs").glob("*/metrics.csv")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -118,6 +124,22 @@ def test_what_ends_the_grid_ends_its_runs_and_it_goes_on(number, one_by_one, tmp
     resumed = call("compare", "--out", out, "--resume")
     assert resumed.exit_code == 0, resumed.output
     assert differing(one_by_one, out) == {}
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_processes_start_says_one_line(tmp_path):
+    """It reaches a process that still imports, and has not been told to leave it to the first one."""
+    line = "interrupted; finished epochs are kept; go on with: wellcond compare --out {} --resume"
+    for wait in (0.0, 0.2, 0.6, 1.5):
+        out = tmp_path / str(wait)
+        process = grid_of_two(out)
+        while not (out / "runs").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(wait)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert (process.returncode, said.splitlines()) == (130, [line.format(out)])
 
 
 def test_a_run_that_fails_does_not_keep_the_others_from_finishing(tmp_path, caplog):
@@ -159,7 +181,7 @@ def test_a_full_disk_stops_the_grid(tmp_path, monkeypatch):
 
 def test_a_run_whose_process_dies_again_and_again_is_given_up(tmp_path, monkeypatch):
     """Of two at once: one that lives, one that dies once, one that always does; in the end no process is left."""
-    monkeypatch.setattr(processes, "attempt_elsewhere", dying_work.live_or_die)
+    monkeypatch.setattr(processes, "_train", dying_work.live_or_die)
     monkeypatch.setattr(processes, "_begin", dying_work.begin)
     tasks = ["live", f"die 1 {tmp_path / 'once'}", f"die 99 {tmp_path / 'always'}", "live too"]
     ends = dict(processes.in_processes(2)(tasks))
