@@ -17,7 +17,7 @@ from .torch_internals import is_compiling
 
 @dataclass
 class SolverEvents:
-    """Counts of decompositions and of what went wrong in them, since the start (or the last :meth:`reset`).
+    """Counts of decompositions and of what went wrong in them, since the start (or the last ``reset()``).
 
     Attributes:
         calls: batches of matrices handed to a decomposition.

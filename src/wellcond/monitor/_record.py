@@ -52,7 +52,7 @@ class ConditionRecord:
 
     @property
     def finite(self) -> bool:
-        """Whether the features were finite: κ may well be infinite, it is NaN only where they were not."""
+        """Whether the features were finite. κ may well be infinite, it is NaN only where they were not."""
         return self.kappa == self.kappa and self.kappa_max == self.kappa_max
 
 
