@@ -30,6 +30,7 @@ extensions = [
     "command_options",
     "docstrings",
     "mathml",
+    "public_names",
 ]
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
@@ -70,6 +71,7 @@ html_js_files = ["copy.js"]
 html_show_sourcelink = False
 html_copy_source = False
 html_sidebars = {"**": ["whole-site.html"]}
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system has it
 html_theme_options = {
     "logo": {"text": "wellcond"},
     "navbar_center": [],

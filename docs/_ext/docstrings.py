@@ -1,7 +1,7 @@
 """Docstrings are written for the terminal too; here their shapes and short paragraphs are brought to the page.
 
-``(N, C, *spatial)`` and ``|w|`` are marks of reStructuredText, and are escaped. ``Shape:``, ``Complexity:`` and ``Source:`` at
-the beginning of a paragraph are printed bold, as the headings of napoleon's sections are.
+``(N, C, *spatial)`` and ``|w|`` are marks of reStructuredText, and are escaped; ``^{1/2}`` becomes a power. ``Shape:``,
+``Complexity:`` and ``Source:`` at the beginning of a paragraph are printed bold, as napoleon's headings are.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from sphinx.application import Sphinx
 
 MARKS = re.compile(r"(?<=, )\*(?=\w)|(?<=[·, (])\|(?=\w+\|)")
+POWERS = re.compile(r"\^\{([^}`]+)\}")
 HEADS = re.compile(r"^(Shape|Complexity|Source): ")
 
 
@@ -19,7 +20,8 @@ def for_the_page(app: Sphinx, what: str, name: str, obj: Any, options: Any, line
     """Change the lines of a docstring in place."""
     for i, line in enumerate(lines):
         parts = line.split("``")  # what is between two of these is literal
-        parts[::2] = [MARKS.sub(lambda mark: "\\" + mark[0], part) for part in parts[::2]]
+        for j in range(0, len(parts), 2):
+            parts[j] = MARKS.sub(lambda mark: "\\" + mark[0], POWERS.sub(r"\\ :sup:`\1`\\ ", parts[j]))
         lines[i] = HEADS.sub(r"**\1:** ", "``".join(parts))
 
 

@@ -1,7 +1,6 @@
 """Inventories for intersphinx from a list of names in this folder, as nothing is fetched when the site is built.
 
-A line of the list is ``NAME ROLE PATH``, under a line ``[PROJECT] ADDRESS``; ``$`` at the end of a path stands for the
-name, as in Sphinx's own inventories.
+A line of the list is ``NAME ROLE PATH``, under a line ``[PROJECT] ADDRESS``; ``$`` in a path stands for the name.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def write_inventories(listed: Path, folder: Path) -> dict[str, tuple[str, str]]:
             addresses[project], names[project] = address, []
         elif not line.startswith("#"):
             name, role, path = line.split()
-            names[project].append(f"{name} {role} 1 {path} -\n")
+            names[project].append(f"{name} {role} 1 {path.replace('$', name)} -\n")
     for project, lines in names.items():
         body = zlib.compress("".join(lines).encode())
         (folder / f"{project}.inv").write_bytes(HEAD.format(project).encode() + body)
