@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-import wellcond.cli
 from small_runs import checkpoint, small
 from test_cli import SMALL, call, one_line
 from wellcond.experiments import folders
@@ -261,7 +260,7 @@ def test_without_arguments_report_takes_the_comparison_or_makes_it(done: Path, t
     def make(out: Path) -> None:
         shutil.copytree(done, out)
 
-    monkeypatch.setattr(wellcond.cli, "compare", make)
+    monkeypatch.setattr("wellcond.cli.report.compare", make)
     for _ in range(2):
         result = call("report")
         assert result.exit_code == 0, result.output
@@ -333,7 +332,7 @@ def test_inspect_takes_any_checkpoint_and_split_and_the_newest_run(done: Path, t
     assert newest_run((done / "runs", tmp_path / "nothing")) == done / "runs" / "zca-seed1"
     assert newest_run((tmp_path,)) is None
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(wellcond.cli, "run_config", lambda: small(epochs=1))
+    monkeypatch.setattr("wellcond.cli.train.run_config", lambda: small(epochs=1))
     for said in (True, False):  # trained the first time, found the second
         result = call("inspect", "--batches", "1")
         assert result.exit_code == 0, result.output
