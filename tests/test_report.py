@@ -26,8 +26,9 @@ from wellcond.experiments.data.load import load_images
 from wellcond.experiments.errors import FolderError, RunError
 from wellcond.experiments.files import read_csv
 from wellcond.experiments.inspect import inspect, newest_run
-from wellcond.experiments.report import command, report
+from wellcond.experiments.report import report
 from wellcond.experiments.results.summary import labels
+from wellcond.experiments.run.command_line import command
 from wellcond.experiments.run.config import RunConfig, run_config
 from wellcond.experiments.run.train import run
 from wellcond.experiments.run.training import Classifier
@@ -61,8 +62,9 @@ def test_the_page_says_what_the_runs_found_and_needs_nothing_else(done: Path, tm
     assert not page.tags & {"link", "iframe", "object"}
     assert all("src" not in script.attrib for script in ElementTree.fromstring(text).iter("script"))
     assert not re.search(r"(src|href|url)\s*[=(]\s*['\"]?(?!data:)[\w/.]", text.split("</style>")[1])
-    results, found, runs, options = page.tables
+    results, found, conditioning, runs, options = page.tables
     assert [row[:2] for row in found[1:]] == [["zca+ow+nog", "zca"]]
+    assert [row[:2] for row in conditioning[1:]] == [["zca+ow+nog", "zca"]]
     rows = read_csv(done / "results.csv")
     assert [row[0] for row in results[1:]] == ["zca", "zca+ow+nog"] == [row["label"] for row in rows]
     for shown, row in zip(results[1:], rows, strict=True):

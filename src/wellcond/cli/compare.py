@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ import typer
 from wellcond.cli.options import DEFAULT_COMPARISON, Debug, Overwrite, Resume, listed, takes_run_options
 from wellcond.cli.reporting import console, reporting, say
 from wellcond.experiments.folders import read_config
+from wellcond.experiments.run.command_line import option_words
 from wellcond.experiments.run.config import NO_TREATMENT, RunConfig, grid, refuse_what_nothing_takes
 from wellcond.experiments.run.parts import is_treatable
 
@@ -46,11 +48,12 @@ def compare(
             raise ValueError(f"{'--scale' if scale else '--rows'} is of a recipe: give --recipe, as table4")
         out = out or (Path(Path(recipe).stem) if recipe else DEFAULT_COMPARISON)
         from wellcond.experiments.compare import compare as compare_runs
-        from wellcond.experiments.results.tables import comparison_table, differences_table
+        from wellcond.experiments.results.difference_tables import differences_table
+        from wellcond.experiments.results.tables import comparison_table
         from wellcond.experiments.show.render import for_terminal
 
         if recipe is not None:
-            configs, experiment = _of_recipe(recipe, scale or "full", rows, asked)
+            configs, experiment = _of_recipe(recipe, scale, rows, asked)
         else:
             configs, experiment = _of_grid(asked, out, resume)
         refuse_what_nothing_takes(asked, configs)
@@ -77,9 +80,9 @@ def compare(
         say(f"in {out}: results.csv, results.json, results.parquet, condition.parquet, condition.png, condition.svg")
 
 
-def _of_recipe(source: str, scale: str, rows: list[str] | None, asked: dict[str, Any]) -> tuple[Any, Any]:
+def _of_recipe(source: str, scale: str | None, rows: list[str] | None, asked: dict[str, Any]) -> tuple[Any, Any]:
     """The runs of a recipe, and what they are about."""
-    from wellcond.experiments.recipes import load_recipe
+    from wellcond.experiments.recipes import FULL, load_recipe
     from wellcond.experiments.results.experiment import Experiment
 
     options = {**asked}
@@ -92,8 +95,14 @@ def _of_recipe(source: str, scale: str, rows: list[str] | None, asked: dict[str,
     recipe = load_recipe(source)
     if rows:
         recipe = recipe.with_rows(rows)
-    configs = recipe.configs(scale, options.pop("seed", None), **options)
-    return [config for row in configs.values() for config in row], Experiment.of_recipe(recipe, configs)
+    seeds = options.pop("seed", None)
+    configs = recipe.configs(scale or FULL, seeds, **options)
+    words = ["--recipe", source, *(["--scale", scale] if scale else [])]
+    words += [word for row in rows or [] for word in ("--rows", row)]
+    words += [word for name, value in options.items() for word in option_words(name, value)]
+    words += ["--seeds", str(seeds)] if seeds else []
+    command = shlex.join(["wellcond", "compare", *words])
+    return [config for row in configs.values() for config in row], Experiment.of_recipe(recipe, configs, command)
 
 
 def _of_grid(asked: dict[str, Any], out: Path, resume: bool) -> tuple[Any, Any]:

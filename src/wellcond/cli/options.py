@@ -10,7 +10,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from wellcond.experiments.run.config import RunConfig, said_default
+from wellcond.experiments.run.command_line import said_default
+from wellcond.experiments.run.config import RunConfig
 
 DEFAULT_COMPARISON = Path("comparison")
 
