@@ -191,6 +191,10 @@ def test_a_recipe_runs_says_its_rows_and_grows(tmp_path: Path):
     page = call("report", out, "--out", tmp_path / "report").stdout
     assert "report.html" in page
     assert "SVD + NOG: " in (tmp_path / "report" / "report.html").read_text()
+    told = (tmp_path / "report" / "report.md").read_text()
+    asked = "wellcond compare --recipe table4 --scale tiny --rows 'SVD + NOG' --epochs 1 --seeds 2"
+    assert asked in told and "| method | against |" in told and "![Condition number" in told
+    assert f"<pre>{asked}</pre>".replace("'", "&#39;") in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_rows_may_differ_in_any_option(tmp_path: Path):

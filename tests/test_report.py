@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-import wellcond.cli
 from small_runs import checkpoint, small
 from test_cli import SMALL, call, one_line
 from wellcond.experiments import folders
@@ -27,8 +26,9 @@ from wellcond.experiments.data.load import load_images
 from wellcond.experiments.errors import FolderError, RunError
 from wellcond.experiments.files import read_csv
 from wellcond.experiments.inspect import inspect, newest_run
-from wellcond.experiments.report import command, report
+from wellcond.experiments.report import report
 from wellcond.experiments.results.summary import labels
+from wellcond.experiments.run.command_line import command
 from wellcond.experiments.run.config import RunConfig, run_config
 from wellcond.experiments.run.train import run
 from wellcond.experiments.run.training import Classifier
@@ -62,8 +62,9 @@ def test_the_page_says_what_the_runs_found_and_needs_nothing_else(done: Path, tm
     assert not page.tags & {"link", "iframe", "object"}
     assert all("src" not in script.attrib for script in ElementTree.fromstring(text).iter("script"))
     assert not re.search(r"(src|href|url)\s*[=(]\s*['\"]?(?!data:)[\w/.]", text.split("</style>")[1])
-    results, found, runs, options = page.tables
+    results, found, conditioning, runs, options = page.tables
     assert [row[:2] for row in found[1:]] == [["zca+ow+nog", "zca"]]
+    assert [row[:2] for row in conditioning[1:]] == [["zca+ow+nog", "zca"]]
     rows = read_csv(done / "results.csv")
     assert [row[0] for row in results[1:]] == ["zca", "zca+ow+nog"] == [row["label"] for row in rows]
     for shown, row in zip(results[1:], rows, strict=True):
@@ -261,7 +262,7 @@ def test_without_arguments_report_takes_the_comparison_or_makes_it(done: Path, t
     def make(out: Path) -> None:
         shutil.copytree(done, out)
 
-    monkeypatch.setattr(wellcond.cli, "compare", make)
+    monkeypatch.setattr("wellcond.cli.report.compare", make)
     for _ in range(2):
         result = call("report")
         assert result.exit_code == 0, result.output
@@ -333,7 +334,7 @@ def test_inspect_takes_any_checkpoint_and_split_and_the_newest_run(done: Path, t
     assert newest_run((done / "runs", tmp_path / "nothing")) == done / "runs" / "zca-seed1"
     assert newest_run((tmp_path,)) is None
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(wellcond.cli, "run_config", lambda: small(epochs=1))
+    monkeypatch.setattr("wellcond.cli.train.run_config", lambda: small(epochs=1))
     for said in (True, False):  # trained the first time, found the second
         result = call("inspect", "--batches", "1")
         assert result.exit_code == 0, result.output

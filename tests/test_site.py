@@ -54,7 +54,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_public_name_has_an_entry(site: Path) -> None:
     packed = (site / "objects.inv").read_bytes().split(b"zlib.\n", 1)[1]
     found = {line.split(" ")[0] for line in zlib.decompress(packed).decode().splitlines()}
-    for package in (*PACKAGES, *(importlib.import_module(f"wellcond.{name}") for name in ("lightning", "transformers"))):
+    more = ("lightning", "transformers", "accelerate", "sklearn", "metrics")
+    for package in (*PACKAGES, *(importlib.import_module(f"wellcond.{name}") for name in more)):
         for name in package.__all__:
             assert name == "functional" or f"{package.__name__}.{name}" in found, f"{package.__name__}.{name}"
 

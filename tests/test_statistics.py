@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from wellcond.experiments.results.difference_tables import conditioning_table, differences_table
 from wellcond.experiments.results.statistics import LEVEL, Difference, differences, seeds_needed, signed
-from wellcond.experiments.results.tables import differences_table
 from wellcond.experiments.run.config import run_config
-from wellcond.experiments.run.result import RunResult
+from wellcond.experiments.run.result import LayerCondition, RunResult
 from wellcond.experiments.show.render import for_terminal
 
 RUN = RunResult(
@@ -31,6 +31,8 @@ RUN = RunResult(
     conditions=(),
     environment={},
 )
+
+CONDITION = LayerCondition("norm", 1e6, 1e3, 24.0, 24, 2.0, 0, 10)
 
 
 def runs(errors, seeds=None):
@@ -101,7 +103,8 @@ def test_the_table_says_what_is_noise_and_fits_the_terminal():
     noise = Difference("SVD + SN", "SVD", 10, -0.0005, 0.004, -0.003, 0.002, 0.7)
     table = differences_table([seen, noise], {"SVD + NOG + OW + OLR": -0.94, "SVD + SN": -0.05})
     assert [type(row[2]).__name__ for row in table.rows] == ["Strong", "str"]
-    assert table.rows[1][-1] == str(seeds_needed(0.004, -0.0005))
+    assert table.rows[1][-2:] == [str(seeds_needed(0.004, -0.0005)), "not decidable"]
+    assert table.rows[0][-1] == "seen"
     console = Console(width=80, file=io.StringIO())
     console.print(for_terminal(table))
     shown = console.file.getvalue()
@@ -111,3 +114,41 @@ def test_the_table_says_what_is_noise_and_fits_the_terminal():
     assert "within the noise" in noise.sentence(-0.05) and "seeds" in noise.sentence(-0.05)
     assert noise._replace(mean=0.00004).sentence() == "SVD + SN: as high as SVD, which is within the noise"
     assert signed(-0.001) == "−0.10"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "papers", "verdict"),
+    [
+        (-0.012, -0.007, 0.001, -0.9, "seen"),
+        (-0.012, -0.007, 0.001, 0.9, "the opposite is seen"),
+        (-0.003, 0.002, 0.7, -0.9, "not seen"),
+        (-0.003, 0.002, 0.7, -0.1, "not decidable"),
+        (-0.012, -0.001, 0.2, -0.9, "not decidable"),  # the interval alone does not decide
+        (math.nan, math.nan, 0.2, -0.9, "not decidable"),
+    ],
+)
+def test_what_the_paper_reports_is_seen_or_not_or_cannot_be_decided(low, high, p, papers, verdict):
+    mean = (low + high) / 2
+    assert Difference("SVD + NOG", "SVD", 5, mean, 0.004, low, high, p).verdict(papers) == verdict
+
+
+def test_condition_numbers_are_compared_by_their_ratios():
+    """An infinite one says nothing of a factor."""
+    rng = np.random.default_rng(3)
+    base = 10 ** rng.normal(6, 1, 6)
+    factor = 10 ** rng.normal(-2, 0.05, 6)
+
+    def conditioned(kappas):
+        found = [replace(run, conditions=(replace(CONDITION, kappa=kappa),)) for run, kappa in kappas]
+        return found
+
+    groups = {
+        "base": conditioned(zip(runs([0.1] * 6), base, strict=True)),
+        "other": conditioned(zip(runs([0.1] * 6), base * factor, strict=True)),
+        "singular": conditioned(zip(runs([0.1] * 6), [math.inf] * 6, strict=True)),
+    }
+    found = differences(groups, {"other": "base", "singular": "base"}, lambda run: math.log10(run.conditions[0].kappa))
+    assert [one.row for one in found] == ["other"] and found[0].is_seen
+    assert 10 ** found[0].mean == pytest.approx(stats.gmean(factor))
+    table = conditioning_table(found)
+    assert table.rows[0][:3] == ["other", "base", f"{stats.gmean(factor):.3g}"]

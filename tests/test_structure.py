@@ -19,6 +19,8 @@ ROOT = Path(wellcond.__file__).parent
 FLOORS = (
     "_shared",
     "linalg",
+    "metrics",
+    "sklearn",
     "nn",
     "orthogonality",
     "monitor",

@@ -12,7 +12,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from wellcond.cli import app, reporting
+from wellcond.cli import app
+from wellcond.cli.reporting import reporting
 from wellcond.experiments.results.table import Table
 
 pytest.importorskip("lightning")
@@ -107,10 +108,10 @@ def test_a_path_that_a_library_cannot_encode_is_one_line(capsys: pytest.CaptureF
 def test_what_is_printed_to_nobody_ends_nothing(tmp_path: Path):
     """A pipe whose reader has left, as of `| head -1`: by our own lines, by `print`, and by a process started later."""
     code = (
-        "import subprocess, sys; from wellcond import cli\n"
+        "import subprocess, sys; from wellcond import cli; from wellcond.cli.reporting import say, stderr\n"
         "def app():\n"
         "    sys.stdin.read()\n"
-        "    for i in range(3): cli.say('line'); print('line', flush=True); cli.say('line', cli.stderr)\n"
+        "    for i in range(3): say('line'); print('line', flush=True); say('line', stderr)\n"
         "    subprocess.run([sys.executable, '-c', 'print(1)'], check=True)\n"
         "    open(sys.argv[1], 'w').write('done')\n"
         "cli.app = app; cli.main()"

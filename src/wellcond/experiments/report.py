@@ -1,6 +1,6 @@
-"""The report of runs: one page of HTML that needs nothing else, and its figures as files.
+"""The report of runs: one page of HTML that needs nothing else, the same in Markdown, and its figures as files.
 
-    OUT/config.json  report.html  condition.png  condition.svg  learning.png  learning.svg
+    OUT/config.json  report.html  report.md  condition.png  condition.svg  learning.png  learning.svg
 
 It is made from what the runs left in their folders, and can be made again at any time.
 """
@@ -18,24 +18,25 @@ from pathlib import Path
 import wellcond
 from wellcond.experiments import folders
 from wellcond.experiments.files import write_atomically
+from wellcond.experiments.results.difference_tables import conditioning_table, differences_table
 from wellcond.experiments.results.experiment import Experiment
 from wellcond.experiments.results.summary import COMPARISON, by_label, collect, configs_in, summarise
-from wellcond.experiments.results.tables import comparison_table, configuration_table, differences_table, runs_table
-from wellcond.experiments.run.config import RunConfig, run_config
+from wellcond.experiments.results.tables import comparison_table, configuration_table, runs_table
+from wellcond.experiments.run.command_line import command
 from wellcond.experiments.run.result import RunResult, earlier_epochs
 from wellcond.experiments.show.curves import columns
 from wellcond.experiments.show.figures import condition_figure, learning_figure, readout, save_figure, svg
-from wellcond.experiments.show.render import page
+from wellcond.experiments.show.render import markdown_page, page
 
 KIND = "report"
-PAGE = "report.html"
+PAGE, MARKDOWN = "report.html", "report.md"
 FIGURES = {
     "condition": "Condition number of the covariance that the layer sees, over the training steps, without and with "
     "its ε. A gap is where κ(P) is infinite: the covariance did not have full rank there.",
     "learning": "Training loss and validation error over the epochs.",
 }
 TITLES = {"condition": "condition number of the covariance", "learning": "training"}
-MADE = (folders.CONFIG, PAGE, *(f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")))
+MADE = (folders.CONFIG, PAGE, MARKDOWN, *(f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")))
 
 
 def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> tuple[Path, list[str]]:
@@ -77,6 +78,8 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], experiment: Exper
     tables = [comparison_table(summarise(results, label), papers=experiment.papers_figures())]
     if any(one.seeds > 1 for one in found):
         tables.append(differences_table(found, papers))
+        if conditioning := experiment.conditioning(results):
+            tables.append(conditioning_table(conditioning))
     folders.prepare(out, KIND, {"runs": [result.folder for result in results]}, MADE)
     seeds = sorted({config.seed for config in configs})
     shown = columns(results, papers=experiment.shows == "figure")
@@ -93,8 +96,9 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], experiment: Exper
         save_figure(drawn["beside"], out / name)
         forms = {form: base64.b64encode(svg(one)).decode() for form, one in drawn.items()}
         readouts = {form: readout(one) for form, one in drawn.items()}
-        figures.append({"text": FIGURES[name], **forms, "readout": readouts})
-    text = page(
+        figures.append({"name": name, "text": FIGURES[name], **forms, "readout": readouts})
+    hours = sum(result.seconds for result in results) / 3600
+    parts = dict(
         title=experiment.heading,
         about=f"{len(results)} run{'s' if len(results) > 1 else ''}, seeds {', '.join(map(str, seeds))}; "
         f"wellcond {wellcond.__version__}",
@@ -104,10 +108,13 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], experiment: Exper
         figures=figures,
         runs=runs_table(results, label),
         configuration=configuration_table(configs),
+        command=experiment.command,
         commands=[line for result in results for line in commands(result)],
+        time=f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes",
         machines=dict.fromkeys("; ".join(f"{k} {v}" for k, v in result.environment.items()) for result in results),
     )
-    write_atomically(out / PAGE, text.encode())
+    write_atomically(out / PAGE, page(**parts).encode())
+    write_atomically(out / MARKDOWN, markdown_page(**parts).encode())
     return out / PAGE
 
 
@@ -125,18 +132,3 @@ def commands(result: RunResult) -> list[str]:
     out = shlex.join(["--out", result.folder])
     again = [f"wellcond train {out} --resume --epochs {epochs}" for epochs in more]
     return [f"{command(replace(result.config, epochs=first))} {out}", *again]
-
-
-def command(config: RunConfig) -> str:
-    """The command line that trains ``config`` again: what departs from the settings of its data."""
-    default = run_config(data=config.data).to_dict()
-    words = ["wellcond", "train", "--data", config.data]
-    for name, value in config.to_dict().items():
-        if name == "data" or value == default[name]:
-            continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", str(value)]
-    return shlex.join(words)

@@ -7,6 +7,6 @@ them, the places of its own.
 """
 
 from wellcond.experiments.recipes.load import known_recipes, load_recipe, recipe_text
-from wellcond.experiments.recipes.recipe import PaperFigures, Recipe, Row
+from wellcond.experiments.recipes.recipe import FULL, PaperFigures, Recipe, Row
 
-__all__ = ["PaperFigures", "Recipe", "Row", "known_recipes", "load_recipe", "recipe_text"]
+__all__ = ["FULL", "PaperFigures", "Recipe", "Row", "known_recipes", "load_recipe", "recipe_text"]

@@ -5,6 +5,7 @@ It is made from a recipe, or from a grid whose rows are its configurations, and 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,14 +30,17 @@ class Experiment:
     paper: Mapping[str, PaperFigures]
     recipe: str | None = None
     shows: str = "table"
+    command: str | None = None
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe, configs: Mapping[str, Sequence[RunConfig]]) -> Experiment:
-        """Of the runs of each row of a recipe."""
+    def of_recipe(
+        cls, recipe: Recipe, configs: Mapping[str, Sequence[RunConfig]], command: str | None = None
+    ) -> Experiment:
+        """Of the runs of each row of a recipe; ``command`` is the line that asked for them."""
         every = [config for row in configs.values() for config in row]
         names = {_key(config): row for row, its in configs.items() for config in its}
         paper = recipe.paper(every[0].data)
-        return cls(recipe.heading(every), names, recipe.against(), paper, recipe.name, recipe.shows)
+        return cls(recipe.heading(every), names, recipe.against(), paper, recipe.name, recipe.shows, command)
 
     @classmethod
     def of_grid(cls, configs: Sequence[RunConfig]) -> Experiment:
@@ -68,6 +72,10 @@ class Experiment:
         """Of the rows from those that they are compared with."""
         return differences(by_label(results, self.label), self.against)
 
+    def conditioning(self, results: Iterable[RunResult]) -> list[Difference]:
+        """Of the common logarithms of κ(P) at the first layer; rows where it is infinite are left out."""
+        return differences(by_label(results, self.label), self.against, _decades)
+
     def papers_figures(self) -> dict[str, str]:
         """What the paper reports of each row: error in percent, deviation, minimum, top-5 error, failures."""
         found = {}
@@ -86,7 +94,7 @@ class Experiment:
 
     def to_dict(self, folders: Mapping[RunConfig, str]) -> dict[str, Any]:
         """For the comparison's `config.json`; ``rows`` and ``folders`` are in the order of its runs."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in ("heading", "recipe", "shows")}
+        values: dict[str, Any] = {name: getattr(self, name) for name in ("heading", "recipe", "shows", "command")}
         values |= {"rows": [self.label(config) for config in folders], "folders": list(folders.values())}
         return values | {"against": dict(self.against), "paper": {k: v._asdict() for k, v in self.paper.items()}}
 
@@ -99,9 +107,13 @@ class Experiment:
             names = {_key(config): row for config, row in zip(configs, values["rows"], strict=True)}
             paper = {row: PaperFigures(**figures) for row, figures in values["paper"].items()}
             kept = {name: values[name] for name in ("heading", "recipe", "shows", "against")}
-            return cls(names=names, paper=paper, **kept)
+            return cls(names=names, paper=paper, command=values.get("command"), **kept)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FolderError(f"this is not the description of a comparison ({error})") from error
+
+
+def _decades(run: RunResult) -> float:
+    return math.log10(run.conditions[0].kappa) if run.conditions else math.nan
 
 
 def _key(config: RunConfig) -> RunConfig:

@@ -2,14 +2,16 @@
 
 Two runs of one seed have the same images in the same order and start from weights drawn alike, so that their difference
 varies less than the errors do. Its interval is from the bootstrap (Efron's BCa), its p-value from the t-test; the
-p-values of a table are corrected together for the false discovery rate (Benjamini and Hochberg, 1995).
+p-values of a table are corrected together for the false discovery rate (Benjamini and Hochberg, 1995). Condition
+numbers are compared in the same way, by their logarithms.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from wellcond.experiments.results.table import percent
@@ -23,9 +25,13 @@ POWER = 0.8
 """With which so many seeds as are said to be needed would see a difference."""
 RESAMPLES = 9999
 
+Measure = Callable[[RunResult], float]
+"""What of a run is compared."""
+ERROR: Measure = operator.attrgetter("test_error")
+
 
 class Difference(NamedTuple):
-    """Of the test error (a fraction) of one row from another's, over the seeds that both have."""
+    """Of the test error (a fraction), or another measure, of one row from another's, over the seeds that both have."""
 
     row: str
     against: str
@@ -40,6 +46,17 @@ class Difference(NamedTuple):
     def is_seen(self) -> bool:
         """Whether it is outside of the noise: p-value and interval both say so."""
         return self.p < LEVEL and (self.low > 0 or self.high < 0)
+
+    def verdict(self, papers: float) -> str:
+        """On the difference that the paper reports (in percent): whether it is there in these runs.
+
+        `not seen` says that a difference of that size is outside of the interval, so that it would have been seen.
+        """
+        if self.is_seen:
+            return "seen" if self.mean * papers > 0 else "the opposite is seen"
+        if math.isnan(self.low) or self.low <= papers / 100 <= self.high:
+            return "not decidable"
+        return "not seen"
 
     def sentence(self, papers: float | None = None) -> str:
         """In a line; ``papers`` is the difference that the paper reports, in percent."""
@@ -61,8 +78,11 @@ def signed(fraction: float) -> str:
     return f"{'−' if fraction < 0 else '+'}{percent(abs(fraction))}"
 
 
-def differences(groups: Mapping[str, Sequence[RunResult]], against: Mapping[str, str]) -> list[Difference]:
-    """For each row of ``against``, the difference from the row that it names; rows without a common seed are left out.
+def differences(
+    groups: Mapping[str, Sequence[RunResult]], against: Mapping[str, str], measure: Measure = ERROR
+) -> list[Difference]:
+    """For each row of ``against``, the difference from the row that it names; rows without a common seed at which both
+    are finite are left out.
 
     Complexity: 9,999 resamples a row, some milliseconds.
     """
@@ -72,8 +92,9 @@ def differences(groups: Mapping[str, Sequence[RunResult]], against: Mapping[str,
     for row, other in against.items():
         if row not in groups or other not in groups:
             continue
-        its, others = ({run.config.seed: run.test_error for run in groups[name]} for name in (row, other))
-        if values := [its[seed] - others[seed] for seed in its if seed in others]:
+        its, others = ({run.config.seed: measure(run) for run in groups[name]} for name in (row, other))
+        values = [its[seed] - others[seed] for seed in its if seed in others]
+        if values := [value for value in values if math.isfinite(value)]:
             found.append(_difference(row, other, values))
     tested = [index for index, one in enumerate(found) if not math.isnan(one.p)]
     corrected = stats.false_discovery_control([found[index].p for index in tested]) if tested else []

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from wellcond._shared.names import listed
-from wellcond.experiments.results.statistics import Difference, seeds_needed, signed
 from wellcond.experiments.results.summary import Label
 from wellcond.experiments.results.table import SPACE, Column, Strong, Table, number, percent, rank, short
 from wellcond.experiments.run.config import RunConfig
@@ -100,46 +98,6 @@ def comparison_table(rows: Sequence[Any], title: str = "", papers: Mapping[str, 
         + "κ and ranks: medians over steps, then over seeds, of the layer's batch covariance P. Fails: decompositions "
         "that failed at first, all seeds together. Time: median step.",
         title=title,
-    )
-
-
-def differences_table(found: Sequence[Difference], papers: Mapping[str, float] | None = None) -> Table:
-    """A line for each row that is compared with another; bold where they differ by more than the noise.
-
-    ``papers`` has by row the difference that the paper reports, in percent.
-    """
-    papers = papers or {}
-
-    def cells(one: Difference) -> list[str]:
-        interval = "" if math.isnan(one.low) else f"{signed(one.low)} to {signed(one.high)}"
-        points, p = signed(one.mean), "" if math.isnan(one.p) else f"{one.p:.2g}"
-        theirs = papers.get(one.row)
-        needed = None if theirs is None else seeds_needed(one.std, theirs / 100)
-        return [
-            one.row,
-            one.against,
-            Strong(points) if one.is_seen else points,
-            interval,
-            p,
-            *(
-                ["" if theirs is None else signed(theirs / 100), "" if needed is None else str(needed)]
-                if papers
-                else []
-            ),
-        ]
-
-    seeds = sorted({one.seeds for one in found})
-    many = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    heads: list[str | Column] = ["method", Column("against", text=True, wide=True)]
-    heads += ["points", f"95{SPACE}% interval", "p", *(["paper's", f"seeds{SPACE}for it"] if papers else [])]
-    return Table(
-        heads,
-        [cells(one) for one in found],
-        caption=f"Test error less that of {listed(dict.fromkeys(one.against for one in found))}, in percentage points: "
-        f"the mean of {many} paired seeds, bold where it is outside of the noise (p below 0.05 and an interval without "
-        "0). Intervals by the bootstrap, p by the paired t-test, corrected for the false discovery rate."
-        + (" Seeds for it: how many would see the paper's difference in 4 of 5 cases." if papers else ""),
-        title="differences",
     )
 
 

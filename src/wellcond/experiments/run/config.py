@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from wellcond._shared.names import listed, require_known
@@ -190,15 +190,6 @@ def refuse_what_nothing_takes(asked: Iterable[str], configs: Sequence[RunConfig]
     for name in asked:
         if name in taken and not (orthogonal if name == "ow_map" else spectral):
             raise ConfigError(f"--{name.replace('_', '-')} is an option of {taken[name]}; leave it out")
-
-
-def said_default(option: Field[Any]) -> str:
-    """What the command line says of the default of a field: the paper's, and the digits' own."""
-    values = dict.fromkeys((option.default, getattr(run_config(), option.name)))
-    texts = [option.metadata["unset"] if value is None else str(value) for value in values]
-    if option.type == "bool":
-        texts = [f"{'' if value else 'no-'}{option.name}" for value in values]
-    return "; digits: ".join(texts)
 
 
 def grid(

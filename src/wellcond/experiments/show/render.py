@@ -46,16 +46,28 @@ def for_markdown(table: Table) -> str:
 
 def page(**parts: Any) -> str:
     """The page, in well-formed HTML that needs nothing else; `parts` are the variables of its template."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
+
+    script = Markup((Path(__file__).parent / "page.js").read_text(encoding="utf-8"))
+    return _templates(autoescape=True).get_template("page.html").render(parts, script=script)
+
+
+def markdown_page(**parts: Any) -> str:
+    """The same for a repository or a site, with its figures beside it."""
+    return _templates(autoescape=False).get_template("page.md").render(parts)
+
+
+def _templates(autoescape: bool) -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     templates.tests["strong"] = lambda cell: isinstance(cell, Strong)
-    script = Markup((Path(__file__).parent / "page.js").read_text(encoding="utf-8"))
-    return templates.get_template("page.html").render(parts, script=script)
+    templates.filters["markdown"] = for_markdown
+    return templates

@@ -1,0 +1,32 @@
+"""The command `wellcond`, a file a command: `train` a network, `compare` a grid, list `recipes`, look at `data`,
+`inspect` a network, `report` on runs, `bench` solvers.
+
+Every error that a user can act on is one line on the standard error and exit status 2; Ctrl-C and SIGTERM say how to
+go on and are exit status 130 and 143. What needs torch is imported inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+
+try:
+    from wellcond.cli.commands import app
+except ModuleNotFoundError as missing:
+    if (missing.name or "").split(".")[0] == "wellcond":
+        raise
+    print(
+        f"error: the command wellcond needs the package '{missing.name}', which is not installed: "
+        'pip install "wellcond[train]"',
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
+
+from wellcond._shared.streams import make_patient
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """The entry point of the package."""
+    make_patient()
+    app()

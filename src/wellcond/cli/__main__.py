@@ -1,0 +1,5 @@
+"""`python -m wellcond.cli` is the command `wellcond`."""
+
+from wellcond.cli import main
+
+main()

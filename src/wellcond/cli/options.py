@@ -1,0 +1,54 @@
+"""Options that several commands have, those of a run among them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from wellcond.experiments.run.command_line import said_default
+from wellcond.experiments.run.config import RunConfig
+
+DEFAULT_COMPARISON = Path("comparison")
+
+Resume = Annotated[bool, typer.Option("--resume", help="go on with what the output folder holds")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete what the output folder holds")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+def takes_run_options(**instead: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make every field of `RunConfig` an option of a command, which gets those that were given as a dictionary.
+
+    `instead` has the annotations of options that differ from the field, or that come in addition.
+    """
+    kinds = get_type_hints(RunConfig)
+    options = {
+        f.name: Annotated[kinds[f.name] | None, typer.Option(help=f.metadata["help"], show_default=said_default(f))]
+        for f in fields(RunConfig)
+    }
+    options |= instead
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def called(**given: Any) -> None:
+            asked = {name: value for name in options if (value := given.pop(name, None)) is not None}
+            command(asked, **given)
+
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        kind = inspect.Parameter.KEYWORD_ONLY
+        shared = [inspect.Parameter(name, kind, default=None, annotation=a) for name, a in options.items()]
+        called.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+            [*shared, *(parameter.replace(kind=kind) for parameter in own)]
+        )
+        called.__name__, called.__doc__ = command.__name__, command.__doc__
+        return called
+
+    return decorate
+
+
+def listed(values: list[str]) -> list[str]:
+    """Of an option that is repeated or has commas, every value."""
+    return [one.strip() for many in values for one in many.split(",")]
