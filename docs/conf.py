@@ -34,6 +34,7 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
+default_role = "literal"  # `name` in a docstring is code, as in Markdown
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:class", r"(wellcond\.)?.*\b_\w+\..*"),  # a type that is private, and named for the reader of a signature alone

@@ -21,6 +21,13 @@ class Taylor(SeriesSolver):
 
     Complexity: ``order`` products of d × d forward, five products a step backward.
     Source: MTP, Song, Sebe and Wang, ICLR 2022.
+
+    Example:
+        >>> import torch
+        >>> from wellcond.linalg import sqrtm
+        >>> sqrtm(torch.diag(torch.tensor([4.0, 9.0])), solver=Taylor(order=40)).round(decimals=2)
+        tensor([[2., 0.],
+                [0., 3.]])
     """
 
     name = "taylor"
