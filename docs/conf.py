@@ -71,6 +71,7 @@ html_css_files = ["site.css"]
 html_js_files = ["copy.js"]
 html_show_sourcelink = False
 html_copy_source = False
+html_show_search_summary = False  # which is fetched page by page, and cannot be from the disk
 html_sidebars = {"**": ["whole-site.html"]}
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system has it
 html_theme_options = {

@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=IMAGES)
     parser.add_argument("--quick", action="store_true", help="few steps, for trying the script out")
     options = parser.parse_args()
-    curves = trainings(seeds=1 if options.quick else 3, steps=12 if options.quick else 240)
+    curves = trainings(seeds=1 if options.quick else 3, steps=5 if options.quick else 240)
     save("training", lambda page: training_figure(curves, page), options.out)
 
 

@@ -76,6 +76,21 @@ def observed(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
     Of any other layer the input (N, C, *spatial) as C × (N·L), with its ``eps`` if it has one (a batch norm's), or 0;
     of one that normalises the last dimensions (``normalized_shape``, a layer norm's), those as its features.
+
+    Args:
+        layer: any module.
+        args: the positional arguments of its forward pass.
+        kwargs: those by keyword.
+
+    Returns:
+        The features (..., d, n), and ε.
+
+    Example:
+        >>> import torch
+        >>> from wellcond.monitor import observed_features
+        >>> features, eps = observed_features(torch.nn.BatchNorm2d(3), (torch.randn(2, 3, 4, 4),), {})
+        >>> features.shape, eps
+        (torch.Size([3, 32]), 1e-05)
     """
     own = getattr(layer, "observed_features", None)
     if own is not None:
