@@ -2,6 +2,7 @@
 
 from . import functional
 from ._base import Observation, SpectralModule
+from ._batchnorm_classes import register_batchnorm
 from ._fold import fold
 from ._plain_copy import to_plain
 from ._replace_batchnorm import replace_batchnorm
@@ -35,6 +36,7 @@ __all__ = [
     "convert_sync",
     "fold",
     "functional",
+    "register_batchnorm",
     "replace_batchnorm",
     "to_plain",
     "update_statistics",
