@@ -36,7 +36,7 @@ def to_plain(model: Model, example_input: Any = None) -> Model:
     of 1 (less ε). Where there is no such layer, a 1 × 1 convolution takes its place and a warning names it: that copy
     has another state dict.
 
-    What no layer of ``torch.nn`` can do stays as it is: :class:`GlobalCovariancePool2d`, :class:`TokenCovariancePool`,
+    What no layer of ``torch.nn`` can do stays as it is: :class:`GlobalCovariancePool2d` and its kin,
     :class:`SpectralLayer`, :class:`WhiteningColoring` (which save nothing that is theirs) and
     :class:`SkewOrthogonalConv2d` (whose parameters are ordinary ones), which is also what a convolution becomes whose
     orthogonal weight has ``map="soc"``: a warning names it, as its filter has another shape than that convolution's.
