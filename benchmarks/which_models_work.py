@@ -1,4 +1,4 @@
-"""Which models of timm, torchvision and transformers the library works with: the whole chain, one model after the other.
+"""Which models of timm, torchvision and transformers the library works with: the whole chain on one after the other.
 
     pip install timm torchvision transformers
     python benchmarks/which_models_work.py [--only timm] [--models resnet18,regnetx_002] [--out table.md]
@@ -28,24 +28,25 @@ from wellcond.nn import fold, replace_batchnorm, to_plain
 from wellcond.orthogonality import treat
 
 TIMM = """
-bat_resnext26ts botnet26t_256 coat_lite_tiny convit_tiny cspresnet50 cspdarknet53 densenet121 dla34 dpn48b eca_botnext26ts_256
-eca_resnet33ts edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_b0 efficientnet_lite0
-efficientvit_b0 efficientvit_m0 fastvit_t8 fbnetc_100 fbnetv3_b gcresnet33ts gernet_s ghostnet_050 ghostnetv3_050
-halonet26t hardcorenas_a hgnet_tiny hgnetv2_b0 hrnet_w18_small inception_v3 inception_v4 inception_resnet_v2
-lambda_resnet26t lcnet_035 legacy_seresnet18 legacy_xception levit_128s mixnet_s mnasnet_small mobilenet_edgetpu_v2_xs
-mobilenetv1_100 mobilenetv2_035 mobilenetv3_small_050 mobilenetv4_conv_small_035 mobileone_s0 mobilevit_xxs mobilevitv2_050
-nasnetalarge pnasnet5large regnetx_002 regnety_002 regnetz_005 repghostnet_050 repvgg_a0 repvit_m0_9 res2net50_26w_4s
-resnest14d resnet10t resnet18 resnet26d resnetblur18 resnext26ts rexnet_100 rexnetr_100 sebotnet33ts_256 selecsls42
-semnasnet_050 seresnet18 seresnext26t_32x4d shvit_s1 skresnet18 spnasnet_100 starnet_s050 swiftformer_xs tf_efficientnet_b0
-tf_mixnet_s tf_mobilenetv3_small_minimal_100 tinynet_e tiny_vit_5m_224 tresnet_m vgg11_bn visformer_tiny vovnet39a
-ese_vovnet19b_slim wide_resnet50_2 xception41 xcit_nano_12_p8_224
-""".split()
+bat_resnext26ts botnet26t_256 coat_lite_tiny convit_tiny cspresnet50 cspdarknet53 densenet121 dla34 dpn48b
+eca_botnext26ts_256 eca_resnet33ts edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_b0
+efficientnet_lite0 efficientvit_b0 efficientvit_m0 fastvit_t8 fbnetc_100 fbnetv3_b gcresnet33ts gernet_s
+ghostnet_050 ghostnetv3_050 halonet26t hardcorenas_a hgnet_tiny hgnetv2_b0 hrnet_w18_small inception_v3 inception_v4
+inception_resnet_v2 lambda_resnet26t lcnet_035 legacy_seresnet18 legacy_xception levit_128s mixnet_s mnasnet_small
+mobilenet_edgetpu_v2_xs mobilenetv1_100 mobilenetv2_035 mobilenetv3_small_050 mobilenetv4_conv_small_035
+mobileone_s0 mobilevit_xxs mobilevitv2_050 nasnetalarge pnasnet5large regnetx_002 regnety_002 regnetz_005
+repghostnet_050 repvgg_a0 repvit_m0_9 res2net50_26w_4s resnest14d resnet10t resnet18 resnet26d resnetblur18
+resnext26ts rexnet_100 rexnetr_100 sebotnet33ts_256 selecsls42 semnasnet_050 seresnet18 seresnext26t_32x4d shvit_s1
+skresnet18 spnasnet_100 starnet_s050 swiftformer_xs tf_efficientnet_b0 tf_mixnet_s tf_mobilenetv3_small_minimal_100
+tinynet_e tiny_vit_5m_224 tresnet_m vgg11_bn visformer_tiny vovnet39a ese_vovnet19b_slim wide_resnet50_2 xception41
+xcit_nano_12_p8_224
+"""
 TORCHVISION = """
-resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3
-mnasnet0_5 mnasnet1_0 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large regnet_x_400mf regnet_y_400mf shufflenet_v2_x0_5
-shufflenet_v2_x1_0 vgg11_bn vgg16_bn maxvit_t fcn_resnet50 deeplabv3_resnet50 lraspp_mobilenet_v3_large r3d_18 mc3_18
-r2plus1d_18 s3d
-""".split()
+resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 efficientnet_b0 efficientnet_v2_s googlenet
+inception_v3 mnasnet0_5 mnasnet1_0 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large regnet_x_400mf regnet_y_400mf
+shufflenet_v2_x0_5 shufflenet_v2_x1_0 vgg11_bn vgg16_bn maxvit_t fcn_resnet50 deeplabv3_resnet50
+lraspp_mobilenet_v3_large r3d_18 mc3_18 r2plus1d_18 s3d
+"""
 # The class, the configuration, and what makes it small.
 TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "resnet": ("ResNetForImageClassification", "ResNetConfig", {"depths": [1, 1, 1, 1]}),
@@ -190,11 +191,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     sources = {
-        "timm": (TIMM, of_timm),
-        "torchvision": (TORCHVISION, of_torchvision),
+        "timm": (TIMM.split(), of_timm),
+        "torchvision": (TORCHVISION.split(), of_torchvision),
         "transformers": (list(TRANSFORMERS), of_transformers),
     }
-    lines, worked, tried = ["| library | model | norm | treated layer | chain |", "| --- | --- | --- | --- | --- |"], {}, {}
+    lines = ["| library | model | norm | treated layer | chain |", "| --- | --- | --- | --- | --- |"]
+    worked, tried = {}, {}
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for library, (names, source) in sources.items():
