@@ -142,7 +142,7 @@ def require_symmetric(P: Tensor, name: str, unit: float = 0.0) -> None:
 def hermitian(P: Tensor, name: str = "P", unit: float = 0.0) -> Tensor:
     """The Hermitian part of P, after the value checks where they are on; see :func:`require_symmetric`."""
     if not checks_values(P):
-        return (P + P.mH) / 2
+        return hermitian_part(P)
     # Two passes without a temporary settle the usual case: exactly Hermitian (NaN equals nothing) and a finite sum.
     if torch.equal(P, P.mH):
         if not math.isfinite(abs(P.sum().item())):
@@ -150,4 +150,9 @@ def hermitian(P: Tensor, name: str = "P", unit: float = 0.0) -> Tensor:
         return P
     require_finite(P, name)
     require_symmetric(P, name, unit)
-    return (P + P.mH) / 2
+    return hermitian_part(P)
+
+
+def hermitian_part(P: Tensor) -> Tensor:
+    """(P + Pᴴ)/2 in one operation: Hermitian to the rounding of each entry, and exactly where P is nearly so."""
+    return torch.lerp(P, P.mH, 0.5)

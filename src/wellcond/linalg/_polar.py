@@ -24,9 +24,10 @@ from wellcond._shared.precision import full_precision, working_dtype
 from wellcond._shared.torch_internals import is_compiling
 
 from ._divided_differences import reciprocal_or_zero
+from ._products import identity, plus_product, positive_or_one, product
 from ._sylvester import sylvester
 from .lapack import thin_svd
-from .solvers import Coefficients, Minimax
+from .solvers import Coefficients, Minimax, completed_square, largest_entry
 
 POLAR_SOLVERS = ("auto", "svd", "minimax", "muon")
 MUON: tuple[Coefficients, ...] = ((3.4445, -4.7750, 2.0315),) * 5
@@ -106,25 +107,24 @@ def _iterated(A: Tensor, solver: str | Minimax) -> Tensor:
     X, gram = _normalised(A)
     # σmax ≤ ‖XᴴX‖_F^{1/2} ≤ r^{1/4} σmax, four times sharper than ‖X‖_F at r = 256.
     size = torch.linalg.matrix_norm(gram, keepdim=True).sqrt()
-    return _compose(X / torch.where(size > 0, size, 1.0), minimax.polynomials_for(A.dtype))
+    return _compose(X / positive_or_one(size), minimax.polynomials_for(A.dtype))
 
 
 def _normalised(A: Tensor) -> tuple[Tensor, Tensor]:
     """A by its Frobenius norm, by its largest entry first so that no square leaves the range, and its Gram matrix."""
     if A.numel() == 0:
         return A, A.mH @ A
-    largest = A.abs().amax((-2, -1), keepdim=True)
-    X = A / torch.where(largest > 0, largest, 1.0)
-    norm = torch.linalg.matrix_norm(X, keepdim=True)
-    X = X / torch.where(norm > 0, norm, 1.0)
-    return X, X.mH @ X
+    X = A / positive_or_one(largest_entry(A))
+    X = X / positive_or_one(torch.linalg.matrix_norm(X, keepdim=True))
+    return X, product(X.mH, X)
 
 
 def _compose(X: Tensor, polynomials: Iterable[Coefficients]) -> Tensor:
-    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    for a, b, c in polynomials:
-        M = X.mH @ X
-        X = X @ (a * eye + b * M + c * (M @ M))
+    eye = identity(X)
+    for polynomial in polynomials:
+        shift, constant, c = completed_square(polynomial)
+        M = plus_product(eye, X.mH, X, beta=shift)
+        X = product(X, plus_product(eye, M, M, beta=constant, alpha=c))
     return X
 
 
@@ -145,8 +145,7 @@ class Polar(BatchedFunction):
                 A.real.new_zeros(*A.shape[:-2], A.shape[-1]),
                 A.new_zeros(*A.shape[:-2], *A.shape[-1:] * 2),
             )
-        scale = A.abs().amax((-2, -1), keepdim=True)
-        scale = torch.where(scale > 0, scale, 1.0)
+        scale = positive_or_one(largest_entry(A))
         U, sigma, Vh = thin_svd(A / scale)
         kept = sigma > cut * sigma.amax(-1, keepdim=True)
         sigma = sigma * scale.squeeze(-1)

@@ -13,8 +13,9 @@ from wellcond._shared.autograd import differentiated_again
 from wellcond._shared.torch_internals import along_many_directions
 
 from .._divided_differences import reciprocal_or_zero, reciprocal_or_zero_
+from .._products import product
 from .._rank import noise, shifted_spectrum
-from .._sylvester import product, sylvester
+from .._sylvester import sylvester
 from ..lapack import eigh
 from ._solver import Done, LyapunovSolver, Root, Tensors
 
@@ -45,7 +46,7 @@ def _differentiable(done: Done) -> tuple[Tensor, Tensor]:
     s, U = done.residuals
     if done.eps or "invsqrt" in done.roots:
         return s, U
-    return torch.where(s > noise(s.shape[-1], s.dtype) ** 0.5 * s[..., -1:], s, 0.0), U
+    return s.masked_fill(s <= noise(s.shape[-1], s.dtype) ** 0.5 * s[..., -1:], 0.0), U
 
 
 def _gradient(done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
