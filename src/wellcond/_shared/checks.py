@@ -113,6 +113,9 @@ def bad_indices(bad: Tensor) -> str:
 
 def require_finite(x: Tensor, name: str) -> None:
     """Refuse NaN and infinity, naming the matrices of the batch that hold them."""
+    # One pass settles the usual case; a sum may overflow, which only costs the closer look.
+    if math.isfinite(abs(x.sum().item())):
+        return
     finite = torch.isfinite(x)
     if not finite.all():
         bad = ~finite.all(-1).all(-1)
@@ -145,8 +148,7 @@ def hermitian(P: Tensor, name: str = "P", unit: float = 0.0) -> Tensor:
         return hermitian_part(P)
     # Two passes without a temporary settle the usual case: exactly Hermitian (NaN equals nothing) and a finite sum.
     if torch.equal(P, P.mH):
-        if not math.isfinite(abs(P.sum().item())):
-            require_finite(P, name)
+        require_finite(P, name)
         return P
     require_finite(P, name)
     require_symmetric(P, name, unit)
