@@ -174,7 +174,7 @@ def _residual(A: Tensor, Y: Tensor, Z: Tensor, eye: Tensor, roots: tuple[Root, .
     found = []
     if "sqrt" in roots:
         size = torch.linalg.matrix_norm(A, keepdim=True)
-        found.append(torch.linalg.matrix_norm(Y @ Y - A, keepdim=True) / torch.where(size > 0, size, 1.0))
+        found.append(torch.linalg.matrix_norm(Y @ Y - A, keepdim=True) / positive_or_one(size))
     if "invsqrt" in roots:
         found.append(torch.linalg.matrix_norm(Z @ Y - eye, keepdim=True) / A.shape[-1] ** 0.5)
     return found[0] if len(found) == 1 else torch.maximum(*found)
