@@ -23,11 +23,11 @@ from wellcond._shared.checks import bad_indices, checks_values, hermitian_part, 
 from wellcond._shared.errors import NonFiniteMatrixError, NotPositiveSemidefiniteError
 from wellcond._shared.events import place
 from wellcond._shared.precision import full_precision, wide_dtype, widened
+from wellcond._shared.products import product
 
 from ._covariance import centred_factor, centred_gram, times_centred
 from ._daleckii_krein import apply_function, derivative_along, root_exponent
 from ._divided_differences import Power, SpectralMap, reciprocal_or_zero
-from ._products import product
 from ._rank import Truncated, eigenpairs, feature_tolerance
 from ._spectrum import unresolved
 from ._sylvester import in_eigenbasis

@@ -31,12 +31,12 @@ from wellcond._shared.errors import NotPositiveSemidefiniteError
 from wellcond._shared.events import place
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, widened, working_dtype
+from wellcond._shared.products import identity, positive_or_one
 from wellcond._shared.torch_internals import in_onnx_export
 
 from ._covariance import centred_factor, require_features
 from ._divided_differences import reciprocal_or_zero
 from ._polar import Polar
-from ._products import identity, positive_or_one
 from ._rank import Rank, eigenpairs, feature_tolerance, matrix_tolerance, require_rank_policy
 from ._roots import invsqrtm
 from .solvers import Eigh, Solver, choose_solver
