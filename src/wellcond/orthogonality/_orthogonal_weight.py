@@ -19,7 +19,7 @@ from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision
 
 from ._matrix import Target, matrix_names
-from ._stiefel_maps import MAPS
+from ._stiefel_maps import MAPS, polished
 from ._weight_treatment import WeightTreatment
 
 LAYER_MAPS: dict[str, type[OrthogonalWeight]] = {}
@@ -69,9 +69,8 @@ class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq.
             V = self.view.matrix(stored).to(self.frame.dtype)
             tall = V.shape[-2] >= V.shape[-1]
             W = MAPS[self.map](V if tall else V.mT, self.frame)
-            # The map is orthogonal to eps·‖S‖, and S may grow in training: one step of Newton's iteration for the
-            # polar factor squares that gap, and leaves the derivative, which is tangent already.
-            W = 1.5 * W - 0.5 * W @ (W.mT @ W)
+            # The map is orthogonal to eps·‖S‖, and S may grow in training.
+            W = polished(W)
             return self.view.tensor(W if tall else W.mT, stored.shape).to(stored.dtype)
 
     def _apply(self, fn, recurse=True):
