@@ -88,14 +88,19 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
         parameter, lr = target.parameter, group["lr"]
         if rate is None:
             rate = self._optimal(target, start, start.double() - parameter.double()) * lr  # L = step / lr
-        lr = lr.to(rate) if isinstance(lr, Tensor) else torch.full_like(rate, lr)
-        # eq. (21), with the positivity it lacks; a NaN fails both comparisons.
-        chosen = (rate > 0) & (rate < lr)
+        # eq. (21), with the positivity it lacks; NaN and what is beyond lr are lr too.
+        if isinstance(lr, Tensor):
+            lr = lr.to(rate)
+            chosen = (rate > 0) & (rate < lr)
+            taken = torch.where(chosen, rate, lr)
+        else:
+            taken = torch.nn.functional.threshold(rate, 0.0, lr).clamp_max(lr).nan_to_num(nan=lr)
+            chosen = taken < lr
         work = torch.promote_types(parameter.dtype, torch.float32)
-        share = torch.where(chosen, rate / lr, 1.0).to(work)
+        share = torch.div(taken, lr, out=torch.empty_like(taken, dtype=work))
         shortened = torch.lerp(start.to(work), parameter.to(work), share).to(parameter.dtype)
-        parameter.copy_(torch.where(chosen, shortened, parameter))
-        self._rates[target.name] = torch.where(chosen, rate, lr)
+        torch.where(chosen, shortened, parameter, out=parameter)
+        self._rates[target.name] = taken
         self._shortened[target.name] += chosen
 
     def _optimal(self, target: Target, weight: Tensor, direction: Tensor) -> Tensor:
