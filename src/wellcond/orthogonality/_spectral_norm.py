@@ -17,6 +17,7 @@ from wellcond._shared.precision import full_precision
 from ._convolution_spectrum import layer_grid, transfer_matrices
 from ._largest_eigenvalue import largest_singular_value, naming
 from ._matrix import Target
+from ._unit_norm import of_unit_norm
 from ._weight_treatment import WeightTreatment
 
 
@@ -36,11 +37,11 @@ class SpectralNorm(WeightTreatment, name="sn", about="spectral norm of the weigh
         self.grid = None if input_size is None else layer_grid(target.layer, input_size, target.where)
 
     def forward(self, stored: Tensor) -> Tensor:
-        with full_precision(stored):
+        with full_precision(stored), naming(f"{self.treatment} of {self.where}"):
             full = stored.to(torch.promote_types(stored.dtype, torch.float32))
-            matrices = self.view.matrix(full) if self.grid is None else transfer_matrices(full, self.grid)
-            with naming(f"{self.treatment} of {self.where}"):
-                norm = largest_singular_value(matrices).amax()
+            if self.grid is None:
+                return self.view.tensor(of_unit_norm(self.view.matrix(full)), stored.shape).to(stored.dtype)
+            norm = largest_singular_value(transfer_matrices(full, self.grid)).amax()
             # Of a zero weight small and positive, so that the weight stays zero.
             return (stored / torch.where(norm == 0, torch.finfo(norm.dtype).tiny ** 0.5, norm)).to(stored.dtype)
 
