@@ -86,11 +86,11 @@ def skew_orthogonal_convolution(
         x = F.pixel_unshuffle(x, stride) if x.numel() else x.reshape(coarse)
     x = F.pad(x, (0, 0, 0, 0, 0, L.shape[0] - x.shape[1])) if x.shape[1] < L.shape[0] else x
     L = L.to(x.dtype)
-    total = power = x
-    for k in range(1, terms + 1):
-        power = _convolve(power, L / k, padding_mode)
-        total = total + power
-    return total[:, :out_channels]
+    # Horner's rule: x + J(x + J/2 (x + J/3 (…))).
+    y = x
+    for k in range(terms, 0, -1):
+        y = torch.add(x, _convolve(y, L, padding_mode), alpha=1 / k)
+    return y[:, :out_channels]
 
 
 def _convolve(x: Tensor, L: Tensor, padding_mode: str) -> Tensor:

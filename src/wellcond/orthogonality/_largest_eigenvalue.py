@@ -22,7 +22,6 @@ from wellcond._shared.errors import NonFiniteMatrixError
 from wellcond._shared.torch_internals import is_compiling
 from wellcond.linalg.lapack import solve
 
-
 NOT_FINITE = "the weight holds NaN or infinite entries; the data or the loss before it diverged"
 
 
