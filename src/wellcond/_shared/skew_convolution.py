@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .exact_products import exact_products, exactly
 from .operator_norm import skew_convolution_norm_bound, spectral_norm_bound
 from .precision import full_precision, working_dtype
 
@@ -51,7 +52,7 @@ def bounded_skew_kernel(M: Tensor, max_norm: float) -> Tensor:
     """The kernel L (c, c, kh, kw), scaled to ‖J‖ ≤ ``max_norm``."""
     with full_precision(M):
         L = skew_kernel(M)
-        return L * (max_norm / skew_convolution_norm_bound(L).clamp_min(max_norm))
+        return L * (max_norm / exactly(skew_convolution_norm_bound, L).clamp_min(max_norm))
 
 
 def at_the_bound(M: Tensor, max_norm: float) -> Tensor:
@@ -59,7 +60,7 @@ def at_the_bound(M: Tensor, max_norm: float) -> Tensor:
 
     An (almost) symmetric M stays: its skew part may be no more than rounding.
     """
-    with full_precision(M):
+    with full_precision(M), exact_products():
         bound = skew_convolution_norm_bound(skew_kernel(M))
         whole = spectral_norm_bound(M.to(bound.dtype).flatten(1))
         return (M * torch.where(bound > SYMMETRIC * whole, max_norm / bound, 1.0)).to(M.dtype)
@@ -109,7 +110,7 @@ def kernel_of_the_exponential(L: Tensor, *, in_channels: int, out_channels: int,
     n = in_channels * stride**2
     pixel = torch.zeros(n, n, *size, dtype=L.dtype, device=L.device)
     pixel[:, :, size[0] // 2, size[1] // 2] = torch.eye(n, dtype=L.dtype, device=L.device)
-    with full_precision(L):
+    with full_precision(L), exact_products(convolutions=True):
         response = skew_orthogonal_convolution(
             pixel, L, out_channels=out_channels, stride=1, terms=terms, padding_mode="zeros"
         )

@@ -18,7 +18,7 @@ from wellcond.linalg import Minimax
 from ._matrix import Target, Treatables, parametrisations
 from ._orthogonal_weight import OrthogonalWeight
 from ._polar_factors import KINDS, SOLVERS, polar_factors
-from ._step_treatment import StepTreatment, decoupled_decay, gradient_scale, require_linear_in_lr
+from ._step_treatment import StepTreatment, decoupled_decay, gradient_scale, on_the_host, require_linear_in_lr
 
 _COUNTS = ("treated", "zero", "nonfinite")
 _SHOWN = [KINDS.index(name) for name in _COUNTS]
@@ -204,7 +204,7 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
 
     def state_dict(self) -> dict[str, Any]:
         """The counts; nothing else outlives a step."""
-        return {"counts": {name: counts.to("cpu")[_SHOWN] for name, counts in self._counts.items()}}
+        return {"counts": {name: on_the_host(counts)[_SHOWN] for name, counts in self._counts.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the counts of a saved run."""

@@ -16,7 +16,7 @@ from wellcond._shared.names import require_known
 
 from ._matrix import Target, Treatables
 from ._rates import RULES
-from ._step_treatment import StepTreatment, gradient_scale, require_linear_in_lr
+from ._step_treatment import StepTreatment, gradient_scale, on_the_host, require_linear_in_lr
 
 
 # Put on after the nearest orthogonal gradient, which it then sees.
@@ -117,8 +117,8 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
     def state_dict(self) -> dict[str, Any]:
         """The counts and the last rates; the rule itself has no memory."""
         return {
-            "shortened": {name: count.to("cpu", copy=True) for name, count in self._shortened.items()},
-            "rates": {name: rate.to("cpu", copy=True) for name, rate in self._rates.items()},
+            "shortened": {name: on_the_host(count) for name, count in self._shortened.items()},
+            "rates": {name: on_the_host(rate) for name, rate in self._rates.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from wellcond._shared.exact_products import exact_products
 from wellcond._shared.torch_internals import is_compiling, is_shape_only
 from wellcond.linalg import Minimax, polar, value_checks
 
@@ -41,7 +42,7 @@ def polar_factors(matrix: Tensor, solver: str | Minimax = "auto") -> tuple[Tenso
         return factor, _kind(size, tiny**2), work
     work = matrix.to(single)
     kind = _kind(torch.linalg.vector_norm(work, torch.inf, dim=(-2, -1), keepdim=True), tiny)
-    with value_checks(False):  # checked just above, without reading the answer on the host
+    with value_checks(False), exact_products():  # checked just above, without reading the answer on the host
         factor = polar(work.masked_fill(kind != 1, 0.0), solver=solver)
     return factor, kind, work
 

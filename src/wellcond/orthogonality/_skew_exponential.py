@@ -1,9 +1,9 @@
 """exp(A) − I of matrices A similar to skew ones, in few products, that never makes the host wait.
 
 The [3/3] Padé approximant r of the exponential, at A/σ with σ = 2^s, and s squarings, always as many (Higham, Functions
-of Matrices, 2008, ch. 10). What is squared is D = r − I, by (I + D)² − I = 2D + D²: one product, and as D is small where
-A is, nothing is lost in the subtraction. |r| = 1 on the imaginary axis, so that exp(A) is orthogonal at any size of a
-skew A; its angles are off by (θ/σ)⁶/100800 of themselves, and relatively exact up to θ = 250 (float64: 1,000).
+of Matrices, 2008, ch. 10). What is squared is D = r − I, by (I + D)² − I = 2D + D²: one product, and as D is small
+where A is, nothing is lost in the subtraction. |r| = 1 on the imaginary axis, so that exp(A) is orthogonal at any size
+of a skew A; its angles are off by (θ/σ)⁶/100800 of themselves, and relatively exact up to θ = 250 (float64: 1,000).
 
 The derivative is written out: autograd's own takes three times as many operations.
 """

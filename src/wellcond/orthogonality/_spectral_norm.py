@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from wellcond._shared.exact_products import exactly
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision
 
@@ -39,11 +40,14 @@ class SpectralNorm(WeightTreatment, name="sn", about="spectral norm of the weigh
     def forward(self, stored: Tensor) -> Tensor:
         with full_precision(stored), naming(f"{self.treatment} of {self.where}"):
             full = stored.to(torch.promote_types(stored.dtype, torch.float32))
-            if self.grid is None:
-                return self.view.tensor(of_unit_norm(self.view.matrix(full)), stored.shape).to(stored.dtype)
-            norm = largest_singular_value(transfer_matrices(full, self.grid)).amax()
-            # Of a zero weight small and positive, so that the weight stays zero.
-            return (stored / torch.where(norm == 0, torch.finfo(norm.dtype).tiny ** 0.5, norm)).to(stored.dtype)
+            return exactly(self._divided, full).to(stored.dtype)
+
+    def _divided(self, weight: Tensor) -> Tensor:
+        if self.grid is None:
+            return self.view.tensor(of_unit_norm(self.view.matrix(weight)), weight.shape)
+        norm = largest_singular_value(transfer_matrices(weight, self.grid)).amax()
+        # Of a zero weight small and positive, so that the weight stays zero.
+        return weight / torch.where(norm == 0, torch.finfo(norm.dtype).tiny ** 0.5, norm)
 
     def extra_repr(self) -> str:
         grid = f"of='operator' on {self.grid.size}" if self.grid is not None else ""

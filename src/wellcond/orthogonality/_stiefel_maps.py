@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.autograd import BatchedFunction
+from wellcond._shared.torch_internals import is_compiling, is_shape_only
 from wellcond.linalg.lapack import solve
 
 from ._skew_exponential import exponential_less_identity
@@ -71,7 +72,8 @@ def householder_map(V: Tensor, F: Tensor) -> Tensor:
     """
     E = torch.eye(*F.shape[-2:], dtype=F.dtype, device=F.device)
     with torch.no_grad():
-        Y = torch.geqrf(F)[0].tril(-1) + E
+        R = torch.empty_like(F) if is_shape_only(F) else torch.geqrf(F)[0]  # which has no shapes alone
+        Y = R.tril(-1) + E
         signs = torch.sign((F * _reflect(Y, E)).sum(-2, keepdim=True))
     inner = F.mT @ V
     X = _reflect(Y, V - F @ ((inner + inner.mT) / 2), backwards=True)
@@ -132,4 +134,5 @@ def polished(W: Tensor) -> Tensor:
 
     The step squares the gap. On the manifold it is the identity, so it leaves the derivatives of what stays there.
     """
-    return _Polished.call(W)
+    # The compiler wants no rule for the forward mode, and fuses what autograd makes of it.
+    return _Polished.forward(W) if is_compiling() else _Polished.call(W)
