@@ -21,8 +21,8 @@ from .precision import full_precision, working_dtype
 
 TERMS, MAX_NORM = 5, 1.5
 """The highest power of the series in training, and the bound of ‖J‖."""
-SYMMETRIC = 1e-3
-"""The share of ‖M‖, of M as a matrix (c, c·kh·kw), up to which the bound of ‖J‖ is not scaled up."""
+SYMMETRIC = 0.1
+"""The share of ‖M‖, of M as a matrix (c, c·kh·kw), below which the bound of ‖J‖ is not scaled up to ``max_norm``."""
 
 
 def truncation_error(norm: float, terms: int) -> float:
@@ -58,12 +58,14 @@ def bounded_skew_kernel(M: Tensor, max_norm: float) -> Tensor:
 def at_the_bound(M: Tensor, max_norm: float) -> Tensor:
     """M times the number at which the bound of ‖J‖ is ``max_norm``: where the scaling down begins.
 
-    An (almost) symmetric M stays: its skew part may be no more than rounding.
+    Of an almost symmetric M, whose skew part may be no more than rounding, the bound stays below, in proportion to the
+    share of the skew part.
     """
     with full_precision(M), exact_products():
         bound = skew_convolution_norm_bound(skew_kernel(M))
         whole = spectral_norm_bound(M.to(bound.dtype).flatten(1))
-        return (M * torch.where(bound > SYMMETRIC * whole, max_norm / bound, 1.0)).to(M.dtype)
+        size = torch.maximum(bound, SYMMETRIC * whole).clamp_min(torch.finfo(bound.dtype).tiny)
+        return (M * (max_norm / size)).to(M.dtype)
 
 
 def skew_half(M: Tensor) -> Tensor:

@@ -51,8 +51,9 @@ def weights_before(model: nn.Module, name: str) -> dict[str, nn.Module]:
 
 
 def _in_use(layer: nn.Module) -> Tensor | None:
-    """The weight, where looking at it changes nothing (as in a parametrisation with power iterations) and waits for
-    no other process (as a sharded one does), and where it has values (not on ``meta``). Of a skew-orthogonal convolution, what it makes of some pixels."""
+    """The weight, where looking at it changes nothing (as in a parametrisation with power iterations), waits for no
+    other process (as a sharded one does), and where it has values (not on ``meta``). Of a skew-orthogonal convolution,
+    what it makes of some pixels."""
     lists = getattr(layer, "parametrizations", None)
     chain: Any = () if lists is None or "weight" not in lists else lists["weight"]
     if any(hasattr(p, "full_tensor") or not has_values(p) for p in layer.parameters()):

@@ -5,6 +5,7 @@ Song, Sebe and Wang, "Improving Covariance Conditioning of the SVD Meta-layer by
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,32 @@ from wellcond._shared.names import require_known
 from ._matrix import Target, Treatables
 from ._rates import RULES
 from ._step_treatment import StepTreatment, gradient_scale, on_the_host, require_linear_in_lr
+
+
+class _Counts(dict):
+    """What was the number ``shortened`` alone before 0.2, and still acts as that, with a warning."""
+
+    def __int__(self) -> int:
+        warnings.warn(
+            "counts()[layer] of OptimalLearningRate is a dict now, as that of NearestOrthogonalGradient; "
+            "read counts()[layer]['shortened']",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        return self["shortened"]
+
+    __index__ = __int__
+
+    def __eq__(self, other: object) -> bool:
+        return int(self) == other if isinstance(other, int) else super().__eq__(other)
+
+    def __lt__(self, other: int) -> bool:
+        return int(self) < other
+
+    def __gt__(self, other: int) -> bool:
+        return int(self) > other
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 
 # Put on after the nearest orthogonal gradient, which it then sees.
@@ -110,9 +137,9 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
         """The rate of each layer in the last step, float64 scalars on its device; empty before the first step."""
         return dict(self._rates)
 
-    def counts(self) -> dict[str, int]:
-        """By layer: in how many steps η* was below the cap and therefore taken."""
-        return {name: int(count) for name, count in self._shortened.items()}
+    def counts(self) -> dict[str, dict[str, int]]:
+        """By layer: in how many steps η* was below the cap and therefore taken, as ``shortened``."""
+        return {name: _Counts(shortened=int(count)) for name, count in self._shortened.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The counts and the last rates; the rule itself has no memory."""

@@ -37,7 +37,8 @@ def treat(
     step the gradient (``nog``), then the learning rate (``olr``, which sees the treated gradient). The ``ol`` term is
     added to the loss by the user, from :meth:`Treatment.loss`. With ``ow`` or ``sn``, ``nog`` and ``olr`` act on the
     stored tensor that the optimizer moves, as in the authors' code, not on the weight computed from it. The optimizer
-    forgets its state (momentum) of a weight that ``{"ow": {"map": "soc"}}`` changes, a filter of another shape then.
+    forgets its state (momentum) of a weight that ``{"ow": {"map": "soc"}}`` changes, a filter of another shape then; a
+    loss from before refuses to go backward.
 
     Args:
         model: any module, also compiled or inside DDP (treat the bare model before wrapping it, or the wrapped one), or
