@@ -497,3 +497,16 @@ def test_bad_options_and_layers_are_refused():
     OptimalLearningRate(optimizer, layer)
     with pytest.raises(ValueError, match="already on"):
         OptimalLearningRate(optimizer, layer)
+
+
+def test_a_count_is_a_dict_and_still_the_number_that_it_was():
+    layer = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=100.0)
+    olr = OptimalLearningRate(optimizer, {"fc": layer})
+    layer.weight.grad = layer.weight.detach().clone()
+    optimizer.step()
+    count = olr.counts()["fc"]
+    assert count == {"shortened": 1} and count["shortened"] == 1
+    for old in (lambda: count == 1, lambda: int(count) == 1, lambda: 0 < count < 2, lambda: [0, 7][count] == 7):
+        with pytest.warns(DeprecationWarning, match=r"read counts\(\)\[layer\]\['shortened'\]"):
+            assert old()
