@@ -87,7 +87,20 @@ def noise(d: int, dtype: torch.dtype) -> float:
 
 def without_noise(eigvals: Tensor) -> Tensor:
     """Eigenvalues in ascending order, with 0 for those that are no more than noise."""
-    return torch.where(eigvals > noise(eigvals.shape[-1], eigvals.dtype) * eigvals[..., -1:], eigvals, 0.0)
+    return eigvals.masked_fill(eigvals <= noise(eigvals.shape[-1], eigvals.dtype) * eigvals[..., -1:], 0.0)
+
+
+def clear_of_zero(eigvals: Tensor) -> bool:
+    """Whether ascending eigenvalues (..., d) are read, and all above what any rule here takes for rounding: the usual
+    case, in which there is nothing to refuse, to clamp or to cut."""
+    if not checks_values(eigvals) or not eigvals.numel():
+        return False
+    d = eigvals.shape[-1]
+    cut = max(d, 4 + 2 * d**0.5) * torch.finfo(eigvals.dtype).eps
+    if eigvals.ndim == 1:
+        values = eigvals.tolist()
+        return values[0] > cut * values[-1]
+    return bool((eigvals[..., 0] > cut * eigvals[..., -1]).all())
 
 
 def shifted_spectrum(eigvals: Tensor, eps: float, *, invertible: bool, rank: Rank = "ridge") -> Tensor:
@@ -106,7 +119,7 @@ def shifted_spectrum(eigvals: Tensor, eps: float, *, invertible: bool, rank: Ran
                     "give eps > 0, or rank='pinv' or 'floor'"
                 )
     if rank == "pinv":
-        return torch.where(eigvals > matrix_tolerance(eigvals), eigvals, 0.0)
+        return eigvals.masked_fill(eigvals <= matrix_tolerance(eigvals), 0.0)
     return eigvals.clamp_min(0.0).add_(eps) if eps else eigvals.clamp_min(0.0)
 
 
