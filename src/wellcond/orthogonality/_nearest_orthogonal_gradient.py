@@ -17,8 +17,9 @@ from wellcond.linalg import Minimax
 
 from ._matrix import Target, Treatables, parametrisations
 from ._orthogonal_weight import OrthogonalWeight
-from ._polar_factors import KINDS, SOLVERS, polar_factors
-from ._step_treatment import StepTreatment, decoupled_decay, gradient_scale, on_the_host, require_linear_in_lr
+from ._polar_factors import KINDS, SOLVERS, norm_ratio, polar_factors
+from ._registry import on_the_host
+from ._step_treatment import StepTreatment, decoupled_decay, gradient_scale, require_linear_in_lr
 
 _COUNTS = ("treated", "zero", "nonfinite")
 _SHOWN = [KINDS.index(name) for name in _COUNTS]
@@ -47,19 +48,6 @@ def _keeps_turning(target: Target) -> bool:
     """Whether an orthogonal weight is computed from the tensor that turns as far however long the tensor is."""
     chain = () if target.layer is None else parametrisations(target.layer)
     return any(isinstance(one, OrthogonalWeight) and not one.scale_invariant for one in chain)
-
-
-def _norm_ratio(matrix: Tensor, factor: Tensor) -> Tensor:
-    """‖G‖_F/‖R‖_F (..., 1, 1) of matrices and their factors, in double precision."""
-    if matrix.dtype == torch.float64:  # whose large entries have squares out of range
-        largest = torch.linalg.vector_norm(matrix, torch.inf, dim=(-2, -1), keepdim=True)
-        scaled = matrix / largest.clamp_min(torch.finfo(matrix.dtype).tiny)
-        return largest * _frobenius(scaled) / _frobenius(factor)
-    return _frobenius(matrix) / _frobenius(factor)
-
-
-def _frobenius(matrix: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True, dtype=torch.float64)
 
 
 class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthogonal gradient, eq. (14)-(17)"):
@@ -193,7 +181,7 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
             # On the device: only reading a counter waits for it.
             self._counts[target.name].index_add_(0, kind.flatten(), self._ones[target.name])
             if self.scale == "gradient" or (self.scale == "auto" and _keeps_turning(target)):
-                ratio = _norm_ratio(matrix, factor)
+                ratio = norm_ratio(matrix, factor)
                 factor = factor * (ratio if isinstance(unit, float) and unit == 1.0 else ratio / unit)
             write(factor, one, own)
 

@@ -17,7 +17,8 @@ from wellcond._shared.names import require_known
 
 from ._matrix import Target, Treatables
 from ._rates import RULES
-from ._step_treatment import StepTreatment, gradient_scale, on_the_host, require_linear_in_lr
+from ._registry import on_the_host
+from ._step_treatment import StepTreatment, gradient_scale, require_linear_in_lr
 
 
 class _Counts(dict):

@@ -37,11 +37,6 @@ def gradient_scale(optimizer: Optimizer) -> Tensor | None:
     return getattr(optimizer, "grad_scale", None)
 
 
-def on_the_host(tensor: Tensor) -> Tensor:
-    """A copy for a saved state; of a tensor on ``meta`` one there, as ``torch.nn.Module.state_dict`` has it."""
-    return tensor.clone() if tensor.is_meta else tensor.to("cpu", copy=True)
-
-
 def decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Any:
     """The share by which the step first shrank the weight, apart from the update: lr · weight_decay of AdamW and Muon.
 

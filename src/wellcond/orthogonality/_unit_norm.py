@@ -46,8 +46,9 @@ class _UnitNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, W: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         tiny, products = torch.finfo(W.dtype).tiny, not decomposes(W)
-        # By the largest entry first, of which the result is no function: squares would leave the range.
-        size = torch.linalg.vector_norm(W, torch.inf).clamp_min(tiny)
+        # By its size first, of which the result is no function: squares would leave the range.
+        single = W.dtype == torch.float32
+        size = (torch.linalg.vector_norm(W, dtype=torch.float64) if single else W.abs().amax()).clamp_min(tiny)
         if not products and readable(W) and not math.isfinite(size.item()):
             raise NonFiniteMatrixError(NOT_FINITE)
         scaled = W / size
