@@ -15,7 +15,7 @@ from torch import nn
 import treatment_models
 from treatment_models import LAYERS, batches, matrices, polar_reference, same, sgd, small_net, train
 from wellcond.orthogonality import NearestOrthogonalGradient
-from wellcond.orthogonality._nearest_orthogonal_gradient import nearest_orthogonal
+from wellcond.orthogonality._polar_factors import nearest_orthogonal
 
 EPS = torch.finfo(torch.float32).eps
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9))

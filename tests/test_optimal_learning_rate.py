@@ -208,7 +208,7 @@ def test_a_step_equals_that_of_a_group_of_its_own_with_that_rate(name, options, 
         # The rate is a smooth function of a weight that agrees to the tolerance below.
         assert olr.rates()["w"].item() == pytest.approx(reference.param_groups[0]["lr"], rel=1e-4)
     assert 0 < taken < 8
-    assert olr.counts() == {"w": taken}
+    assert olr.counts() == {"w": {"shortened": taken}}
     # Each step rounds p' and its interpolation once (eps·|p|), and the rate moves with that: a factor of 10 per step.
     error = (mine - own).abs().max().item() / own.abs().max().item()
     assert error <= 8 * 10 * torch.finfo(torch.float32).eps
@@ -255,7 +255,7 @@ def test_a_capped_step_is_the_optimizers_own_bit_for_bit(name, options, rule, mo
     train(twin, plain, data)
     assert same(model, twin)
     assert olr.rates()["conv"].item() == lr
-    assert olr.counts() == {"conv": 0}
+    assert olr.counts() == {"conv": {"shortened": 0}}
     mine, theirs = optimizer.state_dict(), plain.state_dict()
     assert mine["param_groups"] == theirs["param_groups"]
     assert list(mine["state"]) == list(theirs["state"])
@@ -344,7 +344,7 @@ def test_schedulers_of_either_age_set_the_cap(scheduler, built_first):
         if cap == 0:
             assert torch.equal(weight, before)
     assert torch.equal(other, twin)  # the other layers' steps are untouched
-    assert 0 < olr.counts()["w"] < 9
+    assert 0 < olr.counts()["w"]["shortened"] < 9
 
 
 def test_a_tensor_rate_works_as_a_number():
@@ -381,7 +381,7 @@ def test_on_the_update_the_rate_is_the_best_along_the_real_move(name):
         if 0 < rate < 0.9:
             assert rate == pytest.approx(grid[values.argmin()], abs=1e-4) or values[-1] < values.min() + 1e-9
         assert torch.allclose(mine.detach(), start - rate * direction, rtol=0, atol=1e-12)
-    assert olr.counts()["0"] > 0
+    assert olr.counts()["0"]["shortened"] > 0
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -444,7 +444,7 @@ def test_a_closure_is_treated_after_it_made_the_gradients():
 
     optimizer.step(closure)
     assert torch.dist(layer.weight.abs(), torch.eye(4)) < 1e-6
-    assert olr.counts() == {"0": 1}
+    assert olr.counts() == {"0": {"shortened": 1}}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -497,3 +497,16 @@ def test_bad_options_and_layers_are_refused():
     OptimalLearningRate(optimizer, layer)
     with pytest.raises(ValueError, match="already on"):
         OptimalLearningRate(optimizer, layer)
+
+
+def test_a_count_is_a_dict_and_still_the_number_that_it_was():
+    layer = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=100.0)
+    olr = OptimalLearningRate(optimizer, {"fc": layer})
+    layer.weight.grad = layer.weight.detach().clone()
+    optimizer.step()
+    count = olr.counts()["fc"]
+    assert count == {"shortened": 1} and count["shortened"] == 1
+    for old in (lambda: count == 1, lambda: int(count) == 1, lambda: 0 < count < 2, lambda: [0, 7][count] == 7):
+        with pytest.warns(DeprecationWarning, match=r"read counts\(\)\[layer\]\['shortened'\]"):
+            assert old()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import eps_of
-from wellcond._shared.operator_norm import skew_convolution_norm_bound, spectral_norm_bound
+from wellcond._shared.operator_norm import _composed, skew_convolution_norm_bound, spectral_norm_bound
 from wellcond._shared.skew_convolution import truncation_error
 from wellcond.nn import DecorrelatedBatchNorm2d, SkewOrthogonalConv2d
 from wellcond.orthogonality import pre_spectral_layers
@@ -230,3 +230,20 @@ def test_a_form_that_is_not_skew_symmetric_is_refused(arguments, options, messag
 def test_input_of_the_wrong_form_is_refused(shape, message):
     with pytest.raises(ValueError, match=message):
         SkewOrthogonalConv2d(4, 4, stride=2)(torch.randn(shape))
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 7), (7, 3)])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_the_derivatives_of_the_bound_are_those_of_the_formula(shape, scale):
+    A = (scale * torch.randn(shape, dtype=torch.float64)).requires_grad_()
+
+    def derivatives(function):
+        bound = function(A)
+        (first,) = torch.autograd.grad(bound, A, create_graph=True)
+        (second,) = torch.autograd.grad((first * torch.ones(shape, dtype=torch.float64)).sum(), A)
+        return bound / scale, first, second * scale
+
+    for own, truth in zip(derivatives(spectral_norm_bound), derivatives(_composed), strict=True):
+        torch.testing.assert_close(own, truth, rtol=1e-10, atol=1e-13)
+    if scale == 1.0:
+        assert torch.autograd.gradcheck(spectral_norm_bound, A)

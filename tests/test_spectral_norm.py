@@ -11,6 +11,7 @@ from treatment_models import LAYERS, matrices, polar_reference
 from wellcond.linalg import NonFiniteMatrixError
 from wellcond.nn import DecorrelatedBatchNorm2d
 from wellcond.orthogonality import OrthogonalLoss, orthogonal_weight, spectral_norm, treat
+from wellcond.orthogonality._unit_norm import _composed, of_unit_norm
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -113,3 +114,24 @@ def test_bad_layers_are_refused():
         spectral_norm(spectral_norm(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="already has the parametrisation _Orthogonal"):
         spectral_norm(nn.utils.parametrizations.orthogonal(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("by_products", [False, True])
+@pytest.mark.parametrize("shape", [(1, 5, 3), (1, 3, 5), (3, 4, 4)])
+def test_all_its_derivatives_on_both_ways_are_those_of_the_composed_formula(shape, by_products, monkeypatch):
+    """Of one matrix and of several, which share the norm of the largest; also where two of them tie."""
+    if by_products:
+        monkeypatch.setattr("wellcond.orthogonality._unit_norm.decomposes", lambda _: False)
+    W = torch.randn(*shape, dtype=torch.float64)
+    if len(W) > 1:
+        W[1] = W[0] = 2 * W[0]
+    W.requires_grad_()
+    G = torch.randn(*shape, dtype=torch.float64)
+
+    def derivatives(function):
+        Y = function(W)
+        (first,) = torch.autograd.grad(Y, W, G, create_graph=True)
+        return Y, first, *torch.autograd.grad(first.square().sum(), W)
+
+    for own, truth in zip(derivatives(of_unit_norm), derivatives(_composed), strict=True):
+        torch.testing.assert_close(own, truth, rtol=1e-9, atol=1e-11)

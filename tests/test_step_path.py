@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from treatment_models import batches, gaussian, polar_reference, small_net
 from wellcond.orthogonality import NearestOrthogonalGradient, OptimalLearningRate, treat
 from wellcond.orthogonality import _nearest_orthogonal_gradient as module
-from wellcond.orthogonality._largest_eigenvalue import by_products
+from wellcond.orthogonality._polar_factors import solver_for
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -41,8 +41,8 @@ def many_layers() -> nn.ModuleDict:
 @pytest.mark.parametrize("on", ["gradient", "update"])
 def test_layers_with_matrices_of_one_shape_are_one_batch_and_equal_a_loop(on, monkeypatch):
     calls = []
-    inner = module.nearest_orthogonal
-    monkeypatch.setattr(module, "nearest_orthogonal", lambda m, *rest: calls.append(tuple(m.shape)) or inner(m, *rest))
+    inner = module.polar_factors
+    monkeypatch.setattr(module, "polar_factors", lambda m, *rest: calls.append(tuple(m.shape)) or inner(m, *rest))
     layers = many_layers()
     if on == "update":
         del layers["f"]
@@ -127,10 +127,11 @@ def test_the_guard_itself_catches_what_waits():
 @contextmanager
 def as_off_the_cpu():
     """The ways that an accelerator goes, on the CPU: the choice by device is what is replaced, nothing else."""
-    nearest = module.nearest_orthogonal
+    factors = module.polar_factors
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "nearest_orthogonal", lambda matrix, _: nearest(matrix, "minimax"))
-        patch.setattr("wellcond.orthogonality._largest_eigenvalue.largest_eigenvalue", by_products)
+        patch.setattr(module, "polar_factors", lambda matrix, _: factors(matrix, "poles"))
+        for name in ("_largest_eigenvalue", "_unit_norm"):
+            patch.setattr(f"wellcond.orthogonality.{name}.decomposes", lambda _: False)
         yield
 
 
@@ -160,13 +161,16 @@ def test_a_step_never_waits(make, options, value):
         hook.counts()  # reading a counter is what waits
 
 
-@pytest.mark.parametrize(("device", "solver"), [("cpu", "svd"), ("meta", "minimax")])
-def test_off_the_cpu_the_default_is_the_solver_without_a_decomposition(device, solver, monkeypatch):
+def test_off_the_cpu_the_default_is_a_solver_without_a_decomposition():
     """LAPACK-like routines of an accelerator report convergence to the host. A meta tensor stands for one on it."""
-    asked = []
-    monkeypatch.setattr(module, "polar", lambda matrix, solver: asked.append(solver) or matrix)
-    module.nearest_orthogonal(torch.ones(2, 4, 3, device=device))
-    assert asked == [solver]
+
+    def chosen(*shape, device, dtype=torch.float32):
+        return solver_for(torch.ones(*shape, device=device, dtype=dtype), "auto")
+
+    assert chosen(2, 4, 3, device="cpu") == "svd"
+    assert chosen(2, 400, 64, device="meta") == chosen(64, 400, device="meta", dtype=torch.float16) == "poles"
+    # Where the solutions are large, or double precision is not enough.
+    assert chosen(2, 65, 65, device="meta") == chosen(4, 3, device="meta", dtype=torch.float64) == "minimax"
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,28 @@ ICML 2023). Unlike a power iteration it never underestimates, keeps no state, an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .autograd import differentiated_again
+from .precision import full_precision
+from .torch_internals import is_compiling, under_forward_mode, under_functorch
+
 SQUARINGS = 5
+"""m: the bound is the Schatten norm of order 64."""
 
 
 def spectral_norm_bound(A: Tensor) -> Tensor:
     """An upper bound of the largest singular value of A (m, n): a scalar; 0 for a zero matrix."""
+    if is_compiling() or under_functorch() or under_forward_mode():
+        return _composed(A)
+    return _SpectralNormBound.apply(A)  # pyright: ignore[reportReturnType]
+
+
+def _composed(A: Tensor) -> Tensor:
+    """The bound by operations that are differentiable in all modes."""
     # The bound is homogeneous, so this scale needs no derivative of its own.
     scale = A.detach().abs().amax((-2, -1))  # ONNX wants its dimensions named
     scale = torch.where(scale > 0, scale, 1.0)
@@ -40,6 +54,42 @@ def spectral_norm_bound(A: Tensor) -> Tensor:
             gram = gram @ gram
     log = log + weight * torch.where(nonzero, size, 1.0).log()
     return torch.where(nonzero, scale * log.exp(), 0.0)
+
+
+class _SpectralNormBound(torch.autograd.Function):
+    """b = (tr G^32)^{1/64} of G = AAᵀ, with db = b tr(G^31 dA Aᵀ)/tr G^32, in a fifth of the operations."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        tiny = torch.finfo(A.dtype).tiny
+        scale = A.abs().amax().clamp_min(tiny)
+        B = A / scale
+        G = B @ B.mT if A.shape[-2] <= A.shape[-1] else B.mT @ B
+        # Divided by its trace, and again after two squarings, so that no power leaves the range of the dtype.
+        trace = G.diagonal().sum().clamp_min(tiny)
+        G = G / trace
+        G2 = G @ G
+        G4 = G2 @ G2
+        middle = torch.linalg.vector_norm(G4).clamp_min(tiny)
+        G4 = G4 / middle
+        G8 = G4 @ G4
+        G16 = G8 @ G8
+        last = torch.linalg.vector_norm(G16)
+        bound = scale * trace.sqrt() * middle**0.125 * last ** (1 / 32)
+        ctx.save_for_backward(A, B, G, G2, G4, G8, G16, scale, trace, middle, last, bound)
+        return bound
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        A, B, G, G2, G4, G8, G16, scale, trace, middle, last, bound = ctx.saved_tensors
+        with full_precision(A):
+            if differentiated_again():
+                with torch.enable_grad():
+                    return torch.autograd.grad(_composed(A), A, grad, create_graph=True)[0]
+            G31 = G16 @ (G8 @ (G4 @ (G2 @ G)))
+            # For a zero matrix the bound, and so the gradient, is zero.
+            share = grad * bound / (scale * trace * middle * last.square()).clamp_min(torch.finfo(A.dtype).tiny)
+            return share * (G31 @ B if A.shape[-2] <= A.shape[-1] else B @ G31)
 
 
 def skew_convolution_norm_bound(L: Tensor) -> Tensor:

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .exact_products import exact_products, exactly
 from .operator_norm import skew_convolution_norm_bound, spectral_norm_bound
 from .precision import full_precision, working_dtype
 
 TERMS, MAX_NORM = 5, 1.5
 """The highest power of the series in training, and the bound of ‖J‖."""
-SYMMETRIC = 1e-3
-"""The share of ‖M‖, of M as a matrix (c, c·kh·kw), up to which the bound of ‖J‖ is not scaled up."""
+SYMMETRIC = 0.1
+"""The share of ‖M‖, of M as a matrix (c, c·kh·kw), below which the bound of ‖J‖ is not scaled up to ``max_norm``."""
 
 
 def truncation_error(norm: float, terms: int) -> float:
@@ -51,18 +52,20 @@ def bounded_skew_kernel(M: Tensor, max_norm: float) -> Tensor:
     """The kernel L (c, c, kh, kw), scaled to ‖J‖ ≤ ``max_norm``."""
     with full_precision(M):
         L = skew_kernel(M)
-        return L * (max_norm / skew_convolution_norm_bound(L).clamp_min(max_norm))
+        return L * (max_norm / exactly(skew_convolution_norm_bound, L).clamp_min(max_norm))
 
 
 def at_the_bound(M: Tensor, max_norm: float) -> Tensor:
     """M times the number at which the bound of ‖J‖ is ``max_norm``: where the scaling down begins.
 
-    An (almost) symmetric M stays: its skew part may be no more than rounding.
+    Of an almost symmetric M, whose skew part may be no more than rounding, the bound stays below, in proportion to the
+    share of the skew part.
     """
-    with full_precision(M):
+    with full_precision(M), exact_products():
         bound = skew_convolution_norm_bound(skew_kernel(M))
         whole = spectral_norm_bound(M.to(bound.dtype).flatten(1))
-        return (M * torch.where(bound > SYMMETRIC * whole, max_norm / bound, 1.0)).to(M.dtype)
+        size = torch.maximum(bound, SYMMETRIC * whole).clamp_min(torch.finfo(bound.dtype).tiny)
+        return (M * (max_norm / size)).to(M.dtype)
 
 
 def skew_half(M: Tensor) -> Tensor:
@@ -86,11 +89,11 @@ def skew_orthogonal_convolution(
         x = F.pixel_unshuffle(x, stride) if x.numel() else x.reshape(coarse)
     x = F.pad(x, (0, 0, 0, 0, 0, L.shape[0] - x.shape[1])) if x.shape[1] < L.shape[0] else x
     L = L.to(x.dtype)
-    total = power = x
-    for k in range(1, terms + 1):
-        power = _convolve(power, L / k, padding_mode)
-        total = total + power
-    return total[:, :out_channels]
+    # Horner's rule: x + J(x + J/2 (x + J/3 (…))).
+    y = x
+    for k in range(terms, 0, -1):
+        y = torch.add(x, _convolve(y, L, padding_mode), alpha=1 / k)
+    return y[:, :out_channels]
 
 
 def _convolve(x: Tensor, L: Tensor, padding_mode: str) -> Tensor:
@@ -109,7 +112,7 @@ def kernel_of_the_exponential(L: Tensor, *, in_channels: int, out_channels: int,
     n = in_channels * stride**2
     pixel = torch.zeros(n, n, *size, dtype=L.dtype, device=L.device)
     pixel[:, :, size[0] // 2, size[1] // 2] = torch.eye(n, dtype=L.dtype, device=L.device)
-    with full_precision(L):
+    with full_precision(L), exact_products(convolutions=True):
         response = skew_orthogonal_convolution(
             pixel, L, out_channels=out_channels, stride=1, terms=terms, padding_mode="zeros"
         )

@@ -17,13 +17,18 @@ from torch.optim import Optimizer
 
 from wellcond._shared.models import Layers, unwrapped, unwrapped_optimizer
 from wellcond._shared.names import listed
-from wellcond._shared.torch_internals import in_backward_pass
+from wellcond._shared.torch_internals import has_values, in_backward_pass
 
 from . import _display
 from ._probe import Hook, attach, observed, solver_counts, watched_layers
 from ._record import FIELDS, MEASURES, ConditionRecord, alarms, measure, medians, records_of
 from ._rotation import Turning, pending_of, turnings
 from ._writers import as_writers, deliver
+
+
+def _have_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the inputs can be read: not on ``meta``, nor while a CUDA graph is captured."""
+    return all(has_values(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
 
 
 class ConditionMonitor:
@@ -37,6 +42,8 @@ class ConditionMonitor:
     A record also says how far the weight in use before the layer moved in the step before (``rotation``), where tracing
     finds that layer: it is looked at when the step begins and when it has ended. Three records in a row above 10 %,
     from step 20 on, are one ``RuntimeWarning`` a layer.
+
+    What has no values (a model on ``meta``, a CUDA graph while it is captured) is counted and not recorded.
 
     Under DistributedDataParallel each process watches its own share of the batch (give ``writers`` to one of them);
     under autocast and in half precision the spectra are still computed in float64; a deep copy or a pickle of the model
@@ -125,7 +132,7 @@ class ConditionMonitor:
         last = self._last.get(name)
         due = last is None or self.step // self.every > last // self.every
         next_due = (self.step + 1) % self.every == 0
-        if not ((due or next_due) and self._handles) or in_backward_pass():
+        if not ((due or next_due) and self._handles) or in_backward_pass() or not _have_values(args, kwargs):
             return
         turning = self._turning[name]
         turning.settle(self.step)

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wellcond._shared.exact_products import exact_products
 from wellcond._shared.models import unwrapped
 from wellcond._shared.precision import full_precision
 from wellcond._shared.skew_convolution import bounded_skew_kernel, skew_orthogonal_convolution
+from wellcond._shared.torch_internals import has_values
 from wellcond.nn import SkewOrthogonalConv2d
 from wellcond.orthogonality import WeightTreatment, pre_spectral_layers
 
@@ -49,11 +51,12 @@ def weights_before(model: nn.Module, name: str) -> dict[str, nn.Module]:
 
 
 def _in_use(layer: nn.Module) -> Tensor | None:
-    """The weight, where looking at it changes nothing (as in a parametrisation with power iterations) and waits for
-    no other process (as a sharded one does). Of a skew-orthogonal convolution, what it makes of some pixels."""
+    """The weight, where looking at it changes nothing (as in a parametrisation with power iterations), waits for no
+    other process (as a sharded one does), and where it has values (not on ``meta``). Of a skew-orthogonal convolution,
+    what it makes of some pixels."""
     lists = getattr(layer, "parametrizations", None)
     chain: Any = () if lists is None or "weight" not in lists else lists["weight"]
-    if any(hasattr(p, "full_tensor") for p in layer.parameters()):
+    if any(hasattr(p, "full_tensor") or not has_values(p) for p in layer.parameters()):
         return None
     if not all(isinstance(one, WeightTreatment) for one in chain):
         return None
@@ -77,7 +80,7 @@ def _responses(L: Tensor, channels: int, out_channels: int, terms: int) -> Tenso
     mixtures = torch.eye(channels) if channels <= MIXTURES else signs
     pixels = torch.zeros(len(mixtures), channels, *size, dtype=L.dtype, device=L.device)
     pixels[:, :, size[0] // 2, size[1] // 2] = mixtures.to(pixels)
-    with full_precision(L):
+    with full_precision(L), exact_products(convolutions=True):
         return skew_orthogonal_convolution(
             pixels, L, out_channels=out_channels, stride=1, terms=terms, padding_mode="zeros"
         )

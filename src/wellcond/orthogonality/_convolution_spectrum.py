@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond._shared.models import described
+from wellcond._shared.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def convolution_singular_values(layer: nn.Module | Tensor, input_size: int | Seq
         assert isinstance(weight, Tensor)
     else:
         raise TypeError(f"expected a convolution or its weight, got {type(layer).__name__}")
-    with torch.autocast(weight.device.type, enabled=False):
+    with full_precision(weight):
         T = transfer_matrices(weight.to(torch.promote_types(weight.dtype, torch.float32)), grid)
         sigma = torch.linalg.svdvals(T)
     last, points = len(grid.size), grid.size[-1] // grid.stride[-1]

@@ -14,9 +14,11 @@ def exchange(parameter: nn.Parameter, values: Tensor) -> None:
     """Put ``values`` into ``parameter``, whose gradient ends.
 
     A graph that is still there from before would have autograd ask for gradients of the old shape: in between the
-    parameter is of another dtype, which makes PyTorch forget that.
+    parameter is of another dtype, which makes PyTorch forget that. Going backward through that graph is refused by
+    PyTorch ("modified by an inplace operation"), instead of using the new values in silence.
     """
     parameter.grad = None
+    torch.autograd.graph.increment_version(parameter)
     between = torch.float64 if values.dtype != torch.float64 else torch.float32
     parameter.data = torch.empty(0, dtype=between, device=parameter.device)
     parameter.data = values

@@ -22,18 +22,23 @@ from wellcond._shared.errors import NonFiniteMatrixError
 from wellcond._shared.torch_internals import is_compiling
 from wellcond.linalg.lapack import solve
 
+NOT_FINITE = "the weight holds NaN or infinite entries; the data or the loss before it diverged"
+
+
+def decomposes(P: Tensor) -> bool:
+    """Whether an eigendecomposition of P does not make the host wait for a device."""
+    return P.device.type == "cpu"
+
 
 def largest_eigenvalue(P: Tensor) -> Tensor:
     """λmax (...,) of Hermitian positive semidefinite P (..., d, d); differentiable, also where it is repeated or 0.
 
     On the CPU from an eigendecomposition, elsewhere by some log2(d/eps) products.
     """
-    if P.device.type == "cpu":
+    if decomposes(P):
         # Of NaN LAPACK makes an error, NaN or any number.
         if not is_compiling() and readable(P) and not bool(torch.isfinite(P).all()):
-            raise NonFiniteMatrixError(
-                "the weight holds NaN or infinite entries; the data or the loss before it diverged"
-            )
+            raise NonFiniteMatrixError(NOT_FINITE)
         # Not eigvalsh, whose routine differs with and without a gradient: training and evaluation must agree.
         return torch.linalg.eigh(P)[0][..., -1]
     return by_products(P)
@@ -74,9 +79,9 @@ class _Traceable(torch.autograd.Function):
 
     @staticmethod
     def forward(P: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        M = _unit_trace(P)
-        for _ in range(squarings(P.shape[-1], P.dtype)):
-            M = _unit_trace(M @ M)
+        trace = _trace(P)
+        # No direction where there is no eigenvalue.
+        M = dominant(P).masked_fill(trace == 0, 0.0)
         return _inner(M, P), M
 
     @staticmethod
@@ -132,6 +137,18 @@ def squarings(d: int, dtype: torch.dtype) -> int:
     return max(1, math.ceil(math.log2(d / (math.e * torch.finfo(dtype).eps))))
 
 
-def _unit_trace(P: Tensor) -> Tensor:
-    trace = P.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None]
-    return P / torch.where(trace > 0, trace, 1.0)
+def dominant(P: Tensor, precision: torch.dtype | None = None) -> Tensor:
+    """P^m/tr P^m for the m = 2^k that ``precision`` needs, by default that of P; some matrix of trace 1 for P = 0."""
+    d, tiny = P.shape[-1], torch.finfo(P.dtype).tiny
+    M = P + tiny  # which is nothing beside any other P
+    # With trace 1 the largest eigenvalue is 1/d at least: so often may it be squared before it leaves the range.
+    within = max(1, int(math.log2(-0.8 * math.log(tiny) / math.log(max(d, 2)))))
+    for step in range(squarings(d, precision or P.dtype)):
+        if step % within == 0:
+            M = M / _trace(M)
+        M = M @ M
+    return M / _trace(M)
+
+
+def _trace(P: Tensor) -> Tensor:
+    return P.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None]

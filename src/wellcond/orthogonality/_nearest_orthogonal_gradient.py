@@ -13,14 +13,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wellcond._shared.names import require_known
-from wellcond.linalg import polar, value_checks
+from wellcond.linalg import Minimax
 
 from ._matrix import Target, Treatables, parametrisations
 from ._orthogonal_weight import OrthogonalWeight
+from ._polar_factors import KINDS, SOLVERS, norm_ratio, polar_factors
+from ._registry import on_the_host
 from ._step_treatment import StepTreatment, decoupled_decay, gradient_scale, require_linear_in_lr
 
 _COUNTS = ("treated", "zero", "nonfinite")
-_Write = Callable[[Tensor, Tensor], None]
+_SHOWN = [KINDS.index(name) for name in _COUNTS]
+_Write = Callable[[Tensor, Tensor, Tensor], None]
+"""Of the factor, whether there is one (groups, 1, 1), and the matrices as they came."""
 
 
 class _Waiting(NamedTuple):
@@ -30,25 +34,6 @@ class _Waiting(NamedTuple):
     tensor: Tensor
     write: _Write
     unit: Tensor | float
-
-
-def nearest_orthogonal(matrix: Tensor, solver: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
-    """The solution R = U Vᵀ of eq. (14), eq. (17), for every matrix (..., m, n) of a batch that has one.
-
-    With it come two flags (...,): ``zero`` (every entry zero or below the smallest normal number, so that its
-    direction is rounding) and ``nonfinite``. A flagged matrix is returned unchanged. Singular directions that vanish
-    to rounding are left out of R, rather than filled in at random. Only ``"svd"`` makes the host wait for a device.
-    """
-    if solver == "auto":
-        solver = "svd" if matrix.device.type == "cpu" else "minimax"
-    work = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    largest = work.abs().amax((-2, -1))  # NaN and infinity survive the maximum
-    nonfinite = ~torch.isfinite(largest)
-    zero = largest < torch.finfo(work.dtype).tiny
-    left_alone = (zero | nonfinite)[..., None, None]
-    with value_checks(False):  # checked just above, without reading the answer on the host
-        factor = polar(torch.where(left_alone, 0.0, work), solver=solver)
-    return torch.where(left_alone, matrix, factor.to(matrix.dtype)), zero, nonfinite
 
 
 _SCALES = {
@@ -63,13 +48,6 @@ def _keeps_turning(target: Target) -> bool:
     """Whether an orthogonal weight is computed from the tensor that turns as far however long the tensor is."""
     chain = () if target.layer is None else parametrisations(target.layer)
     return any(isinstance(one, OrthogonalWeight) and not one.scale_invariant for one in chain)
-
-
-def _norm_ratio(matrix: Tensor, factor: Tensor) -> Tensor:
-    """‖G‖_F/‖R‖_F of (..., m, n) matrices and their factors; squares of large entries leave the range of the dtype."""
-    largest = matrix.abs().amax((-2, -1), keepdim=True)
-    size = largest * torch.linalg.matrix_norm(matrix / largest.clamp_min(torch.finfo(matrix.dtype).tiny), keepdim=True)
-    return size / torch.linalg.matrix_norm(factor, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
 class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthogonal gradient, eq. (14)-(17)"):
@@ -95,8 +73,10 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
             both turn more and more slowly. Those maps turn the weight by as much in every step.)
         solver: as in :func:`wellcond.linalg.polar`, which states the error of each: ``"svd"``; ``"minimax"``, matrix
             products alone, the same for singular values down to 1e-5 of the largest; ``"muon"``, the five steps of
-            that optimizer, whose singular values are 0.68 to 1.14 instead of 1. ``"auto"``: ``"svd"`` on the CPU,
-            ``"minimax"`` elsewhere, where a decomposition makes the host wait.
+            that optimizer, whose singular values are 0.68 to 1.14 instead of 1. Or ``"poles"``, one batch of linear
+            solutions in double precision, as exact as ``"minimax"`` in a quarter of its kernels, for matrices of up to
+            64 rows or columns that are not in double precision themselves (others: ``"minimax"``). ``"auto"``:
+            ``"svd"`` on the CPU, ``"poles"`` elsewhere, where a decomposition makes the host wait.
 
     Raises:
         ValueError: a layer without a matrix-like weight, a weight the optimizer does not hold, the treatment twice on
@@ -125,15 +105,18 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
         *,
         on: str = "gradient",
         scale: str = "auto",
-        solver: str = "auto",
+        solver: str | Minimax = "auto",
     ) -> None:
         require_known(on, ("gradient", "update"), "place of the nearest orthogonal gradient")
         require_known(scale, ("auto", *_SCALES, "gradient"), "scale of the nearest orthogonal gradient")
-        with value_checks(False):
-            polar(torch.eye(1), solver=solver)  # an unknown solver is refused here, not in the first step
+        if isinstance(solver, str):
+            require_known(solver, SOLVERS, "solver of the nearest orthogonal gradient")
         self.on, self.scale, self.solver = on, scale, solver
         super().__init__(optimizer, params)
-        self._counts = {t.name: torch.zeros(3, dtype=torch.int64, device=t.parameter.device) for t in self.targets}
+        devices = {target.name: target.parameter.device for target in self.targets}
+        self._counts = {name: torch.zeros(3, dtype=torch.int64, device=device) for name, device in devices.items()}
+        groups = {target.name: target.view.groups for target in self.targets}
+        self._ones = {name: torch.ones(groups[name], dtype=torch.int64, device=devices[name]) for name in groups}
         self._before: dict[str, Tensor] = {}
         self._waiting: list[_Waiting] = []
 
@@ -157,10 +140,10 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
             return
         scale = gradient_scale(self.optimizer)
 
-        def write(orthogonal: Tensor, found: Tensor) -> None:
+        def write(factor: Tensor, found: Tensor, work: Tensor) -> None:
             if scale is not None:  # the fused optimizer is going to divide by it
-                orthogonal = torch.where(found, orthogonal * scale.to(orthogonal), orthogonal)
-            gradient.copy_(orthogonal)
+                factor = factor * scale.to(factor)
+            gradient.copy_(target.view.tensor(torch.where(found, factor, work), gradient.shape))
 
         self._waiting.append(_Waiting(target, gradient, write, 1.0 if scale is None else scale))
 
@@ -171,8 +154,9 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
         decay = decoupled_decay(self.optimizer, group)
         start = start * (1 - (decay.to(start) if isinstance(decay, Tensor) else decay))
 
-        def write(orthogonal: Tensor, found: Tensor) -> None:
-            parameter.copy_(torch.where(found, start - lr * orthogonal, parameter))
+        def write(factor: Tensor, found: Tensor, _: Tensor) -> None:
+            moved = target.view.matrix(start) - lr * factor
+            parameter.copy_(target.view.tensor(torch.where(found, moved, target.view.matrix(parameter)), start.shape))
 
         self._waiting.append(_Waiting(target, start - parameter, write, lr))
 
@@ -188,29 +172,29 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
     def _treat(self, batch: list[_Waiting]) -> None:
         """Matrices of one shape at once: fewer calls, and several cores or one kernel for all of them."""
         matrices = [item.target.view.matrix(item.tensor) for item in batch]
-        factors, zero, nonfinite = nearest_orthogonal(torch.cat(matrices), self.solver)
-        found = ~(zero | nonfinite)
+        factors, kinds, work = polar_factors(matrices[0] if len(batch) == 1 else torch.cat(matrices), self.solver)
+        found = kinds == 1
         if self.scale in ("rms", "muon"):
-            factors = torch.where(found[:, None, None], factors * _SCALES[self.scale](*factors.shape[-2:]), factors)
-        flags = torch.stack([found, zero, nonfinite], -1)
-        sizes = [len(matrix) for matrix in matrices]
-        split = zip(batch, matrices, factors.split(sizes), flags.split(sizes), strict=True)
-        for (target, tensor, write, unit), matrix, factor, flag in split:
-            self._counts[target.name] += flag.sum(0)  # on the device: only reading a counter waits for it
+            factors = factors * _SCALES[self.scale](*factors.shape[-2:])
+        parts = [whole.split([len(matrix) for matrix in matrices]) for whole in (factors, kinds, found, work)]
+        for (target, _, write, unit), matrix, factor, kind, one, own in zip(batch, matrices, *parts, strict=True):
+            # On the device: only reading a counter waits for it.
+            self._counts[target.name].index_add_(0, kind.flatten(), self._ones[target.name])
             if self.scale == "gradient" or (self.scale == "auto" and _keeps_turning(target)):
-                factor = torch.where(flag[:, :1, None], factor * _norm_ratio(matrix, factor) / unit, factor)
-            everywhere = target.view.tensor(flag[:, :1, None].expand_as(factor), tensor.shape)
-            write(target.view.tensor(factor, tensor.shape), everywhere)
+                ratio = norm_ratio(matrix, factor)
+                factor = factor * (ratio if isinstance(unit, float) and unit == 1.0 else ratio / unit)
+            write(factor, one, own)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """By layer: how many gradient matrices were ``treated``, left alone as ``zero``, or as ``nonfinite``."""
-        return {name: dict(zip(_COUNTS, counts.tolist(), strict=True)) for name, counts in self._counts.items()}
+        read = {name: dict(zip(KINDS, counts.tolist(), strict=True)) for name, counts in self._counts.items()}
+        return {name: {kind: of[kind] for kind in _COUNTS} for name, of in read.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The counts; nothing else outlives a step."""
-        return {"counts": {name: counts.to("cpu", copy=True) for name, counts in self._counts.items()}}
+        return {"counts": {name: on_the_host(counts)[_SHOWN] for name, counts in self._counts.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the counts of a saved run."""
         for name, counts in self._counts.items():
-            counts.copy_(state["counts"][name])
+            counts.copy_(state["counts"][name][_SHOWN])  # the exchange of the first two is its own inverse

@@ -5,6 +5,7 @@ Song, Sebe and Wang, "Improving Covariance Conditioning of the SVD Meta-layer by
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,34 @@ from wellcond._shared.names import require_known
 
 from ._matrix import Target, Treatables
 from ._rates import RULES
+from ._registry import on_the_host
 from ._step_treatment import StepTreatment, gradient_scale, require_linear_in_lr
+
+
+class _Counts(dict):
+    """What was the number ``shortened`` alone before 0.2, and still acts as that, with a warning."""
+
+    def __int__(self) -> int:
+        warnings.warn(
+            "counts()[layer] of OptimalLearningRate is a dict now, as that of NearestOrthogonalGradient; "
+            "read counts()[layer]['shortened']",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        return self["shortened"]
+
+    __index__ = __int__
+
+    def __eq__(self, other: object) -> bool:
+        return int(self) == other if isinstance(other, int) else super().__eq__(other)
+
+    def __lt__(self, other: int) -> bool:
+        return int(self) < other
+
+    def __gt__(self, other: int) -> bool:
+        return int(self) > other
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 
 # Put on after the nearest orthogonal gradient, which it then sees.
@@ -88,14 +116,19 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
         parameter, lr = target.parameter, group["lr"]
         if rate is None:
             rate = self._optimal(target, start, start.double() - parameter.double()) * lr  # L = step / lr
-        lr = lr.to(rate) if isinstance(lr, Tensor) else torch.full_like(rate, lr)
-        # eq. (21), with the positivity it lacks; a NaN fails both comparisons.
-        chosen = (rate > 0) & (rate < lr)
+        # eq. (21), with the positivity it lacks; NaN and what is beyond lr are lr too.
+        if isinstance(lr, Tensor):
+            lr = lr.to(rate)
+            chosen = (rate > 0) & (rate < lr)
+            taken = torch.where(chosen, rate, lr)
+        else:
+            taken = torch.nn.functional.threshold(rate, 0.0, lr).clamp_max(lr).nan_to_num(nan=lr)
+            chosen = taken < lr
         work = torch.promote_types(parameter.dtype, torch.float32)
-        share = torch.where(chosen, rate / lr, 1.0).to(work)
+        share = torch.div(taken, lr, out=torch.empty_like(taken, dtype=work))
         shortened = torch.lerp(start.to(work), parameter.to(work), share).to(parameter.dtype)
-        parameter.copy_(torch.where(chosen, shortened, parameter))
-        self._rates[target.name] = torch.where(chosen, rate, lr)
+        torch.where(chosen, shortened, parameter, out=parameter)
+        self._rates[target.name] = taken
         self._shortened[target.name] += chosen
 
     def _optimal(self, target: Target, weight: Tensor, direction: Tensor) -> Tensor:
@@ -105,15 +138,15 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
         """The rate of each layer in the last step, float64 scalars on its device; empty before the first step."""
         return dict(self._rates)
 
-    def counts(self) -> dict[str, int]:
-        """By layer: in how many steps η* was below the cap and therefore taken."""
-        return {name: int(count) for name, count in self._shortened.items()}
+    def counts(self) -> dict[str, dict[str, int]]:
+        """By layer: in how many steps η* was below the cap and therefore taken, as ``shortened``."""
+        return {name: _Counts(shortened=int(count)) for name, count in self._shortened.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The counts and the last rates; the rule itself has no memory."""
         return {
-            "shortened": {name: count.to("cpu", copy=True) for name, count in self._shortened.items()},
-            "rates": {name: rate.to("cpu", copy=True) for name, rate in self._rates.items()},
+            "shortened": {name: on_the_host(count) for name, count in self._shortened.items()},
+            "rates": {name: on_the_host(rate) for name, rate in self._rates.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

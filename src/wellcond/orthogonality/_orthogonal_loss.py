@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wellcond._shared.exact_products import exactly
 from wellcond._shared.names import require_known
+from wellcond._shared.precision import full_precision
 
 from ._largest_eigenvalue import largest_singular_value, naming
 from ._matrix import Target, Treatables, targets
@@ -50,8 +52,8 @@ class LossTreatment(Applied, TreatmentClass):
     def _term(self, target: Target) -> Tensor:
         weight: Any = target.parameter if target.layer is None else target.layer.weight  # the one in use
         weight = whole(weight)
-        with torch.autocast(weight.device.type, enabled=False), naming(f"{self.treatment} of {target.where}"):
-            return self.term(target.view.matrix(weight.to(torch.promote_types(weight.dtype, torch.float32))))
+        with full_precision(weight), naming(f"{self.treatment} of {target.where}"):
+            return exactly(self.term, target.view.matrix(weight.to(torch.promote_types(weight.dtype, torch.float32))))
 
     @classmethod
     def require_free(cls, layer: nn.Module, target: Target) -> None:

@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from wellcond._shared.exact_products import exactly
 from wellcond._shared.models import described
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision
+from wellcond._shared.torch_internals import has_values
 
 from ._matrix import Target, matrix_names
-from ._stiefel_maps import MAPS
+from ._stiefel_maps import MAPS, polished
 from ._weight_treatment import WeightTreatment
 
 LAYER_MAPS: dict[str, type[OrthogonalWeight]] = {}
@@ -56,7 +58,7 @@ class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq.
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Start from ``weight``: its nearest orthogonal matrix becomes the frame, and it is stored as it is."""
-        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        if has_values(weight) and not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{self.treatment} of {self.where}: its weight holds NaN or infinite entries")
         W = self.view.matrix(weight.detach()).double()
         U, _, Vh = torch.linalg.svd(W if W.shape[-2] >= W.shape[-1] else W.mT, full_matrices=False)
@@ -68,11 +70,12 @@ class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq.
         with full_precision(stored):
             V = self.view.matrix(stored).to(self.frame.dtype)
             tall = V.shape[-2] >= V.shape[-1]
-            W = MAPS[self.map](V if tall else V.mT, self.frame)
-            # The map is orthogonal to eps·‖S‖, and S may grow in training: one step of Newton's iteration for the
-            # polar factor squares that gap, and leaves the derivative, which is tangent already.
-            W = 1.5 * W - 0.5 * W @ (W.mT @ W)
+            W = exactly(self._mapped, V if tall else V.mT, self.frame)
             return self.view.tensor(W if tall else W.mT, stored.shape).to(stored.dtype)
+
+    def _mapped(self, V: Tensor, F: Tensor) -> Tensor:
+        # The map is orthogonal to eps·‖S‖, and S may grow in training.
+        return polished(MAPS[self.map](V, F))
 
     def _apply(self, fn, recurse=True):
         # A module cast to half precision keeps its frame in float32: rounded, it would not be orthonormal.

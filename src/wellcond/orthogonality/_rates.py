@@ -18,16 +18,22 @@ def paper_rate(W: Tensor, L: Tensor) -> Tensor:
 
     Negative when ⟨W, L⟩ < 0, NaN when L = 0. A product ⟨W, L⟩ within its rounding (as for the gradient of a loss that
     does not see the length of W, or L in the tangent space of an orthogonal W) counts as zero. For orthogonal W and L,
-    |η*| ≤ 1/(2√2).
+    |η*| ≤ 1/(2√2). With the cosine c of w and l, η* = c ‖w‖ / (‖l‖ (1 + 2c²)).
     """
-    w, (l, size) = W.double().flatten(), _unit(L)
-    l = l.flatten()
-    ww, wl, ll = w @ w, w @ l, l @ l
+    # In double precision no square of single precision can over- or underflow.
+    size = None
+    if L.dtype == torch.float64:
+        L, size = _unit(L)
+    pair = torch.empty(2, W.numel(), dtype=torch.float64, device=W.device)
+    torch.stack([W.flatten(), L.flatten()], out=pair)
+    w, l = torch.linalg.vector_norm(pair, dim=1).unbind()
+    along = torch.dot(*pair) / w
     # L was rounded to its dtype, and came from sums in single precision or better, whose errors in a product of N terms
     # grow like √N (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
     stored, worked = (torch.finfo(d).eps for d in (W.dtype, torch.promote_types(W.dtype, torch.float32)))
-    wl = torch.where(wl.abs() <= (stored + worked * w.numel() ** 0.5) * (ww * ll).sqrt(), 0.0, wl)
-    return ww * wl / (ww * ll + 2 * wl * wl) / size
+    cosine = torch.nn.functional.hardshrink(along / l, stored + worked * W.numel() ** 0.5)
+    rate = w * cosine / torch.addcmul(l, along, cosine, value=2)
+    return rate if size is None else rate / size
 
 
 def exact_rate(W: Tensor, L: Tensor) -> Tensor:

@@ -24,6 +24,11 @@ TREATMENTS: dict[str, str] = {}
 _classes: dict[str, type[TreatmentClass]] = {}
 
 
+def on_the_host(tensor: Tensor) -> Tensor:
+    """A copy for a saved state; of a tensor on ``meta`` one there, as ``torch.nn.Module.state_dict`` has it."""
+    return tensor.clone() if tensor.is_meta else tensor.to("cpu", copy=True)
+
+
 class Applied:
     """A treatment in place on some layers; by default it has nothing to report, to save or to undo."""
 

@@ -53,7 +53,7 @@ class Restorer:
                 f"{described(self._layer, '')} was sharded since its weight was treated, and fully_shard cannot be "
                 "undone; load the state into a model that is not sharded, and call remove() there"
             )
-        if self._is_another() and not torch.equal(weight, self._start.to(weight)):
+        if self._is_another() and not _same(weight, self._start):
             computed = parametrisations(self._layer)[0]
             raise RuntimeError(
                 f"{computed.treatment} of {computed.where} ({computed.extra_repr()}): no layer of its class is "
@@ -71,7 +71,7 @@ class Restorer:
                 exchange(weight, self._untouched.to(weight))
                 if self._optimizer is not None:
                     start_afresh(self._optimizer, weight, shape)
-            elif not torch.equal(weight, self._untouched.to(weight)):
+            elif not _same(weight, self._untouched):
                 weight.copy_(self._layer.weight)  # pyright: ignore[reportArgumentType]
         bared(self._layer, "weight", weight, self._order)
 
@@ -90,6 +90,11 @@ class Restorer:
     def _is_another(self) -> bool:
         """Whether the stored tensor is not the weight but that of another kind of layer."""
         return any(one.computes_layer for one in parametrisations(self._layer))
+
+
+def _same(weight: torch.Tensor, other: torch.Tensor) -> bool:
+    """On ``meta``, where there are no values, nothing has moved."""
+    return weight.is_meta or torch.equal(weight, other.to(weight))
 
 
 def bared(layer: nn.Module, name: str, weight: nn.Parameter, order: Sequence[str]) -> None:

@@ -29,6 +29,7 @@ from wellcond._shared.skew_convolution import (
     skew_orthogonal_convolution,
     stored_channels,
 )
+from wellcond._shared.torch_internals import has_values
 
 from ._matrix import Target, parametrisations
 from ._orthogonal_weight import LAYER_MAPS, OrthogonalWeight
@@ -96,7 +97,7 @@ class SkewOrthogonalWeight(OrthogonalWeight):
                 f"{self.treatment} of {self.where}: its weight is of shape {tuple(self.plain_shape)}, "
                 f"got {tuple(weight.shape)}"
             )
-        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        if has_values(weight) and not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{self.treatment} of {self.where}: its weight holds NaN or infinite entries")
         with torch.no_grad():
             M = filled_up(weight.detach().to(working_dtype(weight.dtype)), self.stride)

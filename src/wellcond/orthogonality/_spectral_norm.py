@@ -11,12 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from wellcond._shared.exact_products import exactly
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision
 
 from ._convolution_spectrum import layer_grid, transfer_matrices
 from ._largest_eigenvalue import largest_singular_value, naming
 from ._matrix import Target
+from ._unit_norm import of_unit_norm
 from ._weight_treatment import WeightTreatment
 
 
@@ -36,13 +38,16 @@ class SpectralNorm(WeightTreatment, name="sn", about="spectral norm of the weigh
         self.grid = None if input_size is None else layer_grid(target.layer, input_size, target.where)
 
     def forward(self, stored: Tensor) -> Tensor:
-        with full_precision(stored):
+        with full_precision(stored), naming(f"{self.treatment} of {self.where}"):
             full = stored.to(torch.promote_types(stored.dtype, torch.float32))
-            matrices = self.view.matrix(full) if self.grid is None else transfer_matrices(full, self.grid)
-            with naming(f"{self.treatment} of {self.where}"):
-                norm = largest_singular_value(matrices).amax()
-            # Of a zero weight small and positive, so that the weight stays zero.
-            return (stored / torch.where(norm == 0, torch.finfo(norm.dtype).tiny ** 0.5, norm)).to(stored.dtype)
+            return exactly(self._divided, full).to(stored.dtype)
+
+    def _divided(self, weight: Tensor) -> Tensor:
+        if self.grid is None:
+            return self.view.tensor(of_unit_norm(self.view.matrix(weight)), weight.shape)
+        norm = largest_singular_value(transfer_matrices(weight, self.grid)).amax()
+        # Of a zero weight small and positive, so that the weight stays zero.
+        return weight / torch.where(norm == 0, torch.finfo(norm.dtype).tiny ** 0.5, norm)
 
     def extra_repr(self) -> str:
         grid = f"of='operator' on {self.grid.size}" if self.grid is not None else ""

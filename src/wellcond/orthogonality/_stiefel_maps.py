@@ -11,52 +11,46 @@ square); Edelman, Arias and Smith 1998. All three are smooth, and take any V = F
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from wellcond._shared.autograd import BatchedFunction
+from wellcond._shared.torch_internals import is_compiling, is_shape_only
 from wellcond.linalg.lapack import solve
+
+from ._skew_exponential import add_product, exponential_less_identity
+
+DENSE = 64
+"""Up to so many rows, as up to 2k, the n × n exponential costs no more than the 2k × 2k one with what surrounds it."""
 
 
 def exponential_map(V: Tensor, F: Tensor) -> Tensor:
     """exp(V Fᵀ − F Vᵀ) F for (..., n, k) with n ≥ k and orthonormal columns in F.
 
-    For n > 2k the n × n exponential is avoided: S = X Yᵀ has rank 2k, so exp(S) F = F + X φ(YᵀX) YᵀF with
-    φ(x) = (eˣ − 1)/x.
+    For large n the n × n exponential is avoided: [F, X] with X = V − F FᵀV spans a space that S maps into itself,
+    S [F, X] = [F, X] M with the 2k × 2k matrix M = [[FᵀV − VᵀF, −XᵀX], [I, 0]], so exp(S) F is the first half of
+    [F, X] exp(M).
 
-    Complexity: about 15 products of matrices of size min(n, 2k), and a few of O(n k²). Differentiable everywhere.
+    Complexity: about 11 products of matrices of size min(n, 2k), and a few of O(n k²). Differentiable everywhere.
     """
     n, k = F.shape[-2:]
-    if n <= 2 * k:
-        W = V @ F.mT
-        return F + _phi(W - W.mT) @ ((W - W.mT) @ F)
-    X, M, c = _low_rank(V, F)
-    return F + X @ (_phi(M) @ c)
-
-
-def _phi(M: Tensor) -> Tensor:
-    """φ(M) = (exp(M) − I) M⁻¹ by scaling and squaring of the [7/7] Padé approximant r of exp (Higham 2005).
-
-    Not ``torch.matrix_exp``: it reads norms on the host, and its backward pass takes matrices of twice the size. Here
-    the number of squarings is fixed, and those in excess are masked. For M similar to a skew matrix |r| = 1, so that
-    exp(M) is orthogonal at any size; above a norm of about 250 (float64: 1,000) the value is no longer that of the
-    exponential.
-    """
-    # Up to the first norm r is exact to rounding; each squaring doubles that.
-    reach, squarings = (3.9, 6) if M.dtype == torch.float32 else (0.95, 10)
-    s = torch.log2(torch.linalg.matrix_norm(M.detach(), 1, keepdim=True) / reach).ceil().clamp(0, squarings)
-    scale = torch.exp2(-s)
-    A = M * scale
-    A2 = A @ A
-    A4 = A2 @ A2
-    A6 = A4 @ A2
-    eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-    odd = A6 + 1512 * A4 + 277200 * A2 + 8648640 * eye
-    even = 56 * A6 + 25200 * A4 + 1995840 * A2 + 17297280 * eye
-    # r = (even + A odd)/(even − A odd); the denominator has no zero on the imaginary axis, so no check is needed.
-    phi = solve(even - A @ odd, 2 * scale * odd)
-    for i in range(squarings):  # (I + M φ)² = I + M (2 φ + φ M φ)
-        phi = torch.where(i < s, 2 * phi + phi @ M @ phi, phi)
-    return phi
+    batch, V, F = V.shape[:-2], V.reshape(-1, n, k), F.reshape(-1, n, k)
+    if n <= max(DENSE, 2 * k):
+        P = V @ F.mT
+        W = add_product(F, exponential_less_identity(P - P.mT), F)
+    else:
+        A = F.mT @ V
+        X = add_product(V, F, A, alpha=-1)
+        # The balance of the two halves leaves the result unchanged, and M near to a skew matrix when V is large.
+        v = (torch.linalg.vector_norm(X.detach(), dim=(-2, -1), keepdim=True) / k**0.5).clamp_min(1)
+        Y = X / v
+        eye = torch.eye(k, dtype=F.dtype, device=F.device)
+        lower = torch.cat([v * eye, torch.zeros_like(A)], -1)
+        D = exponential_less_identity(torch.cat([torch.cat([A - A.mT, -(X.mT @ Y)], -1), lower], -2))[..., :k]
+        W = add_product(F, torch.cat([F, Y], -1), D)
+    return W.reshape(*batch, n, k)
 
 
 def cayley_map(V: Tensor, F: Tensor) -> Tensor:
@@ -78,7 +72,8 @@ def householder_map(V: Tensor, F: Tensor) -> Tensor:
     """
     E = torch.eye(*F.shape[-2:], dtype=F.dtype, device=F.device)
     with torch.no_grad():
-        Y = torch.geqrf(F)[0].tril(-1) + E
+        R = torch.empty_like(F) if is_shape_only(F) else torch.geqrf(F)[0]  # which has no shapes alone
+        Y = R.tril(-1) + E
         signs = torch.sign((F * _reflect(Y, E)).sum(-2, keepdim=True))
     inner = F.mT @ V
     X = _reflect(Y, V - F @ ((inner + inner.mT) / 2), backwards=True)
@@ -114,3 +109,30 @@ def _low_rank(V: Tensor, F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 MAPS = {"exp": exponential_map, "cayley": cayley_map, "householder": householder_map}
+
+
+class _Polished(BatchedFunction):
+    @staticmethod
+    def forward(W: Tensor) -> Tensor:
+        return add_product(W, W, W.mT @ W, beta=1.5, alpha=-0.5)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tangent.clone()
+
+
+def polished(W: Tensor) -> Tensor:
+    """W (batch, n, k), orthonormal up to rounding, after one step of Newton's iteration for the polar factor.
+
+    The step squares the gap. On the manifold it is the identity, so it leaves the derivatives of what stays there.
+    """
+    # The compiler wants no rule for the forward mode, and fuses what autograd makes of it.
+    return _Polished.forward(W) if is_compiling() else _Polished.call(W)

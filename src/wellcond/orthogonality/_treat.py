@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from wellcond._shared.models import Layers, layers_by_name, unwrapped_optimizer
 from wellcond._shared.names import aligned
+from wellcond._shared.precision import full_precision
 
 from ._matrix import Target
 from ._pre_spectral import pre_spectral_layers
@@ -36,7 +37,8 @@ def treat(
     step the gradient (``nog``), then the learning rate (``olr``, which sees the treated gradient). The ``ol`` term is
     added to the loss by the user, from :meth:`Treatment.loss`. With ``ow`` or ``sn``, ``nog`` and ``olr`` act on the
     stored tensor that the optimizer moves, as in the authors' code, not on the weight computed from it. The optimizer
-    forgets its state (momentum) of a weight that ``{"ow": {"map": "soc"}}`` changes, a filter of another shape then.
+    forgets its state (momentum) of a weight that ``{"ow": {"map": "soc"}}`` changes, a filter of another shape then; a
+    loss from before refuses to go backward.
 
     Args:
         model: any module, also compiled or inside DDP (treat the bare model before wrapping it, or the wrapped one), or
@@ -144,7 +146,7 @@ class Treatment:
             if not loss.requires_grad:  # there is no term, or the weights are frozen, or toggled off in this step
                 return
             weights = [p for layer in self.layers.values() for p in layer.parameters() if p.requires_grad]
-            with torch.autocast(loss.device.type, enabled=False):
+            with full_precision(loss):
                 loss = loss if scale is None else loss * scale
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         for weight, gradient in zip(weights, gradients, strict=True):

@@ -1,0 +1,90 @@
+"""W/σ_max(W), eq. (11), in few operations, with its derivative written out.
+
+With Y = W/σ, and M the projector on the top right singular vectors over their number, dσ = ⟨Y M, dW⟩, so the gradient
+(of a loss with gradient G in Y) is (G − ⟨G, Y⟩ Y M)/σ.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wellcond._shared.autograd import differentiated_again
+from wellcond._shared.checks import readable
+from wellcond._shared.errors import NonFiniteMatrixError
+from wellcond._shared.precision import full_precision
+from wellcond._shared.torch_internals import is_compiling, under_forward_mode, under_functorch
+
+from ._largest_eigenvalue import NOT_FINITE, decomposes, dominant, largest_singular_value
+
+DOUBLE = 64
+"""Up to so many rows the squarings are in double precision, whose range has them scaled half as often."""
+
+
+def of_unit_norm(W: Tensor) -> Tensor:
+    """W (groups, m, n) over the largest singular value of all, which are blocks of one matrix; zero stays zero.
+
+    Raises:
+        NonFiniteMatrixError: NaN or infinity in W, where values are checked.
+    """
+    if is_compiling() or under_functorch() or under_forward_mode():
+        return _composed(W)
+    return _UnitNorm.apply(W)  # pyright: ignore[reportReturnType]
+
+
+def _composed(W: Tensor) -> Tensor:
+    """The same by operations that are differentiable in all modes."""
+    norm = largest_singular_value(W).amax()
+    # Of a zero weight small and positive, so that the weight stays zero.
+    return W / torch.where(norm == 0, torch.finfo(norm.dtype).tiny ** 0.5, norm)
+
+
+class _UnitNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        tiny, products = torch.finfo(W.dtype).tiny, not decomposes(W)
+        # By its size first, of which the result is no function: squares would leave the range.
+        single = W.dtype == torch.float32
+        size = (torch.linalg.vector_norm(W, dtype=torch.float64) if single else W.abs().amax()).clamp_min(tiny)
+        if not products and readable(W) and not math.isfinite(size.item()):
+            raise NonFiniteMatrixError(NOT_FINITE)
+        scaled = W / size
+        gram = scaled.mT @ scaled if W.shape[-2] >= W.shape[-1] else scaled @ scaled.mT
+        if products:
+            P = gram.double() if gram.shape[-1] <= DOUBLE else gram
+            M = dominant(P, W.dtype)
+            top, M = (M * P).sum((-2, -1)).to(W.dtype), M.to(W.dtype)
+        else:
+            # Not eigvalsh, whose routine differs with and without a gradient: training and evaluation must agree.
+            eigvals, vectors = torch.linalg.eigh(gram)
+            top, M = eigvals[..., -1], vectors[..., -1:]
+        share = None
+        if len(top) > 1:  # the largest of several, or the mean of those that tie
+            largest = top.amax()
+            share = (top == largest).to(W.dtype)
+            share, top = (share / share.sum())[:, None, None], largest
+        root = top.clamp_min(tiny).sqrt()
+        Y = scaled / root
+        ctx.share, ctx.products = share, products
+        ctx.save_for_backward(W, Y, M, size * root)
+        return Y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        W, Y, M, norm = ctx.saved_tensors
+        with full_precision(W):
+            if differentiated_again():
+                with torch.enable_grad():
+                    return torch.autograd.grad(_composed(W), W, grad, create_graph=True)[0]
+            along = torch.dot(grad.flatten(), Y.flatten())
+            if ctx.share is not None:
+                along = along * ctx.share
+            tall = W.shape[-2] >= W.shape[-1]
+            if ctx.products:
+                return torch.addcmul(grad, along, Y @ M if tall else M @ Y, value=-1) / norm
+            side = Y @ M if tall else (M.mT @ Y).mT  # M holds the top singular vector
+            outer = (side, M.mT) if tall else (M, side.mT)
+            return torch.baddbmm(grad, outer[0] * along, outer[1], alpha=-1) / norm
