@@ -8,10 +8,23 @@ ordinary autograd, W and b are made of μ and P. Backward, with M = N·L and g =
 in one pass (two products) that writes the gradient once. For W = S it is S g + D (x − μ) − S ḡ (Huang et al., CVPR
 2018).
 
-``layout`` says how activations lie in memory, ``pieces`` works on them in parts that fit the cache, ``passes`` makes
-autograd functions of that, and ``plain`` has the same in ordinary operations.
+``layout`` says how activations lie in memory, ``pieces`` works on them in parts that fit the cache and ``measure``
+takes the moments. ``passes`` makes a pair of autograd functions of that, for whatever happens on the small matrices
+between them; ``whiten`` makes a single one of the usual case, and ``plain`` has the pair in ordinary operations.
 """
 
+from .measure import Moments, measure
 from .passes import PassContext, affine_map, moments
+from .plain import needs_plain_operations
+from .whiten import Whitening, whiten
 
-__all__ = ["PassContext", "affine_map", "moments"]
+__all__ = [
+    "Moments",
+    "PassContext",
+    "Whitening",
+    "affine_map",
+    "measure",
+    "moments",
+    "needs_plain_operations",
+    "whiten",
+]

@@ -9,16 +9,12 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.precision import full_precision, working_dtype
-from wellcond._shared.torch_internals import along_many_directions
+from wellcond._shared.torch_internals import along_many_directions, apply_directly
 
 from .layout import as_blocks, channels_last, from_blocks, new_like
+from .measure import measure
 from .pieces import CentredPieces, sum_of_products, sum_of_samples, write_products
 from .plain import needs_plain_operations, plain_affine_map, plain_moments
-
-# Σ x xᵀ − M μ μᵀ loses the digits of 1 + (μ/σ)²: up to here that is left to rounding, beyond it x is centred first.
-HARMLESS_RATIO = 4.0
-# Samples from which that is guessed at first; the covariance itself shows afterwards whether the guess was right.
-SAMPLED = 1024
 
 
 @dataclass
@@ -69,7 +65,7 @@ def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor, PassContext]:
         mean, cov = plain_moments(context.blocks(x).to(context.dtype))
         context.origin = mean
         return mean, cov, context
-    mean, cov, *aliases = _Moments.apply(x, context)  # pyright: ignore[reportGeneralTypeIssues]
+    mean, cov, *aliases = apply_directly(_Moments, x, context)
     context.aliases_of_x = aliases[0], aliases[1]
     return mean, cov, context
 
@@ -84,22 +80,15 @@ def affine_map(x: Tensor, W: Tensor, b: Tensor, context: PassContext | None = No
     context = context or PassContext.of(x, W.shape[0])
     x, alias = context.aliases_of_x or (x, None)
     context.aliases_of_x = None  # kept here they would close a reference cycle
-    return _AffineMap.apply(x, alias, W, b, context)  # pyright: ignore[reportReturnType]
+    return apply_directly(_AffineMap, x, alias, W, b, context)
 
 
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, context: PassContext) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         blocks = context.blocks(x)
-        mean = sum_of_samples(CentredPieces(blocks, context.dtype)) / _samples(blocks)
-        # Off the CPU the host would have to wait for the variance: there x is always centred.
-        first = blocks[:1, :, :, :SAMPLED]
-        centre = x.device.type != "cpu" or (first.numel() > 0 and _cancels(mean, (first - mean).square_().mean((0, 3))))
-        cov = None if centre else _covariance(blocks, mean, None)
-        if cov is None or _cancels(mean, cov.diagonal(dim1=-2, dim2=-1)):  # the sample did not show it
-            # The sum of many values of one sign has rounded; that of the differences hardly does.
-            mean = mean + sum_of_samples(CentredPieces(blocks, context.dtype, mean)) / _samples(blocks)
-            context.origin, cov = mean.detach(), _covariance(blocks, mean, mean)
+        mean, cov, origin, *_ = measure(blocks, context.dtype, reading=False)
+        context.origin = None if origin is None else origin.detach()
         ctx.save_for_backward(x, mean)
         ctx.context = context
         ctx.set_materialize_grads(False)
@@ -116,7 +105,7 @@ class _Moments(torch.autograd.Function):
             count = _samples(blocks)
             shift = torch.zeros_like(mean) if grad_mean is None else grad_mean / count
             D = mean.new_zeros(*mean.shape[:2], mean.shape[1]) if grad_cov is None else (grad_cov + grad_cov.mT) / count
-            if _in_plain_operations(*grads):
+            if in_plain_operations(*grads):
                 work = blocks.to(context.dtype)
                 grad_x = D @ (work - work.mean((0, 3), keepdim=True)) + shift
                 grad_x = from_blocks(grad_x, x, context.last).to(x.dtype)
@@ -146,7 +135,7 @@ class _AffineMap(torch.autograd.Function):
         context: PassContext = ctx.context
         with full_precision(x):
             g = context.blocks(grad_y)
-            if _in_plain_operations(grad_y):
+            if in_plain_operations(grad_y):
                 # Operations that autograd differentiates again; nothing is left to the moments.
                 work, g = context.blocks(x).to(context.dtype), g.to(context.dtype)
                 if context.origin is not None:
@@ -165,7 +154,7 @@ class _AffineMap(torch.autograd.Function):
             return grad_x, grad_alias, grad_W, grad_b, None
 
 
-def _in_plain_operations(*grads: Tensor | None) -> bool:
+def in_plain_operations(*grads: Tensor | None) -> bool:
     """Whether the derivative will be differentiated again, or is taken along many directions at once."""
     return torch.is_grad_enabled() or along_many_directions(*grads)
 
@@ -173,14 +162,3 @@ def _in_plain_operations(*grads: Tensor | None) -> bool:
 def _samples(blocks: Tensor) -> int:
     """M, to divide by."""
     return max(blocks.shape[0] * blocks.shape[-1], 1)
-
-
-def _covariance(blocks: Tensor, mean: Tensor, origin: Tensor | None) -> Tensor:
-    features = CentredPieces(blocks, mean.dtype, origin)
-    P = sum_of_products(features, features) / _samples(blocks)
-    return P - mean @ mean.mT if origin is None else P
-
-
-def _cancels(mean: Tensor, variance: Tensor) -> bool:
-    """Whether Σ x xᵀ − M μ μᵀ loses digits in some channel, of this variance (G, d)."""
-    return bool((mean.squeeze(-1).square() > HARMLESS_RATIO * variance).any())

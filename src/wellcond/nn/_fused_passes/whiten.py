@@ -1,0 +1,125 @@
+"""The whole layer in training as one autograd function: y = W (x − origin) + b with W = γ S, b = β − W away.
+
+In the notation of :mod:`wellcond.nn._fused_passes`, with Z the activations as they are read, m their mean and g = ∂l/∂y:
+
+    A = Σ g Zᵀ − (Σ g) mᵀ,   ∂l/∂γ = the row sums of A ∘ S,   ∂l/∂β = Σ g,   ∂l/∂S = γ A,
+    ∂l/∂x = Wᵀ g + D (Z − m) − Wᵀ (Σ g)/M,   D = (2/M) ∂l/∂P.
+
+It is what autograd makes of the moments, the inverse root and the affine map, without what autograd needs between them.
+Where it is to be differentiated again, that chain is run instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wellcond._shared.precision import full_precision
+from wellcond._shared.torch_internals import apply_directly
+
+from .layout import new_like
+from .measure import Moments
+from .passes import PassContext, in_plain_operations
+from .pieces import CentredPieces, sum_of_products, sum_of_samples, write_products
+
+Saved = tuple[Tensor | None, ...]
+# ∂l/∂S to a matrix and a factor whose product is ∂l/∂P.
+Adjoint = Callable[[Saved, Tensor], tuple[Tensor, float]]
+
+
+@dataclass
+class Whitening:
+    """A whitening matrix and its derivative.
+
+    Attributes:
+        root: S (G, d, d).
+        saved, adjoint: what its adjoint is a function of, and the adjoint.
+        varying: (G, d, d) by which the covariance was multiplied, if it was.
+        again: y of x, γ and β by operations that can be differentiated again.
+    """
+
+    root: Tensor
+    saved: Saved
+    adjoint: Adjoint
+    varying: Tensor | None
+    again: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+def whiten(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, context: PassContext, moments: Moments, whitening: Whitening
+) -> Tensor:
+    """y of x, given its moments and the whitening matrix that was made of them."""
+    return apply_directly(_Whiten, x, weight, bias, context, moments, whitening)
+
+
+class _Whiten(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        context: PassContext,
+        moments: Moments,
+        whitening: Whitening,
+    ) -> Tensor:
+        S, away = whitening.root, moments.away
+        W = S if weight is None else weight.to(S.dtype).view(len(S), -1, 1) * S
+        b = None if bias is None else bias.to(S.dtype).view(len(S), -1, 1)
+        if away is not None:
+            b = -torch.bmm(W, away) if b is None else torch.baddbmm(b, W, away, alpha=-1)
+        y = new_like(x, context.last)
+        write_products(context.blocks(y), b, (W, moments.features))
+        ctx.save_for_backward(x, weight, W, S, away, moments.origin, whitening.varying, *whitening.saved)
+        # Its values are not needed again: it may be changed before the backward pass.
+        ctx.bias = bias
+        ctx.context, ctx.adjoint, ctx.again = context, whitening.adjoint, whitening.again
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, W, S, away, origin, varying, *saved = ctx.saved_tensors
+        bias, context = ctx.bias, ctx.context
+        if in_plain_operations(grad_y):
+            return _again(ctx, grad_y, x, weight, bias)
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        grad_x = grad_weight = None
+        with full_precision(x):
+            blocks, groups = context.blocks(x), len(S)
+            g, z = CentredPieces(context.blocks(grad_y), W.dtype), CentredPieces(blocks, W.dtype, origin)
+            grad_b = sum_of_samples(g)
+            if need_x or need_weight:
+                A = sum_of_products(g, z)
+                if away is not None:
+                    A.baddbmm_(grad_b, away.mT, alpha=-1)
+                if need_weight:
+                    grad_weight = (A * S).sum(-1).flatten().to(weight.dtype)
+            if need_x:
+                if weight is not None:
+                    A.mul_(weight.to(A.dtype).view(groups, -1, 1))  # pyright: ignore[reportPossiblyUnboundVariable]
+                D, factor = ctx.adjoint(saved, A)  # pyright: ignore[reportPossiblyUnboundVariable]
+                if varying is not None:
+                    D.mul_(varying)
+                M = blocks.shape[0] * blocks.shape[-1]
+                factor *= 2.0 / M
+                shift = torch.bmm(W.mT, grad_b).mul_(-1.0 / M)
+                if away is not None:
+                    shift.baddbmm_(D, away, alpha=-factor)
+                grad_x = new_like(x, context.last)
+                write_products(context.blocks(grad_x), shift, (W.mT, g), (D, z), scale=factor)
+            grad_bias = grad_b.flatten().to(bias.dtype) if need_bias else None
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _again(ctx: Any, grad_y: Tensor, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same by a chain of operations that autograd differentiates."""
+    create_graph = torch.is_grad_enabled()
+    wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+    with torch.enable_grad():
+        y = ctx.again(*inputs)
+        grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=create_graph))  # pyright: ignore[reportArgumentType]
+    return (*(next(grads) if needed else None for needed in ctx.needs_input_grad[:3]), None, None, None)
