@@ -184,7 +184,7 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         """The usual case by a single autograd function; None for values that are to be looked at more closely."""
         context = PassContext.of(x, self.groups)
         with torch.no_grad():
-            moments = measure(context.blocks(x), context.dtype, reading=readable(x))
+            moments = measure(x, self.groups, context.last, context.dtype, reading=readable(x))
             mean, cov, numbers = moments.mean, moments.cov, moments.numbers
             constants = grows = True
             if numbers is not None:
@@ -290,17 +290,20 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         if unit is not None:
             mean, cov, whitening = mean / unit, cov / unit / unit, whitening * unit
             require_squares(mean, cov, self.describe)
-        assert self.running_mean is not None and self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)  # += would assign a buffer, which torch.export treats apart
+        buffers = self._buffers  # a look-up by attribute takes as long as a small operation
+        running_mean, tracked = buffers["running_mean"], buffers["num_batches_tracked"]
+        running_cov, running_whitening = buffers["running_cov"], buffers["running_whitening"]
+        assert running_mean is not None and tracked is not None
+        tracked.add_(1)  # += would assign a buffer, which torch.export treats apart
         factor = self.momentum
         if factor is None:
-            factor = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()  # 1/int64 would be float32
-        self.running_mean.lerp_(mean.flatten().to(self.running_mean.dtype), factor)
-        if self.running_cov is not None:
+            factor = tracked.to(running_mean.dtype).reciprocal()  # 1/int64 would be float32
+        running_mean.lerp_(_in(mean.view(-1), running_mean.dtype), factor)
+        if running_cov is not None:
             # The unbiased estimate, as torch.nn.BatchNorm2d tracks it.
-            self.running_cov.lerp_((cov * (count / (count - 1))).to(self.running_cov.dtype), factor)
-        if self.running_whitening is not None:
-            self.running_whitening.lerp_(whitening.to(self.running_whitening.dtype), factor)
+            running_cov.lerp_(_in(cov * (count / (count - 1)), running_cov.dtype), factor)
+        if running_whitening is not None:
+            running_whitening.lerp_(_in(whitening, running_whitening.dtype), factor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Rounded to half precision a covariance is indefinite from a condition number of 256 or 2048 on.
@@ -441,6 +444,10 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
 
     def extra_repr(self) -> str:
         return ", ".join([str(self.num_features), *(f"{name}={getattr(self, name)!r}" for name in SHOWN)])
+
+
+def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _require_groups(layer: str, num_features: int, groups: int) -> None:

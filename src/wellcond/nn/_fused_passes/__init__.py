@@ -8,15 +8,15 @@ ordinary autograd, W and b are made of μ and P. Backward, with M = N·L and g =
 in one pass (two products) that writes the gradient once. For W = S it is S g + D (x − μ) − S ḡ (Huang et al., CVPR
 2018).
 
-``layout`` says how activations lie in memory, ``pieces`` works on them in parts that fit the cache and ``measure``
+``layout`` says how activations lie in memory, ``pieces`` works on them in parts that fit the cache and ``batch_moments``
 takes the moments. ``passes`` makes a pair of autograd functions of that, for whatever happens on the small matrices
-between them; ``whiten`` makes a single one of the usual case, and ``plain`` has the pair in ordinary operations.
+between them; ``whole_layer`` makes a single one of the usual case, and ``plain`` has the pair in ordinary operations.
 """
 
-from .measure import Moments, measure
+from .batch_moments import Moments, measure
 from .passes import PassContext, affine_map, moments
 from .plain import needs_plain_operations
-from .whiten import Whitening, whiten
+from .whole_layer import Whitening, whiten
 
 __all__ = [
     "Moments",

@@ -11,9 +11,9 @@ from torch import Tensor
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond._shared.torch_internals import along_many_directions, apply_directly
 
-from .layout import as_blocks, channels_last, from_blocks, new_like
-from .measure import measure
-from .pieces import CentredPieces, sum_of_products, sum_of_samples, write_products
+from .layout import as_blocks, channels_last, from_blocks
+from .batch_moments import measure
+from .pieces import Samples, affine, sum_of_products
 from .plain import needs_plain_operations, plain_affine_map, plain_moments
 
 
@@ -46,9 +46,9 @@ class PassContext:
     def blocks(self, x: Tensor) -> Tensor:
         return as_blocks(x, self.groups, self.last)
 
-    def pieces(self, x: Tensor) -> CentredPieces:
-        """The activations, to be read minus the origin."""
-        return CentredPieces(self.blocks(x), self.dtype, self.origin)
+    def samples(self, x: Tensor, origin: Tensor | None = None) -> Samples:
+        """The activations, to be read minus an origin."""
+        return Samples(x, self.groups, self.last, self.dtype, origin)
 
     def from_origin(self, mean: Tensor) -> Tensor:
         """The mean of the activations as they are read."""
@@ -86,9 +86,8 @@ def affine_map(x: Tensor, W: Tensor, b: Tensor, context: PassContext | None = No
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, context: PassContext) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        blocks = context.blocks(x)
-        mean, cov, origin, *_ = measure(blocks, context.dtype, reading=False)
-        context.origin = None if origin is None else origin.detach()
+        mean, cov, *_, samples = measure(x, context.groups, context.last, context.dtype, reading=False)
+        context.origin = None if samples.origin is None else samples.origin.detach()
         ctx.save_for_backward(x, mean)
         ctx.context = context
         ctx.set_materialize_grads(False)
@@ -111,12 +110,11 @@ class _Moments(torch.autograd.Function):
                 grad_x = from_blocks(grad_x, x, context.last).to(x.dtype)
                 return grad_x if grad_whole is None else grad_x + grad_whole, None
             shift = shift - D @ context.from_origin(mean)
-            grad_x = new_like(x, context.last)
-            terms = [(D, CentredPieces(blocks, context.dtype, context.origin))]
+            terms = [(D, context.samples(x, context.origin))]
             if grad_y is not None:
                 assert W is not None
-                terms.insert(0, (W.mT, CentredPieces(context.blocks(grad_y), context.dtype)))
-            write_products(context.blocks(grad_x), shift, *terms)
+                terms.insert(0, (W.mT, context.samples(grad_y)))
+            grad_x = affine(shift, *terms)
             return grad_x if grad_whole is None else grad_x.add_(grad_whole), None
 
 
@@ -125,32 +123,29 @@ class _AffineMap(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, alias: Tensor | None, W: Tensor, b: Tensor, context: PassContext) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(x, W)
         ctx.context, ctx.joined = context, alias is not None
-        y = new_like(x, context.last)
-        write_products(context.blocks(y), b, (W, context.pieces(x)))
-        return y
+        return affine(b, (W, context.samples(x, context.origin)))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, W = ctx.saved_tensors
         context: PassContext = ctx.context
         with full_precision(x):
-            g = context.blocks(grad_y)
             if in_plain_operations(grad_y):
                 # Operations that autograd differentiates again; nothing is left to the moments.
-                work, g = context.blocks(x).to(context.dtype), g.to(context.dtype)
+                work, g = context.blocks(x).to(context.dtype), context.blocks(grad_y).to(context.dtype)
                 if context.origin is not None:
                     work = work - context.origin
                 grad_x = from_blocks(W.mT @ g, x, context.last).to(x.dtype)
                 return grad_x, None, (g @ work.mT).sum(0), g.sum((0, 3)).unsqueeze(-1), None
             grad_W = grad_b = grad_x = grad_alias = None
             if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-                grad_W = sum_of_products(CentredPieces(g, context.dtype), context.pieces(x))
-                grad_b = sum_of_samples(CentredPieces(g, context.dtype))
+                samples = context.samples(grad_y)
+                grad_W = sum_of_products(samples, context.samples(x, context.origin))
+                grad_b = samples.sum()
             if ctx.joined:
                 context.deferred_weight, grad_alias = W.detach(), grad_y
             elif ctx.needs_input_grad[0]:
-                grad_x = new_like(x, context.last)
-                write_products(context.blocks(grad_x), None, (W.mT, CentredPieces(g, context.dtype)))
+                grad_x = affine(None, (W.mT, context.samples(grad_y)))
             return grad_x, grad_alias, grad_W, grad_b, None
 
 

@@ -21,10 +21,9 @@ from torch import Tensor
 from wellcond._shared.precision import full_precision
 from wellcond._shared.torch_internals import apply_directly
 
-from .layout import new_like
-from .measure import Moments
+from .batch_moments import Moments
 from .passes import PassContext, in_plain_operations
-from .pieces import CentredPieces, sum_of_products, sum_of_samples, write_products
+from .pieces import affine, sum_of_products
 
 Saved = tuple[Tensor | None, ...]
 # ∂l/∂S to a matrix and a factor whose product is ∂l/∂P.
@@ -68,13 +67,13 @@ class _Whiten(torch.autograd.Function):
         whitening: Whitening,
     ) -> Tensor:
         S, away = whitening.root, moments.away
-        W = S if weight is None else weight.to(S.dtype).view(len(S), -1, 1) * S
-        b = None if bias is None else bias.to(S.dtype).view(len(S), -1, 1)
+        groups = context.groups
+        W = S if weight is None else _by_group(weight, groups, S.dtype) * S
+        b = None if bias is None else _by_group(bias, groups, S.dtype)
         if away is not None:
             b = -torch.bmm(W, away) if b is None else torch.baddbmm(b, W, away, alpha=-1)
-        y = new_like(x, context.last)
-        write_products(context.blocks(y), b, (W, moments.features))
-        ctx.save_for_backward(x, weight, W, S, away, moments.origin, whitening.varying, *whitening.saved)
+        y = affine(b, (W, moments.samples))
+        ctx.save_for_backward(x, weight, W, S, away, moments.samples.origin, whitening.varying, *whitening.saved)
         # Its values are not needed again: it may be changed before the backward pass.
         ctx.bias = bias
         ctx.context, ctx.adjoint, ctx.again = context, whitening.adjoint, whitening.again
@@ -89,30 +88,39 @@ class _Whiten(torch.autograd.Function):
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = None
         with full_precision(x):
-            blocks, groups = context.blocks(x), len(S)
-            g, z = CentredPieces(context.blocks(grad_y), W.dtype), CentredPieces(blocks, W.dtype, origin)
-            grad_b = sum_of_samples(g)
+            g, z = context.samples(grad_y), context.samples(x, origin)
+            grad_b = g.sum()
             if need_x or need_weight:
                 A = sum_of_products(g, z)
                 if away is not None:
                     A.baddbmm_(grad_b, away.mT, alpha=-1)
                 if need_weight:
-                    grad_weight = (A * S).sum(-1).flatten().to(weight.dtype)
+                    grad_weight = _flat(torch.mul(A, S).sum(-1), weight)
             if need_x:
                 if weight is not None:
-                    A.mul_(weight.to(A.dtype).view(groups, -1, 1))  # pyright: ignore[reportPossiblyUnboundVariable]
+                    A.mul_(_by_group(weight, context.groups, A.dtype))  # pyright: ignore[reportPossiblyUnboundVariable]
                 D, factor = ctx.adjoint(saved, A)  # pyright: ignore[reportPossiblyUnboundVariable]
                 if varying is not None:
                     D.mul_(varying)
-                M = blocks.shape[0] * blocks.shape[-1]
-                factor *= 2.0 / M
-                shift = torch.bmm(W.mT, grad_b).mul_(-1.0 / M)
+                factor *= 2.0 / z.count
+                Wt = W.mT
+                shift = torch.baddbmm(grad_b, Wt, grad_b, beta=0.0, alpha=-1.0 / z.count)
                 if away is not None:
                     shift.baddbmm_(D, away, alpha=-factor)
-                grad_x = new_like(x, context.last)
-                write_products(context.blocks(grad_x), shift, (W.mT, g), (D, z), scale=factor)
-            grad_bias = grad_b.flatten().to(bias.dtype) if need_bias else None
+                grad_x = affine(shift, (Wt, g), (D, z), scale=factor)
+            grad_bias = _flat(grad_b, bias) if need_bias else None
         return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _by_group(parameter: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """(G, d, 1) of (C)."""
+    return (parameter if parameter.dtype == dtype else parameter.to(dtype)).view(groups, -1, 1)
+
+
+def _flat(grad: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient of a parameter in its shape and dtype."""
+    grad = grad.view(-1)
+    return grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
 
 
 def _again(ctx: Any, grad_y: Tensor, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,110 @@
+"""The moments of a batch, accurate to rounding whatever its mean, and the few numbers that say what else there is to do.
+
+Σ x xᵀ − M μ μᵀ loses the digits of 1 + (μ/σ)². On the CPU the variances are read, and x is centred before the product
+only where that is much. Elsewhere nothing is read and x is always centred, by a mean that Welford's updates keep exact
+for constant channels (Chan, Golub and LeVeque, The American Statistician, 1983).
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from math import isfinite, nan
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .pieces import SMALL, Samples, sum_of_products
+
+# Up to this (μ/σ)² the loss is left to rounding.
+HARMLESS_RATIO = 4.0
+# Samples from which that is guessed at first; the covariance itself shows afterwards whether the guess was right.
+SAMPLED = 1024
+
+
+class Numbers(NamedTuple):
+    """The smallest and the largest variance of a channel, and the largest |mean|; NaN where there is one."""
+
+    lowest: float
+    highest: float
+    mean: float
+
+
+class Moments(NamedTuple):
+    """Of activations in G groups of d channels.
+
+    Attributes:
+        mean, cov: (G, d, 1) and (G, d, d), divided by the number of samples; both zero for none.
+        away: the mean of the samples as they are read, or None for 0.
+        numbers: what was read of them, None where that is not asked for.
+        samples: the activations, read minus the origin that is best.
+    """
+
+    mean: Tensor
+    cov: Tensor
+    away: Tensor | None
+    numbers: Numbers | None
+    samples: Samples
+
+
+def measure(x: Tensor, groups: int, last: bool, dtype: torch.dtype, *, reading: bool) -> Moments:
+    """The moments of (N, C, *spatial), in this dtype; with their numbers if values may be read."""
+    samples = Samples(x, groups, last, dtype)
+    if not samples.pieces:
+        _, G, d, _ = samples.sizes
+        zero = x.new_zeros(G, d, 1, dtype=dtype)
+        return Moments(zero, zero @ zero.mT, zero, None, samples)
+    if not samples.on_cpu:
+        return _centred_elsewhere(samples, reading=reading)
+    mean = samples.mean()
+    # The product of a small batch costs less than the guess whether it will do.
+    if x.numel() <= SMALL or not _cancels_at_first(mean, samples.blocks):
+        cov = sum_of_products(samples, samples)
+        cov.baddbmm_(mean, mean.mT, beta=1 / samples.count, alpha=-1)
+        numbers = _numbers(mean, cov) if reading else None
+        harmless = numbers is not None and numbers.mean**2 <= HARMLESS_RATIO * numbers.lowest
+        if harmless or not _cancels(mean, cov.diagonal(dim1=-2, dim2=-1)):
+            return Moments(mean, cov, mean, numbers, samples)
+    # The sum of many values of one sign has rounded; that of the differences hardly does.
+    mean = mean + Samples(x, groups, last, dtype, mean).mean()
+    return _about(mean, None, samples, reading=reading)
+
+
+def _centred_elsewhere(samples: Samples, *, reading: bool) -> Moments:
+    x, dtype = samples.x, samples.dtype
+    if x.dtype == dtype:
+        mean = torch.var_mean(samples.blocks, (0, 3), correction=0)[1].unsqueeze(-1)
+        return _about(mean, None, samples, reading=reading)
+    # Those of half precision would give their mean in it.
+    origin = samples.mean()
+    return _about(origin, Samples(x, samples.sizes[1], samples.last, dtype, origin).mean(), samples, reading=reading)
+
+
+def _about(origin: Tensor, away: Tensor | None, samples: Samples, *, reading: bool) -> Moments:
+    """The moments by way of x − origin, of which the mean is known."""
+    samples = Samples(samples.x, samples.sizes[1], samples.last, samples.dtype, origin)
+    cov, mean = sum_of_products(samples, samples, 1 / samples.count), origin
+    if away is not None:
+        cov.baddbmm_(away, away.mT, alpha=-1)
+        mean = origin + away
+    return Moments(mean, cov, away, _numbers(mean, cov) if reading else None, samples)
+
+
+def _numbers(mean: Tensor, cov: Tensor) -> Numbers:
+    # A list and its extrema in Python take less than two reductions, and a reading of each.
+    variances = list(chain.from_iterable(cov.diagonal(dim1=-2, dim2=-1).tolist()))
+    means = mean.flatten().tolist()
+    if not isfinite(sum(variances)):  # of which the extrema may not know
+        return Numbers(nan, nan, nan)
+    return Numbers(min(variances), max(variances), max(max(means), -min(means)))
+
+
+def _cancels_at_first(mean: Tensor, blocks: Tensor) -> bool:
+    """A guess at :func:`_cancels` by the first samples."""
+    first = blocks[:1, :, :, :SAMPLED]
+    return _cancels(mean, (first - mean).square_().mean((0, 3)))
+
+
+def _cancels(mean: Tensor, variance: Tensor) -> bool:
+    """Whether Σ x xᵀ − M μ μᵀ loses digits in some channel, of this variance (G, d)."""
+    return bool((mean.squeeze(-1).square() > HARMLESS_RATIO * variance).any())
