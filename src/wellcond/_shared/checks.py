@@ -113,6 +113,9 @@ def bad_indices(bad: Tensor) -> str:
 
 def require_finite(x: Tensor, name: str) -> None:
     """Refuse NaN and infinity, naming the matrices of the batch that hold them."""
+    # One pass settles the usual case; a sum may overflow, which only costs the closer look.
+    if math.isfinite(abs(x.sum().item())):
+        return
     finite = torch.isfinite(x)
     if not finite.all():
         bad = ~finite.all(-1).all(-1)
@@ -142,12 +145,16 @@ def require_symmetric(P: Tensor, name: str, unit: float = 0.0) -> None:
 def hermitian(P: Tensor, name: str = "P", unit: float = 0.0) -> Tensor:
     """The Hermitian part of P, after the value checks where they are on; see :func:`require_symmetric`."""
     if not checks_values(P):
-        return (P + P.mH) / 2
+        return hermitian_part(P)
     # Two passes without a temporary settle the usual case: exactly Hermitian (NaN equals nothing) and a finite sum.
     if torch.equal(P, P.mH):
-        if not math.isfinite(abs(P.sum().item())):
-            require_finite(P, name)
+        require_finite(P, name)
         return P
     require_finite(P, name)
     require_symmetric(P, name, unit)
-    return (P + P.mH) / 2
+    return hermitian_part(P)
+
+
+def hermitian_part(P: Tensor) -> Tensor:
+    """(P + Pᴴ)/2 in one operation: Hermitian to the rounding of each entry, and exactly where P is nearly so."""
+    return torch.lerp(P, P.mH, 0.5)

@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .torch_internals import any_autocast
+
+_AS_IT_IS = nullcontext()
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -27,6 +30,8 @@ def widened(x: Tensor) -> Tensor:
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast does not touch the matrix products of spectral work on ``x``."""
+    if not any_autocast():
+        return _AS_IT_IS
     kind = x.device.type
     active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # there is none of "meta"
-    return torch.autocast(kind, enabled=False) if active else nullcontext()
+    return torch.autocast(kind, enabled=False) if active else _AS_IT_IS

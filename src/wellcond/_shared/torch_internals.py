@@ -31,9 +31,13 @@ def _says_onnx() -> bool:
 _says_onnx._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
+# Whether autocast is on for some device; yes where PyTorch does not say.
+any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
 def is_shape_only(x: Tensor) -> bool:
     """Whether ``x`` is on ``meta``, or a fake of the exporter."""
-    return x.is_meta or isinstance(x, torch._subclasses.FakeTensor)
+    return x.is_meta or (type(x) is not Tensor and isinstance(x, torch._subclasses.FakeTensor))
 
 
 def has_values(x: Tensor) -> bool:

@@ -27,9 +27,10 @@ from wellcond._shared.precision import full_precision, wide_dtype, widened
 from ._covariance import centred_factor, centred_gram, times_centred
 from ._daleckii_krein import apply_function, derivative_along, root_exponent
 from ._divided_differences import Power, SpectralMap, reciprocal_or_zero
+from ._products import product
 from ._rank import Truncated, eigenpairs, feature_tolerance
 from ._spectrum import unresolved
-from ._sylvester import in_eigenbasis, product
+from ._sylvester import in_eigenbasis
 from .lapack import eigh, thin_svd
 
 

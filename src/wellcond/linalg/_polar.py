@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.autograd import BatchedFunction, differentiated_again, once
-from wellcond._shared.checks import checks_values, readable, require_finite, require_matrix
+from wellcond._shared.checks import checks_values, hermitian_part, readable, require_finite, require_matrix
 from wellcond._shared.precision import full_precision, working_dtype
-from wellcond._shared.torch_internals import is_compiling
+from wellcond._shared.torch_internals import along_many_directions, is_compiling
 
-from ._divided_differences import reciprocal_or_zero
+from ._divided_differences import reciprocal_or_zero, reciprocal_or_zero_
+from ._products import identity, plus_product, positive_or_one, product
 from ._sylvester import sylvester
 from .lapack import thin_svd
-from .solvers import Coefficients, Minimax
+from .solvers import Coefficients, Minimax, completed_square, largest_entry
 
 POLAR_SOLVERS = ("auto", "svd", "minimax", "muon")
 MUON: tuple[Coefficients, ...] = ((3.4445, -4.7750, 2.0315),) * 5
@@ -106,25 +107,24 @@ def _iterated(A: Tensor, solver: str | Minimax) -> Tensor:
     X, gram = _normalised(A)
     # σmax ≤ ‖XᴴX‖_F^{1/2} ≤ r^{1/4} σmax, four times sharper than ‖X‖_F at r = 256.
     size = torch.linalg.matrix_norm(gram, keepdim=True).sqrt()
-    return _compose(X / torch.where(size > 0, size, 1.0), minimax.polynomials_for(A.dtype))
+    return _compose(X / positive_or_one(size), minimax.polynomials_for(A.dtype))
 
 
 def _normalised(A: Tensor) -> tuple[Tensor, Tensor]:
     """A by its Frobenius norm, by its largest entry first so that no square leaves the range, and its Gram matrix."""
     if A.numel() == 0:
         return A, A.mH @ A
-    largest = A.abs().amax((-2, -1), keepdim=True)
-    X = A / torch.where(largest > 0, largest, 1.0)
-    norm = torch.linalg.matrix_norm(X, keepdim=True)
-    X = X / torch.where(norm > 0, norm, 1.0)
-    return X, X.mH @ X
+    X = A / positive_or_one(largest_entry(A))
+    X = X / positive_or_one(torch.linalg.matrix_norm(X, keepdim=True))
+    return X, product(X.mH, X)
 
 
 def _compose(X: Tensor, polynomials: Iterable[Coefficients]) -> Tensor:
-    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    for a, b, c in polynomials:
-        M = X.mH @ X
-        X = X @ (a * eye + b * M + c * (M @ M))
+    eye = identity(X)
+    for polynomial in polynomials:
+        shift, constant, c = completed_square(polynomial)
+        M = plus_product(eye, X.mH, X, beta=shift)
+        X = product(X, plus_product(eye, M, M, beta=constant, alpha=c))
     return X
 
 
@@ -145,15 +145,16 @@ class Polar(BatchedFunction):
                 A.real.new_zeros(*A.shape[:-2], A.shape[-1]),
                 A.new_zeros(*A.shape[:-2], *A.shape[-1:] * 2),
             )
-        scale = A.abs().amax((-2, -1), keepdim=True)
-        scale = torch.where(scale > 0, scale, 1.0)
+        scale = positive_or_one(largest_entry(A))
         U, sigma, Vh = thin_svd(A / scale)
-        kept = sigma > cut * sigma.amax(-1, keepdim=True)
+        if floor is None and _all_above(sigma, cut):  # the usual case, where it is read
+            return product(U, Vh), sigma * scale.squeeze(-1), Vh.mH
+        kept = sigma > cut * sigma[..., :1]
         sigma = sigma * scale.squeeze(-1)
         if floor is not None:
             kept = kept & (sigma > floor)
-        sigma = torch.where(kept, sigma, 0.0)
-        return (U * kept.unsqueeze(-2)) @ Vh, sigma, Vh.mH
+        sigma = sigma.masked_fill(~kept, 0.0)
+        return product(U * kept.unsqueeze(-2), Vh), sigma, Vh.mH
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -171,19 +172,36 @@ class Polar(BatchedFunction):
         return _derivative(dA, *ctx.saved_tensors), None, None
 
 
+def _all_above(sigma: Tensor, cut: float) -> bool:
+    """Whether falling singular values are read and all more than ``cut`` of the largest."""
+    if not checks_values(sigma):
+        return False
+    if sigma.ndim == 1:
+        values = sigma.tolist()
+        return values[-1] > cut * values[0]
+    return bool((sigma[..., -1] > cut * sigma[..., 0]).all())
+
+
 def _derivative(E: Tensor, A: Tensor, W: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
     """The derivative of W along E, which is its own adjoint; differentiable in E, A and W."""
     with full_precision(A):
-        H, inverse = _hermitian_factor(A, W, sigma, V)
+        if not differentiated_again() and not along_many_directions(E):
+            return _value_of_derivative(E, W, sigma, V)
+        eye = identity(V).expand_as(V)
+        H = hermitian_part(product(W.mH, A))  # (Aᴴ A)^{1/2} of A = W H as a function of A and W
+        inverse = sylvester(H, 2 * eye, sigma, V)  # H X + X H = 2 I
         inside = W.mH @ E
         return W @ sylvester(H, inside - inside.mH, sigma, V) + (E - W @ inside) @ inverse
 
 
-def _hermitian_factor(A: Tensor, W: Tensor, sigma: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """H = (Aᴴ A)^{1/2} of A = W H as a function of A and W, and its inverse (H X + X H = 2 I)."""
-    H = W.mH @ A
-    H = (H + H.mH) / 2
-    if not differentiated_again():
-        return H, (V * reciprocal_or_zero(sigma).unsqueeze(-2)) @ V.mH
-    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device).expand_as(H)
-    return H, sylvester(H, 2 * eye, sigma, V)
+def _value_of_derivative(E: Tensor, W: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
+    """The same where no further derivative is wanted, in the basis of the singular vectors.
+
+    With M = Uᴴ E V and U = W V it is [U (K ∘ (M − Mᴴ) − M Σ⁻¹) + E V Σ⁻¹] Vᴴ, K_ij = 1/(σi + σj).
+    """
+    EV = product(E, V)
+    M = product(V.mH, product(W.mH, EV))
+    inverse = reciprocal_or_zero(sigma).unsqueeze(-2)
+    K = reciprocal_or_zero_(sigma.unsqueeze(-1) + sigma.unsqueeze(-2))
+    inside = (M - M.mH).mul_(K).addcmul_(M, inverse.to(M.dtype), value=-1.0)
+    return product(plus_product(EV.mul_(inverse), W, product(V, inside)), V.mH)

@@ -90,6 +90,19 @@ def without_noise(eigvals: Tensor) -> Tensor:
     return torch.where(eigvals > noise(eigvals.shape[-1], eigvals.dtype) * eigvals[..., -1:], eigvals, 0.0)
 
 
+def clear_of_zero(eigvals: Tensor) -> bool:
+    """Whether ascending eigenvalues (..., d) are read, and all above what any rule here takes for rounding: the usual
+    case, in which there is nothing to refuse, to clamp or to cut."""
+    if not checks_values(eigvals) or not eigvals.numel():
+        return False
+    d = eigvals.shape[-1]
+    cut = max(d, 4 + 2 * d**0.5) * torch.finfo(eigvals.dtype).eps
+    if eigvals.ndim == 1:
+        values = eigvals.tolist()
+        return values[0] > cut * values[-1]
+    return bool((eigvals[..., 0] > cut * eigvals[..., -1]).all())
+
+
 def shifted_spectrum(eigvals: Tensor, eps: float, *, invertible: bool, rank: Rank = "ridge") -> Tensor:
     """max(λ, 0) + ε, or 0 for all that is rounding ("pinv"); refuses an indefinite matrix and, where its inverse is
     needed, a singular one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from wellcond._shared.checks import require_matrix, require_nonnegative
-from wellcond._shared.precision import full_precision, working_dtype
+from wellcond._shared.precision import HALF, full_precision
 from wellcond._shared.torch_internals import in_onnx_export, is_compiling
 
 from ._divided_differences import Power
@@ -116,8 +116,8 @@ EXPONENTS: dict[Root, float] = {"sqrt": 0.5, "invsqrt": -0.5}
 
 
 def _roots(P: Tensor, roots: tuple[Root, ...], eps: float, solver: str | Solver, rank: Rank) -> tuple[Tensor, ...]:
-    require_rank_policy(rank, eps)
     if rank != "ridge":
+        require_rank_policy(rank, eps)
         if solver != "auto" and not isinstance(choose_solver(solver), Eigh):
             raise ValueError(f"rank={rank!r} needs the eigenvalues: take solver='eigh' or 'auto', not {solver!r}")
         return functions_of(P, [Power(EXPONENTS[root]) for root in roots], eps, rank, invertible="invsqrt" in roots)
@@ -127,11 +127,12 @@ def _roots(P: Tensor, roots: tuple[Root, ...], eps: float, solver: str | Solver,
     if P.shape[-1] == 0:
         return tuple(P.clone() for _ in roots)
     with full_precision(P):
-        work = P.to(working_dtype(P.dtype))
+        work = P.float() if P.dtype in HALF else P
         if solver == "auto" and in_onnx_export():
             work = in_reach_of_products(work, eps)
         if chosen.traceable and is_compiling():
             out = Traced.apply(work, chosen, roots, float(eps))
         else:
             out = Solved.call(work, chosen, roots, float(eps))
-        return tuple(root.to(P.dtype) for root in out[: len(roots)])  # pyright: ignore[reportOptionalSubscript]
+        found = out[: len(roots)]  # pyright: ignore[reportOptionalSubscript]
+        return found if found[0].dtype == P.dtype else tuple(root.to(P.dtype) for root in found)

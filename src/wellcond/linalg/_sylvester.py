@@ -13,17 +13,12 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.autograd import BatchedFunction, differentiated_again
-from wellcond._shared.checks import require_matrix
+from wellcond._shared.checks import hermitian_part, require_matrix
 from wellcond._shared.precision import full_precision, working_dtype
 
 from ._divided_differences import reciprocal_or_zero_
+from ._products import plus_product, product
 from ._rank import eigenpairs
-
-
-def product(A: Tensor, B: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """A @ B, without the reshaping that ``matmul`` does even where there is nothing to reshape."""
-    multiply = torch.bmm if A.ndim == B.ndim == 3 and A.shape[0] == B.shape[0] else torch.matmul
-    return multiply(A, B, out=out)
 
 
 def in_eigenbasis(U: Tensor, K: Tensor, G: Tensor) -> Tensor:
@@ -51,8 +46,7 @@ class Sylvester(BatchedFunction):
             grad_G = sylvester(Q, grad, s, U)
             grad_Q = None
             if ctx.needs_input_grad[0]:
-                product = grad_G @ X.mH + X.mH @ grad_G
-                grad_Q = -(product + product.mH) / 2
+                grad_Q = -hermitian_part(plus_product(product(grad_G, X.mH), X.mH, grad_G))
         return grad_Q, grad_G, None, None
 
     @staticmethod
@@ -61,7 +55,7 @@ class Sylvester(BatchedFunction):
         with full_precision(Q):
             right = torch.zeros_like(X) if dG is None else dG
             if dQ is not None:
-                dQ = (dQ + dQ.mH) / 2
+                dQ = hermitian_part(dQ)
                 right = right - (dQ @ X + X @ dQ)
             return sylvester(Q, right, s, U)
 
@@ -114,4 +108,4 @@ def lyapunov(Q: Tensor, G: Tensor) -> Tensor:
     with full_precision(Q):
         Q, G = (x.to(working_dtype(dtype)).expand(*batch, *x.shape[-2:]) for x in (Q, G))
         s, U = eigenpairs(Q)
-        return sylvester((Q + Q.mH) / 2, G, s, U).to(dtype)
+        return sylvester(hermitian_part(Q), G, s, U).to(dtype)

@@ -50,8 +50,10 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
 
 def chunk_count(P: Tensor) -> int:
     """How many chunks a batch is worth: 1 off the CPU, for the largest matrices and for little work."""
+    if P.ndim < 3 or P.device.type != "cpu" or is_compiling():
+        return 1
     rows, columns = P.shape[-2:]
-    if P.device.type != "cpu" or P.ndim < 3 or max(rows, columns) > LARGEST_MATRIX or is_compiling():
+    if max(rows, columns) > LARGEST_MATRIX:
         return 1
     count, entries = P.shape[:-2].numel(), P.numel()
     if count < 2 or entries < 2 * SMALLEST_CHUNK or (team := threads()) < 2:

@@ -27,6 +27,9 @@ from wellcond._shared.torch_internals import outside_the_compiler
 from ._batches import in_threads
 from ._chain import Chain, Index, one_by_one
 
+# Eigenvalues of one matrix that are read one by one.
+FEW = 128
+
 EigenPair = tuple[Tensor, Tensor]
 
 _gives_nan: ContextVar[bool] = ContextVar("gives_nan", default=False)
@@ -57,11 +60,16 @@ def eigh(P: Tensor) -> EigenPair:
         return one_by_one(torch.linalg.eigh, _rescue, P.detach())  # pyright: ignore[reportReturnType]
     # Eigenvectors have entries up to 1, so their sum is finite exactly when they all are; that of the eigenvalues may
     # overflow, which only costs the closer look.
-    if checks_values(P) and not math.isfinite(abs(eigvecs.sum().item()) + eigvals.sum().item()):
+    if checks_values(P) and not math.isfinite(abs(eigvecs.sum().item()) + _total(eigvals)):
         good = torch.isfinite(eigvals).all(-1) & torch.isfinite(eigvecs).all(-1).all(-1)
         for index in map(tuple, (~good).nonzero().tolist()):
             eigvals[index], eigvecs[index] = _rescue(P[index], index)
     return eigvals, eigvecs
+
+
+def _total(eigvals: Tensor) -> float:
+    # Of few numbers a list is read in less time than their sum takes.
+    return sum(eigvals.tolist()) if eigvals.ndim == 1 and len(eigvals) <= FEW else eigvals.sum().item()
 
 
 def _rescue(P: Tensor, index: Index) -> EigenPair:

@@ -10,8 +10,8 @@ from wellcond._shared.names import require_known
 from wellcond._shared.torch_internals import is_compiling
 
 from ._auto import auto_solver, in_reach_of_products
-from ._minimax_polynomials import Coefficients
-from ._solver import SOLVERS, Done, LyapunovSolver, Root, Solved, Solver, Traced
+from ._minimax_polynomials import Coefficients, completed_square
+from ._solver import SOLVERS, Done, LyapunovSolver, Root, Solved, Solver, Traced, largest_entry
 from .eigh import Eigh
 from .minimax import Minimax
 from .minimax_or_eigh import MinimaxOrEigh
@@ -38,7 +38,9 @@ __all__ = [
     "Traced",
     "auto_solver",
     "choose_solver",
+    "completed_square",
     "in_reach_of_products",
+    "largest_entry",
 ]
 
 

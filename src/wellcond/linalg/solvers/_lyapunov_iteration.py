@@ -5,33 +5,61 @@ Roberts 1980 for the sign function; with the Newton–Schulz polynomial, Song, S
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ._minimax_polynomials import Coefficients
+from wellcond._shared.autograd import differentiated_again
+from wellcond._shared.torch_internals import along_many_directions, is_compiling
+
+from .._products import flat, positive_or_one
+from ._minimax_polynomials import Coefficients, completed_square
 from ._solver import frobenius_norm
 
 
-def lyapunov_iteration(Q: Tensor, G: Tensor, polynomials: Iterable[Coefficients]) -> Tensor:
-    """X with QX + XQ ≈ G for Hermitian Q ≥ 0 and G, each matrix normalised by its own Frobenius norm.
+def lyapunov_iteration(Q: Tensor, G: Tensor, polynomials: Sequence[Coefficients], norm: Tensor | None = None) -> Tensor:
+    """X with QX + XQ ≈ G for Hermitian Q ≥ 0 and G, each matrix divided by the norm (..., 1, 1), else by its Frobenius
+    norm.
 
-    One step is five products with a polynomial of degree 3 and seven with one of degree 5. The parts of G between
-    eigenvalues that the polynomials do not take to 1 are damped.
+    One step is six products with a polynomial of degree 3 and nine with one of degree 5, in four and six operations.
+    The parts of G between eigenvalues that the polynomials do not take to 1 are damped.
     """
-    norm = frobenius_norm(Q)
-    norm = torch.where(norm > 0, norm, 1.0)
-    Q, C = Q / norm, G / norm
-    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    for a, b, c in polynomials:
-        # With B = [[Q, C], [0, −Q]]: B² = [[N, D], [0, N]], and B (a + b B² + c B⁴) has Q H and Q T + C H on top.
-        N = Q @ Q
-        D = Q @ C
-        D = D - D.mH
-        H, T = a * eye + b * N, b * D
-        if c != 0.0:
-            ND = N @ D
-            H, T = H + c * (N @ N), T + c * (ND - ND.mH)
-        Q, C = Q @ H, Q @ T + C @ H
-    return (C + C.mH) / 4
+    shape, d = G.shape, Q.shape[-1]
+    in_place = not (differentiated_again() or is_compiling() or along_many_directions(Q, G))
+    norm = positive_or_one(frobenius_norm(Q)) if norm is None else norm
+    # Of B = [[Q, C], [0, −Q]] the matrices Q and C, one above the other. B² = [[N, −D], [0, N]] with N = Q² and
+    # D = CQ − QC, and B (a + b B² + c B⁴) has Q H and C H − Q T on top, with H = a + b N + c N² and
+    # T = b D + c (N D + D N). That C is Hermitian is not used: what rounding leaves of the contrary would grow.
+    if in_place:
+        column = Q.new_empty(flat(Q).shape[0], 2 * d, d)
+        for X, half in (Q, column[:, :d]), (G, column[:, d:]):
+            torch.div(flat(X), flat(norm), out=half)
+    else:
+        column = torch.cat([flat(Q / norm), flat(G / norm)], -2)
+    eye = torch.eye(2 * d, d, dtype=Q.dtype, device=Q.device)
+    for step, polynomial in enumerate(polynomials):
+        Q, C = column[:, :d], column[:, d:]
+        if polynomial[2] == 0.0:
+            a, b, _ = polynomial
+            even = _plus_below(torch.baddbmm(eye, column, Q, beta=a, alpha=b), Q, C, -b, in_place)
+        else:
+            shift, constant, c = completed_square(polynomial)
+            even = _plus_below(torch.baddbmm(eye, column, Q, beta=shift), Q, C, -1.0, in_place)
+            S, D = even[:, :d], even[:, d:]  # S = N + shift
+            even = _plus_below(torch.baddbmm(eye, even, S, beta=constant, alpha=c), S, D, c, in_place)
+        H, T = even[:, :d], even[:, d:]
+        if step == len(polynomials) - 1:
+            X = torch.baddbmm(torch.bmm(C, H), Q, T, beta=0.25, alpha=-0.25)
+            return (X + X.mH).reshape(shape)
+        column = _plus_below(torch.bmm(column, H), Q, T, -1.0, in_place)
+    raise AssertionError("no polynomials")
+
+
+def _plus_below(column: Tensor, A: Tensor, B: Tensor, alpha: float, in_place: bool) -> Tensor:
+    """``column`` with α A B added to its lower half."""
+    d = column.shape[-1]
+    if in_place:
+        column[:, d:].baddbmm_(A, B, alpha=alpha)
+        return column
+    return torch.cat([column[:, :d], torch.baddbmm(column[:, d:], A, B, alpha=alpha)], -2)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wellcond._shared.events import count_call
 
+from .._products import identity, plus_product, positive_or_one
 from ._lyapunov_iteration import lyapunov_iteration
 from ._minimax_polynomials import NEWTON_SCHULZ
 from ._solver import Done, LyapunovSolver, Root, Tensors, frobenius_norm, require_scale
@@ -43,13 +44,14 @@ class SeriesSolver(LyapunovSolver):
 
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
         count_call()
-        eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
-        P = P + eps * eye
+        eye = identity(P)
+        if eps:
+            P = torch.add(P, eye, alpha=eps)
         norm = frobenius_norm(P)
         require_scale(norm, roots)
-        Z = eye - P / torch.where(norm > 0, norm, 1.0)
-        scale = {"sqrt": norm.sqrt(), "invsqrt": norm.rsqrt()}
-        return tuple(self.expand(Z, root) * scale[root] for root in roots), ()
+        Z = eye - P / positive_or_one(norm)
+        power = {"sqrt": torch.sqrt, "invsqrt": torch.rsqrt}
+        return tuple(self.expand(Z, root) * power[root](norm) for root in roots), ()
 
     def lyapunov(self, Q: Tensor, G: Tensor, root: Root, done: Done) -> Tensor:
         return lyapunov_iteration(Q, G, [NEWTON_SCHULZ] * self.backward_steps)
@@ -57,8 +59,10 @@ class SeriesSolver(LyapunovSolver):
 
 def evaluate_polynomial(coefficients: list[float], Z: Tensor) -> Tensor:
     """Σ c_k Z^k by Horner's rule."""
-    eye = torch.eye(Z.shape[-1], dtype=Z.dtype, device=Z.device).expand_as(Z)
-    total = coefficients[-1] * eye
-    for c in reversed(coefficients[:-1]):
-        total = total @ Z + c * eye
+    eye = identity(Z)
+    if len(coefficients) == 1:
+        return coefficients[0] * eye.expand_as(Z)
+    total = torch.add(coefficients[-2] * eye, Z, alpha=coefficients[-1])
+    for c in reversed(coefficients[:-2]):
+        total = plus_product(eye, total, Z, beta=c)
     return total

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.autograd import BatchedFunction
-from wellcond._shared.checks import bad_indices, checks_values, hermitian
+from wellcond._shared.checks import bad_indices, checks_values, hermitian, hermitian_part
 from wellcond._shared.errors import ApproximateRootWarning, NotPositiveSemidefiniteError
 from wellcond._shared.events import place
 from wellcond._shared.precision import full_precision, widened
 from wellcond._shared.torch_internals import is_compiling
 
+from .._products import identity, plus_product, positive_or_one, product
 from .._rank import matrix_tolerance
 
 Root = Literal["sqrt", "invsqrt"]
@@ -95,7 +96,7 @@ class LyapunovSolver(Solver):
 
     @abstractmethod
     def lyapunov(self, Q: Tensor, G: Tensor, root: Root, done: Done) -> Tensor:
-        """X with QX + XQ = G, Q one of the roots that :meth:`forward` gave, in differentiable operations."""
+        """X with QX + XQ = G, G Hermitian and Q a root that :meth:`forward` gave, in differentiable operations."""
 
     def derivative(self, root: Root, output: Tensor, direction: Tensor, done: Done) -> Tensor:
         """The derivative of a root along a Hermitian direction, which is its own adjoint (Higham 2008, ch. 6).
@@ -104,17 +105,17 @@ class LyapunovSolver(Solver):
         """
         if root == "sqrt":
             return self.lyapunov(output, direction, root, done)
-        return -output @ self.lyapunov(output, output @ direction @ output, root, done) @ output
+        inside = self.lyapunov(output, product(product(output, direction), output), root, done)
+        return hermitian_part(plus_product(output, product(output, inside), output, beta=0.0, alpha=-1.0))
 
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
         """The gradient of P (Hermitian), from those of the roots (None: that root has none)."""
         terms = [
-            self.derivative(root, output, (grad + grad.mH) / 2, done)
+            self.derivative(root, output, hermitian_part(grad), done)
             for root, output, grad in zip(done.roots, done.outputs, grads, strict=True)
             if grad is not None
         ]
-        total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-        return (total + total.mH) / 2
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
     def jvp(self, done: Done, dP: Tensor) -> Tensors:
         """The change of every root along the Hermitian direction dP."""
@@ -154,7 +155,7 @@ class Solved(BatchedFunction):
     def jvp(ctx: Any, dP: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         done = _done(ctx)
         with full_precision(dP):
-            tangents = ctx.solver.jvp(done, (dP + dP.mH) / 2)
+            tangents = ctx.solver.jvp(done, hermitian_part(dP))
         return (*tangents, *(None for _ in done.residuals))
 
 
@@ -163,7 +164,7 @@ class Traced(torch.autograd.Function):
 
     @staticmethod
     def forward(P: Tensor, solver: Solver, roots: tuple[Root, ...], eps: float) -> Tensors:
-        outputs, residuals = solver.forward((P + P.mH) / 2, roots, eps)
+        outputs, residuals = solver.forward(hermitian_part(P), roots, eps)
         return (*outputs, *residuals)
 
     setup_context = Solved.setup_context
@@ -184,19 +185,24 @@ def frobenius_norm(P: Tensor) -> Tensor:
     """‖P‖_F as (..., 1, 1), of whatever size: squares of entries beyond 1e19 or below 1e-19 leave float32."""
     if P.shape[-1] == 0:
         return P.real.new_zeros(*P.shape[:-2], 1, 1)
-    largest = P.detach().abs().amax((-2, -1), keepdim=True)
-    largest = torch.where(largest > 0, largest, 1.0)
+    largest = positive_or_one(largest_entry(P.detach()))
     return torch.linalg.matrix_norm(P / largest, keepdim=True) * largest
+
+
+def largest_entry(P: Tensor) -> Tensor:
+    """max |Pij| as (..., 1, 1)."""
+    return torch.linalg.vector_norm(P, float("inf"), dim=(-2, -1), keepdim=True)
 
 
 def relative_residual(P: Tensor, root: Tensor, which: Root, eps: float) -> Tensor:
     """(...,) ‖Q² − P‖/‖P‖ of a square root Q, ‖S P S − I‖/‖I‖ of an inverse one; P + εI for P, Frobenius norms."""
-    eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
-    P = P + eps * eye
+    eye = identity(P)
+    if eps:
+        P = torch.add(P, eye, alpha=eps)
     if which == "sqrt":
-        size = frobenius_norm(P)
-        return (frobenius_norm(root @ root - P) / torch.where(size > 0, size, 1.0))[..., 0, 0]
-    return torch.linalg.matrix_norm(root @ P @ root - eye) / max(P.shape[-1], 1) ** 0.5
+        return (frobenius_norm(plus_product(P, root, root, beta=-1.0)) / positive_or_one(frobenius_norm(P)))[..., 0, 0]
+    rest = plus_product(eye, product(root, P), root, beta=-1.0)
+    return torch.linalg.matrix_norm(rest) / max(P.shape[-1], 1) ** 0.5
 
 
 def error_along_eigenvectors(P: Tensor, root: Tensor, which: Root, eps: float) -> Tensor:
@@ -236,6 +242,4 @@ def _warn_if_far(solver: Solver, P: Tensor, outputs: Tensors, roots: tuple[Root,
 def _done(ctx: Any) -> Done:
     P, *output = ctx.saved_tensors
     count = len(ctx.roots)
-    if P is not None:
-        P = (P + P.mH) / 2
     return Done(ctx.roots, ctx.eps, P, tuple(output[:count]), tuple(output[count:]))

@@ -140,7 +140,7 @@ class OfNewtonSchulz(Analytic):
         require_count(self.steps, "steps")
 
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
-        return NewtonSchulz(self.steps, tolerance=None).backward(done, grads)
+        return NewtonSchulz(self.steps, tolerance=None).adjoint(done, grads)
 
 
 def without_overflow(size: Tensor) -> Tensor:

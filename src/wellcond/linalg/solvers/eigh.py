@@ -13,8 +13,9 @@ from wellcond._shared.autograd import differentiated_again
 from wellcond._shared.torch_internals import along_many_directions
 
 from .._divided_differences import reciprocal_or_zero, reciprocal_or_zero_
-from .._rank import noise, shifted_spectrum
-from .._sylvester import product, sylvester
+from .._products import product
+from .._rank import clear_of_zero, noise, shifted_spectrum
+from .._sylvester import sylvester
 from ..lapack import eigh
 from ._solver import Done, LyapunovSolver, Root, Tensors
 
@@ -26,9 +27,15 @@ class Eigh(LyapunovSolver):
 
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
         eigvals, U = eigh(P)
-        s = shifted_spectrum(eigvals, eps, invertible="invsqrt" in roots).sqrt()
+        if clear_of_zero(eigvals):
+            kept = s = (eigvals + eps if eps else eigvals).sqrt()
+        else:
+            kept = s = shifted_spectrum(eigvals, eps, invertible="invsqrt" in roots).sqrt()
+            if not eps and "invsqrt" not in roots:
+                # What may be noise has a root, but no derivative.
+                kept = s.masked_fill(s <= noise(s.shape[-1], s.dtype) ** 0.5 * s[..., -1:], 0.0)
         values = [s if root == "sqrt" else reciprocal_or_zero(s) for root in roots]
-        return tuple(product(U * value.unsqueeze(-2), U.mH) for value in values), (s, U)
+        return tuple([product(U * value.unsqueeze(-2), U.mH) for value in values]), (kept, U)
 
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
         if not differentiated_again() and not along_many_directions(*grads):
@@ -36,16 +43,8 @@ class Eigh(LyapunovSolver):
         return super().backward(done, grads)
 
     def lyapunov(self, Q: Tensor, G: Tensor, root: Root, done: Done) -> Tensor:
-        s, U = _differentiable(done)
+        s, U = done.residuals
         return sylvester(Q, G, s if root == "sqrt" else reciprocal_or_zero(s), U)
-
-
-def _differentiable(done: Done) -> tuple[Tensor, Tensor]:
-    """Roots of the eigenvalues, and eigenvectors; 0 for what may be noise, which has a root, but no derivative."""
-    s, U = done.residuals
-    if done.eps or "invsqrt" in done.roots:
-        return s, U
-    return torch.where(s > noise(s.shape[-1], s.dtype) ** 0.5 * s[..., -1:], s, 0.0), U
 
 
 def _gradient(done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
@@ -53,7 +52,7 @@ def _gradient(done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
 
     Three arrays of the size of the batch hold everything in turn: fresh memory costs more than a product writes.
     """
-    s, U = _differentiable(done)
+    s, U = done.residuals
     half = s + s
     pair = reciprocal_or_zero_(half.unsqueeze(-1) + half.unsqueeze(-2))  # half of K: the rest is the Hermitian part
     inner = left = None

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from wellcond._shared.events import count_call
 
+from .._products import identity, plus_product, positive_or_one, product
 from ._lyapunov_iteration import lyapunov_iteration
-from ._minimax_polynomials import Coefficients, polynomials_from
-from ._solver import Done, LyapunovSolver, Root, Tensors, frobenius_norm, require_scale
+from ._minimax_polynomials import Coefficients, completed_square, polynomials_from
+from ._solver import Done, LyapunovSolver, Root, Tensors, largest_entry, require_scale
 
 
 class Minimax(LyapunovSolver):
@@ -46,28 +47,44 @@ class Minimax(LyapunovSolver):
 
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
         count_call()
-        eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
-        P = P + eps * eye
-        # λmax ≤ ‖P²‖_F^{1/2} ≤ d^{1/4} λmax; dividing first by the plain norm keeps the square in range.
-        coarse = frobenius_norm(P)
-        require_scale(coarse, roots)
-        lift = torch.where(coarse > 0, 2.0, 0.0)
-        coarse = torch.where(coarse > 0, coarse, 1.0)
+        eye = identity(P)
+        if eps:
+            P = torch.add(P, eye, alpha=eps)
+        # λmax ≤ ‖P²‖_F^{1/2} ≤ d^{1/4} λmax; dividing first by the largest entry keeps the square in range.
+        largest = largest_entry(P)
+        require_scale(largest, roots)
+        coarse = positive_or_one(largest)
         Y = P / coarse
-        fine = torch.linalg.matrix_norm(Y @ Y, keepdim=True).sqrt()
-        fine = torch.where(fine > 0, fine, 1.0)
+        # The largest entry is 1 now, and so ‖Y²‖_F is no less, but for a zero matrix.
+        fine = torch.linalg.matrix_norm(product(Y, Y), keepdim=True).clamp_min(1.0).sqrt()
         # An eigenvalue that rounding pushed below zero would be driven to −∞ as fast as the others to 1.
-        Y, scale = Y / fine + lift * torch.finfo(P.dtype).eps * eye, coarse * fine
-        Z = eye.expand_as(Y)
-        for step, (a, b, c) in enumerate(self.polynomials_for(P.dtype)):
-            M = Z @ Y if step else Y
-            H = a * eye + b * M + c * (M @ M)
-            Y, Z = Y @ H, H @ Z if step else H
-        values = {"sqrt": (Y + Y.mH) / 2 * scale.sqrt(), "invsqrt": (Z + Z.mH) / 2 / scale.sqrt()}
-        return tuple(values[root] for root in roots), ()
+        Y = torch.add(Y / fine, eye, alpha=2 * torch.finfo(P.dtype).eps)
+        Y, Z = self._iterated(Y, eye, roots)
+        # Not the scale that was put in the place of zero: the root of a zero matrix is zero.
+        size = (largest * fine).sqrt()
+        values = {"sqrt": lambda: (Y + Y.mH) * size, "invsqrt": lambda: (Z + Z.mH) / positive_or_one(size)}
+        return tuple(values[root]() for root in roots), (size,)
+
+    def _iterated(self, Y: Tensor, eye: Tensor, roots: tuple[Root, ...]) -> tuple[Tensor, Tensor]:
+        """Halves of the root and of the inverse root of Y."""
+        Z = H = None
+        polynomials = self.polynomials_for(Y.dtype)
+        for step, polynomial in enumerate(polynomials):
+            last = step == len(polynomials) - 1
+            shift, constant, c = completed_square(polynomial)
+            half = 0.5 if last else 1.0
+            N = torch.add(Y, eye, alpha=shift) if Z is None else plus_product(eye, Z, Y, beta=shift)
+            H = plus_product(eye, N, N, beta=half * constant, alpha=half * c)
+            if not last or "sqrt" in roots:
+                Y = product(Y, H)
+            if not last or "invsqrt" in roots:
+                Z = H if Z is None else product(H, Z)
+        assert Z is not None
+        return Y, Z
 
     def lyapunov(self, Q: Tensor, G: Tensor, root: Root, done: Done) -> Tensor:
-        return lyapunov_iteration(Q, (G + G.mH) / 2, self.polynomials_for(Q.dtype))
+        size = positive_or_one(done.residuals[0]) if root == "sqrt" else None
+        return lyapunov_iteration(Q, G, self.polynomials_for(Q.dtype), size)
 
     def polynomials_for(self, dtype: torch.dtype) -> tuple[Coefficients, ...]:
         """As many as a matrix of this dtype needs."""

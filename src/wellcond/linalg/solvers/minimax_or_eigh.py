@@ -13,6 +13,7 @@ from torch import Tensor
 from wellcond._shared.checks import value_checks
 from wellcond._shared.torch_internals import is_exporting
 
+from .._products import identity, plus_product, product
 from ._solver import Done, LyapunovSolver, Root, Tensors
 from .eigh import Eigh
 from .minimax import Minimax
@@ -49,11 +50,11 @@ class MinimaxOrEigh(LyapunovSolver):
             return self.eigh.forward(P, roots, eps)
         # Without the checks: what they would refuse, the verification hands to eigh, which says what is wrong.
         with value_checks(False):
-            (Q, S), _ = self.minimax.forward(P, ("sqrt", "invsqrt"), eps)
+            (Q, S), residuals = self.minimax.forward(P, ("sqrt", "invsqrt"), eps)
         if not self._resolved(P, S, eps):
             return self.eigh.forward(P, roots, eps)
         values = {"sqrt": Q, "invsqrt": S}
-        return tuple(values[root] for root in roots), ()
+        return tuple(values[root] for root in roots), residuals
 
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
         return self._chosen(done).backward(done, grads)
@@ -64,10 +65,13 @@ class MinimaxOrEigh(LyapunovSolver):
     def _resolved(self, P: Tensor, S: Tensor, eps: float) -> bool:
         if P.numel() == 0:
             return True
-        eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+        eye = identity(P)
+        if eps:
+            P = torch.add(P, eye, alpha=eps)
         # NaN compares false.
-        return torch.linalg.matrix_norm(S @ (P + eps * eye) @ S - eye).amax().item() <= self.tolerated
+        rest = plus_product(eye, product(S, P), S, beta=-1.0)
+        return torch.linalg.matrix_norm(rest).amax().item() <= self.tolerated
 
     def _chosen(self, done: Done) -> LyapunovSolver:
-        # Only the eigendecomposition leaves residuals.
-        return self.eigh if done.residuals else self.minimax
+        # Eigenvalues and eigenvectors, or a scale.
+        return self.eigh if len(done.residuals) == 2 else self.minimax

@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wellcond._shared.autograd import differentiated_again
+from wellcond._shared.checks import hermitian_part
 from wellcond._shared.events import count_call
-from wellcond._shared.torch_internals import under_functorch
+from wellcond._shared.torch_internals import along_many_directions, is_compiling, under_functorch
 
+from .._products import identity, plus_product, positive_or_one, product
+from ._newton_schulz_derivative import along_the_iteration, inner, trace
 from ._solver import Done, Root, Solver, Tensors, require_scale
 
 
@@ -58,16 +62,20 @@ class NewtonSchulz(Solver):
 
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
         count_call()
-        A, scale, eye = _normalised(P, eps)
-        require_scale(trace(P).real + eps, roots)
+        A, scale, size = _normalised(P, eps)
+        require_scale(size, roots)
         if self.adaptive:
-            Y, Z, taken = self._until_good(A, eye, roots)
-            return _scaled(roots, Y, Z, scale), (taken,)
-        Y, Z = A, eye
-        for _ in range(self.steps):
-            M = (3 * eye - Z @ Y) / 2
-            Y, Z = Y @ M, M @ Z
-        return _scaled(roots, Y, Z, scale), ()
+            Y, Z, taken = self._until_good(A, identity(A).expand_as(A), roots)
+            return _scaled(roots, Y, Z, scale), (A, scale, taken)
+        half3 = 1.5 * identity(A)
+        M = torch.sub(half3, A, alpha=0.5)
+        Y, Z = product(A, M), M
+        for step in range(1, self.steps):
+            last = step == self.steps - 1
+            M = plus_product(half3, Z, Y, alpha=-0.5)
+            Y = Y if last and "sqrt" not in roots else product(Y, M)
+            Z = Z if last and "invsqrt" not in roots else product(M, Z)
+        return _scaled(roots, Y, Z, scale), (A, scale)
 
     def _until_good(self, A: Tensor, eye: Tensor, roots: tuple[Root, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Y, Z and the steps (..., 1, 1) that each matrix took."""
@@ -89,6 +97,16 @@ class NewtonSchulz(Solver):
         return Y, Z, taken
 
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
+        wanted = [pair for pair in zip(done.roots, done.outputs, grads, strict=True) if pair[2] is not None]
+        again = differentiated_again() or is_compiling() or along_many_directions(*grads)
+        if len(wanted) == 1 and not self.adaptive and not again:
+            root, output, grad = wanted[0]
+            assert grad is not None
+            return along_the_iteration(self.steps, root, output, grad, *done.residuals)
+        return self.adjoint(done, grads)
+
+    def adjoint(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
+        """:meth:`backward` in operations that can be differentiated again, of any roots and steps."""
         A, scale, eye, path = self._replay(done)
         Y, Z = path[-1][-2:]
         grad = dict(zip(done.roots, grads, strict=True))
@@ -99,18 +117,23 @@ class NewtonSchulz(Solver):
         # The scale is a function of P too: Q = √c Y and S = Z/√c.
         gc = (inner(gY, Y) - inner(gZ, Z)) / 2 / scale
         for Yk, Zk, M, moved, *_ in reversed(path):
-            gM = moved * (Yk.mH @ gY + gZ @ Zk.mH)
-            gY, gZ = gY @ M.mH - Zk.mH @ gM / 2, M.mH @ gZ - gM @ Yk.mH / 2
+            gM = plus_product(product(gZ, Zk.mH), Yk.mH, gY)
+            gM = gM if moved is None else moved * gM
+            gY, gZ = (
+                plus_product(product(gY, M.mH), Zk.mH, gM, alpha=-0.5),
+                plus_product(product(M.mH, gZ), gM, Yk.mH, alpha=-0.5),
+            )
         gP = gY / scale + (gc - inner(gY, A) / scale) * eye
-        return (gP + gP.mH) / 2
+        return hermitian_part(gP)
 
     def jvp(self, done: Done, dP: Tensor) -> Tensors:
         A, scale, _, path = self._replay(done)
         dscale = trace(dP)
         dY, dZ = (dP - dscale * A) / scale, torch.zeros_like(A)
         for Yk, Zk, M, moved, *_ in path:
-            dM = moved * (dZ @ Yk + Zk @ dY) / -2
-            dY, dZ = dY @ M + Yk @ dM, dM @ Zk + M @ dZ
+            dM = plus_product(product(dZ, Yk), Zk, dY, beta=-0.5, alpha=-0.5)
+            dM = dM if moved is None else moved * dM
+            dY, dZ = plus_product(product(dY, M), Yk, dM), plus_product(product(dM, Zk), M, dZ)
         root = scale.sqrt()
         values = dict(zip(done.roots, done.outputs, strict=True))
         tangents: dict[Root, Tensor] = {}
@@ -126,20 +149,22 @@ class NewtonSchulz(Solver):
         A matrix that had stopped goes on with M = I, of which nothing is a function.
         """
         assert done.P is not None
-        A, scale, eye = _normalised(done.P, done.eps)
-        taken = done.residuals[0] if self.adaptive else None
+        A, scale, _ = _normalised(hermitian_part(done.P), done.eps)
+        eye = identity(A)
+        half3, whole = 1.5 * eye, eye.expand_as(A)
+        taken = done.residuals[2] if self.adaptive else None
         steps = self.steps
         if taken is not None and taken.numel() and not under_functorch():
             steps = max(1, int(taken.max()))
-        Y, Z = A, eye
+        Y, Z = A, whole
         path: list[tuple[Any, ...]] = []
         for step in range(steps):
-            M = (3 * eye - Z @ Y) / 2
-            moved: Tensor | float = 1.0
+            M = plus_product(half3, Z, Y, alpha=-0.5)
+            moved: Tensor | None = None
             if taken is not None:
                 moved = (step < taken).to(A.dtype)
-                M = torch.where(step < taken, M, eye)
-            path.append((Y, Z, M, moved, Y @ M, M @ Z))
+                M = torch.where(step < taken, M, whole)
+            path.append((Y, Z, M, moved, product(Y, M), product(M, Z)))
             Y, Z = path[-1][-2:]
         return A, scale, eye, path
 
@@ -155,25 +180,15 @@ def _residual(A: Tensor, Y: Tensor, Z: Tensor, eye: Tensor, roots: tuple[Root, .
     return found[0] if len(found) == 1 else torch.maximum(*found)
 
 
-def trace(P: Tensor) -> Tensor:
-    """tr P as (..., 1, 1)."""
-    return P.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-
-
-def inner(A: Tensor, B: Tensor) -> Tensor:
-    """The real inner product Re tr(Aᴴ B) as (..., 1, 1)."""
-    return (A.conj() * B).sum((-2, -1), keepdim=True).real
-
-
 def _normalised(P: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device).expand_as(P)
-    P = P + eps * eye
-    # A zero matrix keeps scale 1: its square root is zero and stays so.
-    scale = trace(P).real
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return P / scale, scale, eye
+    """(P + εI)/c, c and the trace, which c is; of a zero matrix c is 1: its square root is zero and stays so."""
+    if eps:
+        P = torch.add(P, identity(P), alpha=eps)
+    size = trace(P).real
+    scale = positive_or_one(size)
+    return P / scale, scale, size
 
 
 def _scaled(roots: tuple[Root, ...], Y: Tensor, Z: Tensor, scale: Tensor) -> Tensors:
-    values = {"sqrt": Y * scale.sqrt(), "invsqrt": Z / scale.sqrt()}
-    return tuple(values[root] for root in roots)
+    values = {"sqrt": (Y, torch.sqrt), "invsqrt": (Z, torch.rsqrt)}
+    return tuple(X * power(scale) for X, power in (values[root] for root in roots))
