@@ -95,7 +95,9 @@ def main() -> None:
     if options.profile:
         profile(tuple(options.profile))
         return
-    print("| (N, C, H, W) | ours, ms | of plain autograd | of batch norm | IterNorm, of plain |\n|---|---:|---:|---:|---:|")
+    print(
+        "| (N, C, H, W) | ours, ms | of plain autograd | of batch norm | IterNorm, of plain |\n|---|---:|---:|---:|---:|"
+    )
     for shape in SHAPES:
         compare(shape, options)
 

@@ -28,6 +28,7 @@ from ._fused_passes import (
     PassContext,
     Whitening,
     affine_map,
+    geometry_of,
     measure,
     moments,
     needs_plain_operations,
@@ -182,9 +183,8 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
 
     def _at_once(self, x: Tensor, count: int) -> Tensor | None:
         """The usual case by a single autograd function; None for values that are to be looked at more closely."""
-        context = PassContext.of(x, self.groups)
         with torch.no_grad():
-            moments = measure(x, self.groups, context.last, context.dtype, reading=readable(x))
+            moments = measure(x, geometry_of(x, self.groups), reading=readable(x))
             mean, cov, numbers = moments.mean, moments.cov, moments.numbers
             constants = grows = True
             if numbers is not None:
@@ -204,7 +204,7 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
             if self.training and self.track_running_stats:
                 self._track(mean, cov, root, count)
         whitening = Whitening(root, saved, inverse_root.adjoint, kept, self._in_steps)
-        return whiten(x, self.weight, self.bias, context, moments, whitening)
+        return whiten(x, self.weight, self.bias, moments, whitening)
 
     def _in_steps(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """The output of a training step, nothing of which is kept."""
@@ -357,9 +357,7 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
             raise RuntimeError(f"{self.describe()} keeps no running statistics: its output depends on the batch")
         mean = self.running_mean
         whitening = self._running_whitening()
-        W, b = self._affine(
-            whitening, mean.view(self.groups, -1, 1), dtype or mean.dtype, self.weight, self.bias
-        )
+        W, b = self._affine(whitening, mean.view(self.groups, -1, 1), dtype or mean.dtype, self.weight, self.bias)
         return W.flatten(0, 1).view(self.num_features, -1, *(1,) * (self._dims[-1] - 2)), b.flatten()
 
     def _running_whitening(self) -> Tensor:

@@ -15,6 +15,7 @@ between them; ``whole_layer`` makes a single one of the usual case, and ``plain`
 
 from .batch_moments import Moments, measure
 from .passes import PassContext, affine_map, moments
+from .pieces import geometry_of
 from .plain import needs_plain_operations
 from .whole_layer import Whitening, whiten
 
@@ -23,6 +24,7 @@ __all__ = [
     "PassContext",
     "Whitening",
     "affine_map",
+    "geometry_of",
     "measure",
     "moments",
     "needs_plain_operations",

@@ -1,7 +1,7 @@
 """The moments of a batch, accurate to rounding whatever its mean, and the few numbers that say what else there is to do.
 
 Σ x xᵀ − M μ μᵀ loses the digits of 1 + (μ/σ)². On the CPU the variances are read, and x is centred before the product
-only where that is much. Elsewhere nothing is read and x is always centred, by a mean that Welford's updates keep exact
+only where that is much, or the batch so small that a copy costs less than the question. Elsewhere nothing is read and x is always centred, by a mean that Welford's updates keep exact
 for constant channels (Chan, Golub and LeVeque, The American Statistician, 1983).
 """
 
@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .pieces import SMALL, Samples, sum_of_products
+from .pieces import Geometry, Samples, sum_of_products
 
 # Up to this (μ/σ)² the loss is left to rounding.
 HARMLESS_RATIO = 4.0
+# And up to this the rounding of the mean of samples that are read minus it.
+HARMLESS_RATIO_CENTRED = 1e4
 # Samples from which that is guessed at first; the covariance itself shows afterwards whether the guess was right.
 SAMPLED = 1024
 
@@ -47,43 +49,44 @@ class Moments(NamedTuple):
     samples: Samples
 
 
-def measure(x: Tensor, groups: int, last: bool, dtype: torch.dtype, *, reading: bool) -> Moments:
-    """The moments of (N, C, *spatial), in this dtype; with their numbers if values may be read."""
-    samples = Samples(x, groups, last, dtype)
-    if not samples.pieces:
-        _, G, d, _ = samples.sizes
-        zero = x.new_zeros(G, d, 1, dtype=dtype)
-        return Moments(zero, zero @ zero.mT, zero, None, samples)
-    if not samples.on_cpu:
-        return _centred_elsewhere(samples, reading=reading)
+def measure(x: Tensor, geometry: Geometry, *, reading: bool) -> Moments:
+    """The moments of (N, C, *spatial), with their numbers if values may be read."""
+    if not geometry.pieces:
+        _, G, d, _ = geometry.sizes
+        zero = x.new_zeros(G, d, 1, dtype=geometry.dtype)
+        return Moments(zero, zero @ zero.mT, zero, None, Samples(x, geometry))
+    if not geometry.on_cpu:
+        return _centred_elsewhere(x, geometry, reading=reading)
+    samples = Samples(x, geometry)
     mean = samples.mean()
-    # The product of a small batch costs less than the guess whether it will do.
-    if x.numel() <= SMALL or not _cancels_at_first(mean, samples.blocks):
+    if geometry.small:
+        found = _about(mean, None, x, geometry, reading=reading)
+        if not _cancels(found, HARMLESS_RATIO_CENTRED):
+            return found
+    elif not _cancels_at_first(mean, samples.blocks):
         cov = sum_of_products(samples, samples)
-        cov.baddbmm_(mean, mean.mT, beta=1 / samples.count, alpha=-1)
-        numbers = _numbers(mean, cov) if reading else None
-        harmless = numbers is not None and numbers.mean**2 <= HARMLESS_RATIO * numbers.lowest
-        if harmless or not _cancels(mean, cov.diagonal(dim1=-2, dim2=-1)):
-            return Moments(mean, cov, mean, numbers, samples)
+        cov.baddbmm_(mean, mean.mT, beta=1 / geometry.count, alpha=-1)
+        found = Moments(mean, cov, mean, _numbers(mean, cov) if reading else None, samples)
+        if not _cancels(found, HARMLESS_RATIO):
+            return found
     # The sum of many values of one sign has rounded; that of the differences hardly does.
-    mean = mean + Samples(x, groups, last, dtype, mean).mean()
-    return _about(mean, None, samples, reading=reading)
+    return _about(mean + Samples(x, geometry, mean).mean(), None, x, geometry, reading=reading)
 
 
-def _centred_elsewhere(samples: Samples, *, reading: bool) -> Moments:
-    x, dtype = samples.x, samples.dtype
-    if x.dtype == dtype:
+def _centred_elsewhere(x: Tensor, geometry: Geometry, *, reading: bool) -> Moments:
+    samples = Samples(x, geometry)
+    if x.dtype == geometry.dtype:
         mean = torch.var_mean(samples.blocks, (0, 3), correction=0)[1].unsqueeze(-1)
-        return _about(mean, None, samples, reading=reading)
+        return _about(mean, None, x, geometry, reading=reading)
     # Those of half precision would give their mean in it.
     origin = samples.mean()
-    return _about(origin, Samples(x, samples.sizes[1], samples.last, dtype, origin).mean(), samples, reading=reading)
+    return _about(origin, Samples(x, geometry, origin).mean(), x, geometry, reading=reading)
 
 
-def _about(origin: Tensor, away: Tensor | None, samples: Samples, *, reading: bool) -> Moments:
+def _about(origin: Tensor, away: Tensor | None, x: Tensor, geometry: Geometry, *, reading: bool) -> Moments:
     """The moments by way of x − origin, of which the mean is known."""
-    samples = Samples(samples.x, samples.sizes[1], samples.last, samples.dtype, origin)
-    cov, mean = sum_of_products(samples, samples, 1 / samples.count), origin
+    samples = Samples(x, geometry, origin)
+    cov, mean = sum_of_products(samples, samples, 1 / geometry.count), origin
     if away is not None:
         cov.baddbmm_(away, away.mT, alpha=-1)
         mean = origin + away
@@ -100,11 +103,18 @@ def _numbers(mean: Tensor, cov: Tensor) -> Numbers:
 
 
 def _cancels_at_first(mean: Tensor, blocks: Tensor) -> bool:
-    """A guess at :func:`_cancels` by the first samples."""
+    """A guess at what :func:`_cancels` will say, by the first samples."""
     first = blocks[:1, :, :, :SAMPLED]
-    return _cancels(mean, (first - mean).square_().mean((0, 3)))
+    return _exceeds(mean, (first - mean).square_().mean((0, 3)), HARMLESS_RATIO)
 
 
-def _cancels(mean: Tensor, variance: Tensor) -> bool:
-    """Whether Σ x xᵀ − M μ μᵀ loses digits in some channel, of this variance (G, d)."""
-    return bool((mean.squeeze(-1).square() > HARMLESS_RATIO * variance).any())
+def _cancels(moments: Moments, ratio: float) -> bool:
+    """Whether (μ/σ)² of some channel is above the ratio."""
+    numbers = moments.numbers
+    if numbers is not None and numbers.mean**2 <= ratio * numbers.lowest:
+        return False
+    return _exceeds(moments.mean, moments.cov.diagonal(dim1=-2, dim2=-1), ratio)
+
+
+def _exceeds(mean: Tensor, variance: Tensor, ratio: float) -> bool:
+    return bool((mean.squeeze(-1).square() > ratio * variance).any())

@@ -21,16 +21,16 @@ def channels_last(x: Tensor) -> bool:
     return x.dim() == 2 or (not x.is_contiguous() and x.movedim(1, -1).is_contiguous())
 
 
-def block_sizes(x: Tensor, groups: int, last: bool) -> tuple[int, int, int, int]:
+def block_sizes(shape: tuple[int, ...], groups: int, last: bool) -> tuple[int, int, int, int]:
     """(K, G, d, n) of the blocks of (N, C, *spatial)."""
-    N, C, *spatial = x.shape
+    N, C, *spatial = shape
     n = math.prod(spatial)
     return (1, groups, C // groups, N * n) if last else (N, groups, C // groups, n)
 
 
 def as_blocks(x: Tensor, groups: int, last: bool) -> Tensor:
     """(K, G, d, n) of (N, C, *spatial): a view wherever x is laid out as ``last`` says, else a copy."""
-    sizes = block_sizes(x, groups, last)
+    sizes = block_sizes(x.shape, groups, last)
     if not last:
         return x.reshape(sizes)
     # The last size of an empty batch cannot be inferred.

@@ -13,7 +13,7 @@ from wellcond._shared.torch_internals import along_many_directions, apply_direct
 
 from .layout import as_blocks, channels_last, from_blocks
 from .batch_moments import measure
-from .pieces import Samples, affine, sum_of_products
+from .pieces import Geometry, Samples, affine, geometry_of, sum_of_products
 from .plain import needs_plain_operations, plain_affine_map, plain_moments
 
 
@@ -24,6 +24,7 @@ class PassContext:
     Attributes:
         groups, last: how the activations lie in memory, see :mod:`.layout`.
         dtype: of the work.
+        geometry: how they are worked on, once that is known.
         origin: (G, d, 1) subtracted from the activations as they are read, or None where that is not needed.
         aliases_of_x: two views of x, outputs of the first function and inputs of the second. As the gradient of one the
             second hands ∂l/∂y back as it is, and the first, which runs last, writes ∂l/∂x in a single pass. Through the
@@ -35,6 +36,7 @@ class PassContext:
     groups: int
     last: bool
     dtype: torch.dtype
+    geometry: Geometry | None = None
     origin: Tensor | None = None
     aliases_of_x: tuple[Tensor, Tensor] | None = None
     deferred_weight: Tensor | None = None
@@ -47,8 +49,9 @@ class PassContext:
         return as_blocks(x, self.groups, self.last)
 
     def samples(self, x: Tensor, origin: Tensor | None = None) -> Samples:
-        """The activations, to be read minus an origin."""
-        return Samples(x, self.groups, self.last, self.dtype, origin)
+        """The activations, to be read minus an origin; not in a graph, whose sizes may be symbols."""
+        self.geometry = self.geometry or geometry_of(x, self.groups)
+        return Samples(x, self.geometry, origin)
 
     def from_origin(self, mean: Tensor) -> Tensor:
         """The mean of the activations as they are read."""
@@ -86,7 +89,8 @@ def affine_map(x: Tensor, W: Tensor, b: Tensor, context: PassContext | None = No
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, context: PassContext) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        mean, cov, *_, samples = measure(x, context.groups, context.last, context.dtype, reading=False)
+        context.geometry = geometry_of(x, context.groups)
+        mean, cov, *_, samples = measure(x, context.geometry, reading=False)
         context.origin = None if samples.origin is None else samples.origin.detach()
         ctx.save_for_backward(x, mean)
         ctx.context = context

@@ -22,8 +22,8 @@ from wellcond._shared.precision import full_precision
 from wellcond._shared.torch_internals import apply_directly
 
 from .batch_moments import Moments
-from .passes import PassContext, in_plain_operations
-from .pieces import affine, sum_of_products
+from .passes import in_plain_operations
+from .pieces import Samples, affine, sum_of_products
 
 Saved = tuple[Tensor | None, ...]
 # ∂l/∂S to a matrix and a factor whose product is ∂l/∂P.
@@ -48,11 +48,9 @@ class Whitening:
     again: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 
-def whiten(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, context: PassContext, moments: Moments, whitening: Whitening
-) -> Tensor:
+def whiten(x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Moments, whitening: Whitening) -> Tensor:
     """y of x, given its moments and the whitening matrix that was made of them."""
-    return apply_directly(_Whiten, x, weight, bias, context, moments, whitening)
+    return apply_directly(_Whiten, x, weight, bias, moments, whitening)
 
 
 class _Whiten(torch.autograd.Function):
@@ -62,33 +60,34 @@ class _Whiten(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        context: PassContext,
         moments: Moments,
         whitening: Whitening,
     ) -> Tensor:
         S, away = whitening.root, moments.away
-        groups = context.groups
+        geometry = moments.samples.geometry
+        groups = geometry.sizes[1]
         W = S if weight is None else _by_group(weight, groups, S.dtype) * S
         b = None if bias is None else _by_group(bias, groups, S.dtype)
         if away is not None:
             b = -torch.bmm(W, away) if b is None else torch.baddbmm(b, W, away, alpha=-1)
-        y = affine(b, (W, moments.samples))
-        ctx.save_for_backward(x, weight, W, S, away, moments.samples.origin, whitening.varying, *whitening.saved)
+        samples = moments.samples
+        y = affine(b, (W, samples))
+        ctx.save_for_backward(x, weight, W, S, away, samples.origin, whitening.varying, *whitening.saved)
         # Its values are not needed again: it may be changed before the backward pass.
         ctx.bias = bias
-        ctx.context, ctx.adjoint, ctx.again = context, whitening.adjoint, whitening.again
+        ctx.geometry, ctx.adjoint, ctx.again = geometry, whitening.adjoint, whitening.again
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, W, S, away, origin, varying, *saved = ctx.saved_tensors
-        bias, context = ctx.bias, ctx.context
+        bias, geometry = ctx.bias, ctx.geometry
         if in_plain_operations(grad_y):
             return _again(ctx, grad_y, x, weight, bias)
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = None
         with full_precision(x):
-            g, z = context.samples(grad_y), context.samples(x, origin)
+            g, z = Samples(grad_y, geometry), Samples(x, geometry, origin)
             grad_b = g.sum()
             if need_x or need_weight:
                 A = sum_of_products(g, z)
@@ -98,18 +97,18 @@ class _Whiten(torch.autograd.Function):
                     grad_weight = _flat(torch.mul(A, S).sum(-1), weight)
             if need_x:
                 if weight is not None:
-                    A.mul_(_by_group(weight, context.groups, A.dtype))  # pyright: ignore[reportPossiblyUnboundVariable]
+                    A.mul_(_by_group(weight, geometry.sizes[1], A.dtype))  # pyright: ignore[reportPossiblyUnboundVariable]
                 D, factor = ctx.adjoint(saved, A)  # pyright: ignore[reportPossiblyUnboundVariable]
                 if varying is not None:
                     D.mul_(varying)
-                factor *= 2.0 / z.count
+                factor *= 2.0 / geometry.count
                 Wt = W.mT
-                shift = torch.baddbmm(grad_b, Wt, grad_b, beta=0.0, alpha=-1.0 / z.count)
+                shift = torch.baddbmm(grad_b, Wt, grad_b, beta=0.0, alpha=-1.0 / geometry.count)
                 if away is not None:
                     shift.baddbmm_(D, away, alpha=-factor)
                 grad_x = affine(shift, (Wt, g), (D, z), scale=factor)
             grad_bias = _flat(grad_b, bias) if need_bias else None
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 def _by_group(parameter: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -130,4 +129,4 @@ def _again(ctx: Any, grad_y: Tensor, *inputs: Tensor | None) -> tuple[Tensor | N
     with torch.enable_grad():
         y = ctx.again(*inputs)
         grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=create_graph))  # pyright: ignore[reportArgumentType]
-    return (*(next(grads) if needed else None for needed in ctx.needs_input_grad[:3]), None, None, None)
+    return (*(next(grads) if needed else None for needed in ctx.needs_input_grad[:3]), None, None)
