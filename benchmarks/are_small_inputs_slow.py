@@ -1,7 +1,7 @@
 """Is decorrelated batch norm slow on small inputs, where Python and small operations cost more than the arithmetic?
 
-Forward and backward on the CPU in one thread, in training, with ∂l/∂y given. The contestants take turns in random order,
-and of each the minimum counts:
+Forward and backward on the CPU in one thread, in training, with ∂l/∂y given. The contestants take turns in random
+order, and of each the minimum counts:
 
 - ours, and IterNorm of 5 steps;
 - plain autograd: the layer as one writes it down, with the same duties (γ, β and running statistics), differentiated
@@ -95,9 +95,8 @@ def main() -> None:
     if options.profile:
         profile(tuple(options.profile))
         return
-    print(
-        "| (N, C, H, W) | ours, ms | of plain autograd | of batch norm | IterNorm, of plain |\n|---|---:|---:|---:|---:|"
-    )
+    print("| (N, C, H, W) | ours, ms | of plain autograd | of batch norm | IterNorm, of plain |")
+    print("|---|---:|---:|---:|---:|")
     for shape in SHAPES:
         compare(shape, options)
 

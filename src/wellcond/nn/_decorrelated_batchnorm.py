@@ -20,7 +20,7 @@ from wellcond._shared.names import require_known
 from wellcond._shared.precision import HALF, full_precision, working_dtype
 from wellcond._shared.torch_internals import called_by, has_values, is_compiling, is_exporting, under_functorch
 from wellcond.linalg import NewtonSchulz, Solver, WhiteningMethod, recording, value_checks, whitening_matrix
-from wellcond.linalg.solvers import Eigh, choose_solver
+from wellcond.linalg.solvers import choose_solver
 
 from ._base import Observation, SpectralModule, require_input, symbolic_call
 from ._derived import Derived
@@ -34,7 +34,7 @@ from ._fused_passes import (
     needs_plain_operations,
     whiten,
 )
-from ._inverse_root import ByEigenpairs, BySolver
+from ._inverse_root import inverse_root
 from ._migration import upgrade
 from ._minimum_ridge import mean_ridge, varying, with_ridge, without_constants
 from ._range import by_channel, leaves_range, require_squares, unit_of_covariances, unit_of_features
@@ -197,13 +197,12 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
             if kept is not None:
                 cov.mul_(kept)
             solver = choose_solver(self.solver, cov)
-            kind = ByEigenpairs if type(solver) is Eigh else BySolver
-            inverse_root = kind(solver, self.eps, grows=grows)
+            way = inverse_root(solver, self.eps, grows=grows, reading=numbers is not None)
             with self._recording(self.solver):
-                root, saved = inverse_root.forward(cov)
+                root, saved = way.forward(cov)
             if self.training and self.track_running_stats:
                 self._track(mean, cov, root, count)
-        whitening = Whitening(root, saved, inverse_root.adjoint, kept, self._in_steps)
+        whitening = Whitening(root, saved, way.adjoint, kept, self._in_steps)
         return whiten(x, self.weight, self.bias, moments, whitening)
 
     def _in_steps(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -383,12 +382,15 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         """Give it to graphs, in the place where they read it."""
         buffer = self.evaluation_whitening
         assert buffer is not None
+        if self._derived.is_written(whitening, buffer):
+            return
         if buffer.shape == whitening.shape and buffer.dtype == whitening.dtype and not buffer.is_inference():
             if not torch.equal(buffer, whitening):
                 with torch.no_grad():
                     buffer.copy_(whitening)
         else:
-            self.evaluation_whitening = whitening.clone()
+            self.evaluation_whitening = buffer = whitening.clone()
+        self._derived.remember_written(whitening, buffer)
 
     def _renew_derived(self) -> None:
         """Bring the whitening matrix of evaluation up to date."""

@@ -1,4 +1,4 @@
-"""The whitening matrix S = (P + rI)^{-1/2} of a layer's covariance and the adjoint of its derivative, in few operations.
+"""The whitening matrix S = (P + rI)^{-1/2} of a covariance and the adjoint of its derivative, in few operations.
 
 r is ε, or eps·tr P where that is more (see :mod:`._minimum_ridge`), and a function of P there.
 
@@ -10,7 +10,6 @@ be kept from zero. Every other solver has its own forward and backward pass.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +92,34 @@ class BySolver(InverseRoot):
         if lacking is not None:
             _add_trace(gradient, lacking > 0.0)
         return gradient, 1.0
+
+
+class ByProducts(InverseRoot):
+    """The same with a solver of products alone and no value read: all of the ridge is on the diagonal."""
+
+    def forward(self, P: Tensor) -> tuple[Tensor, Saved]:
+        smallest = torch.finfo(P.dtype).eps
+        trace = P.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).clamp_min_(self.eps / smallest)
+        P = torch.lerp(P, P.mT, 0.5)
+        P.diagonal(dim1=-2, dim2=-1).add_(trace, alpha=smallest)
+        (S,), residuals = self.solver.forward(P, ("invsqrt",), 0.0)
+        return S, (P if self.solver.keeps_input else None, trace, S, *residuals)
+
+    def adjoint(self, saved: Saved, grad: Tensor) -> tuple[Tensor, float]:
+        P, trace, S, *residuals = saved
+        assert trace is not None
+        done = Done(("invsqrt",), 0.0, P, (S,), tuple(residuals))  # pyright: ignore[reportArgumentType]
+        gradient = self.solver.backward(done, (grad,))
+        _add_trace(gradient, trace > self.eps / torch.finfo(gradient.dtype).eps)
+        return gradient, 1.0
+
+
+def inverse_root(solver: Solver, eps: float, *, grows: bool, reading: bool) -> InverseRoot:
+    """The way that a solver takes; ``reading``: whether values may be read and checked."""
+    if type(solver) is Eigh:
+        return ByEigenpairs(solver, eps, grows=grows)
+    kind = ByProducts if grows and solver.traceable and not reading else BySolver
+    return kind(solver, eps, grows=grows)
 
 
 def _add_trace(gradient: Tensor, grown: Tensor) -> None:

@@ -1,8 +1,9 @@
-"""The moments of a batch, accurate to rounding whatever its mean, and the few numbers that say what else there is to do.
+"""The moments of a batch, accurate whatever its mean, and the few numbers that say what else is to be done.
 
 Σ x xᵀ − M μ μᵀ loses the digits of 1 + (μ/σ)². On the CPU the variances are read, and x is centred before the product
-only where that is much, or the batch so small that a copy costs less than the question. Elsewhere nothing is read and x is always centred, by a mean that Welford's updates keep exact
-for constant channels (Chan, Golub and LeVeque, The American Statistician, 1983).
+only where that is much, or the batch so small that a copy costs less than the question. Elsewhere nothing is read and x
+is always centred, by a mean that Welford's updates keep exact for constant channels (Chan, Golub and LeVeque, The
+American Statistician, 1983).
 """
 
 from __future__ import annotations

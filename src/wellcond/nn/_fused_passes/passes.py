@@ -11,8 +11,8 @@ from torch import Tensor
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond._shared.torch_internals import along_many_directions, apply_directly
 
-from .layout import as_blocks, channels_last, from_blocks
 from .batch_moments import measure
+from .layout import as_blocks, channels_last, from_blocks
 from .pieces import Geometry, Samples, affine, geometry_of, sum_of_products
 from .plain import needs_plain_operations, plain_affine_map, plain_moments
 

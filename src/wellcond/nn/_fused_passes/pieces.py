@@ -192,7 +192,7 @@ Term = tuple[Tensor, Samples]
 
 
 def affine(start: Tensor | None, *terms: Term, scale: float = 1.0) -> Tensor:
-    """start + A₁ B₁ + scale · A₂ B₂, start (G, d, 1) by groups, as activations in the layout and dtype of those of B₁."""
+    """start + A₁ B₁ + scale · A₂ B₂, start (G, d, 1) by groups, as activations in the layout and dtype of B₁."""
     samples = terms[0][1]
     K, G, _, _ = samples.geometry.sizes
     # Activations of one geometry are all read alike, or the first of them as they are and the others are small copies.

@@ -1,6 +1,6 @@
 """The whole layer in training as one autograd function: y = W (x − origin) + b with W = γ S, b = β − W away.
 
-In the notation of :mod:`wellcond.nn._fused_passes`, with Z the activations as they are read, m their mean and g = ∂l/∂y:
+In the notation of :mod:`wellcond.nn._fused_passes`, Z the activations as they are read, m their mean, g = ∂l/∂y:
 
     A = Σ g Zᵀ − (Σ g) mᵀ,   ∂l/∂γ = the row sums of A ∘ S,   ∂l/∂β = Σ g,   ∂l/∂S = γ A,
     ∂l/∂x = Wᵀ g + D (Z − m) − Wᵀ (Σ g)/M,   D = (2/M) ∂l/∂P.
@@ -94,7 +94,7 @@ class _Whiten(torch.autograd.Function):
                 if away is not None:
                     A.baddbmm_(grad_b, away.mT, alpha=-1)
                 if need_weight:
-                    grad_weight = _flat(torch.mul(A, S).sum(-1), weight)
+                    grad_weight = _flat(_row_products(A, S, on_cpu=geometry.on_cpu), weight)
             if need_x:
                 if weight is not None:
                     A.mul_(_by_group(weight, geometry.sizes[1], A.dtype))  # pyright: ignore[reportPossiblyUnboundVariable]
@@ -116,6 +116,14 @@ def _by_group(parameter: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     return (parameter if parameter.dtype == dtype else parameter.to(dtype)).view(groups, -1, 1)
 
 
+def _row_products(A: Tensor, B: Tensor, *, on_cpu: bool) -> Tensor:
+    """Inner products of the rows of (G, d, d); off the CPU in one operation."""
+    if on_cpu:
+        return torch.mul(A, B).sum(-1)
+    d = A.shape[-1]
+    return torch.bmm(A.reshape(-1, 1, d), B.reshape(-1, d, 1))
+
+
 def _flat(grad: Tensor, parameter: Tensor) -> Tensor:
     """The gradient of a parameter in its shape and dtype."""
     grad = grad.view(-1)
@@ -125,8 +133,8 @@ def _flat(grad: Tensor, parameter: Tensor) -> Tensor:
 def _again(ctx: Any, grad_y: Tensor, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
     """The same by a chain of operations that autograd differentiates."""
     create_graph = torch.is_grad_enabled()
-    wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+    wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed and x is not None]
     with torch.enable_grad():
         y = ctx.again(*inputs)
-        grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=create_graph))  # pyright: ignore[reportArgumentType]
+        grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=create_graph))
     return (*(next(grads) if needed else None for needed in ctx.needs_input_grad[:3]), None, None)
