@@ -260,6 +260,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="cases whose name contains one of these (default: all)")
     parser.add_argument("--list", action="store_true", help="the operations one after the other")
+    parser.add_argument("--quick", action="store_true", help="as the other scripts have it; this one always is")
     parser.add_argument("--json", type=Path, help="write the counts to this file")
     parser.add_argument("--before", type=Path, help="counts of another version, as --json writes them")
     options = parser.parse_args()

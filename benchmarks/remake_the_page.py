@@ -30,6 +30,7 @@ SECTIONS = {
     "when_do_threads_pay": "Threads for batches",
     "how_do_peers_compare": "Other packages",
     "svd_gradients": "Published gradients of the SVD",
+    "how_many_kernels": "How many kernels",
 }
 
 

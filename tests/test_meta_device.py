@@ -1,40 +1,48 @@
-"""Layers on ``meta``: people count operations, initialise large models and look at shapes there, as with torch.nn."""
+"""On the ``meta`` device, where there are no values, every function has the shape and dtype that it has elsewhere.
+
+Whatever reads a value fails there: on an accelerator the host would wait for it.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from wellcond import nn as spectral
+import wellcond.linalg as wl
+from function_table import FUNCTIONS, SPECTRA
 
-IMAGES = (4, 16, 7, 7)
-CASES = {
-    "DecorrelatedBatchNorm1d": (lambda: spectral.DecorrelatedBatchNorm1d(16), (32, 16), (32, 16)),
-    "DecorrelatedBatchNorm2d": (lambda: spectral.DecorrelatedBatchNorm2d(16, groups=4), IMAGES, IMAGES),
-    "DecorrelatedBatchNorm3d": (lambda: spectral.DecorrelatedBatchNorm3d(4), (2, 4, 3, 4, 5), (2, 4, 3, 4, 5)),
-    "IterNorm2d": (lambda: spectral.IterNorm2d(16), IMAGES, IMAGES),
-    "cholesky": (lambda: spectral.DecorrelatedBatchNorm2d(16, method="cholesky"), IMAGES, IMAGES),
-    "pca": (lambda: spectral.DecorrelatedBatchNorm2d(16, method="pca"), IMAGES, IMAGES),
-    "relative": (lambda: spectral.DecorrelatedBatchNorm2d(16, relative=True), IMAGES, IMAGES),
-    "GlobalCovariancePool2d": (lambda: spectral.GlobalCovariancePool2d(16), IMAGES, (4, 136)),
-    "reduced": (lambda: spectral.GlobalCovariancePool2d(16, reduction=4, isometric=True), IMAGES, (4, 10)),
-    "log": (lambda: spectral.GlobalCovariancePool2d(16, function="log", eps=1e-3, triu=False), IMAGES, (4, 16, 16)),
-    "TokenCovariancePool": (lambda: spectral.TokenCovariancePool(16), (4, 49, 16), (4, 136)),
-    "SpectralLayer": (lambda: spectral.SpectralLayer("sqrt", normalisation="trace"), (4, 16, 49), (4, 16, 16)),
-    "SkewOrthogonalConv2d": (lambda: spectral.SkewOrthogonalConv2d(16, 16), IMAGES, (4, 16, 7, 7)),
-}
+# These read one number, to choose or to refuse.
+READS = {"minimax_or_eigh", "adaptive"}
+CASES = [(name, solver) for name, function in FUNCTIONS.items() for solver in (None, *function.solvers)]
 
 
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("name", CASES)
-def test_a_layer_made_on_meta_gives_shapes_and_gradients_of_shapes(name, train):
-    build, taken, given = CASES[name]
-    with torch.device("meta"):
-        layer = build().train(train)
-        x = torch.empty(taken, requires_grad=True)
-    y = layer(x)
-    assert y.is_meta
-    assert y.shape == given
-    inputs = (x, *layer.parameters())
-    grads = torch.autograd.grad(y, inputs, torch.empty_like(y), allow_unused=True)
-    assert all(g is not None and g.is_meta and g.shape == t.shape for g, t in zip(grads, inputs, strict=True))
+def tensors(result):
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+@pytest.mark.parametrize(("name", "solver"), [c for c in CASES if not READS & {c[1], c[0].split("-")[-1]}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_function_runs_without_values(name, solver, dtype):
+    function = FUNCTIONS[name]
+    options = {} if solver is None else {"solver": solver}
+    x = function.make(SPECTRA["distinct"], dtype, (2,)).requires_grad_()
+    y = x.detach().to("meta").requires_grad_()
+    want = tensors(function.f(x, **options))
+    got = tensors(function.f(y, **options))
+    assert all(out.is_meta for out in got)
+    assert [(out.shape, out.dtype) for out in got] == [(out.shape, out.dtype) for out in want]
+    if name == "polar" and solver in ("minimax", "muon"):
+        return  # values only
+    (gradient,) = torch.autograd.grad([out.float().sum() for out in got], y)
+    assert gradient.is_meta and (gradient.shape, gradient.dtype) == (y.shape, y.dtype)
+
+
+@pytest.mark.parametrize("name", ["sqrtm_ex", "invsqrtm_ex"])
+def test_a_status_is_given_without_values(name):
+    status = getattr(wl, name)(torch.eye(3, device="meta").expand(2, 3, 3))
+    assert status.info.shape == status.residual.shape == (2,) and status.info.is_meta
+
+
+def test_what_reads_a_value_says_that_there_is_none():
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        wl.sqrtm(torch.eye(3, device="meta"), solver="minimax_or_eigh")

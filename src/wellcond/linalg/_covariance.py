@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from wellcond._shared.checks import require_matrix
+from wellcond._shared.checks import hermitian_part, require_matrix
 from wellcond._shared.precision import full_precision, wide_dtype, widened, working_dtype
 from wellcond._shared.torch_internals import is_compiling, is_exporting
 
@@ -45,7 +45,7 @@ def covariance(X: Tensor, *, correction: int = 0) -> Tensor:
         A = centred_factor(X, correction)
         P = A @ A.mH
         # BLAS need not round the two triangles alike, nor leave a complex diagonal real.
-        return ((P + P.mH) / 2).to(X.dtype)
+        return hermitian_part(P).to(X.dtype)
 
 
 def centred_factor(X: Tensor, correction: int = 0) -> Tensor:

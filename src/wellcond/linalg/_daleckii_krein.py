@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.autograd import BatchedFunction
+from wellcond._shared.checks import hermitian_part
 from wellcond._shared.precision import full_precision
 
 from ._divided_differences import Power, SpectralMap, reciprocal_or_zero
@@ -30,7 +31,7 @@ def derivative_along(P: Tensor, E: Tensor, f: SpectralMap, eigvals: Tensor, U: T
 
     Once more for most functions, and to every order for the two roots.
     """
-    E = (E + E.mH) / 2
+    E = hermitian_part(E)
     exponent = root_exponent(f)
     if exponent is None:
         return _Derivative.call(P, E, f, eigvals, U)
@@ -53,7 +54,7 @@ def root_exponent(f: SpectralMap) -> float | None:
 
 
 def _second_derivative(E: Tensor, F: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
-    return _SecondDerivative.call((E + E.mH) / 2, (F + F.mH) / 2, f, eigvals, U)
+    return _SecondDerivative.call(hermitian_part(E), hermitian_part(F), f, eigvals, U)
 
 
 class _Function(BatchedFunction):

@@ -30,7 +30,7 @@ def triples(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def reciprocal_or_zero(x: Tensor) -> Tensor:
     """1/x, and 0 where x is 0: the pseudo-inverse of a diagonal. Not differentiated."""
-    return reciprocal_or_zero_(x.clone())
+    return reciprocal_or_zero_(x.clone()) if is_exporting() else _zero_for_infinity(x.reciprocal())
 
 
 def reciprocal_or_zero_(x: Tensor) -> Tensor:

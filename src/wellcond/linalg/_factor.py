@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.autograd import BatchedFunction, differentiated_again
-from wellcond._shared.checks import bad_indices, checks_values, require_finite
+from wellcond._shared.checks import bad_indices, checks_values, hermitian_part, require_finite
 from wellcond._shared.errors import NonFiniteMatrixError, NotPositiveSemidefiniteError
 from wellcond._shared.events import place
 from wellcond._shared.precision import full_precision, wide_dtype, widened
+from wellcond._shared.products import product
 
 from ._covariance import centred_factor, centred_gram, times_centred
 from ._daleckii_krein import apply_function, derivative_along, root_exponent
 from ._divided_differences import Power, SpectralMap, reciprocal_or_zero
-from ._products import product
 from ._rank import Truncated, eigenpairs, feature_tolerance
 from ._spectrum import unresolved
 from ._sylvester import in_eigenbasis
@@ -76,11 +76,11 @@ def factorise(X: Tensor, correction: int) -> Factor:
         else:
             gram, mean = centred_gram(X)
             gram = gram / divisor
-        eigvals, basis = eigh((gram + gram.mH) / 2)
+        eigvals, basis = eigh(hermitian_part(gram))
         mean_square = eigvals.sum(-1) + mean.abs().square().sum((-2, -1)) * (n / divisor)
         tolerance = feature_tolerance(X, mean_square)
         if not (checks_values(X) and unresolved(eigvals, tolerance, 1e-4).any()):
-            eigvals = torch.where(eigvals > tolerance.unsqueeze(-1), eigvals, 0.0)
+            eigvals = eigvals.masked_fill(eigvals <= tolerance.unsqueeze(-1), 0.0)
             if A is None:
                 return Factor(eigvals, basis, basis.new_empty(*X.shape[:-2], 0, 0))
             V = basis * (eigvals > 0).unsqueeze(-2)
@@ -135,7 +135,7 @@ class FactorFunction(BatchedFunction):
             return None, None
         X, *factor = ctx.saved_tensors
         with full_precision(X):
-            G = (grad + grad.mH) / 2
+            G = hermitian_part(grad)
             exact = _gradient(X, G, ctx.options, Factor(*factor))
             if differentiated_again():
                 # The same as a differentiable expression of X and G, which keeps the one above as its value.
@@ -219,7 +219,7 @@ def _change(dX: Tensor, options: Options, factor: Factor) -> Tensor:
     half = U @ (C * (U.mH @ dXV)) @ U.mH
     if c is not None:
         half = half + (dXV * c) @ U.mH
-    return (half + half.mH) / 2
+    return hermitian_part(half)
 
 
 def _coefficients(options: Options, factor: Factor, divisor: int) -> tuple[Tensor, Tensor | None]:

@@ -21,10 +21,10 @@ from torch import Tensor
 from wellcond._shared.autograd import BatchedFunction, differentiated_again, once
 from wellcond._shared.checks import checks_values, hermitian_part, readable, require_finite, require_matrix
 from wellcond._shared.precision import full_precision, working_dtype
+from wellcond._shared.products import identity, plus_product, positive_or_one, product
 from wellcond._shared.torch_internals import along_many_directions, is_compiling
 
 from ._divided_differences import reciprocal_or_zero, reciprocal_or_zero_
-from ._products import identity, plus_product, positive_or_one, product
 from ._sylvester import sylvester
 from .lapack import thin_svd
 from .solvers import Coefficients, Minimax, completed_square, largest_entry

@@ -87,7 +87,7 @@ def noise(d: int, dtype: torch.dtype) -> float:
 
 def without_noise(eigvals: Tensor) -> Tensor:
     """Eigenvalues in ascending order, with 0 for those that are no more than noise."""
-    return torch.where(eigvals > noise(eigvals.shape[-1], eigvals.dtype) * eigvals[..., -1:], eigvals, 0.0)
+    return eigvals.masked_fill(eigvals <= noise(eigvals.shape[-1], eigvals.dtype) * eigvals[..., -1:], 0.0)
 
 
 def clear_of_zero(eigvals: Tensor) -> bool:
@@ -119,7 +119,7 @@ def shifted_spectrum(eigvals: Tensor, eps: float, *, invertible: bool, rank: Ran
                     "give eps > 0, or rank='pinv' or 'floor'"
                 )
     if rank == "pinv":
-        return torch.where(eigvals > matrix_tolerance(eigvals), eigvals, 0.0)
+        return eigvals.masked_fill(eigvals <= matrix_tolerance(eigvals), 0.0)
     return eigvals.clamp_min(0.0).add_(eps) if eps else eigvals.clamp_min(0.0)
 
 

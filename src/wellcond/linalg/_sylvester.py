@@ -15,9 +15,9 @@ from torch import Tensor
 from wellcond._shared.autograd import BatchedFunction, differentiated_again
 from wellcond._shared.checks import hermitian_part, require_matrix
 from wellcond._shared.precision import full_precision, working_dtype
+from wellcond._shared.products import plus_product, product
 
 from ._divided_differences import reciprocal_or_zero_
-from ._products import plus_product, product
 from ._rank import eigenpairs
 
 

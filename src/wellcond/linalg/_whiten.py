@@ -20,6 +20,7 @@ from torch import Tensor
 from wellcond._shared.checks import (
     bad_indices,
     hermitian,
+    hermitian_part,
     readable,
     refuse_in_onnx,
     require_finite,
@@ -30,6 +31,7 @@ from wellcond._shared.errors import NotPositiveSemidefiniteError
 from wellcond._shared.events import place
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, widened, working_dtype
+from wellcond._shared.products import identity, positive_or_one
 from wellcond._shared.torch_internals import in_onnx_export
 
 from ._covariance import centred_factor, require_features
@@ -109,10 +111,10 @@ def whiten(
         if relative or eps == 0.0:
             # Nothing changes when the features are scaled, so any scale will do that keeps P in the range of the dtype.
             largest = torch.linalg.vector_norm(A.detach(), float("inf"), dim=(-2, -1), keepdim=True)
-            scale = torch.where(largest > 0, largest, 1.0)
+            scale = positive_or_one(largest)
             if relative and eps:
                 size = (A / scale).abs().square().sum((-2, -1), keepdim=True) / A.shape[-2]
-                scale = scale * torch.where(size > 0, size, 1.0).sqrt()
+                scale = scale * positive_or_one(size).sqrt()
             if relative or not readable(A) or (scale.log10().abs() > 6).any():
                 A = A / scale
             else:
@@ -174,7 +176,7 @@ def whitening_matrix(
         if not relative:
             return _matrix(work, method, eps, rank, solver).to(P.dtype)
         scale = work.diagonal(dim1=-2, dim2=-1).real.mean(-1)[..., None, None]
-        scale = torch.where(scale > 0, scale, 1.0)
+        scale = positive_or_one(scale)
         return (_matrix(work / scale, method, eps, rank, solver) / scale.sqrt()).to(P.dtype)
 
 
@@ -194,10 +196,10 @@ def _require_options(method: str, eps: float, rank: str, solver: str | Solver) -
 def _matrix(P: Tensor, method: WhiteningMethod, eps: float, rank: Rank, solver: str | Solver) -> Tensor:
     if method != "cholesky":
         S = invsqrtm(P, eps=eps, rank=rank, solver=solver)
-        return S if method == "zca" else _principal_axes((P + P.mH) / 2).mH @ S
-    P = hermitian(P) if readable(P) else (P + P.mH) / 2
-    eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
-    L, info = torch.linalg.cholesky_ex(P + eps * eye)
+        return S if method == "zca" else _principal_axes(hermitian_part(P)).mH @ S
+    P = hermitian(P) if readable(P) else hermitian_part(P)
+    eye = identity(P)
+    L, info = torch.linalg.cholesky_ex(torch.add(P, eye, alpha=eps) if eps else P)
     W = torch.linalg.solve_triangular(L, eye, upper=False)
     if readable(P):  # not under torch.func, where values are not read
         singular = info != 0
@@ -266,7 +268,7 @@ def _white_factor(
     sigma = floor = None
     if eps == 0.0:
         largest = X.detach().abs().amax((-2, -1), keepdim=True)
-        unit = X.detach() / torch.where(largest > 0, largest, 1.0)
+        unit = X.detach() / positive_or_one(largest)
         mean_square = torch.linalg.vector_norm(unit, dim=(-2, -1), dtype=A.dtype).real.square() / n
         floor = feature_tolerance(X, mean_square).sqrt() * (largest / scale)[..., 0, 0]
     if method == "cholesky":

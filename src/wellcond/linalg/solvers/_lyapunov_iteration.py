@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.autograd import differentiated_again
+from wellcond._shared.products import flat, positive_or_one
 from wellcond._shared.torch_internals import along_many_directions, is_compiling
 
-from .._products import flat, positive_or_one
 from ._minimax_polynomials import Coefficients, completed_square
 from ._solver import frobenius_norm
 

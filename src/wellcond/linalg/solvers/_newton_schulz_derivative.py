@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._products import flat
+from wellcond._shared.products import flat
 
 
 def along_the_iteration(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.events import count_call
+from wellcond._shared.products import identity, plus_product, positive_or_one
 
-from .._products import identity, plus_product, positive_or_one
 from ._lyapunov_iteration import lyapunov_iteration
 from ._minimax_polynomials import NEWTON_SCHULZ
 from ._solver import Done, LyapunovSolver, Root, Tensors, frobenius_norm, require_scale

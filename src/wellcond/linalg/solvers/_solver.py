@@ -19,9 +19,9 @@ from wellcond._shared.checks import bad_indices, checks_values, hermitian, hermi
 from wellcond._shared.errors import ApproximateRootWarning, NotPositiveSemidefiniteError
 from wellcond._shared.events import place
 from wellcond._shared.precision import full_precision, widened
+from wellcond._shared.products import identity, plus_product, positive_or_one, product
 from wellcond._shared.torch_internals import is_compiling
 
-from .._products import identity, plus_product, positive_or_one, product
 from .._rank import matrix_tolerance
 
 Root = Literal["sqrt", "invsqrt"]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.autograd import differentiated_again
+from wellcond._shared.products import product
 from wellcond._shared.torch_internals import along_many_directions
 
 from .._divided_differences import reciprocal_or_zero, reciprocal_or_zero_
-from .._products import product
 from .._rank import clear_of_zero, noise, shifted_spectrum
 from .._sylvester import sylvester
 from ..lapack import eigh
@@ -53,18 +53,16 @@ def _gradient(done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
     Three arrays of the size of the batch hold everything in turn: fresh memory costs more than a product writes.
     """
     s, U = done.residuals
-    half = s + s
-    pair = reciprocal_or_zero_(half.unsqueeze(-1) + half.unsqueeze(-2))  # half of K: the rest is the Hermitian part
+    wanted = [(root, grad) for root, grad in zip(done.roots, grads, strict=True) if grad is not None]
+    # Half of K, for the rest is the Hermitian part; of S = Q⁻¹ alone negative, as dS = −S dQ S.
+    half = s * (2.0 if wanted[0][0] == "sqrt" else -2.0)
+    pair = reciprocal_or_zero_(half.unsqueeze(-1) + half.unsqueeze(-2))
     inner = left = None
-    for root, grad in zip(done.roots, grads, strict=True):
-        if grad is None:
-            continue
-        left = product(U.mH, grad, out=left)
-        term = product(left, U).mul_(pair)
-        if root == "invsqrt":
-            t = reciprocal_or_zero(s)
-            term.mul_(t.unsqueeze(-1)).mul_(t.neg().unsqueeze(-2))
-        inner = term if inner is None else inner.add_(term)
+    for root, grad in wanted:
+        basis = U if root == "sqrt" else U * reciprocal_or_zero(s).unsqueeze(-2)
+        left = product(basis.mH, grad, out=left)
+        term = product(left, basis).mul_(pair)
+        inner = term if inner is None else inner.sub_(term)
     assert inner is not None
     gradient = product(product(U, inner, out=left), U.mH, out=inner)
     return torch.add(gradient, gradient.mH, out=left)

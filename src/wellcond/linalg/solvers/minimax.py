@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.events import count_call
+from wellcond._shared.products import identity, plus_product, positive_or_one, product
 
-from .._products import identity, plus_product, positive_or_one, product
 from ._lyapunov_iteration import lyapunov_iteration
 from ._minimax_polynomials import Coefficients, completed_square, polynomials_from
 from ._solver import Done, LyapunovSolver, Root, Tensors, largest_entry, require_scale

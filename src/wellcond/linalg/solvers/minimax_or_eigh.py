@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.checks import value_checks
+from wellcond._shared.products import identity, plus_product, product
 from wellcond._shared.torch_internals import is_exporting
 
-from .._products import identity, plus_product, product
 from ._solver import Done, LyapunovSolver, Root, Tensors
 from .eigh import Eigh
 from .minimax import Minimax

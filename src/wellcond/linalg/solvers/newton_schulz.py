@@ -18,9 +18,9 @@ from torch import Tensor
 from wellcond._shared.autograd import differentiated_again
 from wellcond._shared.checks import hermitian_part
 from wellcond._shared.events import count_call
+from wellcond._shared.products import identity, plus_product, positive_or_one, product
 from wellcond._shared.torch_internals import along_many_directions, is_compiling, under_functorch
 
-from .._products import identity, plus_product, positive_or_one, product
 from ._newton_schulz_derivative import along_the_iteration, inner, trace
 from ._solver import Done, Root, Solver, Tensors, require_scale
 
@@ -66,7 +66,7 @@ class NewtonSchulz(Solver):
         require_scale(size, roots)
         if self.adaptive:
             Y, Z, taken = self._until_good(A, identity(A).expand_as(A), roots)
-            return _scaled(roots, Y, Z, scale), (A, scale, taken)
+            return _scaled(roots, Y, Z, scale), (taken,)
         half3 = 1.5 * identity(A)
         M = torch.sub(half3, A, alpha=0.5)
         Y, Z = product(A, M), M
@@ -75,7 +75,8 @@ class NewtonSchulz(Solver):
             M = plus_product(half3, Z, Y, alpha=-0.5)
             Y = Y if last and "sqrt" not in roots else product(Y, M)
             Z = Z if last and "invsqrt" not in roots else product(M, Z)
-        return _scaled(roots, Y, Z, scale), (A, scale)
+        # Of two roots the derivative goes by P, to keep no fourth matrix.
+        return _scaled(roots, Y, Z, scale), (A, scale) if len(roots) == 1 else ()
 
     def _until_good(self, A: Tensor, eye: Tensor, roots: tuple[Root, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Y, Z and the steps (..., 1, 1) that each matrix took."""
@@ -97,13 +98,12 @@ class NewtonSchulz(Solver):
         return Y, Z, taken
 
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
-        wanted = [pair for pair in zip(done.roots, done.outputs, grads, strict=True) if pair[2] is not None]
         again = differentiated_again() or is_compiling() or along_many_directions(*grads)
-        if len(wanted) == 1 and not self.adaptive and not again:
-            root, output, grad = wanted[0]
-            assert grad is not None
-            return along_the_iteration(self.steps, root, output, grad, *done.residuals)
-        return self.adjoint(done, grads)
+        if len(done.residuals) != 2 or again:
+            return self.adjoint(done, grads)
+        (root,), (output,), (grad,) = done.roots, done.outputs, grads
+        assert grad is not None
+        return along_the_iteration(self.steps, root, output, grad, *done.residuals)
 
     def adjoint(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
         """:meth:`backward` in operations that can be differentiated again, of any roots and steps."""
@@ -152,7 +152,7 @@ class NewtonSchulz(Solver):
         A, scale, _ = _normalised(hermitian_part(done.P), done.eps)
         eye = identity(A)
         half3, whole = 1.5 * eye, eye.expand_as(A)
-        taken = done.residuals[2] if self.adaptive else None
+        taken = done.residuals[0] if self.adaptive else None
         steps = self.steps
         if taken is not None and taken.numel() and not under_functorch():
             steps = max(1, int(taken.max()))
@@ -174,7 +174,7 @@ def _residual(A: Tensor, Y: Tensor, Z: Tensor, eye: Tensor, roots: tuple[Root, .
     found = []
     if "sqrt" in roots:
         size = torch.linalg.matrix_norm(A, keepdim=True)
-        found.append(torch.linalg.matrix_norm(Y @ Y - A, keepdim=True) / torch.where(size > 0, size, 1.0))
+        found.append(torch.linalg.matrix_norm(Y @ Y - A, keepdim=True) / positive_or_one(size))
     if "invsqrt" in roots:
         found.append(torch.linalg.matrix_norm(Z @ Y - eye, keepdim=True) / A.shape[-1] ** 0.5)
     return found[0] if len(found) == 1 else torch.maximum(*found)

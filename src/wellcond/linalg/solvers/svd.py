@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.autograd import differentiated_again, once
-from wellcond._shared.checks import refuse_in_onnx
+from wellcond._shared.checks import hermitian_part, refuse_in_onnx
 from wellcond._shared.events import count_call, count_failure
 from wellcond._shared.torch_internals import outside_the_compiler
 
@@ -104,7 +104,7 @@ class Svd(Solver):
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
         """Eq. (5)–(7), or what the remedy has for them."""
         gradient = self.gradient.backward(done, grads)
-        gradient = (gradient + gradient.mH) / 2
+        gradient = hermitian_part(gradient)
         if not differentiated_again():
             return gradient
         sources = [grad for grad in grads if grad is not None]
