@@ -18,7 +18,7 @@ import wellcond.linalg as wl
 from wellcond.nn import DecorrelatedBatchNorm2d, IterNorm2d
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from how_many_kernels import READS, count, count_case, of_layer  # noqa: E402
+from how_many_kernels import READS, count, count_case, of_layer
 
 # Both passes; what the formulas need, with γ, β and running statistics.
 BOUNDS = {
