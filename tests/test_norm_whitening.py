@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import pytest
@@ -371,10 +372,11 @@ def test_many_images_of_few_pixels_are_whitened_by_the_definition(shape, groups,
 
 def test_pieces_may_be_read_through_another_slot():
     """As the one operand after they were both: they must not then share memory with the other."""
-    X, Y = torch.randn(2, 5, 1, 3, 20, dtype=torch.float64)
+    X, Y = torch.randn(2, 5, 3, 20, dtype=torch.float64)
     ones, zeros = (f(1, 3, 1, dtype=torch.float64) for f in (torch.ones, torch.zeros))
-    features = pieces.CentredPieces(X, torch.float64, ones)
+    geometry = dataclasses.replace(pieces.geometry_of(X, 1), small=False)  # which would be read at once
+    features = pieces.Samples(X, geometry, ones)
     centred = X - 1
     assert torch.allclose(pieces.sum_of_products(features, features), (centred @ centred.mT).sum(0))
-    other = pieces.CentredPieces(Y, torch.float64, zeros)
+    other = pieces.Samples(Y, geometry, zeros)
     assert torch.allclose(pieces.sum_of_products(other, features), (Y @ centred.mT).sum(0))

@@ -41,6 +41,9 @@ from ._rank import Rank, eigenpairs, feature_tolerance, matrix_tolerance, requir
 from ._roots import invsqrtm
 from .solvers import Eigh, Solver, choose_solver
 
+# Rows up to which Python looks at them faster than as many operations do.
+FEW_ROWS = 64
+
 WhiteningMethod = Literal["zca", "pca", "cholesky"]
 Via = Literal["auto", "factor", "covariance"]
 
@@ -301,14 +304,25 @@ def _without_constants(X: Tensor, A: Tensor, root_n: float) -> Tensor:
     Of a constant the rounded mean leaves a difference, the same everywhere, which is no variance either.
     """
     rows = A.detach()
+    reads = readable(X)
+    if reads and rows.shape[:-1].numel() <= FEW_ROWS and not _near_a_constant(X.detach(), rows, root_n):
+        return A
     mean = (X[..., :1].detach() - rows[..., :1] * root_n).abs()
     rounding = torch.finfo(working_dtype(X.dtype)).eps * mean
     # With that difference, at most some ten times the rounding, and at half the cost of the deviation.
-    if readable(X) and not (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) <= 16 * rounding).any():
+    if reads and not (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) <= 16 * rounding).any():
         return A
     unit = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True)  # squares of tiny ones would vanish
     deviation = (rows / unit).std(-1, correction=0, keepdim=True) * unit * root_n  # NaN of zeros, which stay
     return A.masked_fill(deviation < rounding, 0.0)
+
+
+def _near_a_constant(X: Tensor, rows: Tensor, root_n: float) -> bool:
+    """Whether some channel may be one, by a bound on its mean and in as few operations as it takes to read them."""
+    eps = torch.finfo(working_dtype(X.dtype)).eps
+    sizes, first = torch.linalg.vector_norm(rows, dim=-1).flatten().tolist(), X[..., 0].flatten().tolist()
+    # |mean| is at most the first sample and its deviation, which is below the norm of all.
+    return not all(size > 16 * eps * (abs(x) + root_n * size) for size, x in zip(sizes, first, strict=True))
 
 
 def _require_samples(A: Tensor) -> None:

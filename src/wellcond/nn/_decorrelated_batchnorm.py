@@ -20,12 +20,23 @@ from wellcond._shared.names import require_known
 from wellcond._shared.precision import HALF, full_precision, working_dtype
 from wellcond._shared.torch_internals import called_by, has_values, is_compiling, is_exporting, under_functorch
 from wellcond.linalg import NewtonSchulz, Solver, WhiteningMethod, recording, value_checks, whitening_matrix
+from wellcond.linalg.solvers import choose_solver
 
 from ._base import Observation, SpectralModule, require_input, symbolic_call
 from ._derived import Derived
-from ._fused_passes import PassContext, affine_map, moments
+from ._fused_passes import (
+    PassContext,
+    Whitening,
+    affine_map,
+    geometry_of,
+    measure,
+    moments,
+    needs_plain_operations,
+    whiten,
+)
+from ._inverse_root import inverse_root
 from ._migration import upgrade
-from ._minimum_ridge import mean_ridge, with_ridge, without_constants
+from ._minimum_ridge import mean_ridge, varying, with_ridge, without_constants
 from ._range import by_channel, leaves_range, require_squares, unit_of_covariances, unit_of_features
 from ._sync import joined_moments, processes
 
@@ -146,13 +157,18 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
             if self.training or self.running_mean is None:
                 return self._by_batch_statistics(x)
             mean = self.running_mean.view(self.groups, -1, 1)
-            return affine_map(x, *self._affine(self._running_whitening(), mean, working_dtype(x.dtype)))
+            W, b = self._affine(self._running_whitening(), mean, working_dtype(x.dtype), self.weight, self.bias)
+            return affine_map(x, W, b)
 
     def _by_batch_statistics(self, x: Tensor) -> Tensor:
         count = x.shape[0] * math.prod(x.shape[2:])
         together = self.sync and self.training and processes(self.process_group) > 1
         if not together:
             self._check_count(count, x)
+            if self.method == "zca" and not self.relative and not needs_plain_operations(x):
+                y = self._at_once(x, count)
+                if y is not None:
+                    return y
         x, unit, mean, cov, context = self._moments(x, alone=not together)
         if together:
             mean, cov, count = joined_moments(mean, cov, count, self.process_group)
@@ -162,7 +178,38 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         whitening = self._whitening(cov)
         if self.training and self.track_running_stats:
             self._track(mean.detach(), cov.detach(), whitening.detach(), count, unit)
-        return affine_map(x, *self._affine(whitening, context.from_origin(mean), cov.dtype), context)
+        W, b = self._affine(whitening, context.from_origin(mean), cov.dtype, self.weight, self.bias)
+        return affine_map(x, W, b, context)
+
+    def _at_once(self, x: Tensor, count: int) -> Tensor | None:
+        """The usual case by a single autograd function; None for values that are to be looked at more closely."""
+        with torch.no_grad():
+            moments = measure(x, geometry_of(x, self.groups), reading=readable(x))
+            mean, cov, numbers = moments.mean, moments.cov, moments.numbers
+            constants = grows = True
+            if numbers is not None:
+                limit, rounding = torch.finfo(cov.dtype).max ** 0.5, torch.finfo(cov.dtype).eps
+                if not numbers.highest < limit or (not numbers.lowest > 1 / limit and leaves_range(cov)):
+                    return None
+                constants = numbers.lowest <= (rounding * numbers.mean) ** 2
+                grows = rounding * cov.shape[-1] * numbers.highest > self.eps
+            kept = varying(cov, mean) if constants else None
+            if kept is not None:
+                cov.mul_(kept)
+            solver = choose_solver(self.solver, cov)
+            way = inverse_root(solver, self.eps, grows=grows, reading=numbers is not None)
+            with self._recording(self.solver):
+                root, saved = way.forward(cov)
+            if self.training and self.track_running_stats:
+                self._track(mean, cov, root, count)
+        whitening = Whitening(root, saved, way.adjoint, kept, self._in_steps)
+        return whiten(x, self.weight, self.bias, moments, whitening)
+
+    def _in_steps(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The output of a training step, nothing of which is kept."""
+        x, _, mean, cov, context = self._moments(x)
+        W, b = self._affine(self._whitening(cov), context.from_origin(mean), cov.dtype, weight, bias)
+        return affine_map(x, W, b, context)
 
     def _moments(self, x: Tensor, *, alone: bool = True) -> tuple[Tensor, Tensor | None, Tensor, Tensor, PassContext]:
         """c x with factors c by group, c itself (G, 1, 1), None where it is 1, and the moments of c x."""
@@ -187,13 +234,15 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
             W = whitening_matrix(cov, eps=eps, method=self.method, relative=self.relative, solver=self.solver)
         return W if unit is None else W * unit
 
-    def _affine(self, whitening: Tensor, mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _affine(
+        self, whitening: Tensor, mean: Tensor, dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """W (G, d, d) and b (G, d, 1) with y = W x + b."""
         W, mean = whitening.to(dtype), mean.to(dtype)
-        if self.weight is None or self.bias is None:
+        if weight is None or bias is None:
             return W, -(W @ mean)
-        W = self.weight.to(dtype).view(self.groups, -1, 1) * W
-        return W, self.bias.to(dtype).view(self.groups, -1, 1) - W @ mean
+        W = weight.to(dtype).view(self.groups, -1, 1) * W
+        return W, torch.baddbmm(bias.to(dtype).view(self.groups, -1, 1), W, mean, alpha=-1)
 
     def observed_features(self, x: Tensor) -> Observation:
         """(G, d, M) of (N, C, *spatial), in the working dtype; ε is what the ridge of this batch amounts to."""
@@ -240,16 +289,20 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         if unit is not None:
             mean, cov, whitening = mean / unit, cov / unit / unit, whitening * unit
             require_squares(mean, cov, self.describe)
-        assert self.running_mean is not None and self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)  # += would assign a buffer, which torch.export treats apart
-        count_so_far = self.num_batches_tracked.to(self.running_mean.dtype)  # 1/int64 would be float32
-        factor = count_so_far.reciprocal() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.flatten().to(self.running_mean.dtype), factor)
-        if self.running_cov is not None:
+        buffers = self._buffers  # a look-up by attribute takes as long as a small operation
+        running_mean, tracked = buffers["running_mean"], buffers["num_batches_tracked"]
+        running_cov, running_whitening = buffers["running_cov"], buffers["running_whitening"]
+        assert running_mean is not None and tracked is not None
+        tracked.add_(1)  # += would assign a buffer, which torch.export treats apart
+        factor = self.momentum
+        if factor is None:
+            factor = tracked.to(running_mean.dtype).reciprocal()  # 1/int64 would be float32
+        running_mean.lerp_(_in(mean.view(-1), running_mean.dtype), factor)
+        if running_cov is not None:
             # The unbiased estimate, as torch.nn.BatchNorm2d tracks it.
-            self.running_cov.lerp_((cov * (count / (count - 1))).to(self.running_cov.dtype), factor)
-        if self.running_whitening is not None:
-            self.running_whitening.lerp_(whitening.to(self.running_whitening.dtype), factor)
+            running_cov.lerp_(_in(cov * (count / (count - 1)), running_cov.dtype), factor)
+        if running_whitening is not None:
+            running_whitening.lerp_(_in(whitening, running_whitening.dtype), factor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Rounded to half precision a covariance is indefinite from a condition number of 256 or 2048 on.
@@ -302,7 +355,8 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         if self.running_mean is None:
             raise RuntimeError(f"{self.describe()} keeps no running statistics: its output depends on the batch")
         mean = self.running_mean
-        W, b = self._affine(self._running_whitening(), mean.view(self.groups, -1, 1), dtype or mean.dtype)
+        whitening = self._running_whitening()
+        W, b = self._affine(whitening, mean.view(self.groups, -1, 1), dtype or mean.dtype, self.weight, self.bias)
         return W.flatten(0, 1).view(self.num_features, -1, *(1,) * (self._dims[-1] - 2)), b.flatten()
 
     def _running_whitening(self) -> Tensor:
@@ -328,12 +382,15 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         """Give it to graphs, in the place where they read it."""
         buffer = self.evaluation_whitening
         assert buffer is not None
+        if self._derived.is_written(whitening, buffer):
+            return
         if buffer.shape == whitening.shape and buffer.dtype == whitening.dtype and not buffer.is_inference():
             if not torch.equal(buffer, whitening):
                 with torch.no_grad():
                     buffer.copy_(whitening)
         else:
-            self.evaluation_whitening = whitening.clone()
+            self.evaluation_whitening = buffer = whitening.clone()
+        self._derived.remember_written(whitening, buffer)
 
     def _renew_derived(self) -> None:
         """Bring the whitening matrix of evaluation up to date."""
@@ -387,6 +444,10 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
 
     def extra_repr(self) -> str:
         return ", ".join([str(self.num_features), *(f"{name}={getattr(self, name)!r}" for name in SHOWN)])
+
+
+def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _require_groups(layer: str, num_features: int, groups: int) -> None:

@@ -21,6 +21,7 @@ class Derived:
     def __init__(self) -> None:
         # One attribute, assigned at once: several threads may evaluate the same layer.
         self._held: tuple[tuple[Tensor, ...], Any, Tensor] | None = None
+        self._written: tuple[Tensor, Tensor, int] | None = None
 
     def of(self, sources: tuple[Tensor, ...], options: Any, compute: Callable[..., Tensor]) -> Tensor:
         """``compute(*sources)``, never differentiated; a new tensor whenever it has to be computed."""
@@ -32,6 +33,16 @@ class Derived:
             value = compute(*sources)
             self._held = tuple(source.detach().clone() for source in sources), options, value
         return value
+
+    def is_written(self, value: Tensor, buffer: Tensor) -> bool:
+        """Whether this value is what the buffer holds since it was last written, by whoever uses its version."""
+        written = self._written
+        if written is None or written[0] is not value or written[1] is not buffer or buffer.is_inference():
+            return False
+        return written[2] == buffer._version
+
+    def remember_written(self, value: Tensor, buffer: Tensor) -> None:
+        self._written = None if buffer.is_inference() else (value, buffer, buffer._version)
 
     def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
         return Derived, ()

@@ -21,13 +21,18 @@ def with_ridge(P: Tensor, eps: float, *, relative: bool) -> tuple[Tensor, float]
 
     A relative ε is in units of the mean variance, of which eps·tr P is d·eps.
     """
-    minimum = torch.finfo(P.dtype).eps
     if relative:
-        return P, max(eps, minimum * P.shape[-1])
-    lacking = (minimum * P.diagonal(dim1=-2, dim2=-1).sum(-1) - eps).clamp_min(0.0)
+        return P, max(eps, torch.finfo(P.dtype).eps * P.shape[-1])
+    lacking = lacking_ridge(P, eps)
     if not is_compiling() and readable(P) and not lacking.any():
         return P, eps
-    return P + torch.diag_embed(lacking.unsqueeze(-1).expand(*P.shape[:-1])), eps
+    return P + torch.diag_embed(lacking.expand(*P.shape[:-1])), eps
+
+
+def lacking_ridge(P: Tensor, eps: float) -> Tensor:
+    """(G, 1) what ε lacks of eps·tr P; 0 where it is more."""
+    minimum = torch.finfo(P.dtype).eps
+    return (P.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) - eps / minimum).clamp_min(0.0) * minimum
 
 
 def without_constants(P: Tensor, mean: Tensor) -> Tensor:
@@ -41,6 +46,14 @@ def without_constants(P: Tensor, mean: Tensor) -> Tensor:
     if not is_compiling() and readable(P) and not constant.any():
         return P
     return torch.where(constant | constant.mT, 0.0, P)
+
+
+def varying(P: Tensor, mean: Tensor) -> Tensor:
+    """(G, d, d) of 1, and of 0 in the rows and columns that :func:`without_constants` clears; nothing is read."""
+    rounding = torch.finfo(P.dtype).eps ** 2
+    variance = P.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    channels = torch.addcmul(variance, mean, mean, value=-rounding).gt_(0.0)
+    return torch.bmm(channels, channels.mT)
 
 
 def mean_ridge(P: Tensor, eps: float, *, relative: bool, unit: Tensor | None = None) -> float:

@@ -8,10 +8,25 @@ ordinary autograd, W and b are made of μ and P. Backward, with M = N·L and g =
 in one pass (two products) that writes the gradient once. For W = S it is S g + D (x − μ) − S ḡ (Huang et al., CVPR
 2018).
 
-``layout`` says how activations lie in memory, ``pieces`` works on them in parts that fit the cache, ``passes`` makes
-autograd functions of that, and ``plain`` has the same in ordinary operations.
+``layout`` says how activations lie in memory, ``pieces`` works on them in parts that fit the cache, ``batch_moments``
+takes the moments. ``passes`` makes a pair of autograd functions of that, for whatever happens on the small matrices
+between them; ``whole_layer`` makes a single one of the usual case, and ``plain`` has the pair in ordinary operations.
 """
 
+from .batch_moments import Moments, measure
 from .passes import PassContext, affine_map, moments
+from .pieces import geometry_of
+from .plain import needs_plain_operations
+from .whole_layer import Whitening, whiten
 
-__all__ = ["PassContext", "affine_map", "moments"]
+__all__ = [
+    "Moments",
+    "PassContext",
+    "Whitening",
+    "affine_map",
+    "geometry_of",
+    "measure",
+    "moments",
+    "needs_plain_operations",
+    "whiten",
+]

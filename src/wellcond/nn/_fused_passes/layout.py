@@ -21,19 +21,27 @@ def channels_last(x: Tensor) -> bool:
     return x.dim() == 2 or (not x.is_contiguous() and x.movedim(1, -1).is_contiguous())
 
 
+def block_sizes(shape: tuple[int, ...], groups: int, last: bool) -> tuple[int, int, int, int]:
+    """(K, G, d, n) of the blocks of (N, C, *spatial)."""
+    N, C, *spatial = shape
+    n = math.prod(spatial)
+    return (1, groups, C // groups, N * n) if last else (N, groups, C // groups, n)
+
+
 def as_blocks(x: Tensor, groups: int, last: bool) -> Tensor:
     """(K, G, d, n) of (N, C, *spatial): a view wherever x is laid out as ``last`` says, else a copy."""
-    d = x.shape[1] // groups
-    if last:
-        # The last size of an empty batch cannot be inferred.
-        rows = x.movedim(1, -1).contiguous()
-        return rows.view(rows.numel() // max(x.shape[1], 1), groups, d).permute(1, 2, 0).unsqueeze(0)
-    return x.reshape(x.shape[0], groups, d, math.prod(x.shape[2:]))
+    sizes = block_sizes(x.shape, groups, last)
+    if not last:
+        return x.reshape(sizes)
+    # The last size of an empty batch cannot be inferred.
+    return x.movedim(1, -1).contiguous().view(sizes[3], groups, sizes[2]).permute(1, 2, 0).unsqueeze(0)
 
 
 def new_like(x: Tensor, last: bool) -> Tensor:
     """An empty tensor of the shape and dtype of x in that layout."""
-    return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1) if last else x.new_empty(x.shape)
+    if last:
+        return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def from_blocks(blocks: Tensor, like: Tensor, last: bool) -> Tensor:

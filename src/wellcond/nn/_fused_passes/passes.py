@@ -9,16 +9,12 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.precision import full_precision, working_dtype
-from wellcond._shared.torch_internals import along_many_directions
+from wellcond._shared.torch_internals import along_many_directions, apply_directly
 
-from .layout import as_blocks, channels_last, from_blocks, new_like
-from .pieces import CentredPieces, sum_of_products, sum_of_samples, write_products
+from .batch_moments import measure
+from .layout import as_blocks, channels_last, from_blocks
+from .pieces import Geometry, Samples, affine, geometry_of, sum_of_products
 from .plain import needs_plain_operations, plain_affine_map, plain_moments
-
-# Σ x xᵀ − M μ μᵀ loses the digits of 1 + (μ/σ)²: up to here that is left to rounding, beyond it x is centred first.
-HARMLESS_RATIO = 4.0
-# Samples from which that is guessed at first; the covariance itself shows afterwards whether the guess was right.
-SAMPLED = 1024
 
 
 @dataclass
@@ -28,6 +24,7 @@ class PassContext:
     Attributes:
         groups, last: how the activations lie in memory, see :mod:`.layout`.
         dtype: of the work.
+        geometry: how they are worked on, once that is known.
         origin: (G, d, 1) subtracted from the activations as they are read, or None where that is not needed.
         aliases_of_x: two views of x, outputs of the first function and inputs of the second. As the gradient of one the
             second hands ∂l/∂y back as it is, and the first, which runs last, writes ∂l/∂x in a single pass. Through the
@@ -39,6 +36,7 @@ class PassContext:
     groups: int
     last: bool
     dtype: torch.dtype
+    geometry: Geometry | None = None
     origin: Tensor | None = None
     aliases_of_x: tuple[Tensor, Tensor] | None = None
     deferred_weight: Tensor | None = None
@@ -50,9 +48,10 @@ class PassContext:
     def blocks(self, x: Tensor) -> Tensor:
         return as_blocks(x, self.groups, self.last)
 
-    def pieces(self, x: Tensor) -> CentredPieces:
-        """The activations, to be read minus the origin."""
-        return CentredPieces(self.blocks(x), self.dtype, self.origin)
+    def samples(self, x: Tensor, origin: Tensor | None = None) -> Samples:
+        """The activations, to be read minus an origin; not in a graph, whose sizes may be symbols."""
+        self.geometry = self.geometry or geometry_of(x, self.groups)
+        return Samples(x, self.geometry, origin)
 
     def from_origin(self, mean: Tensor) -> Tensor:
         """The mean of the activations as they are read."""
@@ -69,7 +68,7 @@ def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor, PassContext]:
         mean, cov = plain_moments(context.blocks(x).to(context.dtype))
         context.origin = mean
         return mean, cov, context
-    mean, cov, *aliases = _Moments.apply(x, context)  # pyright: ignore[reportGeneralTypeIssues]
+    mean, cov, *aliases = apply_directly(_Moments, x, context)
     context.aliases_of_x = aliases[0], aliases[1]
     return mean, cov, context
 
@@ -84,22 +83,15 @@ def affine_map(x: Tensor, W: Tensor, b: Tensor, context: PassContext | None = No
     context = context or PassContext.of(x, W.shape[0])
     x, alias = context.aliases_of_x or (x, None)
     context.aliases_of_x = None  # kept here they would close a reference cycle
-    return _AffineMap.apply(x, alias, W, b, context)  # pyright: ignore[reportReturnType]
+    return apply_directly(_AffineMap, x, alias, W, b, context)
 
 
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, context: PassContext) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        blocks = context.blocks(x)
-        mean = sum_of_samples(CentredPieces(blocks, context.dtype)) / _samples(blocks)
-        # Off the CPU the host would have to wait for the variance: there x is always centred.
-        first = blocks[:1, :, :, :SAMPLED]
-        centre = x.device.type != "cpu" or (first.numel() > 0 and _cancels(mean, (first - mean).square_().mean((0, 3))))
-        cov = None if centre else _covariance(blocks, mean, None)
-        if cov is None or _cancels(mean, cov.diagonal(dim1=-2, dim2=-1)):  # the sample did not show it
-            # The sum of many values of one sign has rounded; that of the differences hardly does.
-            mean = mean + sum_of_samples(CentredPieces(blocks, context.dtype, mean)) / _samples(blocks)
-            context.origin, cov = mean.detach(), _covariance(blocks, mean, mean)
+        context.geometry = geometry_of(x, context.groups)
+        mean, cov, *_, samples = measure(x, context.geometry, reading=False)
+        context.origin = None if samples.origin is None else samples.origin.detach()
         ctx.save_for_backward(x, mean)
         ctx.context = context
         ctx.set_materialize_grads(False)
@@ -116,18 +108,17 @@ class _Moments(torch.autograd.Function):
             count = _samples(blocks)
             shift = torch.zeros_like(mean) if grad_mean is None else grad_mean / count
             D = mean.new_zeros(*mean.shape[:2], mean.shape[1]) if grad_cov is None else (grad_cov + grad_cov.mT) / count
-            if _in_plain_operations(*grads):
+            if in_plain_operations(*grads):
                 work = blocks.to(context.dtype)
                 grad_x = D @ (work - work.mean((0, 3), keepdim=True)) + shift
                 grad_x = from_blocks(grad_x, x, context.last).to(x.dtype)
                 return grad_x if grad_whole is None else grad_x + grad_whole, None
             shift = shift - D @ context.from_origin(mean)
-            grad_x = new_like(x, context.last)
-            terms = [(D, CentredPieces(blocks, context.dtype, context.origin))]
+            terms = [(D, context.samples(x, context.origin))]
             if grad_y is not None:
                 assert W is not None
-                terms.insert(0, (W.mT, CentredPieces(context.blocks(grad_y), context.dtype)))
-            write_products(context.blocks(grad_x), shift, *terms)
+                terms.insert(0, (W.mT, context.samples(grad_y)))
+            grad_x = affine(shift, *terms)
             return grad_x if grad_whole is None else grad_x.add_(grad_whole), None
 
 
@@ -136,36 +127,33 @@ class _AffineMap(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, alias: Tensor | None, W: Tensor, b: Tensor, context: PassContext) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(x, W)
         ctx.context, ctx.joined = context, alias is not None
-        y = new_like(x, context.last)
-        write_products(context.blocks(y), b, (W, context.pieces(x)))
-        return y
+        return affine(b, (W, context.samples(x, context.origin)))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, W = ctx.saved_tensors
         context: PassContext = ctx.context
         with full_precision(x):
-            g = context.blocks(grad_y)
-            if _in_plain_operations(grad_y):
+            if in_plain_operations(grad_y):
                 # Operations that autograd differentiates again; nothing is left to the moments.
-                work, g = context.blocks(x).to(context.dtype), g.to(context.dtype)
+                work, g = context.blocks(x).to(context.dtype), context.blocks(grad_y).to(context.dtype)
                 if context.origin is not None:
                     work = work - context.origin
                 grad_x = from_blocks(W.mT @ g, x, context.last).to(x.dtype)
                 return grad_x, None, (g @ work.mT).sum(0), g.sum((0, 3)).unsqueeze(-1), None
             grad_W = grad_b = grad_x = grad_alias = None
             if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-                grad_W = sum_of_products(CentredPieces(g, context.dtype), context.pieces(x))
-                grad_b = sum_of_samples(CentredPieces(g, context.dtype))
+                samples = context.samples(grad_y)
+                grad_W = sum_of_products(samples, context.samples(x, context.origin))
+                grad_b = samples.sum()
             if ctx.joined:
                 context.deferred_weight, grad_alias = W.detach(), grad_y
             elif ctx.needs_input_grad[0]:
-                grad_x = new_like(x, context.last)
-                write_products(context.blocks(grad_x), None, (W.mT, CentredPieces(g, context.dtype)))
+                grad_x = affine(None, (W.mT, context.samples(grad_y)))
             return grad_x, grad_alias, grad_W, grad_b, None
 
 
-def _in_plain_operations(*grads: Tensor | None) -> bool:
+def in_plain_operations(*grads: Tensor | None) -> bool:
     """Whether the derivative will be differentiated again, or is taken along many directions at once."""
     return torch.is_grad_enabled() or along_many_directions(*grads)
 
@@ -173,14 +161,3 @@ def _in_plain_operations(*grads: Tensor | None) -> bool:
 def _samples(blocks: Tensor) -> int:
     """M, to divide by."""
     return max(blocks.shape[0] * blocks.shape[-1], 1)
-
-
-def _covariance(blocks: Tensor, mean: Tensor, origin: Tensor | None) -> Tensor:
-    features = CentredPieces(blocks, mean.dtype, origin)
-    P = sum_of_products(features, features) / _samples(blocks)
-    return P - mean @ mean.mT if origin is None else P
-
-
-def _cancels(mean: Tensor, variance: Tensor) -> bool:
-    """Whether Σ x xᵀ − M μ μᵀ loses digits in some channel, of this variance (G, d)."""
-    return bool((mean.squeeze(-1).square() > HARMLESS_RATIO * variance).any())

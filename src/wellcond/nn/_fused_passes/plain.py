@@ -18,7 +18,8 @@ from wellcond._shared.torch_internals import (
 
 def needs_plain_operations(x: Tensor) -> bool:
     """Whether this is being traced, or transformed in a way that our autograd functions have no rule for."""
-    traced = is_compiling() or torch.jit.is_tracing() or is_shape_only(x)
+    # What is on "meta" alone is traced by nobody: it goes the way of a device.
+    traced = is_compiling() or torch.jit.is_tracing() or (is_shape_only(x) and not x.is_meta)
     return traced or under_functorch() or under_forward_mode()
 
 

@@ -1,0 +1,121 @@
+"""The moments of a batch, accurate whatever its mean, and the few numbers that say what else is to be done.
+
+Σ x xᵀ − M μ μᵀ loses the digits of 1 + (μ/σ)². On the CPU the variances are read, and x is centred before the product
+only where that is much, or the batch so small that a copy costs less than the question. Elsewhere nothing is read and x
+is always centred, by a mean that Welford's updates keep exact for constant channels (Chan, Golub and LeVeque, The
+American Statistician, 1983).
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from math import isfinite, nan
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .pieces import Geometry, Samples, sum_of_products
+
+# Up to this (μ/σ)² the loss is left to rounding.
+HARMLESS_RATIO = 4.0
+# And up to this the rounding of the mean of samples that are read minus it.
+HARMLESS_RATIO_CENTRED = 1e4
+# Samples from which that is guessed at first; the covariance itself shows afterwards whether the guess was right.
+SAMPLED = 1024
+
+
+class Numbers(NamedTuple):
+    """The smallest and the largest variance of a channel, and the largest |mean|; NaN where there is one."""
+
+    lowest: float
+    highest: float
+    mean: float
+
+
+class Moments(NamedTuple):
+    """Of activations in G groups of d channels.
+
+    Attributes:
+        mean, cov: (G, d, 1) and (G, d, d), divided by the number of samples; both zero for none.
+        away: the mean of the samples as they are read, or None for 0.
+        numbers: what was read of them, None where that is not asked for.
+        samples: the activations, read minus the origin that is best.
+    """
+
+    mean: Tensor
+    cov: Tensor
+    away: Tensor | None
+    numbers: Numbers | None
+    samples: Samples
+
+
+def measure(x: Tensor, geometry: Geometry, *, reading: bool) -> Moments:
+    """The moments of (N, C, *spatial), with their numbers if values may be read."""
+    if not geometry.pieces:
+        _, G, d, _ = geometry.sizes
+        zero = x.new_zeros(G, d, 1, dtype=geometry.dtype)
+        return Moments(zero, zero @ zero.mT, zero, None, Samples(x, geometry))
+    if not geometry.on_cpu:
+        return _centred_elsewhere(x, geometry, reading=reading)
+    samples = Samples(x, geometry)
+    mean = samples.mean()
+    if geometry.small:
+        found = _about(mean, None, x, geometry, reading=reading)
+        if not _cancels(found, HARMLESS_RATIO_CENTRED):
+            return found
+    elif not _cancels_at_first(mean, samples.blocks):
+        cov = sum_of_products(samples, samples)
+        cov.baddbmm_(mean, mean.mT, beta=1 / geometry.count, alpha=-1)
+        found = Moments(mean, cov, mean, _numbers(mean, cov) if reading else None, samples)
+        if not _cancels(found, HARMLESS_RATIO):
+            return found
+    # The sum of many values of one sign has rounded; that of the differences hardly does.
+    return _about(mean + Samples(x, geometry, mean).mean(), None, x, geometry, reading=reading)
+
+
+def _centred_elsewhere(x: Tensor, geometry: Geometry, *, reading: bool) -> Moments:
+    samples = Samples(x, geometry)
+    if x.dtype == geometry.dtype:
+        mean = torch.var_mean(samples.blocks, (0, 3), correction=0)[1].unsqueeze(-1)
+        return _about(mean, None, x, geometry, reading=reading)
+    # Those of half precision would give their mean in it.
+    origin = samples.mean()
+    return _about(origin, Samples(x, geometry, origin).mean(), x, geometry, reading=reading)
+
+
+def _about(origin: Tensor, away: Tensor | None, x: Tensor, geometry: Geometry, *, reading: bool) -> Moments:
+    """The moments by way of x − origin, of which the mean is known."""
+    samples = Samples(x, geometry, origin)
+    cov, mean = sum_of_products(samples, samples, 1 / geometry.count), origin
+    if away is not None:
+        cov.baddbmm_(away, away.mT, alpha=-1)
+        mean = origin + away
+    return Moments(mean, cov, away, _numbers(mean, cov) if reading else None, samples)
+
+
+def _numbers(mean: Tensor, cov: Tensor) -> Numbers:
+    # A list and its extrema in Python take less than two reductions, and a reading of each.
+    variances = list(chain.from_iterable(cov.diagonal(dim1=-2, dim2=-1).tolist()))
+    means = mean.flatten().tolist()
+    if not isfinite(sum(variances)):  # of which the extrema may not know
+        return Numbers(nan, nan, nan)
+    return Numbers(min(variances), max(variances), max(max(means), -min(means)))
+
+
+def _cancels_at_first(mean: Tensor, blocks: Tensor) -> bool:
+    """A guess at what :func:`_cancels` will say, by the first samples."""
+    first = blocks[:1, :, :, :SAMPLED]
+    return _exceeds(mean, (first - mean).square_().mean((0, 3)), HARMLESS_RATIO)
+
+
+def _cancels(moments: Moments, ratio: float) -> bool:
+    """Whether (μ/σ)² of some channel is above the ratio."""
+    numbers = moments.numbers
+    if numbers is not None and numbers.mean**2 <= ratio * numbers.lowest:
+        return False
+    return _exceeds(moments.mean, moments.cov.diagonal(dim1=-2, dim2=-1), ratio)
+
+
+def _exceeds(mean: Tensor, variance: Tensor, ratio: float) -> bool:
+    return bool((mean.squeeze(-1).square() > ratio * variance).any())
