@@ -197,7 +197,7 @@ def test_a_process_loads_the_images_once(tmp_path, monkeypatch):
     loaded = []
     real = attempt.load
     monkeypatch.setattr(attempt, "load", lambda config: loaded.append(config) or real(config))
-    monkeypatch.setattr(attempt, "_KEPT", {})
+    monkeypatch.setattr(attempt, "_CACHE", {})
     configs = [small(epochs=1, seed=seed) for seed in range(2)] + [small(epochs=1, limit=100)]
     for place, config in enumerate(configs):
         assert attempt.attempt(attempt.Task(config, tmp_path / str(place))) == attempt.Outcome()

@@ -87,8 +87,8 @@ class TreatmentCallback(TreatmentInStages, PartOfTrainer):
             names = "+".join(kind.name for kind in self._on_weights)
             raise ValueError(
                 f"the checkpoint's weights of {', '.join(self.layers)} are {why}, so not treated by '{names}'; resume "
-                "with the same treatments, pass the callback to Trainer(callbacks=[...]) or call add_to(trainer), and do "
-                "not use model_init with it"
+                "with the same treatments, pass the callback to Trainer(callbacks=[...]) or call add_to(trainer), and "
+                "do not use model_init with it"
             )
         if self._loss_hook is not None:  # of an earlier training
             self._loss_hook.remove()
