@@ -210,7 +210,7 @@ def test_a_process_loads_the_images_once(tmp_path, monkeypatch):
         (["--jobs", "0"], "error: jobs must be at least 1, got 0"),
         (["--jobs", "-3"], "error: jobs must be at least 1, got -3"),
         (["--executor", "slurm"], "error: executor must be ray or ray://HOST:PORT, got 'slurm'"),
-        (["--executor", "ray://nowhere"], "error: a Ray cluster is at ray://HOST:PORT, such as"),
+        (["--executor", "ray://nowhere"], "error: the address of a Ray cluster is ray://HOST:PORT, such as"),
         (
             ["--executor", "ray://127.0.0.1:9"],
             "error: no Ray cluster answers at 'ray://127.0.0.1:9' (Connection",
