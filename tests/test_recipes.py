@@ -153,7 +153,7 @@ def test_the_command_line_refuses_what_cannot_be(tmp_path: Path, monkeypatch):
     assert "cannot read the recipe 'none.toml'" in one_line("compare", "--recipe", "none.toml")
     assert "did you mean 'small'" in one_line("compare", "--recipe", "table4", "--scale", "smal")
     assert "seeds must be at least 1" in one_line("compare", "--recipe", "table4", "--seeds", "0")
-    assert "--scale is of a recipe" in one_line("compare", "--scale", "small")
+    assert "--scale needs --recipe" in one_line("compare", "--scale", "small")
     assert "for all its rows" in one_line("compare", "--recipe", "table4", "--treat", "nog,ow")
     assert list(tmp_path.iterdir()) == []
 

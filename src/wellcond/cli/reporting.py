@@ -24,7 +24,7 @@ def say(line: str, to: Console = console) -> None:
     to.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
-class _Lines(logging.Handler):
+class _StderrHandler(logging.Handler):
     """The library's log messages on standard error, one line each."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -34,7 +34,7 @@ class _Lines(logging.Handler):
 @contextmanager
 def reporting(debug: bool, level: int, resume_commands: list[str]) -> Iterator[None]:
     """Turn exceptions inside into one line and an exit status; `resume_commands` may be filled inside."""
-    log, handler = logging.getLogger("wellcond"), _Lines()
+    log, handler = logging.getLogger("wellcond"), _StderrHandler()
     log.addHandler(handler)
     log.setLevel(level)
     try:

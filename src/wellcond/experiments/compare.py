@@ -74,7 +74,8 @@ def compare(
 
     Args:
         resume: continue the comparison in ``out``; further configurations may be added.
-        overwrite, progress: as in `run`; without a progress bar if several runs are trained at once.
+        overwrite: delete the comparison in ``out`` (only its own files) and start over.
+        progress: show a progress bar, unless several runs are trained at once.
         jobs: number of parallel runs, by default one, or the capacity of the cluster. Parallel runs have a process each
             and one CPU thread unless configured otherwise. With the same number of threads a run is bit for bit the
             same in either case.
@@ -84,7 +85,8 @@ def compare(
 
     Raises:
         ConfigError: no configurations, duplicates, different data, an invalid ``jobs``, or an unreachable cluster.
-        RunError, ValueError, KeyboardInterrupt: as in `run`; finished runs remain.
+        RunError: ``out`` holds something else, another process uses it, or a run failed; finished runs remain.
+        KeyboardInterrupt: Ctrl-C; the comparison can be resumed.
     """
     out = Path(out)
     if not configs:

@@ -44,8 +44,8 @@ class ConditionMonitorCallback(MonitorInTraining, StatefulCallback):
     @property
     def records(self) -> list[ConditionRecord]:
         """The records so far, including those of a fit in subprocesses (``ddp_spawn``)."""
-        if (state := self.left()) is not None:
-            self.take_over(state)
+        if (state := self.state_from_subprocess()) is not None:
+            self.adopt_state(state)
         return super().records
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -88,7 +88,7 @@ class ConditionMonitorCallback(MonitorInTraining, StatefulCallback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._detach(trainer)
         if stage == "fit":
-            self.leave(trainer)
+            self.leave_state(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Remove the hooks: Lightning does not call ``teardown`` after an error or Ctrl-C."""

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 
-def is_launched(trainer: pl.Trainer) -> bool:
+def launches_processes(trainer: pl.Trainer) -> bool:
     """Whether this trainer launches worker processes that end with the fit."""
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
@@ -27,8 +27,8 @@ class StatefulCallback(pl.Callback):
 
     def __init__(self) -> None:
         super().__init__()
-        self._left_at = Path(tempfile.gettempdir()) / f"wellcond-{uuid4().hex}.pt"
-        atexit.register(self._left_at.unlink, missing_ok=True)
+        self._state_file = Path(tempfile.gettempdir()) / f"wellcond-{uuid4().hex}.pt"
+        atexit.register(self._state_file.unlink, missing_ok=True)
 
     def told_apart(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -52,15 +52,15 @@ class StatefulCallback(pl.Callback):
         if self.state_key not in states and len(theirs) == len(mine) == 1:
             states[self.state_key] = states[theirs[0]]
 
-    def leave(self, trainer: pl.Trainer) -> None:
+    def leave_state(self, trainer: pl.Trainer) -> None:
         """In a spawned process, leave the state for the parent process."""
-        if is_launched(trainer) and trainer.local_rank == 0:
-            torch.save(self.state_dict(), self._left_at)
+        if launches_processes(trainer) and trainer.local_rank == 0:
+            torch.save(self.state_dict(), self._state_file)
 
-    def left(self) -> dict[str, Any] | None:
+    def state_from_subprocess(self) -> dict[str, Any] | None:
         """The state left by a spawned process since the last call, if any."""
-        if not self._left_at.exists():
+        if not self._state_file.exists():
             return None
-        state = torch.load(self._left_at, weights_only=True)
-        self._left_at.unlink()
+        state = torch.load(self._state_file, weights_only=True)
+        self._state_file.unlink()
         return state

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from wellcond._shared.models import is_spectral
 from wellcond.orthogonality.callbacks import TreatmentInStages, of_layers
 
-from ._stateful import StatefulCallback, is_launched
+from ._stateful import StatefulCallback, launches_processes
 
 
 class TreatmentCallback(TreatmentInStages, StatefulCallback):
@@ -79,7 +79,7 @@ class TreatmentCallback(TreatmentInStages, StatefulCallback):
 
     def _require_representable(self, trainer: pl.Trainer) -> None:
         """Reject weights of a spawned process that the parent's untreated module cannot hold."""
-        if is_launched(trainer) and self.changes_parameters():
+        if launches_processes(trainer) and self.changes_parameters():
             raise ValueError(
                 f"{', '.join(self.put_on)}: the untreated module cannot hold the treated weight, which this strategy "
                 "copies back to it when its processes end; treat the module with treat_like or orthogonal_weight "
@@ -93,10 +93,10 @@ class TreatmentCallback(TreatmentInStages, StatefulCallback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._remove_load_hook()
-        if stage == "fit" and is_launched(trainer):
+        if stage == "fit" and launches_processes(trainer):
             # The parent's module is not treated: it gets plain weights. (PyTorch sets an attribute of the hook.)
             pl_module.register_state_dict_post_hook(partial(self._make_plain))
-            self.leave(trainer)
+            self.leave_state(trainer)
 
     def _make_plain(self, pl_module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
         for name, layer in self.put_on.items():
@@ -166,7 +166,7 @@ class TreatmentCallback(TreatmentInStages, StatefulCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Treatments, layers and counters for the checkpoint; after a fit in spawned processes, theirs."""
-        if (ended := self.left()) is not None:
+        if (ended := self.state_from_subprocess()) is not None:
             self.handles, self._ended = {}, ended
         if self._ended is not None:
             return self._ended

@@ -29,7 +29,7 @@ class MonitorInTraining:
         layers = as_given(options.pop("layers", None))
         self._named = layers and [str(layer) for layer in layers]
         self._options = {**options, "layers": layers}
-        self._left: dict[str, Any] = {}
+        self._adopted: dict[str, Any] = {}
 
     def told_apart(self) -> dict[str, Any]:
         """The arguments that identify this callback's state among several in one trainer."""
@@ -39,16 +39,16 @@ class MonitorInTraining:
     def records(self) -> list[ConditionRecord]:
         """The records so far."""
         if self.monitor is None:
-            return records_of(self._left) if self._left else []
+            return records_of(self._adopted) if self._adopted else []
         return self.monitor.records
 
     def state_dict(self) -> dict[str, Any]:
         """The monitor's state, for the checkpoint."""
-        return self._left if self.monitor is None else self.monitor.state_dict()
+        return self._adopted if self.monitor is None else self.monitor.state_dict()
 
-    def take_over(self, state: dict[str, Any]) -> None:
+    def adopt_state(self, state: dict[str, Any]) -> None:
         """Adopt the state of a monitor from another process."""
-        self.monitor, self._left = None, state
+        self.monitor, self._adopted = None, state
 
     def attach(self, model: nn.Module, optimizer: Any, *, writes: bool, state: dict[str, Any] | None) -> None:
         """Monitor ``model``, continuing from ``state`` if given; only one of several processes ``writes``.
