@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 from wellcond.linalg import NewtonSchulz, covariance
-from wellcond.nn import GlobalCovariancePool2d, SpectralLayer, TokenCovariancePool
+from wellcond.nn import (
+    GlobalCovariancePool1d,
+    GlobalCovariancePool2d,
+    GlobalCovariancePool3d,
+    SpectralLayer,
+    TokenCovariancePool,
+)
 from wellcond.orthogonality import pre_spectral_layers
 
 
@@ -128,6 +134,29 @@ def test_tokens_are_pooled_as_the_positions_of_a_map(options):
     assert tokens.out_features == grid.out_features
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"function": "log", "eps": 1e-3, "isometric": True}, {"reduction": 3}], ids=str
+)
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(GlobalCovariancePool1d, (4, 7, 12)), (GlobalCovariancePool3d, (4, 7, 2, 3, 2))], ids=str
+)
+def test_signals_and_clips_are_pooled_as_the_positions_of_a_map(layer, shape, options):
+    """Values, gradients, the running statistics of the reduction, and the state dict but for the kernel's shape."""
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    pool = layer(7, **options, dtype=torch.float64)
+    grid = GlobalCovariancePool2d(7, **options, dtype=torch.float64)
+    state = pool.state_dict()
+    grid.load_state_dict({k: v.flatten(2).unsqueeze(3) if v.ndim > 2 else v for k, v in state.items()})
+    y, expected = pool(x), grid(x.flatten(2).reshape(4, 7, 4, 3))
+    torch.testing.assert_close(y, expected)
+    w = torch.randn_like(y)
+    torch.testing.assert_close(*(torch.autograd.grad((out * w).sum(), x)[0] for out in (y, expected)))
+    assert pool.out_features == grid.out_features == y.shape[1]
+    if "reduction" in options:
+        torch.testing.assert_close(pool.reduction[1].running_var, grid.reduction[1].running_var)
+        assert list(pre_spectral_layers(nn.Sequential(pool))) == ["0.reduction.0"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"function": "log", "eps": 1e-3}, {"normalisation": "frobenius"}], ids=str)
 def test_half_precision_input_is_pooled_in_float32(dtype, options):
@@ -210,6 +239,9 @@ def test_any_backbone_and_size_of_image_can_carry_the_head(backbone, size):
     [
         (GlobalCovariancePool2d, (2, 4, 3), r"expected 4D input \(got 3D input\)"),
         (GlobalCovariancePool2d, (2, 5, 3, 3), r"expected input with 4 channels \(got 5 channels\)"),
+        (GlobalCovariancePool1d, (2, 4, 3, 3), r"expected 3D input \(got 4D input\)"),
+        (GlobalCovariancePool3d, (2, 4, 3, 3), r"expected 5D input \(got 4D input\)"),
+        (GlobalCovariancePool3d, (2, 5, 3, 3, 3), r"expected input with 4 channels \(got 5 channels\)"),
         (TokenCovariancePool, (2, 4), r"expected 3D input \(got 2D input\)"),
         (TokenCovariancePool, (2, 4, 5), r"expected tokens with 4 features \(got 5 features\)"),
     ],

@@ -92,7 +92,7 @@ class ActivatedNorm(nn.BatchNorm2d):
             "first",
             "Sequential holds no nn.BatchNorm1d, 2d, 3d or SyncBatchNorm",
         ),
-        (lambda: nn.Sequential(ActivatedNorm(4)), "all", "ActivatedNorm are not replaced"),
+        (lambda: nn.Sequential(ActivatedNorm(4)), "all", "'0': ActivatedNorm is a batch norm that may do more"),
         (lambda: nn.Sequential(nn.BatchNorm2d(4)), lambda *_: False, "chose none of the batch norms 0"),
         (lambda: nn.Sequential(nn.BatchNorm2d(4)), "last", "unknown which 'last', which may also be a function"),
         (lambda: nn.BatchNorm2d(4), "first", "is a batch norm itself"),

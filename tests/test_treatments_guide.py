@@ -27,11 +27,14 @@ def test_python_examples_run(block, capsys, monkeypatch):
     monkeypatch.setattr(_registry, "_classes", dict(_registry._classes))
     known = dict(wellcond.orthogonality.TREATMENTS)
     try:
-        exec(compile(block, "docs", "exec"), {"__name__": "guide"})
+        exec(compile(block, "<docs>", "exec"), {"__name__": "guide"})
     finally:
         wellcond.orthogonality.TREATMENTS.clear()
         wellcond.orthogonality.TREATMENTS.update(known)
-    assert capsys.readouterr().out.strip() or "set_parallel_batches" in block
+    printed = capsys.readouterr().out.strip()
+    assert printed or "set_parallel_batches" in block
+    promised = re.findall(r"# → (.+)$", block, re.M)
+    assert not promised or printed.splitlines() == promised
 
 
 def test_it_covers_every_treatment_option_and_benchmark():

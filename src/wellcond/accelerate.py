@@ -71,6 +71,23 @@ def attach_monitor(
         writers: paths, a ``SummaryWriter`` or callables, as in :class:`~wellcond.monitor.ConditionMonitor`.
         log: send every record to ``accelerator.log`` at its step, as ``condition/<layer>/<measure>``.
         options: further arguments of the monitor.
+
+    Returns:
+        The monitor, whose ``records`` grow with the steps.
+
+    Raises:
+        ValueError: arguments that :class:`~wellcond.monitor.ConditionMonitor` rejects.
+
+    Example:
+        >>> import torch
+        >>> from accelerate import Accelerator
+        >>> from wellcond.accelerate import attach_monitor
+        >>> from wellcond.nn import DecorrelatedBatchNorm1d
+        >>> accelerator = Accelerator(cpu=True)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), DecorrelatedBatchNorm1d(4))
+        >>> model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> attach_monitor(accelerator, model, optimizer, every=1).records
+        []
     """
     first = accelerator.is_main_process
     monitor = ConditionMonitor(model, writers=writers if first else (), optimizer=optimizer, **options)

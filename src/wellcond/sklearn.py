@@ -39,7 +39,8 @@ class Whitening(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         whitening_: (d, d) W.
         coloring_: (d, d) its (pseudo-)inverse, by which `inverse_transform` goes back.
         n_samples_seen_: samples of all calls of `partial_fit`.
-        n_features_in_, feature_names_in_: as everywhere in scikit-learn.
+        n_features_in_: number of features, as everywhere in scikit-learn.
+        feature_names_in_: their names, where the data have such.
 
     Raises:
         ValueError: fewer than two samples in `fit`, NaN or infinity, another number of features, or a singular

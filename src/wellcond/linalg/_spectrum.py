@@ -30,6 +30,12 @@ class Spectrum(NamedTuple):
     Attributes:
         eigvals: (..., d) in descending order, never negative.
         tolerance: (...,) eigenvalues at or below it are rounding.
+
+    Example:
+        >>> import torch
+        >>> seen = spectrum(torch.diag(torch.tensor([4.0, 1.0])))
+        >>> seen.condition_number().item(), seen.condition_number(eps=2.0).item(), seen.numerical_rank.item()
+        (4.0, 2.0, 2)
     """
 
     eigvals: Tensor
@@ -155,6 +161,19 @@ def spectrum(X_or_P: Tensor, *, features: bool | None = None) -> Spectrum:
     Args:
         X_or_P: (..., d, n) features or (..., d, d) covariances, any floating or complex dtype; float64 work.
         features: which of the two; ``None`` takes a square Hermitian tensor for covariances, all else for features.
+
+    Returns:
+        A :class:`Spectrum`: (..., d) eigenvalues in float64 on the CPU, detached, and (...,) tolerances.
+
+    Raises:
+        TypeError, ValueError: what is given is not floating, not a matrix, empty, or not finite.
+
+    Complexity: that of :func:`covariance_spectrum`, or of :func:`matrix_spectrum`.
+
+    Example:
+        >>> import torch
+        >>> spectrum(torch.tensor([[1.0, -1.0], [0.0, 0.0]])).eigvals
+        tensor([1., 0.], dtype=torch.float64)
     """
     found, unit = _spectrum_and_unit(X_or_P, features)
     if not isinstance(unit, Tensor):

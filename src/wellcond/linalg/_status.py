@@ -31,6 +31,12 @@ class RootStatus(NamedTuple):
         info: (...,) int32: 0 fine; 1 the matrix holds NaN or infinity, or could not be decomposed; 2 the residual is
             above the tolerance: the matrix is not Hermitian or indefinite, too ill-conditioned, or the solver
             approximate.
+
+    Example:
+        >>> import torch
+        >>> root, residual, info = sqrtm_ex(torch.eye(3))
+        >>> residual.item() < 1e-5, info.item()
+        (True, 0)
     """
 
     root: Tensor

@@ -77,6 +77,21 @@ def observed(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     A layer with a method ``observed_features`` returns them itself. For any other layer they are the input
     (N, C, *spatial) as C × (N·L) and the layer's ``eps``, or 0; if it normalises the last dimensions
     (``normalized_shape``, as in a layer norm), those are the features.
+
+    Args:
+        layer: any module.
+        args: the positional arguments of its forward pass.
+        kwargs: its keyword arguments.
+
+    Returns:
+        The features (..., d, n), and ε.
+
+    Example:
+        >>> import torch
+        >>> from wellcond.monitor import observed_features
+        >>> features, eps = observed_features(torch.nn.BatchNorm2d(3), (torch.randn(2, 3, 4, 4),), {})
+        >>> features.shape, eps
+        (torch.Size([3, 32]), 1e-05)
     """
     observed_features = getattr(layer, "observed_features", None)
     if observed_features is not None:

@@ -53,7 +53,7 @@ class ConditionRecord:
 
     @property
     def finite(self) -> bool:
-        """Whether the features were finite; κ may be infinite, but is NaN only for non-finite features."""
+        """Whether the features were finite. κ may be infinite, but is NaN only for non-finite features."""
         return self.kappa == self.kappa and self.kappa_max == self.kappa_max
 
 

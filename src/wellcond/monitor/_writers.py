@@ -66,6 +66,9 @@ class _FileWriter:
 class CSVWriter(_FileWriter):
     """Comma-separated values with a header: ``step,layer,kappa,…``, infinity as ``inf``.
 
+    Args:
+        path: of the file, created with the first record and appended to.
+
     Example:
         >>> import tempfile
         >>> from wellcond.monitor import CSVWriter
@@ -98,7 +101,16 @@ class CSVWriter(_FileWriter):
 
 
 class JSONLinesWriter(_FileWriter):
-    """One JSON object per line; infinity and NaN, which JSON lacks, are the strings ``"inf"`` and ``"nan"``."""
+    """One JSON object per line; infinity and NaN, which JSON lacks, are the strings ``"inf"`` and ``"nan"``.
+
+    Args:
+        path: of the file, created with the first record and appended to.
+
+    Example:
+        >>> import tempfile
+        >>> from wellcond.monitor import JSONLinesWriter
+        >>> writer = JSONLinesWriter(tempfile.mkdtemp() + "/condition.jsonl")
+    """
 
     def _write(self, file: TextIO, record: ConditionRecord) -> None:
         values = record.as_dict()
@@ -110,7 +122,24 @@ class JSONLinesWriter(_FileWriter):
 
 
 class TensorBoardWriter:
-    """Scalars ``{tag}/{layer}/kappa`` … to a given ``SummaryWriter``, which the caller closes."""
+    """Scalars ``{tag}/{layer}/kappa`` … to a given ``SummaryWriter``, which the caller closes.
+
+    Args:
+        summary_writer: any object with ``add_scalar(name, value, step)``.
+        tag: prefix of the names.
+
+    Example:
+        >>> class Printer:
+        ...     def add_scalar(self, name, value, step):
+        ...         print(name, step)
+        >>> import torch
+        >>> from wellcond.monitor import ConditionMonitor
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+        >>> with ConditionMonitor(model, layers=["0"], writers=TensorBoardWriter(Printer(), tag="seen")):
+        ...     y = model(torch.randn(8, 2))  # doctest: +ELLIPSIS
+        seen/0/kappa 0
+        ...
+    """
 
     def __init__(self, summary_writer: Any, tag: str = "condition") -> None:
         self.summary_writer = summary_writer
@@ -132,7 +161,18 @@ def deliver(record: ConditionRecord, writer: Writer) -> None:
 
 
 def as_writers(targets: Any) -> list[Writer]:
-    """Writers for paths (``.csv``, ``.jsonl``), SummaryWriters and callables: one, several, or None."""
+    """Writers for paths (``.csv``, ``.jsonl``), SummaryWriters and callables: one, several, or None.
+
+    Returns:
+        A list of callables that take a :class:`ConditionRecord`.
+
+    Raises:
+        ValueError: a path with another suffix.
+
+    Example:
+        >>> as_writers(None), as_writers(["condition.csv", print])
+        ([], [CSVWriter('condition.csv'), <built-in function print>])
+    """
     if targets is None:
         return []
     if isinstance(targets, (str, os.PathLike)) or callable(targets) or hasattr(targets, "add_scalar"):

@@ -2,11 +2,17 @@
 
 from . import functional
 from ._base import Observation, SpectralModule
+from ._batchnorm_classes import register_batchnorm
 from ._fold import fold
 from ._plain_copy import to_plain
 from ._replace_batchnorm import replace_batchnorm
 from ._update_statistics import update_statistics
-from .covariance_pool import GlobalCovariancePool2d, TokenCovariancePool
+from .covariance_pool import (
+    GlobalCovariancePool1d,
+    GlobalCovariancePool2d,
+    GlobalCovariancePool3d,
+    TokenCovariancePool,
+)
 from .decorrelated_batchnorm import (
     DecorrelatedBatchNorm1d,
     DecorrelatedBatchNorm2d,
@@ -22,7 +28,9 @@ __all__ = [
     "DecorrelatedBatchNorm1d",
     "DecorrelatedBatchNorm2d",
     "DecorrelatedBatchNorm3d",
+    "GlobalCovariancePool1d",
     "GlobalCovariancePool2d",
+    "GlobalCovariancePool3d",
     "IterNorm1d",
     "IterNorm2d",
     "IterNorm3d",
@@ -35,6 +43,7 @@ __all__ = [
     "convert_sync",
     "fold",
     "functional",
+    "register_batchnorm",
     "replace_batchnorm",
     "to_plain",
     "update_statistics",

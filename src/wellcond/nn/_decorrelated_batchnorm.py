@@ -101,7 +101,7 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
             batchnorm: a ``torch.nn.BatchNorm*d`` or ``SyncBatchNorm``; left as it is.
             options: arguments of this class, in place of those of the batch norm.
         """
-        state = batchnorm.state_dict()
+        state = {name: value for name, value in batchnorm.state_dict().items() if "." not in name}  # no submodule's
         own = {name: getattr(batchnorm, name) for name in ("eps", "momentum", "affine", "track_running_stats")}
         if isinstance(batchnorm, nn.SyncBatchNorm):
             own |= {"sync": True, "process_group": batchnorm.process_group}

@@ -14,9 +14,12 @@ from torch import nn
 
 from wellcond._shared.models import unwrapped
 
+from ._base import replace_modules
 from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 from ._fold import absorbed, as_convolution, evaluation_whitening, fixed_norms, layers_of, replaced
+from ._norm_and_tail import NormAndTail
 from ._plain_weights import with_plain_weights
+from .decorrelated_batchnorm import is_batchnorm
 from .skew_orthogonal_conv import SkewOrthogonalConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,7 +36,7 @@ def to_plain(model: Model, example_input: Any = None) -> Model:
     of 1 (less ε). Where there is no such layer, a 1 × 1 convolution takes its place and a warning names it: that copy
     has another state dict.
 
-    What no layer of ``torch.nn`` can do stays as it is: :class:`GlobalCovariancePool2d`, :class:`TokenCovariancePool`,
+    What no layer of ``torch.nn`` can do stays as it is: :class:`GlobalCovariancePool2d` and its kin,
     :class:`SpectralLayer`, :class:`WhiteningColoring` (which save nothing that is theirs) and
     :class:`SkewOrthogonalConv2d` (whose parameters are ordinary ones), which is also what a convolution becomes whose
     orthogonal weight has ``map="soc"``: a warning names it, as its filter has another shape than that convolution's.
@@ -92,7 +95,18 @@ def to_plain(model: Model, example_input: Any = None) -> Model:
             "which the model with ordinary batch norm does not have; load the state into a copy made by to_plain",
             stacklevel=2,
         )
-    return replaced(model, plain)
+    return with_own_classes(replaced(model, plain))
+
+
+def with_own_classes(model: Any) -> Any:
+    """Norms that go on after they have normalised become what they were made from, where they hold a batch norm."""
+    tails: dict[nn.Module, nn.Module] = {
+        m: m.restored(m.norm) for m in model.modules() if isinstance(m, NormAndTail) and is_batchnorm(m.norm)
+    }
+    if model in tails:
+        return tails[model]
+    replace_modules(model, tails)
+    return model
 
 
 @torch.no_grad()

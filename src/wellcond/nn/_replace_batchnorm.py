@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from wellcond._shared.names import listed, require_known
 
 from ._base import replace_modules
-from .decorrelated_batchnorm import (
-    DecorrelatedBatchNorm1d,
-    DecorrelatedBatchNorm2d,
-    DecorrelatedBatchNorm3d,
-    is_batchnorm,
-)
+from ._batchnorm_classes import DECORRELATED, applied_after, batchnorms, reasons
+from ._norm_and_tail import NormAndTail
 
-DECORRELATED = {
-    nn.BatchNorm1d: DecorrelatedBatchNorm1d,
-    nn.BatchNorm2d: DecorrelatedBatchNorm2d,
-    nn.BatchNorm3d: DecorrelatedBatchNorm3d,
-    # Which takes any number of dimensions; models that are trained in several processes are of images.
-    nn.SyncBatchNorm: DecorrelatedBatchNorm2d,
-}
 Which = Literal["first", "all"] | Callable[[str, nn.Module], bool]
 
 
-def replace_batchnorm(model: nn.Module, which: Which = "first", **options: Any) -> list[str]:
+def replace_batchnorm(
+    model: nn.Module,
+    which: Which = "first",
+    *,
+    group_size: int | None = None,
+    example_input: Any = None,
+    **options: Any,
+) -> list[str]:
     """Replace ``nn.BatchNorm1d/2d/3d`` and ``nn.SyncBatchNorm`` in a model by the decorrelated one, in place.
 
     Weight, bias, ε, momentum, mode, device and dtype are kept; the running covariance starts as the diagonal of the
     running variances, so that evaluation is unchanged until the first training step. The weight and bias are the same
     ``Parameter`` objects: an optimizer goes on with them. A ``SyncBatchNorm`` becomes a
-    :class:`DecorrelatedBatchNorm2d` with ``sync=True`` over the same process group.
+    :class:`DecorrelatedBatchNorm2d` with ``sync=True`` over the same process group. A norm that goes on after it has
+    normalised, such as timm's ``BatchNormAct2d`` with its dropout and activation or a class of your own
+    (:func:`register_batchnorm`), keeps that: the decorrelated one is then its submodule ``norm``.
 
     Args:
         model: any module. The paper replaces the norm after the first convolution, ``which="first"``.
-        which: ``"first"`` in the order of ``named_modules``, ``"all"``, or a function of name and module that says yes.
+        which: ``"first"`` in the order of ``named_modules``, or with an ``example_input`` of computation; ``"all"``; or
+            a function of name and module that says yes.
+        group_size: channels in a group, instead of ``groups``: for models whose norms have different numbers of
+            channels. Of a norm that it does not divide the next smaller divisor is taken.
+        example_input: what the model is called with (once, in evaluation mode and without gradients): a tensor, a tuple
+            of arguments, or a dict of keyword arguments.
         **options: of :class:`DecorrelatedBatchNorm2d`, such as ``groups`` or ``eps``; they go before what the batch
             norm had.
 
@@ -45,34 +50,91 @@ def replace_batchnorm(model: nn.Module, which: Which = "first", **options: Any) 
         The names of the norms that were replaced.
 
     Raises:
-        ValueError: no batch norm of torch's own class is there, ``which`` chose none, or the model is one itself.
-            Subclasses may do more than normalise, and are left alone.
+        ValueError: there is no batch norm that can be replaced, ``which`` chose none, or the model is one itself; with
+            ``"first"``, a norm comes before that cannot be replaced (its name, why, and what to do); ``groups`` and
+            ``group_size`` together; the model does not run on the example.
+
+    With ``"all"`` norms that cannot be replaced are named in a warning.
 
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
-        >>> replace_batchnorm(model, groups=4)
+        >>> replace_batchnorm(model, group_size=16)
         ['1']
+        >>> model[1].groups
+        4
     """
-    if type(model) in DECORRELATED:
+    norms, others = batchnorms(model)
+    if "" in norms:
         raise ValueError(f"{type(model).__name__} is a batch norm itself; make a decorrelated one, or wrap it first")
-    norms = [(name, module) for name, module in model.named_modules() if type(module) in DECORRELATED]
+    if group_size is not None and "groups" in options:
+        raise ValueError(f"give groups or group_size, not both: {options['groups']}, {group_size}")
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
     if not norms:
-        others = sorted({type(m).__name__ for m in model.modules() if is_batchnorm(m)})
-        hint = f" ({', '.join(others)} are not replaced: they may do more)" if others else ""
-        raise ValueError(f"{type(model).__name__} holds no nn.BatchNorm1d, 2d, 3d or SyncBatchNorm to replace{hint}")
+        why = f" ({reasons(others)})" if others else ""
+        raise ValueError(f"{type(model).__name__} holds no nn.BatchNorm1d, 2d, 3d or SyncBatchNorm to replace{why}")
     if callable(which):
-        chosen = [(name, module) for name, module in norms if which(name, module)]
+        chosen = [name for name, module in norms.items() if which(name, module)]
     else:
         require_known(which, ("first", "all"), "which", ", which may also be a function of name and module")
-        chosen = norms[:1] if which == "first" else norms
+        chosen = list(norms) if which == "all" else _first(model, norms, others, example_input)
+        if which == "all" and others:
+            warnings.warn(f"not replaced: {reasons(others)}", stacklevel=2)
     if not chosen:
-        raise ValueError(f"which chose none of the batch norms {listed(name for name, _ in norms)}")
-    new: dict[nn.Module, nn.Module] = {}
-    old: Any
-    for _, old in chosen:
-        new[old] = norm = DECORRELATED[type(old)].from_batchnorm(old, **options)
-        if norm.weight is not None and old.weight is not None:
-            norm.weight, norm.bias = old.weight, old.bias
-    replace_modules(model, new)
-    return [name for name, _ in chosen]
+        raise ValueError(f"which chose none of the batch norms {listed(norms)}")
+    replace_modules(model, {norms[name]: _decorrelated(norms[name], group_size, options) for name in chosen})
+    return [f"{name}.norm" if isinstance(model.get_submodule(name), NormAndTail) else name for name in chosen]
+
+
+def _decorrelated(old: Any, group_size: int | None, options: Mapping[str, Any]) -> nn.Module:
+    """What takes the place of ``old``."""
+    C = old.num_features
+    groups = {} if group_size is None else {"groups": next(g for g in range(-(-C // group_size), C + 1) if C % g == 0)}
+    norm = DECORRELATED[type(old)].from_batchnorm(old, **options, **groups)
+    if norm.weight is not None and old.weight is not None:
+        norm.weight, norm.bias = old.weight, old.bias
+    tail = applied_after(old)
+    return NormAndTail(norm, tail, old) if tail else norm
+
+
+def _first(
+    model: nn.Module, norms: Mapping[str, nn.Module], others: Mapping[str, str], example_input: Any
+) -> list[str]:
+    order = [name for name, _ in model.named_modules() if name in norms or name in others]
+    if example_input is not None:
+        order = _in_order_of_computation(model, order, example_input)
+    if order and order[0] in others:
+        raise ValueError(
+            f"the first norm of {type(model).__name__}, {reasons({order[0]: others[order[0]]})}; or choose another one "
+            "by which=, a function of name and module"
+        )
+    return order[:1]
+
+
+@torch.no_grad()
+def _in_order_of_computation(model: nn.Module, names: list[str], example_input: Any) -> list[str]:
+    """Those that the model calls, in that order."""
+    called: dict[str, None] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))
+        for name in names
+    ]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        if isinstance(example_input, Mapping):
+            model(**example_input)
+        else:
+            model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+    except Exception as error:  # the model's own code may raise anything
+        raise ValueError(
+            f"{type(model).__name__} could not be run on the example input ({type(error).__name__}: {error}); give one "
+            "that it accepts"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return list(called)

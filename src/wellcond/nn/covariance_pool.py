@@ -82,7 +82,63 @@ class _CovariancePool(nn.Module):
         return f"{self.in_channels}, triu={self.triu}{isometric}, out_features={self.out_features}"
 
 
-class GlobalCovariancePool2d(_CovariancePool):
+class _GridCovariancePool(_CovariancePool):
+    """(N, C, *spatial) with so many spatial dimensions."""
+
+    _dim: int
+
+    def _reduction_to(self, channels: int, **kind: Any) -> nn.Module:
+        convolution, norm = {
+            1: (nn.Conv1d, nn.BatchNorm1d),
+            2: (nn.Conv2d, nn.BatchNorm2d),
+            3: (nn.Conv3d, nn.BatchNorm3d),
+        }[self._dim]
+        return nn.Sequential(
+            convolution(self.in_channels, channels, 1, bias=False, **kind),
+            norm(channels, **kind),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_input(x, (self._dim + 2,), self.in_channels)
+        return self._pool(self.reduction(x).flatten(2))
+
+
+class GlobalCovariancePool1d(_GridCovariancePool):
+    """A head that pools signals, channels × time, to (a function of) their channel covariance: of an EEG, say.
+
+    Args:
+        in_channels: C of the signals.
+        reduction: first reduce to this many channels by a convolution of kernel 1, batch norm and ReLU. ``None`` for
+            none.
+        function, triu, eps, solver, exponent, normalisation, isometric, device, dtype: have the meaning that they have
+            in :class:`GlobalCovariancePool2d`.
+
+    Shape: (N, C, L) to (N, ``out_features``), or (N, d, d) with ``triu=False``; d is reduction or C. The dtype is
+    kept; half precision and autocast are computed in float32.
+
+    Attributes:
+        out_features: numbers per signal: d(d + 1)/2, or d².
+
+    Raises:
+        ValueError: wrong dimensions or channels; an unknown function or normalisation; an exponent or a solver for a
+            function that takes none; ``isometric`` without ``triu``; a covariance of which the function does not exist,
+            NaN or infinity in the input (checked on the CPU by default).
+
+    Complexity: O(d L min(d, L)) per signal. Source: Barachant et al., IEEE TBME 2012, for the logarithm of the
+    covariance of an EEG.
+
+    Example:
+        >>> import torch
+        >>> pool = GlobalCovariancePool1d(22, function="log", eps=1e-6, isometric=True)
+        >>> pool(torch.randn(4, 22, 500)).shape
+        torch.Size([4, 253])
+    """
+
+    _dim = 1
+
+
+class GlobalCovariancePool2d(_GridCovariancePool):
     """A head that pools a feature map to (a function of) its channel covariance.
 
     Args:
@@ -122,13 +178,40 @@ class GlobalCovariancePool2d(_CovariancePool):
         (torch.Size([2, 36]), 36)
     """
 
-    def _reduction_to(self, channels: int, **kind: Any) -> nn.Module:
-        convolution = nn.Conv2d(self.in_channels, channels, 1, bias=False, **kind)
-        return nn.Sequential(convolution, nn.BatchNorm2d(channels, **kind), nn.ReLU(inplace=True))
+    _dim = 2
 
-    def forward(self, x: Tensor) -> Tensor:
-        require_input(x, (4,), self.in_channels)
-        return self._pool(self.reduction(x).flatten(2))
+
+class GlobalCovariancePool3d(_GridCovariancePool):
+    """A head that pools the feature maps of a clip to (a function of) their channel covariance over space and time.
+
+    Args:
+        in_channels: C of the maps.
+        reduction: first reduce to this many channels by a 1 × 1 × 1 convolution, batch norm and ReLU. ``None`` for
+            none.
+        function, triu, eps, solver, exponent, normalisation, isometric, device, dtype: have the meaning that they have
+            in :class:`GlobalCovariancePool2d`.
+
+    Shape: (N, C, D, H, W) to (N, ``out_features``), or (N, d, d) with ``triu=False``; d is reduction or C. The dtype is
+    kept; half precision and autocast are computed in float32.
+
+    Attributes:
+        out_features: numbers per clip: d(d + 1)/2, or d².
+
+    Raises:
+        ValueError: wrong dimensions or channels; an unknown function or normalisation; an exponent or a solver for a
+            function that takes none; ``isometric`` without ``triu``; a covariance of which the function does not exist,
+            NaN or infinity in the input (checked on the CPU by default).
+
+    Complexity: O(d n min(d, n)) per clip with n = D·H·W; no n × n centring matrix is formed. Source: temporal pooling
+    of covariances, Gao et al., NeurIPS 2021.
+
+    Example:
+        >>> import torch
+        >>> GlobalCovariancePool3d(16)(torch.randn(2, 16, 4, 7, 7)).shape
+        torch.Size([2, 136])
+    """
+
+    _dim = 3
 
 
 class TokenCovariancePool(_CovariancePool):

@@ -18,7 +18,15 @@ from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 
 
 class DecorrelatedBatchNorm1d(_DecorrelatedBatchNorm):
-    """:class:`DecorrelatedBatchNorm2d` for inputs (N, C) or (N, C, L), given out in the same shape."""
+    """:class:`DecorrelatedBatchNorm2d` for inputs (N, C) or (N, C, L), given out in the same shape.
+
+    Arguments, errors and complexity are those of that class.
+
+    Example:
+        >>> import torch
+        >>> DecorrelatedBatchNorm1d(4)(torch.randn(32, 4)).shape
+        torch.Size([32, 4])
+    """
 
     _dims = (2, 3)
 
@@ -99,7 +107,15 @@ class DecorrelatedBatchNorm2d(_DecorrelatedBatchNorm):
 
 
 class DecorrelatedBatchNorm3d(_DecorrelatedBatchNorm):
-    """:class:`DecorrelatedBatchNorm2d` for inputs (N, C, D, H, W), given out in the same shape."""
+    """:class:`DecorrelatedBatchNorm2d` for inputs (N, C, D, H, W), given out in the same shape.
+
+    Arguments, errors and complexity are those of that class.
+
+    Example:
+        >>> import torch
+        >>> DecorrelatedBatchNorm3d(4)(torch.randn(2, 4, 3, 5, 5)).shape
+        torch.Size([2, 4, 3, 5, 5])
+    """
 
     _dims = (5,)
 

@@ -40,7 +40,15 @@ class _Iterated(_DecorrelatedBatchNorm):
 
 
 class IterNorm1d(_Iterated, DecorrelatedBatchNorm1d):
-    """:class:`IterNorm2d` for inputs (N, C) or (N, C, L), given out in the same shape."""
+    """:class:`IterNorm2d` for inputs (N, C) or (N, C, L), given out in the same shape.
+
+    Arguments, errors and complexity are those of that class.
+
+    Example:
+        >>> import torch
+        >>> IterNorm1d(4)(torch.randn(32, 4)).shape
+        torch.Size([32, 4])
+    """
 
 
 class IterNorm2d(_Iterated, DecorrelatedBatchNorm2d):
@@ -75,4 +83,12 @@ class IterNorm2d(_Iterated, DecorrelatedBatchNorm2d):
 
 
 class IterNorm3d(_Iterated, DecorrelatedBatchNorm3d):
-    """:class:`IterNorm2d` for inputs (N, C, D, H, W), given out in the same shape."""
+    """:class:`IterNorm2d` for inputs (N, C, D, H, W), given out in the same shape.
+
+    Arguments, errors and complexity are those of that class.
+
+    Example:
+        >>> import torch
+        >>> IterNorm3d(4)(torch.randn(2, 4, 3, 5, 5)).shape
+        torch.Size([2, 4, 3, 5, 5])
+    """

@@ -88,8 +88,9 @@ class Treatment:
     Attributes:
         layers: the treated layers by name.
         treatments: what acts on them.
-        nog, olr, ol: the :class:`NearestOrthogonalGradient`, :class:`OptimalLearningRate` and :class:`OrthogonalLoss`
-            in place, or None; treatments of your own are found by their names too.
+        nog: the :class:`NearestOrthogonalGradient` in place, or None.
+        olr: the :class:`OptimalLearningRate` in place, or None.
+        ol: the :class:`OrthogonalLoss` in place, or None. Treatments of your own are found by their names too.
     """
 
     def __init__(

@@ -64,6 +64,10 @@ def parallel_batches_enabled() -> bool:
         anything while ``torch.get_num_threads()`` is 1.
 
     Complexity: O(1).
+
+    Example:
+        >>> isinstance(parallel_batches_enabled(), bool)
+        True
     """
     return _switched_on() and available() and _passed is not False
 

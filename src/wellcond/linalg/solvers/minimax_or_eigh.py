@@ -33,6 +33,15 @@ class MinimaxOrEigh(LyapunovSolver):
 
     Raises:
         ValueError: kappa is not a finite number above 1.
+
+    Complexity: that of :class:`Minimax` and two products; where a matrix fails, that of :class:`Eigh` besides.
+
+    Example:
+        >>> import torch
+        >>> from wellcond.linalg import invsqrtm
+        >>> invsqrtm(torch.diag(torch.tensor([4.0, 16.0])), solver=MinimaxOrEigh()).round(decimals=3)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.2500]])
     """
 
     name = "minimax_or_eigh"

@@ -16,7 +16,26 @@ from ._solver import Root
 
 
 class Pade(SeriesSolver):
-    """The diagonal Padé approximant [order, order], one linear solve; :class:`SeriesSolver` for the arguments."""
+    """The diagonal Padé approximant [order, order] of √(1 − x) on I − P/‖P‖_F, one linear solve; a damped root.
+
+    Args:
+        order: of the approximant; 5 in the published layer.
+        backward_steps: Newton–Schulz steps of the Lyapunov equation in the derivative.
+        tolerance: warn where the relative residual is larger (``None``: never); checked with the values.
+
+    Raises:
+        ValueError: an order or a number of steps below 1.
+
+    Complexity: ``order`` products and one solve of d × d forward, five products a step backward.
+    Source: MPA, Song, Sebe and Wang, ICLR 2022; Higham, Functions of Matrices, 2008, sect. 6.5.
+
+    Example:
+        >>> import torch
+        >>> from wellcond.linalg import sqrtm
+        >>> sqrtm(torch.eye(2), solver=Pade(order=3))
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
 
     name = "pade"
     default_order = 5

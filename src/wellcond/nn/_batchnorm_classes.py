@@ -1,0 +1,125 @@
+"""Which classes of batch norm can be replaced, and what each does after it has normalised.
+
+torch's own normalise and nothing else. A subclass may do anything: one that goes on with some of its own submodules
+(dropout, an activation) is registered with their names, and keeps them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from torch import nn
+
+from wellcond._shared.names import listed
+
+from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
+from .decorrelated_batchnorm import (
+    DecorrelatedBatchNorm1d,
+    DecorrelatedBatchNorm2d,
+    DecorrelatedBatchNorm3d,
+    is_batchnorm,
+)
+
+DECORRELATED: dict[type[nn.Module], type[_DecorrelatedBatchNorm]] = {
+    nn.BatchNorm1d: DecorrelatedBatchNorm1d,
+    nn.BatchNorm2d: DecorrelatedBatchNorm2d,
+    nn.BatchNorm3d: DecorrelatedBatchNorm3d,
+    # Which takes any number of dimensions; models that are trained in several processes are of images.
+    nn.SyncBatchNorm: DecorrelatedBatchNorm2d,
+}
+"""For each class of batch norm, what takes its place."""
+
+_THEN: dict[type[nn.Module], tuple[str, ...]] = {}
+"""The submodules that a registered class applies after normalising, by name."""
+
+
+def register_batchnorm(
+    kind: type[nn.Module], *, then: Sequence[str] = (), like: type[nn.Module] | None = None
+) -> type[nn.Module]:
+    """Let :func:`replace_batchnorm` replace a subclass of batch norm of your own; usable as a decorator.
+
+    Args:
+        kind: a subclass of ``nn.BatchNorm1d/2d/3d`` or ``nn.SyncBatchNorm`` whose forward pass normalises and then
+            applies some of its submodules, one after the other, and does nothing else.
+        then: the names of those submodules, in order. One that a module does not have is left out.
+        like: the class of torch that it stands for, by default the one that it derives from.
+
+    Returns:
+        ``kind``.
+
+    Raises:
+        TypeError: neither ``kind`` nor ``like`` is a batch norm of torch.
+        ValueError: a submodule of the name ``norm``, which is that of the decorrelated one.
+
+    ``BatchNormAct2d`` and ``SyncBatchNormAct`` of timm need not be registered.
+
+    Example:
+        >>> import torch
+        >>> from wellcond.nn import replace_batchnorm
+        >>> class NormAndClip(nn.BatchNorm2d):
+        ...     def __init__(self, channels):
+        ...         super().__init__(channels)
+        ...         self.clip = nn.Hardtanh()
+        ...     def forward(self, x):
+        ...         return self.clip(super().forward(x))
+        >>> _ = register_batchnorm(NormAndClip, then=["clip"])
+        >>> replace_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), NormAndClip(8)))
+        ['1.norm']
+    """
+    own = [base for base in (like or kind).__mro__ if base in DECORRELATED]
+    if not own:
+        raise TypeError(
+            f"{(like or kind).__name__} is no nn.BatchNorm1d, 2d, 3d or SyncBatchNorm, nor derived from one: say which "
+            "it is like"
+        )
+    if "norm" in then:
+        raise ValueError(f"a submodule of {kind.__name__} cannot be named 'norm': that is the decorrelated one's name")
+    DECORRELATED[kind] = DECORRELATED[own[0]]
+    _THEN[kind] = tuple(then)
+    return kind
+
+
+def applied_after(norm: nn.Module) -> dict[str, nn.Module]:
+    """The submodules of a norm that it applies after normalising, by name and in order."""
+    found = {name: getattr(norm, name, None) for name in _THEN.get(type(norm), ())}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def batchnorms(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The batch norms of a model that can be replaced, by name; and why others cannot, by name."""
+    _register_those_of_timm()
+    norms, others = {}, {}
+    for name, module in model.named_modules():
+        if type(module) in DECORRELATED:
+            norms[name] = module
+        elif is_batchnorm(module):
+            others[name] = (
+                f"{type(module).__name__} is a batch norm that may do more than normalise: if it only applies "
+                "submodules of its own afterwards, say which by wellcond.nn.register_batchnorm"
+            )
+        elif any(base.__name__.startswith("FrozenBatchNorm") for base in type(module).__mro__):
+            others[name] = f"{type(module).__name__} is frozen: it has no statistics of the batch to decorrelate"
+    return norms, others
+
+
+def reasons(others: dict[str, str]) -> str:
+    """Why norms are left alone, each reason once with the first few names."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in others.items():
+        by_reason.setdefault(reason, []).append(name)
+
+    def some(names: list[str]) -> str:
+        return listed(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    return "; ".join(f"{some(names)}: {reason}" for reason, names in by_reason.items())
+
+
+def _register_those_of_timm() -> None:
+    """Where timm is in use: it is never imported for this."""
+    if (layers := sys.modules.get("timm.layers")) is None:
+        return
+    for name in ("BatchNormAct2d", "SyncBatchNormAct"):
+        kind = getattr(layers, name, None)
+        if kind is not None and kind not in DECORRELATED:
+            register_batchnorm(kind, then=("drop", "act"))
