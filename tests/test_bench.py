@@ -20,9 +20,9 @@ from wellcond.bench.measure import measure_case
 from wellcond.bench.references import (
     exact_function,
     exact_root,
+    ground_truth_errors,
     relative_error,
     root_by_eigh,
-    truth_of_the_truth,
 )
 
 CPU = torch.device("cpu")
@@ -110,7 +110,7 @@ def test_an_occupied_folder_is_refused_and_overwritten_on_request(small):
         (["--task", "pooling_layer", "--shapes", "2x4x4"], "none of the shapes is for pooling_layer"),
         (["--dtype", "float16"], "unknown dtype 'float16'; did you mean 'float64'? (known: float32, float64)"),
         (["--device", "gpu"], "unknown device 'gpu'; give cpu or cuda"),
-        (["--device", "cuda:99"], "this PyTorch sees"),
+        (["--device", "cuda:99"], "PyTorch finds"),
         (["--device", "meta"], "device 'meta' is not supported"),
         (["--seconds", "-1"], "seconds must not be negative"),
         (["--threads", "0"], "threads must be at least 1"),
@@ -187,7 +187,7 @@ def test_the_truth_is_that_of_fifty_digits(power):
 
 def test_the_truth_is_checked_in_the_output(small):
     _, result, found = small
-    assert found["truth_against_mpmath"] == truth_of_the_truth()
+    assert found["truth_against_mpmath"] == ground_truth_errors()
     # κ = 1e4, double precision, times ten.
     assert found["truth_against_mpmath"]["float64"] < 10 * eps_of(torch.float64) * 1e2
     assert "float64 against mpmath at 50 digits" in result.stdout

@@ -138,7 +138,7 @@ def test_help_shows_every_default():
     for name, values in {
         "epochs": "350; digits: 5",
         "lr": "0.1",
-        "width": "the model's own; digits: 16",
+        "width": "the model's default; digits: 16",
         "limit": "all",
         "augment": "augment; digits: no-augment",
         "norm": "zca",

@@ -228,7 +228,7 @@ def test_two_spectral_layers_have_a_line_each(tmp_path):
     [
         ([], "the grid is empty"),
         ([small(), small()], "twice"),
-        ([small(), small(limit=90, seed=1)], "on one data set"),
+        ([small(), small(limit=90, seed=1)], "same data, image size and crop"),
     ],
     ids=["none", "twice", "two data sets"],
 )

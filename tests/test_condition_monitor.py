@@ -521,7 +521,7 @@ def test_the_summary_prints_the_statistics() -> None:
     cells = dict(zip(header.split(), row.split(), strict=True))
     assert (cells["layer"], float(cells["kappa"]), cells["records"]) == ("norm", 1e4, "4")
     assert medians(monitor.records)["kappa"] == 1e4
-    with pytest.warns(DeprecationWarning, match="read the numbers from statistics"):
+    with pytest.warns(DeprecationWarning, match=r"use statistics\(\) for the numbers"):
         assert monitor.summary()["norm"]["kappa"] == 1e4  # the dictionary that it was
 
 
@@ -573,10 +573,10 @@ def test_alarms_are_raised_beyond_the_bound_and_for_non_finite_features() -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every": 0}, "every must be a whole number of at least 1, got 0"),
-        ({"every": 1.5}, r"every must be a whole number of at least 1, got 1\.5"),
-        ({"every": math.inf}, "every must be a whole number of at least 1, got inf"),
-        ({"max_matrices": 0}, "max_matrices must be a whole number of at least 1, got 0"),
+        ({"every": 0}, "every must be a positive integer, got 0"),
+        ({"every": 1.5}, r"every must be a positive integer, got 1\.5"),
+        ({"every": math.inf}, "every must be a positive integer, got inf"),
+        ({"max_matrices": 0}, "max_matrices must be a positive integer, got 0"),
         ({"layers": ["nrom"]}, "no layer 'nrom'; did you mean 'norm'"),
         ({"layers": [nn.Identity()]}, "the layer Identity is not a part of the model"),
         ({"layers": []}, "layers is empty"),

@@ -143,7 +143,9 @@ def test_resuming_with_other_treatments_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"a run treated with 'nog', this callback is TreatmentCallback\('nog\+olr"):
         resume("nog", TreatmentCallback("nog+olr"))
-    with pytest.raises(ValueError, match=r"weights of net\.0 are of a run without this callback, so 'ow' was not on"):
+    with pytest.raises(
+        ValueError, match=r"weights of net\.0 are from a run without this callback, so not treated by 'ow'"
+    ):
         resume("none", TreatmentCallback("ow"))
     resume("none", TreatmentCallback("nog"))  # which needs no weight of another name
     trainer(tmp_path / "ow", TreatmentCallback("ow"), save_strategy="steps", save_steps=3).train()
@@ -298,7 +300,7 @@ def test_two_callbacks_of_a_kind_each_resume_their_own_state(tmp_path: Path) -> 
     for one, other in zip(straight, resumed, strict=True):
         assert one.state() == other.state()
     assert [len(callback.records) for callback in resumed[2:]] == [3, 2]
-    with pytest.raises(ValueError, match=r"several TreatmentCallbacks, and none is of this one .*'layers': None"):
+    with pytest.raises(ValueError, match=r"several TreatmentCallbacks, but none for this one .*'layers': None"):
         trainer(tmp_path, TreatmentCallback("nog")).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 

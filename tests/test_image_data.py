@@ -471,7 +471,7 @@ BROKEN = {
     "no image": (with_labels(TRAIN_LABELS, image="pic", described=False), r"no image column.*names image, img.*pic"),
     "null label": (with_labels([None, *TRAIN_LABELS[1:]]), r"split 'train': 1 rows have no label"),
     "label out of range": (with_labels([7, *TRAIN_LABELS[1:]]), r"split 'train': label 7 is outside the 3 classes"),
-    "one class": (with_labels(["cat"] * 30, described=False), r"one class only"),
+    "one class": (with_labels(["cat"] * 30, described=False), r"only one class"),
     "null image": (with_image(None), r"split 'train': row 4 has no image"),
     "corrupt image": (
         with_image(GOOD[4][: len(GOOD[4]) // 2]),
@@ -492,7 +492,7 @@ BROKEN = {
     ),
     "label -1": (
         with_labels([-1, *TRAIN_LABELS[1:]], described=False),
-        r"split 'train': 1 rows have the label '-1', which stands for no label; remove them",
+        r"split 'train': 1 rows have the label '-1', which means no label; remove them",
     ),
     "label -1 of a description": (with_labels([-1, *TRAIN_LABELS[1:]]), r"1 rows have the label '-1'"),
     "label -1 of an array": (lambda root: (TRAIN, [-1, *TRAIN_LABELS[1:]]), r"labels: 1 rows have the label '-1'"),
@@ -504,7 +504,7 @@ BROKEN = {
     "another number in test": (in_test([0, 7] * 15, described=False), r"'test' has classes that training lacks: 7"),
     "two validation splits": (
         lambda root: {key: table(TRAIN, TRAIN_LABELS) for key in ("train", "val", "valid")},
-        r"'val' and 'valid', both of which stand for validation",
+        r"'val' and 'valid', which both mean validation",
     ),
     "a file of no split": (
         lambda root: write_parquet(hub_layout(root) / "more.parquet", GOOD, TRAIN_LABELS),
@@ -516,7 +516,7 @@ BROKEN = {
     ),
     "images as well as parquet": (
         lambda root: image_folder(hub_layout(root)) and None,
-        r"holds images in folders and parquet files with images \(test-0.*, train-0.*\): take one",
+        r"holds images in folders and parquet files with images \(test-0.*, train-0.*\): remove one",
     ),
     "truncated parquet": (truncated, r"parquet files cannot be read"),
     "no train": (

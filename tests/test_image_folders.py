@@ -48,7 +48,7 @@ def skipped(data: ImageData) -> list[str]:
 )
 def test_a_class_may_have_a_name_like_that_of_a_split(classes: tuple[str, ...], tmp_path: Path):
     if "train/2024" in classes:  # images of its own make it a class, but folders in it could be classes
-        with pytest.raises(DataError, match=r"has splits \(train\) beside other folders of images \(bus\)"):
+        with pytest.raises(DataError, match=r"has splits \(train\) next to other folders of images \(bus\)"):
             load_images(write_classes(tmp_path, *classes))
         return
     data = load_images(write_classes(tmp_path, *classes))
@@ -83,11 +83,11 @@ def test_folders_with_the_exact_names_of_splits_are_splits(names: Any, used: Any
 ASKED = {
     "val and valid": (
         ["train/cat", "train/dog", "val/cat", "val/dog", "valid/cat"],
-        r"'val' and 'valid', both of which stand for validation; put them together, or take one away",
+        r"'val' and 'valid', which both mean validation; merge them, or remove one",
     ),
     "a folder beside splits": (
         ["train/cat", "train/dog", "test/cat", "extra/cat"],
-        r"has splits \(test, train\) beside other folders of images \(extra\): take .*put them all into '.*train'",
+        r"has splits \(test, train\) next to other folders of images \(extra\): remove .*move them all to '.*train'",
     ),
     "nearly splits": (["training_set/a", "test_set/a"], r"may be splits \(test_set, training_set\): rename them"),
     "no folders of classes": (["train", "test"], r"images in test, train, but no folders of classes in 'train'"),
@@ -102,7 +102,7 @@ ASKED = {
     ),
     "splits inside classes": (
         ["cat/train", "cat/test", "dog/train", "dog/test"],
-        r"if those are classes, put the splits outside, as in train/cat/",
+        r"if those are classes, move the splits above them, as in train/cat/",
     ),
     "a folder too high": (
         ["data/train/a", "data/train/b", "data/test/a"],
@@ -167,10 +167,10 @@ STRAYS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "skipped (hidden, or a tool's own): '__MACOSX'",
     ),
     "thumbnails": (lambda root: write_classes(root, "cat/@eaDir"), "skipped (hidden, or a tool's own): 'cat/@eaDir'"),
-    "a broken link": (link_into_nowhere, "skipped (no file, or a link to none): 'cat/gone.png', 'cat/self'"),
+    "a broken link": (link_into_nowhere, "skipped (not a file, or a broken link): 'cat/gone.png', 'cat/self'"),
     "a loop": (
         lambda root: os.symlink("..", root / "cat/all"),
-        "skipped (a link to a folder that it is in): 'cat/all'",
+        "skipped (a link to a parent folder): 'cat/all'",
     ),
     "parquet": (stray_parquet, "skipped (a table without images): 'index.parquet'"),
     "texts": (
@@ -179,7 +179,7 @@ STRAYS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an image of no class": (
         lambda root: write_image(root / "logo.png", pictures(1, 0)[0]),
-        "skipped (in no folder of a class): 'logo.png'",
+        "skipped (not in a class folder): 'logo.png'",
     ),
 }
 
@@ -201,7 +201,7 @@ def test_images_in_an_empty_looking_split_are_named(tmp_path: Path):
     assert per_class(data) == {"cat": 10, "dog": 10}
     assert skipped(data) == [
         "'test' has no folders of classes: split 'test' is not used",
-        "skipped (in no folder of a class): 'test/0.png', 'test/1.png', 'test/2.png' and 7 more",
+        "skipped (not in a class folder): 'test/0.png', 'test/1.png', 'test/2.png' and 7 more",
     ]
 
 
@@ -260,7 +260,7 @@ def test_wellcond_data_names_broken_images_and_fails(decode: list[str], tmp_path
     assert "Traceback" not in found.output
     broken = [line for line in found.stdout.splitlines() if line.startswith("broken: ")]
     assert ["0.png" in line or "3.png" in line for line in broken] == [True] * (2 if decode else 1)
-    assert "not an image of a kind that Pillow knows" in broken[0]
+    assert "not an image format known to Pillow" in broken[0]
     assert "object at" not in found.stdout
     count = (
         "2 images cannot be read; replace or remove them" if decode else "1 image cannot be read; replace or remove it"
@@ -282,7 +282,7 @@ def test_wellcond_data_shows_the_digits_and_one_line_for_what_is_wrong(tmp_path:
         assert len(wrong.stderr.splitlines()) == 1
     one = called("data", write_classes(tmp_path / "one", "cat"))
     assert ["cat", "10"] in [line.split() for line in one.stdout.splitlines()], "what is there is shown all the same"
-    assert "has one class only" in one.stderr
+    assert "has only one class" in one.stderr
 
 
 def test_images_of_several_sizes_train_with_an_image_size(tmp_path: Path):

@@ -179,7 +179,7 @@ def test_the_network_of_a_run_has_a_picture_too(tmp_path: Path) -> None:
         ("HERE:text.uper", "'HERE' has no 'text.uper'; did you mean 'upper'?"),
         ("HERE:text", "'HERE:text' is an object of class str, not a callable"),
         ("HERE:numbers", "'HERE:numbers' gave an object of class list, not a torch.nn.Module"),
-        ("HERE:wants", "'HERE:wants' wants the arguments path"),
+        ("HERE:wants", "'HERE:wants' requires arguments path"),
         ("HERE:raises", "'HERE:raises' cannot be built: RuntimeError: no weights"),
         ("HERE:leaves", "'HERE:leaves' cannot be built: SystemExit: 3"),
         ("HERE:rgb", "'HERE:rgb' fails on images of 1 × 8 × 8: RuntimeError"),

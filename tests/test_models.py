@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from wellcond.experiments.data.load import load_images
 from wellcond.experiments.data.named import NAMED
+from wellcond.experiments.grid.configs import grid
 from wellcond.experiments.run import parts
-from wellcond.experiments.run.config import grid
 from wellcond.experiments.run.models import MODELS, build_model
 from wellcond.linalg import NewtonSchulz
 from wellcond.nn import DecorrelatedBatchNorm2d, GlobalCovariancePool2d, IterNorm2d

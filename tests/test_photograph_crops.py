@@ -114,7 +114,7 @@ def test_images_of_different_sizes_stay_in_their_files_for_training_alone(tmp_pa
 
 
 def test_areas_without_a_size_are_refused():
-    with pytest.raises(ConfigError, match="crop 'resized' brings areas of the images to one size: give image_size"):
+    with pytest.raises(ConfigError, match="crop 'resized' needs image_size"):
         run_config(crop="resized")
-    with pytest.raises(DataError, match="give an image size"):
+    with pytest.raises(DataError, match="need an image size"):
         load_images("digits", areas=True)

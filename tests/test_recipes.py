@@ -153,8 +153,8 @@ def test_the_command_line_refuses_what_cannot_be(tmp_path: Path, monkeypatch):
     assert "cannot read the recipe 'none.toml'" in one_line("compare", "--recipe", "none.toml")
     assert "did you mean 'small'" in one_line("compare", "--recipe", "table4", "--scale", "smal")
     assert "seeds must be at least 1" in one_line("compare", "--recipe", "table4", "--seeds", "0")
-    assert "--scale is of a recipe" in one_line("compare", "--scale", "small")
-    assert "one for all its rows" in one_line("compare", "--recipe", "table4", "--treat", "nog,ow")
+    assert "--scale needs --recipe" in one_line("compare", "--scale", "small")
+    assert "for all its rows" in one_line("compare", "--recipe", "table4", "--treat", "nog,ow")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,7 +185,7 @@ def test_a_recipe_runs_says_its_rows_and_grows(tmp_path: Path):
     (found,) = json.loads((out / "results.json").read_text())["differences"]
     assert found["mean"] == pytest.approx(sum(paired) / 2, abs=1e-12) and found["against"] == "SVD"
     assert call("compare", "--out", out, "--resume").stdout.count("SVD + NOG, seed") == 2
-    assert "holds recipe 'table4': beside --resume give --recipe table4" in one_line(
+    assert "holds recipe 'table4': with --resume give either --recipe table4" in one_line(
         "compare", "--out", out, "--resume", "--norm", "zca", "--treat", "nog"
     )
     page = call("report", out, "--out", tmp_path / "report").stdout
@@ -211,7 +211,7 @@ def test_rows_may_differ_in_any_option(tmp_path: Path):
     assert [row["label"] for row in rows] == ["SVD", "slower"]
     # The rate is what the row is about: it cannot be another for all rows.
     refused = one_line("compare", "--recipe", tmp_path / "mine.toml", "--lr", "0.5", "--out", tmp_path / "other")
-    assert "lr is what row 'slower' of recipe 'mine' is about" in refused
+    assert "lr is set by row 'slower' of recipe 'mine'" in refused
     # A row that is renamed keeps its folder, for the comparison and its report.
     (tmp_path / "mine.toml").write_text(OWN.replace("slower", "slow"))
     again = call("compare", "--recipe", tmp_path / "mine.toml", *options, "--out", out, "--resume")
@@ -226,7 +226,7 @@ def test_a_recipe_grows_by_seeds_alone_and_shows_runs_that_were_made_longer(tmp_
     assert call("compare", "--recipe", "table4", *options, "--seeds", "1", "--out", out).exit_code == 0
     grown = call("compare", "--out", out, "--resume", "--seeds", "2")
     assert grown.exit_code == 0 and "SVD, seed 1" in grown.stdout, grown.output
-    assert "give --recipe table4 with all of its options" in one_line("compare", "--out", out, "--resume", "--lr", "1")
+    assert "--recipe table4 and all of its options" in one_line("compare", "--out", out, "--resume", "--lr", "1")
     assert call("train", "--out", out / "runs" / "svd-seed0", "--resume", "--epochs", "2").exit_code == 0
     assert call("report", out, "--out", tmp_path / "report").exit_code == 0
     page = (tmp_path / "report" / "report.html").read_text()

@@ -151,7 +151,7 @@ def test_a_run_that_was_made_longer_says_so_and_how_it_is_made_again(tmp_path: P
     run(small(epochs=1), tmp_path / "a run")
     run(small(epochs=3), tmp_path / "a run", resume=True)
     path, (note,) = report([tmp_path / "a run"], tmp_path / "report")
-    assert "a run' was made longer: 1, then 3 epochs" in note
+    assert "a run' was extended: 1, then 3 epochs" in note
     (lines,) = [pre.text for pre in ElementTree.fromstring(path.read_text()).iter("pre")]
     assert lines is not None
     first, then = map(shlex.split, lines.splitlines())
@@ -179,7 +179,7 @@ def test_a_run_that_is_being_made_longer_is_reported_as_it_was(tmp_path: Path, m
             run(small(epochs=3), out, resume=True)
     assert len(read_csv(out / "metrics.csv")) == 2
     path, (note,) = report([out], tmp_path / "after")
-    assert "is being made longer and that is not finished: reported is its result after 1 epoch; go on" in note
+    assert "is being extended and not finished: reported is its result after 1 epoch; go on" in note
     results, runs, _ = Page(path.read_text()).tables
     assert results[1][1] == f"{100 * before.test_error:.2f}"
     assert [row[0] for row in runs[1:]] == ["zca"]
@@ -191,7 +191,7 @@ def test_a_run_that_is_being_made_longer_is_reported_as_it_was(tmp_path: Path, m
     assert "--epochs 1" in lines
     run(small(epochs=3), out, resume=True)
     _, (note,) = report([out], tmp_path / "after")
-    assert "was made longer: 1, then 3 epochs" in note
+    assert "was extended: 1, then 3 epochs" in note
 
 
 def test_what_is_not_finished_is_left_out_and_said(done: Path, tmp_path: Path) -> None:

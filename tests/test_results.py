@@ -18,9 +18,10 @@ from rich.console import Console
 from small_runs import full_disk_after
 from wellcond.experiments.errors import ConfigError
 from wellcond.experiments.files import write_atomically, write_csv, write_json
+from wellcond.experiments.grid.configs import grid
 from wellcond.experiments.results.summary import summarise
 from wellcond.experiments.results.tables import comparison_table
-from wellcond.experiments.run.config import BEFORE, RunConfig, grid, run_config
+from wellcond.experiments.run.config import BEFORE, RunConfig, run_config
 from wellcond.experiments.run.result import CONDITION, LayerCondition, RunResult, load_result
 from wellcond.experiments.run.schedule import Schedule
 from wellcond.experiments.show.curves import curve

@@ -197,7 +197,7 @@ def test_a_process_loads_the_images_once(tmp_path, monkeypatch):
     loaded = []
     real = attempt.load
     monkeypatch.setattr(attempt, "load", lambda config: loaded.append(config) or real(config))
-    monkeypatch.setattr(attempt, "_KEPT", {})
+    monkeypatch.setattr(attempt, "_CACHE", {})
     configs = [small(epochs=1, seed=seed) for seed in range(2)] + [small(epochs=1, limit=100)]
     for place, config in enumerate(configs):
         assert attempt.attempt(attempt.Task(config, tmp_path / str(place))) == attempt.Outcome()
@@ -210,7 +210,7 @@ def test_a_process_loads_the_images_once(tmp_path, monkeypatch):
         (["--jobs", "0"], "error: jobs must be at least 1, got 0"),
         (["--jobs", "-3"], "error: jobs must be at least 1, got -3"),
         (["--executor", "slurm"], "error: executor must be ray or ray://HOST:PORT, got 'slurm'"),
-        (["--executor", "ray://nowhere"], "error: a Ray cluster is at ray://HOST:PORT, such as"),
+        (["--executor", "ray://nowhere"], "error: the address of a Ray cluster is ray://HOST:PORT, such as"),
         (
             ["--executor", "ray://127.0.0.1:9"],
             "error: no Ray cluster answers at 'ray://127.0.0.1:9' (Connection",

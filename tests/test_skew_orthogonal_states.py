@@ -173,7 +173,7 @@ def test_the_callback_of_lightning_refuses_processes_that_end_with_the_fit(tmp_p
     """Asked where the fit itself runs, as Lightning does: here no process is made."""
     callback, task = TreatmentCallback("ow", options=SOC), SameTask()
     trainer = pl.Trainer(accelerator="cpu", strategy="ddp_fork", devices=1, logger=False, enable_progress_bar=False)
-    with pytest.raises(ValueError, match=r"net\.0: the weight in use is no weight of the untreated module"):
+    with pytest.raises(ValueError, match=r"net\.0: the untreated module cannot hold the treated weight"):
         callback.setup(trainer, task, "fit")
     treated = SameTask()
     orthogonal_weight(treated.net[0], map="soc")

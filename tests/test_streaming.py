@@ -125,6 +125,6 @@ def test_a_worker_that_is_killed_is_one_line(folder: Path):
         for _ in loader:
             os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
 
-    with pytest.raises(RunError, match=r"a process that reads images ended .*fewer --workers.*--resume") as failed:
+    with pytest.raises(RunError, match=r"a worker that reads images died .*fewer --workers.*--resume") as failed:
         read_and_kill()
     assert "\n" not in str(failed.value)

@@ -101,7 +101,7 @@ def test_a_path_that_a_library_cannot_encode_is_one_line(capsys: pytest.CaptureF
         "runs/\udcc3\udca9".encode()
     assert ended.value.exit_code == 2
     assert capsys.readouterr().err == (
-        "error: 'runs/\\udcc3\\udca9' has letters that this locale lacks; set PYTHONUTF8=1\n"
+        "error: 'runs/\\udcc3\\udca9' has characters that this locale lacks; set PYTHONUTF8=1\n"
     )
 
 

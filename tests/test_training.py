@@ -133,9 +133,9 @@ def test_the_test_images_are_seen_once_and_after_training(digits, tmp_path):
         def __getattr__(self, name):
             return getattr(self.inner, name)
 
-        def batch(self, indices):
+        def batch(self, indices, out=None):
             reads.append((self.name, len(indices)))
-            return self.inner.batch(indices)
+            return self.inner.batch(indices, out)
 
     parts = {name: Watched(getattr(digits, name), name) for name in ("train", "validation", "test")}
     run(small(epochs=2), tmp_path, data=ImageData("digits", classes=digits.classes, **parts))

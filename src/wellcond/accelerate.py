@@ -1,7 +1,6 @@
-"""Treatments and monitor in a training loop of one's own on Hugging Face Accelerate, which has no callbacks.
+"""Treatments and the condition monitor for custom training loops with Hugging Face Accelerate.
 
-The optimizer inside Accelerate's wrapper is the one that steps, and only when gradients have been accumulated and are
-finite; its step is what the treatments act in and what the monitor counts.
+Both hook into the optimizer inside Accelerate's wrapper, which steps once gradients are accumulated and finite.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ __all__ = ["attach_monitor", "attach_treatment"]
 def attach_treatment(
     accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, treatments: str, **options: Any
 ) -> Treatment:
-    """:func:`wellcond.orthogonality.treat` what ``accelerator.prepare`` gave; ``save_state`` saves its state too.
+    """Call :func:`wellcond.orthogonality.treat` on a prepared model; ``accelerator.save_state`` includes its state.
 
     Args:
-        accelerator: that prepared the model and the optimizer.
-        model, optimizer: as prepared. Call this before ``accelerator.load_state``.
-        treatments, options: arguments of :func:`~wellcond.orthogonality.treat`. `ow` and `sn` are refused on weights
-            that are sharded already (FSDP2): call :func:`~wellcond.orthogonality.orthogonal_weight` before ``prepare``.
+        accelerator: the one that prepared the model and the optimizer.
+        model, optimizer: as returned by ``prepare``. Call this before ``accelerator.load_state``.
+        treatments, options: arguments of :func:`~wellcond.orthogonality.treat`. `ow` and `sn` reject weights that are
+            already sharded (FSDP2): call :func:`~wellcond.orthogonality.orthogonal_weight` before ``prepare``.
 
     Returns:
         The :class:`~wellcond.orthogonality.Treatment`, with the layer names of the bare model. For `ol` add its
@@ -61,23 +60,23 @@ def attach_monitor(
     log: bool = True,
     **options: Any,
 ) -> ConditionMonitor:
-    """A :class:`wellcond.monitor.ConditionMonitor` that counts optimizer steps and sends its records to the trackers.
+    """A :class:`wellcond.monitor.ConditionMonitor` that counts optimizer steps and logs its records to the trackers.
 
-    Its records are saved and loaded by ``accelerator.save_state``. In several processes the first writes and logs what
-    it sees of its share of the batch.
+    Its records are included in ``accelerator.save_state``. With several processes only the main one writes and logs,
+    for its own share of the batch.
 
     Args:
-        accelerator: that prepared the model and the optimizer.
-        model, optimizer: as prepared.
-        writers: paths, a ``SummaryWriter`` or callables, as :class:`~wellcond.monitor.ConditionMonitor` takes them.
+        accelerator: the one that prepared the model and the optimizer.
+        model, optimizer: as returned by ``prepare``.
+        writers: paths, a ``SummaryWriter`` or callables, as in :class:`~wellcond.monitor.ConditionMonitor`.
         log: send every record to ``accelerator.log`` at its step, as ``condition/<layer>/<measure>``.
-        options: the other arguments of the monitor.
+        options: further arguments of the monitor.
 
     Returns:
         The monitor, whose ``records`` grow with the steps.
 
     Raises:
-        ValueError: what :class:`~wellcond.monitor.ConditionMonitor` refuses.
+        ValueError: arguments that :class:`~wellcond.monitor.ConditionMonitor` rejects.
 
     Example:
         >>> import torch

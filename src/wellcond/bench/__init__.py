@@ -1,1 +1,1 @@
-"""How fast, how lean and how accurate: every solver and layer beside autograd, the published iterations and peers."""
+"""Speed, memory and accuracy of every solver and layer, against autograd, published iterations and other packages."""

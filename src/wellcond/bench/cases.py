@@ -1,7 +1,7 @@
-"""What is measured: a task (which function of which input), a shape, and the input made for it.
+"""The benchmark cases: a task (a function of an input), a shape, and the input.
 
-Matrices are covariances of condition number 1e4 in random bases, square matrices for the polar factor have one of
-1e2, and features are mixed so that the singular values of the mixing fall over two decades.
+Matrices are covariances with condition number 1e4 in random bases (1e2 for the polar factor); features are mixed by a
+matrix whose singular values span two decades.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 ON_MATRICES = ("sqrt", "invsqrt", "polar")
 ON_FEATURES = ("covariance_sqrt", "pooling_layer", "whitening_layer")
 TASKS = (*ON_MATRICES, *ON_FEATURES)
-# The ε of the tasks that need one: that of torch.nn.BatchNorm2d.
+# As in torch.nn.BatchNorm2d.
 LAYER_EPS = 1e-5
 
 MATRIX_SHAPES: tuple[Shape, ...] = (
@@ -45,7 +45,7 @@ class Case:
 
     @property
     def size(self) -> str:
-        """The shape as people write it: ``128×64×64``."""
+        """The shape in readable form: ``128×64×64``."""
         return "×".join(map(str, self.shape))
 
     @property
@@ -54,13 +54,13 @@ class Case:
 
     @property
     def samples(self) -> int:
-        """Columns of the matrix whose covariance is taken: of one image, or of the batch for a norm layer."""
+        """Samples per covariance: the pixels of one image, or of the batch for a norm layer."""
         pixels = math.prod(self.shape[2:])
         return self.shape[0] * pixels if self.task == "whitening_layer" else pixels
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """Shapes from ``128x64x64,32x256x7x7``; a `ValueError` names the first that is none."""
+    """Parse shapes such as ``128x64x64,32x256x7x7``; a `ValueError` names the first invalid one."""
     shapes = []
     for part in text.replace("×", "x").split(","):
         try:
@@ -76,7 +76,7 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 
 def cases(tasks: Sequence[str], shapes: Sequence[Shape]) -> list[Case]:
-    """Every task on every shape that it takes, task by task; a `ValueError` where nothing is left to measure."""
+    """Every task on every shape it accepts, task by task; a `ValueError` if there is none."""
     for task in tasks:
         require_known(task, TASKS, "task")
     found = [Case(task, s) for task in tasks for s in shapes if (len(s) == 3) == (task in ON_MATRICES)]
@@ -89,17 +89,18 @@ def cases(tasks: Sequence[str], shapes: Sequence[Shape]) -> list[Case]:
 
 
 def make_input(case: Case, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The input of a case, made on the CPU in double precision and rounded once; the same at every call."""
+    """The input of a case, generated on the CPU in float64 and rounded once; identical at every call."""
     generator = torch.Generator().manual_seed(20)
-    d, on_matrices, polar = case.channels, case.task in ON_MATRICES, case.task == "polar"
-    first, second = (
-        torch.randn(*size, dtype=torch.float64, generator=generator)
-        for size in (case.shape, case.shape if on_matrices else (d, d))
-    )
-    falling = torch.logspace(0.0, -2.0 if polar or not on_matrices else -4.0, d, dtype=torch.float64)
-    basis = torch.linalg.qr(second).Q
+    d, on_matrices = case.channels, case.task in ON_MATRICES
+    first = torch.randn(*case.shape, dtype=torch.float64, generator=generator)
+    second = torch.randn(*(case.shape if on_matrices else (d, d)), dtype=torch.float64, generator=generator)
+    V = torch.linalg.qr(second).Q
+    smallest_exponent = -4.0 if on_matrices and case.task != "polar" else -2.0
+    spectrum = torch.logspace(0.0, smallest_exponent, d, dtype=torch.float64)
     if not on_matrices:
-        return ((basis * falling) @ first.flatten(2)).reshape(case.shape).to(device, dtype)
+        return ((V * spectrum) @ first.flatten(2)).reshape(case.shape).to(device, dtype)
     U = torch.linalg.qr(first).Q
-    X = ((U * falling) @ (basis if polar else U).mT).to(dtype)
-    return (X if polar else (X + X.mT) / 2).to(device)
+    if case.task == "polar":
+        return ((U * spectrum) @ V.mT).to(dtype).to(device)
+    P = ((U * spectrum) @ U.mT).to(dtype)
+    return ((P + P.mT) / 2).to(device)

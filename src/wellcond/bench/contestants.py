@@ -1,6 +1,6 @@
-"""Who takes part: our solvers, plain autograd, the published iteration, and other packages with the same functions.
+"""The contestants: our solvers, plain autograd, the published iteration, and other packages with the same functions.
 
-Each of those is optional: taken where it can be imported, named where not.
+Other packages are optional: missing ones are listed with the reason.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class Contestant:
     """One way to do a task."""
 
     name: str
-    f: Function  # a module where it has parameters
-    ours: bool = False  # whether it is this library's
-    products_only: bool = False  # whether all its work is matrix products, so that its FLOP/s mean something
-    comparable: bool = True  # whether it computes the function of the task, so that its error means something
+    f: Function  # a module if it has parameters
+    ours: bool = False  # whether it is part of this library
+    products_only: bool = False  # only matrix products, so that FLOP/s are meaningful
+    comparable: bool = True  # computes the task's function, so that an error is defined
 
 
 def contestants(
     case: Case, dtype: torch.dtype, device: torch.device, names: Collection[str] | None = None
 ) -> list[Contestant]:
-    """All contestants of a case (or those of these names), the reference first, then ours."""
+    """All contestants of a case (or the named ones): references first, then ours, then peers."""
     found = [c for c in (*_references(case), *_ours(case), *_peers(case)) if names is None or c.name in names]
     for contestant in found:
         if isinstance(contestant.f, nn.Module):
@@ -60,12 +60,12 @@ def _references(case: Case) -> Iterator[Contestant]:
 def _ours(case: Case) -> Iterator[Contestant]:
     yield Contestant(AUTO, _our_function(case, "auto"), ours=True)
     if case.task == "polar":
-        for name in ("minimax", "muon"):  # values only: their rows say that they have no gradient
+        for name in ("minimax", "muon"):  # without gradients
             yield Contestant(f"{AUTO}, {name}", partial(polar, solver=name), ours=True, products_only=True)
         return
     for name, make in SOLVERS.items():
         solver = make()
-        solver.tolerance = None  # the error is in the table; no warning beside it
+        solver.tolerance = None  # no warnings: the error is in the table
         products_only = solver.traceable and name != "pade"
         yield Contestant(f"{AUTO}, {name}", _our_function(case, solver), ours=True, products_only=products_only)
 
@@ -83,14 +83,14 @@ def _our_function(case: Case, solver: str | Solver) -> Function:
 
 
 def _kornia_layer(zca_whiten: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """Its whitening of samples × channels as the norm layer of a map; no statistics are kept."""
+    """Kornia's whitening of samples × channels as a norm layer for feature maps, without running statistics."""
     samples = x.movedim(1, -1).flatten(0, -2)
     white = zca_whiten(samples, 0, unbiased=False, eps=LAYER_EPS)
     return white.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
 
 
 def _muon_iteration(iteration: Callable[..., Tensor], G: Tensor) -> Tensor:
-    """Five steps with the optimizer's own coefficients, one matrix after another as it does; in bfloat16."""
+    """Five steps with the optimizer's coefficients in bfloat16, one matrix at a time as in the optimizer."""
     steps = [iteration(g, (3.4445, -4.7750, 2.0315), 5, 1e-7) for g in G.reshape(-1, *G.shape[-2:])]
     return torch.stack(steps).to(G.dtype).reshape(G.shape)
 
@@ -113,11 +113,11 @@ PEERS: dict[str, tuple[str, dict[str, Callable[[Any], Function]]]] = {
     "torch.linalg.matrix_sqrth": ("torch.linalg", {"sqrt": lambda m: m.matrix_sqrth}),
     "torch.linalg.polar": ("torch.linalg", {"polar": lambda m: lambda G: m.polar(G)[0]}),
 }
-"""By its name in the tables: the module that a peer is looked for under, and the function for each task it has."""
+"""For each peer, the module to import and a function for each supported task."""
 
 
 def missing_peers() -> dict[str, str]:
-    """The peers that are not at hand, and why."""
+    """The unavailable peers, and why."""
     return {name: found for name in PEERS if isinstance(found := _import(name), str)}
 
 
@@ -132,12 +132,12 @@ def _peers(case: Case) -> Iterator[Contestant]:
 
 
 def _import(name: str) -> Any:
-    """The module, or a line that says why it cannot be used."""
+    """The module, or the reason why it cannot be used."""
     try:
         module = importlib.import_module(PEERS[name][0])
     except ModuleNotFoundError as error:
         return f"not installed (no module '{error.name}')"
-    except Exception as error:  # a peer that breaks at import is its own affair
+    except Exception as error:  # a broken peer must not stop the benchmark
         return f"cannot be imported ({type(error).__name__}: {error})"
     if name.startswith("torch.linalg.") and not hasattr(module, name.rpartition(".")[2]):
         return f"not in torch {torch.__version__}"

@@ -1,11 +1,12 @@
-"""Time, memory and operations of a call.
+"""Time, memory and floating-point operations of a call.
 
-Times can be compared because the contestants take turns in random order: a busy machine then disturbs all alike. The
-minimum is the time of the code; whatever else the machine does only lengthens it. The median says how busy it was.
+Contestants are timed in turns and in random order, so that load on the machine affects all of them equally. The
+minimum estimates the time of the code itself, as interference only adds to it; the median shows how busy the machine
+was.
 
-What the graph keeps is counted by autograd's own hooks: every distinct storage that is saved, without the input's and
-the parameters'. The peak is the allocator's: on CUDA as it reports it, on the CPU from the profiler's record of each
-allocation, workspaces of LAPACK among them. The profiler sees one thread, so the peak is that of a run in one.
+Memory saved for backward is counted with autograd's saved-tensor hooks, as the distinct storages other than the input's
+and the parameters'. Peak memory is reported by the allocator on CUDA; on the CPU it is computed from the profiler's
+allocation events, including LAPACK workspaces. The profiler follows a single thread, so this call runs with one.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from wellcond.experiments.run.processes import threads
 Call = Callable[[], object]
 Function = Callable[[Tensor], Tensor]
 
-# One timing lasts at least this long: a faster call is repeated.
-SHORTEST = 2e-3
-MOST_REPEATS = 50
+# Calls faster than this many seconds are repeated within one timing.
+MIN_SECONDS = 2e-3
+MAX_REPEATS = 50
 
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of one call: the minimum and the median of that many timings."""
+    """Seconds per call: minimum and median of the timings."""
 
     minimum: float
     median: float
@@ -45,49 +46,49 @@ class Time:
 
 
 def seconds_of(call: Call, device: torch.device, repeats: int = 1) -> float:
-    """Seconds of one of several calls in a row, the device idle before and after."""
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    wait()
-    begun = time.perf_counter()
+    """Seconds per call over ``repeats`` consecutive calls, with the device synchronised before and after."""
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
     for _ in range(repeats):
         call()
-    wait()
-    return (time.perf_counter() - begun) / repeats
+    synchronize()
+    return (time.perf_counter() - start) / repeats
 
 
 def take_turns(
     calls: Mapping[str, Call], device: torch.device, *, seconds: float, rounds: tuple[int, int] = (3, 40)
 ) -> dict[str, Time]:
-    """The time of every call, from rounds in which each is timed once, in a new random order.
+    """Time all calls in rounds, each call once per round in a new random order.
 
     Args:
-        calls: what to time; each has been called before (compiled, cached, its memory paged in).
-        seconds: go on with rounds until this much time is used up.
-        rounds: but at least and at most this many.
+        calls: what to time, already warmed up.
+        seconds: start new rounds until this time has passed.
+        rounds: the minimum and maximum number of rounds.
     """
-    order = random.Random(0)
+    generator = random.Random(0)
     repeats = {}
     for name, call in calls.items():
         once = seconds_of(call, device)
-        repeats[name] = max(1, min(MOST_REPEATS, math.ceil(SHORTEST / max(once, 1e-9))))
+        repeats[name] = max(1, min(MAX_REPEATS, math.ceil(MIN_SECONDS / max(once, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in calls}
-    until = time.perf_counter() + seconds
+    deadline = time.perf_counter() + seconds
     for done in range(rounds[1]):
-        if done >= rounds[0] and time.perf_counter() >= until:
+        if done >= rounds[0] and time.perf_counter() >= deadline:
             break
-        for name in order.sample(list(calls), len(calls)):
+        for name in generator.sample(list(calls), len(calls)):
             times[name].append(seconds_of(calls[name], device, repeats[name]))
     return {name: Time(min(t), statistics.median(t), len(t)) for name, t in times.items()}
 
 
 def saved_bytes(f: Function, X: Tensor) -> int:
-    """Bytes that the graph of f(X) keeps for its backward pass, besides X and the parameters."""
+    """Bytes that the graph of f(X) saves for backward, excluding X and the parameters."""
     X = X.detach().requires_grad_()
     known = {X.untyped_storage().data_ptr()}
     if isinstance(f, nn.Module):
         known |= {p.untyped_storage().data_ptr() for p in f.parameters()}
     kept: dict[int, int] = {}
-    alive = []  # so that no address is given twice
+    alive = []  # so that no address is reused
 
     def pack(saved: Tensor) -> Tensor:
         storage = saved.untyped_storage()
@@ -103,7 +104,7 @@ def saved_bytes(f: Function, X: Tensor) -> int:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that one call has allocated at once, above what there was before it."""
+    """Peak bytes allocated during one call, above the level before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -111,7 +112,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    # The profiler's own messages; read when it is first used.
+    # Silences the profiler; read at its first use.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with (
         threads(1),
@@ -135,7 +136,7 @@ def count_operations(call: Call) -> int:
 
 
 class _Operations(TorchDispatchMode):
-    """Adds up what torch's own registry says of each operation; its counter cannot see ``autograd.grad``."""
+    """Sums PyTorch's registered FLOP formulas; unlike ``FlopCounterMode`` it sees ``autograd.grad``."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""What one would write without this library, and the truth that all are measured against.
+"""Reference implementations without this library, and the ground truth for all errors.
 
-Through ``torch.linalg.eigh`` and ``torch.linalg.svd`` the derivative divides by the differences of eigenvalues; the
-iteration is that of iSQRT-COV (Li et al., CVPR 2018), coupled Newton–Schulz on P/tr P, and keeps every step.
+With ``torch.linalg.eigh`` and ``torch.linalg.svd`` autograd divides by differences of eigenvalues. The iteration is
+that of iSQRT-COV (Li et al., CVPR 2018), coupled Newton–Schulz on P/tr P, with autograd through every step.
 
-The truth is double precision with derivatives by Daleckii and Krein's quotients, written out here once more, apart from
-``wellcond.linalg``; on one small matrix it is held against 50 digits of mpmath and against ``scipy.linalg.sqrtm``
-(:func:`truth_of_the_truth`).
+The ground truth is computed in float64 with the Daleckii–Krein derivative, implemented here independently of
+``wellcond.linalg``; :func:`ground_truth_errors` checks it on one small matrix against mpmath with 50 digits and against
+``scipy.linalg.sqrtm``.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ ISQRT_STEPS = 5
 def root_by_eigh(P: Tensor, power: float) -> Tensor:
     """P^power through the eigendecomposition."""
     eigvals, U = torch.linalg.eigh(P)
-    # A covariance of fewer samples than channels has eigenvalues of about −eps.
+    # A covariance of fewer samples than channels has eigenvalues around −eps.
     return (U * eigvals.clamp_min(0.0).pow(power).unsqueeze(-2)) @ U.mT
 
 
 def root_by_svd(P: Tensor, power: float) -> Tensor:
-    """P^power through the singular value decomposition, as the published SVD layers."""
+    """P^power through the singular value decomposition, as in published SVD layers."""
     U, sigma, _ = torch.linalg.svd(P)
     return (U * sigma.pow(power).unsqueeze(-2)) @ U.mT
 
 
 def root_by_isqrt(P: Tensor, power: float, steps: int = ISQRT_STEPS) -> Tensor:
-    """P^{±1/2} by coupled Newton–Schulz, differentiated step by step."""
+    """P^{±1/2} by coupled Newton–Schulz, differentiated through all steps."""
     trace = P.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device).expand_as(P)
     Y, Z = P / trace, eye
@@ -60,7 +60,7 @@ def polar_by_svd(G: Tensor) -> Tensor:
 
 
 class CovariancePool(nn.Module):
-    """The upper triangle of the root of each image's covariance: global covariance pooling with any root."""
+    """Global covariance pooling with a given root: the upper triangle of the root of each image's covariance."""
 
     def __init__(self, root: Root) -> None:
         super().__init__()
@@ -73,9 +73,9 @@ class CovariancePool(nn.Module):
 
 
 class WhiteningBatchNorm2d(nn.BatchNorm2d):
-    """Decorrelated batch norm in its plainest form, with any inverse root: for timing in training mode only.
+    """Plain decorrelated batch norm with a given inverse root, for timing in training mode only.
 
-    The output lies in memory as every norm layer's and as the published one's: image after image.
+    The output is contiguous in NCHW, as in the published implementation.
     """
 
     running_cov: Tensor
@@ -92,7 +92,7 @@ class WhiteningBatchNorm2d(nn.BatchNorm2d):
         P = centred @ centred.mT / columns.shape[1]
         eye = torch.eye(P.shape[0], dtype=P.dtype, device=P.device)
         white = self.inverse_root(P + self.eps * eye) @ centred
-        assert self.running_mean is not None  # for the type checker: the statistics are tracked
+        assert self.running_mean is not None  # for the type checker
         with torch.no_grad():
             self.running_mean.lerp_(mean.flatten(), 0.1)
             self.running_cov.lerp_(P, 0.1)
@@ -101,7 +101,7 @@ class WhiteningBatchNorm2d(nn.BatchNorm2d):
 
 
 class ExactRoot(torch.autograd.Function):
-    """P^{1/2} or P^{-1/2} in double precision; what is zero up to rounding stays zero and has no derivative."""
+    """P^{1/2} or P^{-1/2} in float64; eigenvalues at rounding level count as zero, with zero derivative."""
 
     @staticmethod
     def forward(ctx: Any, P: Tensor, power: float) -> Tensor:
@@ -128,26 +128,28 @@ def exact_root(P: Tensor, power: float) -> Tensor:
 
 
 def with_root(case: Case, root: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function of a task, with ``root(P, power)`` for the root in it; a module where it has parameters."""
+    """The function of a task using ``root(P, power)``; a module if it has parameters."""
     sqrt, invsqrt = partial(root, power=0.5), partial(root, power=-0.5)
+    if case.task == "pooling_layer":
+        return CovariancePool(sqrt)
+    if case.task == "whitening_layer":
+        return WhiteningBatchNorm2d(case.channels, invsqrt, LAYER_EPS)
     return {
-        "sqrt": lambda: sqrt,
-        "invsqrt": lambda: invsqrt,
-        "polar": lambda: lambda G: G @ invsqrt(G.mT @ G),
-        "covariance_sqrt": lambda: lambda X: sqrt(covariance_of(X.flatten(2))),
-        "pooling_layer": lambda: CovariancePool(sqrt),
-        "whitening_layer": lambda: WhiteningBatchNorm2d(case.channels, invsqrt, LAYER_EPS),
-    }[case.task]()
+        "sqrt": sqrt,
+        "invsqrt": invsqrt,
+        "polar": lambda G: G @ invsqrt(G.mT @ G),
+        "covariance_sqrt": lambda X: sqrt(covariance_of(X.flatten(2))),
+    }[case.task]
 
 
 def exact_function(case: Case) -> Callable[[Tensor], Tensor]:
-    """The function of a task with the exact root in it; takes and gives double precision."""
+    """The ground truth of a task; takes and returns float64."""
     f = with_root(case, exact_root)
     return f.double() if isinstance(f, nn.Module) else f
 
 
 def value_and_gradient(f: Callable[[Tensor], Tensor], X: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """f(X), and the gradient in X of its inner product with a direction."""
+    """f(X), and the gradient of ⟨f(X), direction⟩ with respect to X."""
     X = X.detach().requires_grad_()
     out = f(X)
     (grad,) = torch.autograd.grad(out, X, direction)
@@ -155,22 +157,22 @@ def value_and_gradient(f: Callable[[Tensor], Tensor], X: Tensor, direction: Tens
 
 
 def symmetric_part(gradient: Tensor, case: Case) -> Tensor:
-    """The gradient as it counts: of a symmetric matrix only the symmetric part does, and codes differ in the rest."""
+    """The part of the gradient that is compared: for symmetric inputs only the symmetric part is determined."""
     return (gradient + gradient.mT) / 2 if case.task in ("sqrt", "invsqrt") else gradient
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
-    """The largest ‖got − truth‖/‖truth‖ over the first dimension, in double precision; inf for NaN."""
+    """The largest ‖got − truth‖/‖truth‖ over the first dimension, in float64; inf for NaN."""
     got, truth = got.detach().to("cpu", torch.float64).flatten(1), truth.to("cpu").flatten(1)
     size = torch.linalg.vector_norm(truth, dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     error = (torch.linalg.vector_norm(got - truth, dim=1) / size).max().item()
     return error if error == error else float("inf")
 
 
-def truth_of_the_truth(d: int = 8) -> dict[str, float | None]:
-    """Relative errors, against mpmath at 50 digits, of the truth and of scipy's root at d × d and κ = 1e4.
+def ground_truth_errors(d: int = 8) -> dict[str, float | None]:
+    """Relative errors of the ground truth and of SciPy's root against mpmath with 50 digits, at d × d and κ = 1e4.
 
-    None where the package is not installed.
+    None if the package is not installed.
     """
     P = make_input(Case("sqrt", (1, d, d)), torch.float64, torch.device("cpu"))
     found: dict[str, float | None] = {"float64": None, "scipy.linalg.sqrtm": None}

@@ -1,4 +1,4 @@
-"""What was measured: tables of ratios, remarks, and a figure (a panel a task, a line a contestant, a mark a shape)."""
+"""Tables of the measured ratios, remarks, and a figure (one panel per task, row per contestant, mark per shape)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from wellcond.bench.contestants import AUTO, ISQRT, REFERENCE, SVD
 from wellcond.bench.gauges import Time
-from wellcond.bench.measure import CaseResult, Measured
+from wellcond.bench.results import CaseResult, Measured
 from wellcond.experiments.results.table import Column, Strong, Table
 from wellcond.experiments.show.figures import COLOURS
 
 NOTHING = "—"
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-# A gradient further off than this is not the gradient; its mark is hollow.
-OFF = 0.01
+# Marks are hollow if the relative error of the gradient is larger.
+GRADIENT_OFF = 0.01
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 TITLES = {
     "sqrt": r"$P^{1/2}$",
@@ -27,34 +27,35 @@ TITLES = {
 }
 
 EXPLAINED = (
-    f"Times as fast as {REFERENCE}, forward and backward, minimum of the timings; above 1 is faster. "
-    "— is not offered there, or failed."
+    f"Speed relative to {REFERENCE}, forward and backward, from the minimum of the timings; above 1 is faster. "
+    "— means not available, or failed."
 )
 
 SUMMARY_EXPLAINED = (
-    f"{AUTO} with its default solver, forward and backward: times as fast as autograd through eigh, through svd, and "
-    "as iSQRT-COV of five steps; its time over that of the decomposition and five products alone; bytes kept for the "
-    "backward pass and the most allocated at once, in units of the input; relative error against double precision."
+    f"{AUTO} with its default solver, forward and backward: speed relative to autograd through eigh, autograd through "
+    "svd, and iSQRT-COV with five steps; time in excess of the decomposition and five products; memory saved for "
+    "backward and peak memory, relative to the input; relative error against double precision."
 )
 
 
 def by_task(results: Iterable[CaseResult]) -> list[tuple[str, list[CaseResult]]]:
-    """The results of each task."""
+    """The results grouped by task."""
     return [(task, list(group)) for task, group in groupby(results, key=lambda result: result.case.task)]
 
 
 def ratio_table(results: Sequence[CaseResult]) -> Table:
-    """The contestants of one task down, its shapes across."""
+    """The ratios of one task: a row per contestant, a column per shape."""
     rows = []
     for name in dict.fromkeys(row.name for result in results for row in result.rows):
         found = [next((row for row in result.rows if row.name == name), None) for result in results]
         ratios = [result.faster(row) if row else None for result, row in zip(results, found, strict=True)]
-        rows.append([(Strong if name == AUTO else str)(cell) for cell in (name, *map(ratio, ratios))])
+        cells = [name, *map(ratio, ratios)]
+        rows.append([Strong(cell) for cell in cells] if name == AUTO else cells)
     return Table([results[0].case.task, *(result.case.size for result in results)], rows)
 
 
 def summary_table(results: Sequence[CaseResult]) -> Table:
-    """What `wellcond` is on every case: ratios to the others, memory, error, and the distance to the limit."""
+    """`wellcond` on every case: speed ratios, time over the lower bound, memory and error."""
     rows = []
     for result in results:
         ours = result[AUTO]
@@ -69,13 +70,13 @@ def summary_table(results: Sequence[CaseResult]) -> Table:
                 *measures(ours, result),
             ]
         )
-    # On the terminal the milliseconds and the error of the value are left out, so that the rest fits 80 columns.
+    # Wide columns are omitted on the terminal, so that the rest fits 80 columns.
     heads = ["task", "shape", Column("ms", wide=True), "vs eigh", "vs svd", "vs iSQRT", "limit", "saved", "peak"]
     return Table([*heads, Column("error", wide=True), "grad. error"], rows, SUMMARY_EXPLAINED)
 
 
 def detail_table(result: CaseResult) -> Table:
-    """Everything about one case; GFLOP/s, and their share of a large product's, of those that only multiply."""
+    """All measurements of one case, with GFLOP/s and their share of the peak for contestants that only multiply."""
     rows = []
     for row in result.rows:
         rate = row.operations_per_second
@@ -94,17 +95,17 @@ def detail_table(result: CaseResult) -> Table:
 
 
 def tables(results: Sequence[CaseResult]) -> list[Table]:
-    """The ratios of every task, and what `wellcond` is on every case."""
+    """The ratios of every task, then the summary of `wellcond`."""
     return [*(ratio_table(group) for _, group in by_task(results)), summary_table(results)]
 
 
 def line(result: CaseResult) -> str:
-    """One case in a line, while the others are still running."""
+    """One line about a finished case, for progress output."""
     return f"{result.case.task} {result.case.size}: {AUTO} {ratio(result.faster(result[AUTO]))} × {REFERENCE}"
 
 
 def remarks(results: Sequence[CaseResult], missing: Mapping[str, str], truths: Mapping[str, float | None]) -> list[str]:
-    """What there is to say beside the tables, a line each: who is missing, who failed where, how good the truth is."""
+    """Remarks below the tables: missing packages, failures, and the accuracy of the ground truth."""
     lines = [f"{name}: {why}" for name, why in missing.items()]
     failed: dict[tuple[str, str, str], list[str]] = {}
     for result in results:
@@ -113,34 +114,34 @@ def remarks(results: Sequence[CaseResult], missing: Mapping[str, str], truths: M
                 failed.setdefault((row.name, result.case.task, row.failure), []).append(result.case.size)
     lines += [f"{name} on {task} {', '.join(sizes)}: {why}" for (name, task, why), sizes in failed.items()]
     for name, error in truths.items():
-        off = "not compared (mpmath or scipy is not installed)" if error is None else f"off by {error:.1e}"
-        lines.append(f"{name} against mpmath at 50 digits, 8×8, κ = 1e4: {off}")
+        difference = "not compared (mpmath or scipy is not installed)" if error is None else f"off by {error:.1e}"
+        lines.append(f"{name} against mpmath at 50 digits, 8×8, κ = 1e4: {difference}")
     return lines
 
 
 def cell(value: float | None, form: str) -> str:
-    """A number as the format says, or what stands for none."""
+    """A formatted number, or a dash for None."""
     return NOTHING if value is None else format(value, form)
 
 
 def measures(row: Measured, result: CaseResult) -> list[str]:
-    """Memory in units of the input (d × d matrices per matrix where those are the input), and both errors."""
+    """Memory relative to the input, and both errors."""
     sizes = [cell(size if size is None else size / result.input_bytes, ".2g") for size in (row.saved, row.peak)]
     return [*sizes, *(cell(error, ".1e") for error in (row.error, row.gradient_error))]
 
 
 def milliseconds(time: Time | None) -> str:
-    """The minimum, to three digits."""
+    """The minimum in milliseconds, with three digits."""
     return cell(time and 1e3 * time.minimum, ".3g")
 
 
 def ratio(value: float | None) -> str:
-    """Two digits; one digit more is noise."""
+    """A ratio with two significant digits; more would be noise."""
     return cell(value, ".0f" if value and value >= 9.95 else ".2g")
 
 
 def speed_figure(results: Sequence[CaseResult], environment: dict[str, str]) -> Any:
-    """The speed of all contestants, forward and backward, as a matplotlib figure."""
+    """A matplotlib figure of the speed of all contestants, forward and backward."""
     from matplotlib.figure import Figure
 
     tasks = by_task(results)
@@ -164,8 +165,8 @@ def speed_figure(results: Sequence[CaseResult], environment: dict[str, str]) -> 
     marks = [axes.flat[0].plot([], [], mark, color=colour, markersize=5.5)[0] for colour, mark in looks.values()]
     figure.legend(marks, shapes, loc="outside lower center", ncols=min(len(marks), 5), frameon=False)
     figure.suptitle(
-        f"Forward and backward, times as fast as {REFERENCE}: to the right is faster; "
-        f"hollow where the gradient is off by more than {OFF:.0%}\n"
+        f"Forward and backward, speed relative to {REFERENCE}: further right is faster; "
+        f"hollow if the gradient is off by more than {GRADIENT_OFF:.0%}\n"
         f"{environment['device']}, {environment['threads']} threads, PyTorch {environment['torch']}",
         fontsize=10,
     )
@@ -182,7 +183,7 @@ def _panel(axis: Any, task: str, group: Sequence[CaseResult], looks: dict[str, t
         colour, mark = looks[result.case.size]
         for row in result.rows:
             if (factor := result.faster(row)) is not None:
-                face = "none" if (row.gradient_error or 0.0) > OFF else colour
+                face = "none" if (row.gradient_error or 0.0) > GRADIENT_OFF else colour
                 axis.plot(factor, names.index(row.name), mark, color=colour, markerfacecolor=face, markersize=5.5)
     axis.axvline(1.0, color="#000000", linewidth=0.8)
     axis.axhspan(names.index(AUTO) - 0.5, names.index(AUTO) + 0.5, color="#E69F00", alpha=0.18, linewidth=0)

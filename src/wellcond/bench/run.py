@@ -1,8 +1,8 @@
-"""The whole of `wellcond bench`: the cases one after another, then tables, figure and one JSON file.
+"""`wellcond bench`: measures the cases one after another, then writes tables, a figure and one JSON file.
 
     OUT/config.json  bench.json  tables.md  speed.png  speed.svg
 
-`bench.json` has every time, memory, error and ratio with the machine; `tables.md` the same for reading.
+`bench.json` holds all measurements and a description of the machine; `tables.md` is the readable form.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from wellcond._shared.names import require_known
 from wellcond.bench import report
 from wellcond.bench.cases import FEATURE_SHAPES, MATRIX_SHAPES, QUICK_SHAPES, TASKS, Shape, cases
 from wellcond.bench.contestants import missing_peers
-from wellcond.bench.measure import CaseResult, measure_case
-from wellcond.bench.references import truth_of_the_truth
+from wellcond.bench.measure import measure_case
+from wellcond.bench.references import ground_truth_errors
+from wellcond.bench.results import CaseResult
 from wellcond.experiments import folders
 from wellcond.experiments.files import write_atomically, write_json
 from wellcond.experiments.run.result import versions
@@ -46,14 +47,14 @@ def bench(
     overwrite: bool = False,
     finished: Callable[[int, int, CaseResult], None] = lambda index, count, result: None,
 ) -> tuple[list[CaseResult], list[str]]:
-    """Measure the solvers and layers on this machine and write what was found; the results, and remarks on them.
+    """Measure the solvers and layers on this machine, write the results to `out`, and return them with remarks.
 
-    The options are those of `wellcond bench`; `finished` is called with index, number of cases and result of every
-    case that is done.
+    The options are those of `wellcond bench`; `finished` is called after each case with its index, the number of cases
+    and its result.
 
     Raises:
-        ValueError: an unknown task or dtype, shapes that no task takes, a device that is not there.
-        FolderError: `out` holds something.
+        ValueError: an unknown task or dtype, shapes that no task accepts, or an unavailable device.
+        FolderError: `out` is not empty.
     """
     out = Path(out)
     where = _device(device)
@@ -63,16 +64,17 @@ def bench(
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     wanted = cases(tasks or TASKS, shapes or ((*MATRIX_SHAPES, *FEATURE_SHAPES) if full else QUICK_SHAPES))
-    each = seconds if seconds is not None else 8.0 if full else 1.5
-    config = {"dtype": dtype, "device": str(where), "cases": [asdict(case) for case in wanted], "seconds": each}
+    if seconds is None:
+        seconds = 8.0 if full else 1.5
+    config = {"dtype": dtype, "device": str(where), "cases": [asdict(case) for case in wanted], "seconds": seconds}
     with folders.claimed(out, lambda: folders.check(out, KIND, overwrite=overwrite, resumable=False)):
         folders.prepare(out, KIND, config, MADE)
         if threads is not None:
             torch.set_num_threads(threads)
-        missing, truths, machine = missing_peers(), truth_of_the_truth(), environment(where)
+        missing, truths, machine = missing_peers(), ground_truth_errors(), environment(where)
         results = []
         for index, case in enumerate(wanted):
-            results.append(measure_case(case, DTYPES[dtype], where, seconds=each))
+            results.append(measure_case(case, DTYPES[dtype], where, seconds=seconds))
             finished(index, len(wanted), results[-1])
         everything = {
             "environment": machine,
@@ -98,19 +100,19 @@ def _device(name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device '{name}' is not supported: give cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device '{name}' is not there: this PyTorch sees {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"device '{name}' is not available: PyTorch finds {torch.cuda.device_count()} CUDA devices")
     return device
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Versions, and the name of the processor as the system has it."""
+    """Versions, and the name of the processor."""
     if device.type == "cuda":
         return {**versions(), "device": torch.cuda.get_device_name(device)}
     return {**versions(), "device": f"{cpu_model()}, {os.cpu_count()} cores"}
 
 
 def markdown(results: Sequence[CaseResult], remarks: Sequence[str], machine: Mapping[str, str]) -> str:
-    """Every table, and what there is to say beside them."""
+    """All tables and remarks."""
     parts = [", ".join(f"{key} {value}" for key, value in machine.items()) + ".", report.EXPLAINED]
     *ratios, summary = report.tables(results)
     parts += [*map(for_markdown, ratios), summary.caption, for_markdown(summary)]

@@ -1,8 +1,8 @@
-"""The command `wellcond`, a file a command: `train` a network, `compare` a grid, list `recipes`, look at `data`,
-`inspect` a network, `report` on runs, `bench` solvers.
+"""The command `wellcond`, one file per subcommand: `train` a network, `compare` a grid, list `recipes`, summarise
+`data`, `inspect` a network, `report` on runs, `bench` solvers.
 
-Every error that a user can act on is one line on the standard error and exit status 2; Ctrl-C and SIGTERM say how to
-go on and are exit status 130 and 143. What needs torch is imported inside the commands, so that `--help` is quick.
+User errors are one line on standard error and exit status 2; Ctrl-C and SIGTERM print how to resume and exit with
+status 130 and 143. Modules that need torch are imported inside the commands, so that `--help` is fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`wellcond bench`: speed, memory and error of every solver here."""
+"""`wellcond bench`: speed, memory and error of every solver on this machine."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from wellcond.cli.reporting import console, reporting, say
 
 
 def bench(
-    full: Annotated[bool, typer.Option("--full/--quick", help="all shapes, in minutes; quick: a few, in one")] = False,
-    task: Annotated[list[str] | None, typer.Option(help="repeat, or separate by commas; default all")] = None,
-    shapes: Annotated[str | None, typer.Option(help="128x64x64 (matrices), 32x256x7x7 (maps), with commas")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda where there is one")] = None,
+    full: Annotated[bool, typer.Option("--full/--quick", help="all shapes (minutes), or a few (a minute)")] = False,
+    task: Annotated[list[str] | None, typer.Option(help="repeat, or separate with commas; default all")] = None,
+    shapes: Annotated[str | None, typer.Option(help="128x64x64 (matrices), 32x256x7x7 (maps), …")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda if available")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float32",
-    seconds: Annotated[float | None, typer.Option(help="of timing each case; default 1.5, with --full 8")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of a process")] = None,
-    out: Annotated[Path, typer.Option(help="the benchmark's folder")] = Path("benchmark"),
+    seconds: Annotated[float | None, typer.Option(help="timing budget per case; default 1.5, with --full 8")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
+    out: Annotated[Path, typer.Option(help="output folder")] = Path("benchmark"),
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Measure speed, memory and error of every solver and layer here, beside autograd and what else is installed."""
+    """Measure speed, memory and error of every solver and layer, against autograd and other installed packages."""
     with reporting(debug, logging.WARNING, []):
         from wellcond.bench import report
         from wellcond.bench.cases import parse_shapes

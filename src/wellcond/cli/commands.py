@@ -1,4 +1,4 @@
-"""The commands, in the order in which the help lists them."""
+"""The subcommands, in the order of the help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`wellcond data`: a look at a data set."""
+"""`wellcond data`: an overview of a data set."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from wellcond.cli.reporting import console, reporting, say
 
 
 def data(
-    source: Annotated[str, typer.Argument(metavar="PATH", help="as --data of train")] = "digits",
-    image_size: Annotated[int | None, typer.Option(help="as --image-size of train")] = None,
-    decode: Annotated[
-        bool, typer.Option("--decode", help="decode every image, to find those that are truncated")
-    ] = False,
+    source: Annotated[str, typer.Argument(metavar="PATH", help="as for train --data")] = "digits",
+    image_size: Annotated[int | None, typer.Option(help="as for train")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="decode every image, to find truncated ones")] = False,
     debug: Debug = False,
 ) -> None:
-    """What is in a data set: images by split and class, sizes and modes, and what was skipped and why."""
+    """Show a data set: images by split and class, sizes and modes, and what was skipped and why."""
     with reporting(debug, logging.WARNING, []):
         from wellcond.experiments.data.overview import overview
         from wellcond.experiments.results.images import images_table

@@ -1,4 +1,4 @@
-"""Options that several commands have, those of a run among them."""
+"""Options shared by several commands, including those of a run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from wellcond.experiments.run.config import RunConfig
 
 DEFAULT_COMPARISON = Path("comparison")
 
-Resume = Annotated[bool, typer.Option("--resume", help="go on with what the output folder holds")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete what the output folder holds")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue what the output folder holds")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete what the output folder holds and start over")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
 def takes_run_options(**instead: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make every field of `RunConfig` an option of a command, which gets those that were given as a dictionary.
+    """Make every field of `RunConfig` an option of a command, which receives the given ones as a dictionary.
 
-    `instead` has the annotations of options that differ from the field, or that come in addition.
+    `instead` overrides the annotations of some fields, or adds options.
     """
     kinds = get_type_hints(RunConfig)
     options = {
@@ -50,5 +50,5 @@ def takes_run_options(**instead: Any) -> Callable[[Callable[..., None]], Callabl
 
 
 def listed(values: list[str]) -> list[str]:
-    """Of an option that is repeated or has commas, every value."""
-    return [one.strip() for many in values for one in many.split(",")]
+    """All values of an option that may be repeated or comma-separated."""
+    return [value.strip() for text in values for value in text.split(",")]

@@ -1,4 +1,4 @@
-"""`wellcond report`: a page on runs and comparisons."""
+"""`wellcond report`: a page about runs and comparisons."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from wellcond.cli.reporting import reporting, say, stderr
 
 
 def report(
-    runs: Annotated[list[Path] | None, typer.Argument(help="folders of runs or comparisons, or that hold such")] = None,
-    out: Annotated[Path, typer.Option(help="the report's folder; one that is there is replaced")] = Path("report"),
+    runs: Annotated[list[Path] | None, typer.Argument(help="folders of runs or comparisons, or their parents")] = None,
+    out: Annotated[Path, typer.Option(help="output folder; an existing report is replaced")] = Path("report"),
     debug: Debug = False,
 ) -> None:
-    """One page of HTML that needs nothing else, and its figures as PNG and SVG.
+    """Write one self-contained HTML page, and its figures as PNG and SVG.
 
-    Without RUNS it is on the comparison in the folder comparison/; if there is none, that is made first.
+    Without RUNS it reports on the comparison in comparison/; if there is none, the default one is run first.
     """
     with reporting(debug, logging.WARNING, ["wellcond compare --resume"]):
         if not runs:

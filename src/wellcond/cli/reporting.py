@@ -1,4 +1,4 @@
-"""What a command prints, and how it ends: an error is one line, and so is an interruption."""
+"""The output of a command and its exit: an error or an interruption is one line."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from rich.console import Console
 
 from wellcond.experiments.errors import RunError, Terminated
 
-console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of the processes of torchrun, one prints
+console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun only rank 0 prints
 stderr = Console(stderr=True)
 
 
 def say(line: str, to: Console = console) -> None:
-    """Print a line as it is."""
+    """Print a line verbatim."""
     to.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
-class _Lines(logging.Handler):
-    """What the library has to say, a line each on the standard error."""
+class _StderrHandler(logging.Handler):
+    """The library's log messages on standard error, one line each."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage(), stderr)
 
 
 @contextmanager
-def reporting(debug: bool, level: int, how_to_go_on: list[str]) -> Iterator[None]:
-    """Turn what goes wrong inside into one line and an exit status; `how_to_go_on` may be filled inside."""
-    log, handler = logging.getLogger("wellcond"), _Lines()
+def reporting(debug: bool, level: int, resume_commands: list[str]) -> Iterator[None]:
+    """Turn exceptions inside into one line and an exit status; `resume_commands` may be filled inside."""
+    log, handler = logging.getLogger("wellcond"), _StderrHandler()
     log.addHandler(handler)
     log.setLevel(level)
     try:
@@ -42,20 +42,20 @@ def reporting(debug: bool, level: int, how_to_go_on: list[str]) -> Iterator[None
             yield
     except KeyboardInterrupt as stopped:
         what, status = ("terminated", 143) if isinstance(stopped, Terminated) else ("interrupted", 130)
-        again = "".join(f"; go on with: {command}" for command in how_to_go_on)
+        resume = "".join(f"; go on with: {command}" for command in resume_commands)
         if not console.quiet:
-            say(f"{what}{'; finished epochs are kept' if how_to_go_on else ''}{again}", stderr)
+            say(f"{what}{'; finished epochs are kept' if resume_commands else ''}{resume}", stderr)
         raise typer.Exit(status) from None
     except (RunError, ValueError, OSError, ImportError) as error:
         if debug:
             raise
         if isinstance(error, ModuleNotFoundError):
-            said = f"the package '{error.name}' is not installed: pip install \"wellcond[train]\""
-        elif isinstance(error, UnicodeEncodeError):  # such as a path that was typed in another encoding
-            said = f"{error.object!a} has letters that this locale lacks; set PYTHONUTF8=1"
+            message = f"the package '{error.name}' is not installed: pip install \"wellcond[train]\""
+        elif isinstance(error, UnicodeEncodeError):  # such as a path typed in another encoding
+            message = f"{error.object!a} has characters that this locale lacks; set PYTHONUTF8=1"
         else:
-            said = str(error) or type(error).__name__
-        say(f"error: {said}", stderr)
+            message = str(error) or type(error).__name__
+        say(f"error: {message}", stderr)
         raise typer.Exit(2) from None
     finally:
         log.removeHandler(handler)
@@ -63,8 +63,8 @@ def reporting(debug: bool, level: int, how_to_go_on: list[str]) -> Iterator[None
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM raise `Terminated` inside, once: schedulers repeat it, and the end is not to be disturbed."""
-    if threading.current_thread() is not threading.main_thread():  # where no signal handler can be set
+    """Let the first SIGTERM raise `Terminated`; further ones, which schedulers send, must not disturb the shutdown."""
+    if threading.current_thread() is not threading.main_thread():  # signal handlers need the main thread
         yield
         return
 

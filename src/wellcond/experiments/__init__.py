@@ -1,9 +1,11 @@
-"""What the command line runs. Each of these imports only from those before it:
+"""The experiments behind the command line. Each part imports only from those before it:
 
-- ``errors``, ``files``, ``folders``: messages for the user, whole files, and folders in which nothing is lost;
-- ``data``: images from a name, a path or arrays, split, and in batches;
-- ``run``: one training from its configuration to its result;
-- ``results``: finished runs, the table over seeds, and every table as data;
-- ``show``: tables for the terminal and in Markdown, figures, and the page of a report;
-- ``compare``, ``report``, ``inspect``: one command, one file.
+- ``errors``, ``files``, ``folders``: user errors, atomic writes, and output folders protected against data loss;
+- ``data``: images from a name, a path or arrays, split and batched;
+- ``run``: one training run, from its configuration to its result;
+- ``recipes``: the paper's tables and figures as configurations;
+- ``results``: finished runs, statistics over seeds, and tables;
+- ``grid``: many runs, one after another, in parallel processes, or on a Ray cluster;
+- ``show``: tables for the terminal and in Markdown, figures, and the report page;
+- ``compare``, ``report``, ``inspect``: one per command.
 """

@@ -1,12 +1,12 @@
-"""A grid of configurations × seeds: every run trained once, one by one or several at once, then table and figure.
+"""Comparing a grid of configurations × seeds: trains every run, then writes the table and the figure.
 
     OUT/config.json  results.csv  results.json  condition.png  condition.svg  runs/LABEL-seedN/…
     OUT/results.parquet  condition.parquet
 
-`results.csv` is the table, one line a configuration and layer; `results.json` has it with every run and the machine.
-The two Parquet files have what has finished so far, a row a run and a row a record (`results.parquet`).
-An interrupted comparison goes on where it was: finished runs are read back, those under way are resumed. It grows in
-the same way, by seeds, treatments, norms or heads.
+`results.csv` is the table, one line per configuration and layer; `results.json` adds every run and its environment. The
+Parquet files hold the runs finished so far, one row per run and one per record (see `results.parquet`). An interrupted
+comparison can be resumed: finished runs are read back, unfinished ones continue. It can be extended in the same way, by
+seeds, treatments, norms or heads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import wellcond
 from wellcond.experiments import folders
 from wellcond.experiments.errors import ConfigError, FolderError
 from wellcond.experiments.files import write_csv, write_json
-from wellcond.experiments.grid.attempt import Executor, here, same_images
+from wellcond.experiments.grid.attempt import Executor, in_this_process, same_images
 from wellcond.experiments.grid.held import held_results, refuse_another_version, with_threads
 from wellcond.experiments.grid.train_all import train_all
 from wellcond.experiments.results.condition import CONDITION_TABLE
@@ -42,7 +42,7 @@ from wellcond.experiments.run.checkpoints import DAMAGED
 from wellcond.experiments.run.config import NO_TREATMENT, RunConfig
 from wellcond.experiments.run.parts import is_treatable
 from wellcond.experiments.run.result import RunResult
-from wellcond.experiments.run.train import MADE as MADE_BY_RUN
+from wellcond.experiments.run.run_folder import MADE as MADE_BY_RUN
 from wellcond.experiments.show.curves import columns
 from wellcond.experiments.show.figures import condition_figure, save_figure
 
@@ -68,23 +68,25 @@ def compare(
     experiment: Experiment | None = None,
     finished: Callable[[int, RunResult], None] = lambda index, result: None,
 ) -> list[Any]:
-    """Run every configuration, all on the same data, and write table and figure; the rows of the table.
+    """Run every configuration on the same data, write the table and the figure, and return the rows of the table.
 
-    A run that fails does not keep the others from being trained; what went wrong is raised when they have ended.
+    A failing run does not stop the others; its error is raised once they have finished.
 
     Args:
-        resume: go on with what ``out`` holds; the configurations may be more than that.
-        overwrite, progress: as in `run`; there is no progress bar where several are trained at once.
-        jobs: how many runs are trained at once, by default one, on a cluster as many as it has room for. Several are
-            each in a process of its own, on one CPU thread where the configuration does not say another number. A run
-            has the same bits whichever way it is trained with that number of threads.
-        executor: None, this machine; or ``ray``, or ``ray://HOST:PORT`` (`grid.ray_cluster`).
-        experiment: the names of the rows, and what they are compared with; by default each configuration is a row.
-        finished: called with the index and the result of every run that is done, in the order in which they end.
+        resume: continue the comparison in ``out``; further configurations may be added.
+        overwrite: delete the comparison in ``out`` (only its own files) and start over.
+        progress: show a progress bar, unless several runs are trained at once.
+        jobs: number of parallel runs, by default one, or the capacity of the cluster. Parallel runs have a process each
+            and one CPU thread unless configured otherwise. With the same number of threads a run is bit for bit the
+            same in either case.
+        executor: None for this machine, ``ray``, or ``ray://HOST:PORT`` (`grid.ray_cluster`).
+        experiment: the names of the rows and their baselines; by default each configuration is a row.
+        finished: called with the index and the result of every finished run, in the order of completion.
 
     Raises:
-        ConfigError: no configuration, the same twice, different data, no job, or a cluster that does not answer.
-        RunError, ValueError, KeyboardInterrupt: as `run`; finished runs remain.
+        ConfigError: no configurations, duplicates, different data, an invalid ``jobs``, or an unreachable cluster.
+        RunError: ``out`` holds something else, another process uses it, or a run failed; finished runs remain.
+        KeyboardInterrupt: Ctrl-C; the comparison can be resumed.
     """
     out = Path(out)
     if not configs:
@@ -92,23 +94,25 @@ def compare(
     if len(set(configs)) < len(configs):
         raise ConfigError("the same configuration and seed is in the grid twice")
     if len({same_images(config) for config in configs}) > 1:
-        raise ConfigError("a comparison is on one data set, and its images are brought to one size by one kind of crop")
-    elsewhere = _elsewhere(jobs, executor)
-    marked = _marked(out, resume, overwrite)
-    configs = with_threads(configs, configs_in(marked) if resume else [], apart=elsewhere is not None)
+        raise ConfigError("all runs of a comparison need the same data, image size and crop")
+    parallel = _parallel_executor(jobs, executor)
+    marked = folders.check(out, COMPARISON, resume=resume, overwrite=overwrite)
+    configs = with_threads(configs, configs_in(marked) if resume else [], apart=parallel is not None)
     experiment = experiment or Experiment.of_grid(configs)
     held = dict(zip(configs_in(marked), run_folders(marked), strict=True)) if resume else {}
-    names = {config: held.get(config, experiment.folder(config)) for config in configs}  # a row may be renamed
+    names = {
+        config: held.get(config, experiment.folder(config)) for config in configs
+    }  # rows may have been renamed since
     places = {config: out / RUNS / name for config, name in names.items()}
     if len(set(places.values())) < len(configs):
-        raise ConfigError("two rows have names that differ in signs alone, and would share a folder")
+        raise ConfigError("two rows have names that differ only in punctuation and would share a folder")
     with folders.claimed(out, lambda: _check(out, configs, resume, overwrite, experiment)):
         done = held_results(out, places) if resume else {}
         if resume and len(done) < len(configs):
             refuse_another_version(out, marked.get("version"), list(done.values()))
         data = load(configs[0])
         rows = {experiment.label(config): config for config in configs}
-        for config in rows.values():  # find what is wrong before writing
+        for config in rows.values():  # validate before writing anything
             build(config, data)
         version = marked.get("version") if resume else wellcond.__version__
         grid = {"version": version, "runs": [config.to_dict() for config in configs]}
@@ -117,14 +121,14 @@ def compare(
             folders.mark(out, COMPARISON, grid)
         else:
             folders.prepare(out, COMPARISON, grid, MADE)
-        _say_what_stays_untreated(configs)
+        _warn_of_untreated(configs)
         tables = ResultTables(out, experiment.label)
-        results = train_all(places, tables, done, elsewhere or here(data, progress), finished)
+        results = train_all(places, tables, done, parallel or in_this_process(data, progress), finished)
         return _write(experiment, results, out)
 
 
-def _elsewhere(jobs: int | None, executor: str | None) -> Executor | None:
-    """What trains the runs in other processes, if anything does."""
+def _parallel_executor(jobs: int | None, executor: str | None) -> Executor | None:
+    """The executor for several processes or a cluster; None for this process."""
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
     if executor is not None:
@@ -140,22 +144,21 @@ def _elsewhere(jobs: int | None, executor: str | None) -> Executor | None:
     return in_processes(jobs)
 
 
-def _say_what_stays_untreated(configs: Sequence[RunConfig]) -> None:
+def _warn_of_untreated(configs: Sequence[RunConfig]) -> None:
     names = dict.fromkeys(config.label for config in configs if not is_treatable(config.norm, config.head))
     if names and any(config.treat != NO_TREATMENT for config in configs):
         log.warning("%s: trained without a treatment, as there is no spectral layer to treat", ", ".join(names))
 
 
 def _write(experiment: Experiment, results: Sequence[RunResult], out: Path) -> list[Any]:
-    """The table and the figure; the rows of the table."""
+    """Write the table and the figure; the rows of the table."""
     rows = summarise(results, experiment.label)
     configs = {label: its[0].config for label, its in by_label(results, experiment.label).items()}
     table = [as_columns(row, configs[row.label]) for row in rows]
     write_csv(out / "results.csv", list(table[0]), table)
-    found = [one._asdict() for one in experiment.differences(results)]
-    write_json(
-        out / "results.json", {"rows": table, "differences": found, "runs": [asdict(result) for result in results]}
-    )
+    differences = [difference._asdict() for difference in experiment.differences(results)]
+    runs = [asdict(result) for result in results]
+    write_json(out / "results.json", {"rows": table, "differences": differences, "runs": runs})
     seeds = sorted({result.config.seed for result in results})
     band = f"median of {len(seeds)} seeds, band from minimum to maximum" if len(seeds) > 1 else f"seed {seeds[0]}"
     shown = columns(results, papers=experiment.shows == "figure")
@@ -164,21 +167,16 @@ def _write(experiment: Experiment, results: Sequence[RunResult], out: Path) -> l
     return rows
 
 
-def _marked(out: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
-    """What the folder says that it holds; a `FolderError` where something would be lost."""
-    return folders.check(out, COMPARISON, resume=resume, overwrite=overwrite)
-
-
 def _check(out: Path, configs: Sequence[RunConfig], resume: bool, overwrite: bool, experiment: Experiment) -> None:
-    """Refuse a folder in which something would be lost, or that holds what is not among `configs`."""
-    marked = _marked(out, resume, overwrite)
+    """Raise a `FolderError` if data would be lost, or if the folder holds runs that are not in `configs`."""
+    marked = folders.check(out, COMPARISON, resume=resume, overwrite=overwrite)
     if not resume:
         return
     held = configs_in(marked)
-    its = Experiment.from_dict(marked.get("experiment"), held)
-    if its.recipe != experiment.recipe:
-        names = [f"recipe '{one}'" if one else "a grid without a recipe" for one in (its.recipe, experiment.recipe)]
-        raise FolderError(f"'{out}' holds {names[0]}, and {names[1]} was asked; choose another --out")
+    recipes = (Experiment.from_dict(marked.get("experiment"), held).recipe, experiment.recipe)
+    if recipes[0] != recipes[1]:
+        names = [f"recipe '{recipe}'" if recipe else "a grid without a recipe" for recipe in recipes]
+        raise FolderError(f"'{out}' holds {names[0]}, but {names[1]} was given; choose another --out")
     if set(held) <= set(configs):
         return
     axes = {name: getattr(held[0], name) for name in ("norm", "head", "treat", "seed")}
@@ -187,5 +185,5 @@ def _check(out: Path, configs: Sequence[RunConfig], resume: bool, overwrite: boo
     seeds = len({config.seed for config in held})
     raise FolderError(
         f"cannot resume '{out}' without all of its runs: it holds {labels} with {seeds} seeds on {held[0].data}; "
-        "leave options out, or name those too beside what comes in addition, or choose another --out"
+        "leave options out, name these runs too, or choose another --out"
     )

@@ -1,4 +1,4 @@
-"""Errors that a user can act on; the command line prints their one line without a traceback."""
+"""User errors; the command line prints them as one line without a traceback."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from contextlib import contextmanager
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, by which schedulers end a run: it goes the way of Ctrl-C, and has an exit status of its own."""
+    """SIGTERM, sent by schedulers to end a run: handled like Ctrl-C, with its own exit status."""
 
 
 class RunError(Exception):
-    """A run cannot start or go on; the message says why and what to do."""
+    """A run cannot start or continue; the message says why and what to do."""
 
 
 class FolderError(RunError):
-    """An output folder holds something that would be lost, or lacks what should be there."""
+    """An output folder holds data that would be lost, or lacks what should be there."""
 
 
 class CheckpointError(RunError):
@@ -27,11 +27,11 @@ class NonFiniteLossError(RunError):
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message holds the value and, for a name, the nearest one."""
+    """An invalid configuration; the message contains the value and, for a name, the closest valid one."""
 
 
 class DataError(ValueError):
-    """Images cannot be used as they are; the message names the place, what was expected, and what to do."""
+    """Images cannot be used; the message says where, what was expected, and what to do."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed over it.
+"""Atomic writes of bytes, JSON and CSV: to a temporary file, flushed to disk, then renamed over the target.
 
-A rename within one directory is atomic (POSIX `rename`), so a full disk, a crash or Ctrl-C in the middle of a
-write leaves the file that was there before. Also JSON without NaN and infinity, and CSV tables of a run.
+A rename within one directory is atomic (POSIX `rename`), so a full disk, a crash or Ctrl-C during a write leaves the
+old file intact.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 
 def part_of(path: Path) -> Path:
-    """Where the file is written, before it has its name."""
+    """The temporary file, before it is renamed."""
     return path.with_name(f".{path.name}.part")
 
 
 def write_atomically(path: Path, data: bytes, *, previous: Path | None = None) -> None:
-    """Make `path` hold `data`, or leave it as it was and raise the `OSError` that stopped it.
+    """Write `data` to `path`, or leave the file unchanged and raise the `OSError`.
 
-    What `path` held before is kept as `previous` when that is given.
+    The old file is kept as `previous` if that is given.
     """
     part = part_of(path)
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -33,7 +33,7 @@ def write_atomically(path: Path, data: bytes, *, previous: Path | None = None) -
             view = memoryview(data)
             while view:
                 view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)  # the name must not reach the disk before the bytes do
+            os.fsync(descriptor)  # the data must reach the disk before the name does
         finally:
             os.close(descriptor)
         if previous is not None and path.exists():
@@ -45,7 +45,7 @@ def write_atomically(path: Path, data: bytes, *, previous: Path | None = None) -
 
 
 def _plain(value: Any) -> Any:
-    """`value` as strict JSON holds it: NaN and ±infinity become the strings `nan`, `inf`, `-inf`."""
+    """`value` for strict JSON: NaN and ±infinity become the strings `nan`, `inf`, `-inf`."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
@@ -61,7 +61,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write `rows` as CSV with a header line, atomically; floats keep every digit (`repr`)."""
+    """Write `rows` as CSV with a header line, atomically; floats keep all digits (`repr`)."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
@@ -70,7 +70,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header line; none if there is no file."""
+    """The rows of a CSV file with a header line; empty if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as stream:

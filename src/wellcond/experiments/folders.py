@@ -1,7 +1,7 @@
-"""The folder of a run or a comparison: what may be written where, so that nothing is ever lost unasked.
+"""Output folders of runs and comparisons, and the checks that nothing in them is lost by accident.
 
-`config.json` marks a folder as ours and says what was run there. A folder that holds something is refused unless
-the user says `resume` (go on with exactly that) or `overwrite` (delete what it made, and nothing else).
+`config.json` marks a folder as ours and holds its configuration. A non-empty folder is rejected unless the user asks to
+`resume` (continue exactly that) or to `overwrite` (delete our files, and nothing else).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ LOCK = ".lock"
 
 
 def is_occupied(folder: Path) -> bool:
-    """Whether there is anything in the folder (a file of that name counts too).
+    """Whether the folder is not empty, or is a file.
 
-    What a process leaves that was killed before it had written its `config.json` is nothing.
+    Leftovers of a process that was killed before it wrote its `config.json` do not count.
     """
-    nothing = (LOCK, part_of(folder / CONFIG).name)
-    return folder.exists() and (not folder.is_dir() or any(path.name not in nothing for path in folder.iterdir()))
+    leftovers = (LOCK, part_of(folder / CONFIG).name)
+    return folder.exists() and (not folder.is_dir() or any(path.name not in leftovers for path in folder.iterdir()))
 
 
 def kind_of(folder: Path) -> str | None:
-    """What `config.json` says that the folder holds; None if there is none of ours."""
+    """The kind of folder according to its `config.json`; None if it is not ours."""
     try:
         return str(json.loads((folder / CONFIG).read_text())["kind"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -37,7 +37,7 @@ def kind_of(folder: Path) -> str | None:
 
 
 def read_config(folder: Path, kind: str) -> dict[str, Any]:
-    """The configuration of the `kind` (`run`, `comparison`) that the folder holds, or a `FolderError`."""
+    """The configuration of the `kind` (`run`, `comparison`) in the folder, or a `FolderError`."""
     path = folder / CONFIG
     if not path.exists():
         raise FolderError(f"'{folder}' holds no {kind} to resume; leave out --resume to start one there")
@@ -52,7 +52,7 @@ def read_config(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def refuse_conflicts(held: Mapping[str, Any], asked: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to resume with options that differ from the held configuration; name every one."""
+    """Raise a `FolderError` that names all options that differ from the configuration in the folder."""
     differing = [
         f"{name} is {held.get(name)!r} there, {value!r} was asked"
         for name, value in asked.items()
@@ -68,7 +68,7 @@ def refuse_conflicts(held: Mapping[str, Any], asked: Mapping[str, Any], folder: 
 def check(
     folder: Path, kind: str, *, resume: bool = False, overwrite: bool = False, resumable: bool = True
 ) -> dict[str, Any]:
-    """The configuration held in the folder, {} where it is free; a `FolderError` where something would be lost."""
+    """The configuration in the folder, {} if it is unused; a `FolderError` if data would be lost."""
     if resume and overwrite:
         raise FolderError("--resume and --overwrite exclude each other")
     if not resume and not is_occupied(folder):
@@ -83,13 +83,13 @@ def check(
 
 
 def prepare(folder: Path, kind: str, config: Mapping[str, Any], made: Iterable[str]) -> None:
-    """Make the folder, or delete what an earlier `kind` made there (glob patterns), and write its `config.json`."""
+    """Create the folder, or delete the files `made` there before (glob patterns), and write `config.json`."""
     emptied = {folder}
     for pattern in made:
         for path in folder.glob(pattern):
             path.unlink()
             emptied.update(parent for parent in path.parents if folder in parent.parents)
-    for directory in sorted(emptied - {folder}, reverse=True):  # the innermost first
+    for directory in sorted(emptied - {folder}, reverse=True):  # innermost first
         if not any(directory.iterdir()):
             directory.rmdir()
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,16 +103,16 @@ def mark(folder: Path, kind: str, config: Mapping[str, Any]) -> None:
 
 @contextmanager
 def claimed(folder: Path, check: Callable[[], Any]) -> Iterator[None]:
-    """Make the folder, and keep every other process out of it inside the block; a `FolderError` where one is in it.
+    """Create the folder and lock it against other processes; a `FolderError` if another process holds the lock.
 
-    `check` refuses what the folder holds: before anything is written, and under the lock once more, since until then
-    another process may have been at work. The lock ends with the process, however that ends; a file that it leaves
-    behind locks nothing. Folders made here in which nothing was written go again.
+    `check` validates the content of the folder: before anything is written, and again under the lock, as another
+    process may have written meanwhile. The lock is released however the process ends; a left-over lock file locks
+    nothing. Folders created here are removed again if they remain empty.
     """
     with needs_train_extra():
         from filelock import FileLock, Timeout
     check()
-    made = [place for place in (folder, *folder.parents) if not place.exists()]  # the innermost first
+    created = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -123,8 +123,8 @@ def claimed(folder: Path, check: Callable[[], Any]) -> Iterator[None]:
         check()
         yield
     finally:
-        with suppress(OSError):  # there is something in the folder
-            (folder / LOCK).unlink()  # while it is held: who opens it now is told by `filelock` that it is gone
-            for place in made:
+        with suppress(OSError):  # the folder is not empty
+            (folder / LOCK).unlink()  # while locked: `filelock` detects that a waiting process opened a removed file
+            for place in created:
                 place.rmdir()
         lock.release()

@@ -1,8 +1,8 @@
-"""The report of runs: one page of HTML that needs nothing else, the same in Markdown, and its figures as files.
+"""The report of runs: one self-contained HTML page, the same in Markdown, and the figures as files.
 
     OUT/config.json  report.html  report.md  condition.png  condition.svg  learning.png  learning.svg
 
-It is made from what the runs left in their folders, and can be made again at any time.
+It is made from the files in the folders of the runs, and can be recreated at any time.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from wellcond.experiments.show.render import markdown_page, page
 KIND = "report"
 PAGE, MARKDOWN = "report.html", "report.md"
 FIGURES = {
-    "condition": "Condition number of the covariance that the layer sees, over the training steps, without and with "
-    "its ε. A gap is where κ(P) is infinite: the covariance did not have full rank there.",
+    "condition": "Condition number of the covariance at the layer's input over the training steps, without and with "
+    "its ε. κ(P) is infinite in the gaps: the covariance is rank-deficient there.",
     "learning": "Training loss and validation error over the epochs.",
 }
 TITLES = {"condition": "condition number of the covariance", "learning": "training"}
@@ -40,13 +40,13 @@ MADE = (folders.CONFIG, PAGE, MARKDOWN, *(f"{name}.{suffix}" for name in FIGURES
 
 
 def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> tuple[Path, list[str]]:
-    """Write the report of the finished runs in these folders; an earlier report in `out` is replaced.
+    """Write the report of the finished runs in these folders, replacing an earlier report in `out`.
 
-    Of a run that is being made longer it has the result from before. Returns the page, and what
-    was left out and why, a line each (which the page says too).
+    A run that is being extended is reported with its earlier result. Returns the path of the page, and notes on what
+    was left out and why, which are also on the page.
 
     Raises:
-        RunError: a folder holds no run, none of the runs is finished, or ``out`` holds something else.
+        RunError: a folder without a run, no finished run, or other files in ``out``.
     """
     out = Path(out)
     results, notes = collect([Path(run) for run in runs])
@@ -54,7 +54,7 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
         if len(lengths := _lengths(result)) > 1:
             stages = ", then ".join(map(str, lengths))
             notes.append(
-                f"'{result.folder}' was made longer: {stages} epochs. Its learning rates were not those of a run of "
+                f"'{result.folder}' was extended: {stages} epochs. Its learning rates differ from those of a run of "
                 f"{result.config.epochs} epochs from the start"
             )
     with folders.claimed(out, lambda: folders.check(out, KIND, overwrite=folders.is_occupied(out))):
@@ -62,7 +62,7 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
 
 
 def _experiment(runs: Sequence[str | os.PathLike[str]], results: Sequence[RunResult]) -> Experiment:
-    """That of the comparison, if it is of one; else every configuration is a row, and compared with none."""
+    """The experiment of a comparison; otherwise one row per configuration, without a baseline."""
     configs = [result.config for result in results]
     if len(runs) == 1 and folders.kind_of(Path(runs[0])) == COMPARISON:
         held = folders.read_config(Path(runs[0]), COMPARISON)
@@ -74,10 +74,10 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], experiment: Exper
     configs = [result.config for result in results]
     label = experiment.label
     groups = by_label(results, label)
-    found, papers = experiment.differences(results), experiment.papers_differences()
+    differences, papers = experiment.differences(results), experiment.papers_differences()
     tables = [comparison_table(summarise(results, label), papers=experiment.papers_figures())]
-    if any(one.seeds > 1 for one in found):
-        tables.append(differences_table(found, papers))
+    if any(difference.seeds > 1 for difference in differences):
+        tables.append(differences_table(differences, papers))
         if conditioning := experiment.conditioning(results):
             tables.append(conditioning_table(conditioning))
     folders.prepare(out, KIND, {"runs": [result.folder for result in results]}, MADE)
@@ -94,8 +94,8 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], experiment: Exper
     for name, figure in draw.items():
         drawn = {"beside": figure(), "stacked": figure(stacked=True)}
         save_figure(drawn["beside"], out / name)
-        forms = {form: base64.b64encode(svg(one)).decode() for form, one in drawn.items()}
-        readouts = {form: readout(one) for form, one in drawn.items()}
+        forms = {form: base64.b64encode(svg(variant)).decode() for form, variant in drawn.items()}
+        readouts = {form: readout(variant) for form, variant in drawn.items()}
         figures.append({"name": name, "text": FIGURES[name], **forms, "readout": readouts})
     hours = sum(result.seconds for result in results) / 3600
     parts = dict(
@@ -104,7 +104,7 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], experiment: Exper
         f"wellcond {wellcond.__version__}",
         notes=notes,
         tables=tables,
-        findings=[one.sentence(papers.get(one.row)) for one in found] if experiment.recipe else [],
+        findings=[one.sentence(papers.get(one.row)) for one in differences] if experiment.recipe else [],
         figures=figures,
         runs=runs_table(results, label),
         configuration=configuration_table(configs),
@@ -119,13 +119,13 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], experiment: Exper
 
 
 def _lengths(result: RunResult) -> list[int]:
-    """The epochs of the run each time that it was finished, up to this result."""
+    """The numbers of epochs at which the run was finished, up to this result."""
     last = result.config.epochs
     return [*(epochs for epochs in earlier_epochs(Path(result.folder)) if epochs < last), last]
 
 
 def commands(result: RunResult) -> list[str]:
-    """The command lines that train a run again; several where it was made longer."""
+    """The command lines that reproduce a run; several if it was extended."""
     first, *more = _lengths(result)
     if not more:
         return [command(result.config)]

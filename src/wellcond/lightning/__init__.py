@@ -1,4 +1,4 @@
-"""Callbacks for Lightning: watch the conditioning, and treat the layers before the spectral layers."""
+"""Callbacks for Lightning: monitor the conditioning, and treat the layers before spectral layers."""
 
 try:
     import lightning.pytorch  # noqa: F401

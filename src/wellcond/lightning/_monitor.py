@@ -1,4 +1,4 @@
-"""The condition monitor as a Lightning callback: steps are the trainer's, records go to its loggers too."""
+"""The condition monitor as a Lightning callback: counts the trainer's steps and logs to its loggers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from ._stateful import StatefulCallback
 
 
 class ConditionMonitorCallback(MonitorInTraining, StatefulCallback):
-    """Watch the spectral layers during ``fit``; :attr:`monitor` holds the records during and after it.
+    """Monitor the spectral layers during ``fit``; :attr:`monitor` holds the records during and after it.
 
-    A step is ``trainer.global_step``, under automatic and manual optimisation and with gradient accumulation
-    (where the first batch of a step is the one that is measured). Each record is sent to all loggers of the
-    trainer as ``condition/<layer>/<measure>`` at its own step. The largest κ over the layers is logged as ``kappa``,
-    for callbacks that look at ``trainer.callback_metrics``, and the progress bar shows it with a sparkline.
-    The records travel in the checkpoint, and a resumed run goes on as if it had not stopped. In several
-    processes the first writes and logs what it sees of its own share of the batch; of processes that end with the fit
-    (``ddp_spawn``, notebooks) the records come back, and :attr:`monitor` is None. Two of them in one trainer must
-    differ in ``every`` or ``layers``.
+    A step is ``trainer.global_step``, with automatic and manual optimisation; with gradient accumulation the first
+    batch of each step is measured. Each record is sent to all loggers of the trainer at its own step, as
+    ``condition/<layer>/<measure>``. The largest κ over the layers is logged as ``kappa``, available in
+    ``trainer.callback_metrics``, and shown in the progress bar with a sparkline. The records are saved in the
+    checkpoint, and a resumed run continues seamlessly. With several processes rank 0 writes and logs, for its own share
+    of the batch. If the processes end with the fit (``ddp_spawn``, notebooks), the records are returned and
+    :attr:`monitor` is None. Two such callbacks in one trainer must differ in ``every`` or ``layers``.
 
     Args:
-        every, layers, writers, on_alarm, kappa_above, max_matrices: of :class:`wellcond.monitor.ConditionMonitor`, with
-            the layer names of the LightningModule.
+        every, layers, writers, on_alarm, kappa_above, max_matrices: as in :class:`wellcond.monitor.ConditionMonitor`,
+            with layer names of the LightningModule.
         log: send records to the trainer's loggers.
 
     Example:
@@ -44,17 +43,16 @@ class ConditionMonitorCallback(MonitorInTraining, StatefulCallback):
 
     @property
     def records(self) -> list[ConditionRecord]:
-        """The records so far, also those of a fit in processes that have ended (``ddp_spawn``)."""
-        if (state := self.left()) is not None:
-            self.take_over(state)
+        """The records so far, including those of a fit in subprocesses (``ddp_spawn``)."""
+        if (state := self.state_from_subprocess()) is not None:
+            self.adopt_state(state)
         return super().records
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Attach, and go on from a restored state if there is one."""
+        """Attach the monitor, continuing from a restored state if there is one."""
         state = self._restored
         if state is None and trainer.global_step and self.monitor is not None:
-            state = self.monitor.state_dict()  # a second fit of the same trainer continues
-        # Before each batch the count of steps is set to the trainer's.
+            state = self.monitor.state_dict()  # a second fit with the same trainer continues
         self.attach(pl_module, trainer.optimizers[0], writes=trainer.is_global_zero, state=state)
         self._restored = None
         self._sent = len(self.records)
@@ -65,13 +63,13 @@ class ConditionMonitorCallback(MonitorInTraining, StatefulCallback):
                 items = dict(inner(bar, trainer, pl_module))
                 return items | ({"κ": self._shown} if self._shown else {})
 
-            bar.get_metrics = get_metrics  # removed in _detach: text cannot pass through self.log
+            bar.get_metrics = get_metrics  # self.log takes no text; removed in _detach
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self.monitor is not None
-        self.monitor.step = trainer.global_step
+        self.monitor.step = trainer.global_step  # overrides the monitor's own count
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -90,10 +88,10 @@ class ConditionMonitorCallback(MonitorInTraining, StatefulCallback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._detach(trainer)
         if stage == "fit":
-            self.leave(trainer)
+            self.leave_state(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Take the hooks off here too: Lightning does not call ``teardown`` after an error or Ctrl-C."""
+        """Remove the hooks: Lightning does not call ``teardown`` after an error or Ctrl-C."""
         self._detach(trainer)
 
     def _detach(self, trainer: pl.Trainer) -> None:
@@ -102,5 +100,5 @@ class ConditionMonitorCallback(MonitorInTraining, StatefulCallback):
             bar.__dict__.pop("get_metrics", None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the monitor exists: Lightning restores callbacks before ``on_fit_start``."""
+        """Keep the state for ``on_fit_start``: Lightning restores callbacks before the monitor exists."""
         self._restored = state_dict

@@ -1,7 +1,7 @@
-"""What both callbacks share: a key for their state in a checkpoint, and its way back from processes that end.
+"""Base of both callbacks: the key of their state in a checkpoint, and its return from spawned processes.
 
-``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` train copies of trainer, module and callbacks. Of these Lightning
-brings back the module's state alone, so the first process leaves that of the callback in a temporary file.
+``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` train copies of trainer, module and callbacks, and Lightning returns
+only the module's state. Rank 0 therefore leaves the callback's state in a temporary file.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import torch
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 
-def is_launched(trainer: pl.Trainer) -> bool:
-    """Whether this trainer trains in processes that end with it."""
+def launches_processes(trainer: pl.Trainer) -> bool:
+    """Whether this trainer launches worker processes that end with the fit."""
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 class StatefulCallback(pl.Callback):
-    """Base of the callbacks, after one that says by ``told_apart()`` what two of them in a trainer differ in."""
+    """Base class of the callbacks, combined with one that defines ``told_apart()``."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._left_at = Path(tempfile.gettempdir()) / f"wellcond-{uuid4().hex}.pt"
-        atexit.register(self._left_at.unlink, missing_ok=True)
+        self._state_file = Path(tempfile.gettempdir()) / f"wellcond-{uuid4().hex}.pt"
+        atexit.register(self._state_file.unlink, missing_ok=True)
 
     def told_apart(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -38,29 +38,29 @@ class StatefulCallback(pl.Callback):
         return self._generate_state_key(**self.told_apart())
 
     def states_of_this_kind(self, states: dict[Any, Any]) -> list[str]:
-        """The keys in a checkpoint of states of callbacks of this class."""
+        """The keys of all states of this class in a checkpoint."""
         kind = type(self).__qualname__
         return [key for key in states if isinstance(key, str) and (key == kind or key.startswith(f"{kind}{{"))]
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """A lone callback takes the lone state of its kind, such as one of a version whose key was the class alone."""
+        """Match the only callback of this class with the only saved state, whatever its key (older versions differ)."""
         states = checkpoint["callbacks"]
         callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         theirs, mine = self.states_of_this_kind(states), [c for c in callbacks if type(c) is type(self)]
         if self.state_key not in states and len(theirs) == len(mine) == 1:
             states[self.state_key] = states[theirs[0]]
 
-    def leave(self, trainer: pl.Trainer) -> None:
-        """Leave the state to the process that started this one, if there is one."""
-        if is_launched(trainer) and trainer.local_rank == 0:
-            torch.save(self.state_dict(), self._left_at)
+    def leave_state(self, trainer: pl.Trainer) -> None:
+        """In a spawned process, leave the state for the parent process."""
+        if launches_processes(trainer) and trainer.local_rank == 0:
+            torch.save(self.state_dict(), self._state_file)
 
-    def left(self) -> dict[str, Any] | None:
-        """The state that a process has left since the last call, if one has."""
-        if not self._left_at.exists():
+    def state_from_subprocess(self) -> dict[str, Any] | None:
+        """The state left by a spawned process since the last call, if any."""
+        if not self._state_file.exists():
             return None
-        state = torch.load(self._left_at, weights_only=True)
-        self._left_at.unlink()
+        state = torch.load(self._state_file, weights_only=True)
+        self._state_file.unlink()
         return state

@@ -1,4 +1,4 @@
-"""κ over the steps, as a line of text and as a figure."""
+"""Records as a table of text, as a sparkline and as a figure."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _NAMES = {
     "kappa_range": "condition number over the numerical range",
     "eig_max": "largest eigenvalue of P",
     "eig_min": "smallest eigenvalue of P",
-    "rotation": "move of the weight before in one step, relative to it",
+    "rotation": "relative change of the preceding weight in one step",
 }
 _COLUMNS = ("kappa", "kappa_eps", "numerical_rank", "effective_rank", "dim", "records", "failures", "retries")
 
 
 class Summary(str):
-    """Statistics as text. Reading it as the dictionary that it was before works still, with a warning."""
+    """Statistics as text. Indexing it like the dictionary of earlier versions still works, with a warning."""
 
     _statistics: dict[str, dict[str, float]]
 
@@ -39,7 +39,7 @@ class Summary(str):
     def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, str):
             return super().__getitem__(key)
-        warnings.warn("summary() is text now; read the numbers from statistics()", DeprecationWarning, stacklevel=2)
+        warnings.warn("summary() is now text; use statistics() for the numbers", DeprecationWarning, stacklevel=2)
         return self._statistics[key]
 
 
@@ -61,7 +61,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def plot(series: dict[str, list[ConditionRecord]], target: Any, measure: str) -> Any:
-    """One line a layer of ``measure`` over the steps, on a log axis: onto matplotlib axes, or into a file."""
+    """Plot ``measure`` over the steps on a log axis, one line per layer, onto matplotlib axes or to a file."""
     axes, figure = target, None
     if isinstance(target, (str, os.PathLike)):
         try:
@@ -71,7 +71,7 @@ def plot(series: dict[str, list[ConditionRecord]], target: Any, measure: str) ->
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
     for layer, records in series.items():
-        # a gap where κ is infinite or unknown: a log axis has no place for it
+        # A log axis cannot show infinite or unknown values: they leave a gap.
         heights = [v if math.isfinite(v) else math.nan for v in (float(getattr(r, measure)) for r in records)]
         gaps = sum(map(math.isnan, heights))
         label = f"{layer or 'model'} (not finite at {gaps} of {len(heights)})" if gaps else layer or "model"

@@ -1,7 +1,7 @@
-"""The condition monitor: κ(P), κ(P + εI), ranks, extreme eigenvalues and solver failures, layer by layer.
+"""The condition monitor: κ(P), κ(P + εI), ranks, extreme eigenvalues and solver failures of every spectral layer.
 
-The definitions are in the attributes of :class:`ConditionRecord`; the curves are those of Fig. 1 of Song, Sebe & Wang,
-Improving Covariance Conditioning of the SVD Meta-layer by Orthogonality (ECCV 2022).
+:class:`ConditionRecord` defines each quantity; the curves are those of Fig. 1 of Song, Sebe & Wang, Improving
+Covariance Conditioning of the SVD Meta-layer by Orthogonality (ECCV 2022).
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from wellcond._shared.models import Layers, unwrapped, unwrapped_optimizer
-from wellcond._shared.names import listed
 from wellcond._shared.torch_internals import has_values, in_backward_pass
 
-from . import _display
+from ._history import ConditionHistory
 from ._probe import Hook, attach, observed, solver_counts, watched_layers
-from ._record import FIELDS, MEASURES, ConditionRecord, alarms, measure, medians, records_of
+from ._record import FIELDS, ConditionRecord, alarms, measure, records_of
 from ._rotation import Turning, pending_of, turnings
 from ._writers import as_writers, deliver
 
@@ -31,46 +30,46 @@ def _have_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return all(has_values(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
 
 
-class ConditionMonitor:
-    """Watch the covariance behind every spectral layer of a model in training.
+class ConditionMonitor(ConditionHistory):
+    """Record the condition of the covariance at every spectral layer of a model during training.
 
-    A step is a training-mode forward pass of ``model``, or with ``optimizer`` a step of that (which is what you want
-    under gradient accumulation, and the only right count when only parts of ``model`` are called). A layer is recorded
-    at the first of its forward passes in every block of ``every`` steps: at steps 0, ``every``, 2 ``every``, … of an
-    ordinary loop. Between records nothing is computed and nothing waits for the device; activations are only read.
+    A step is one training-mode forward pass of ``model`` or, if ``optimizer`` is given, one step of the optimizer. Pass
+    the optimizer with gradient accumulation, or if only parts of ``model`` are called. Each layer is recorded at its
+    first forward pass in every block of ``every`` steps: in an ordinary loop at steps 0, ``every``, 2 ``every``, …
+    Between records nothing is computed and the device is not synchronised; activations are never modified.
 
-    A record also says how far the weight in use before the layer moved in the step before (``rotation``), where tracing
-    finds that layer: it is looked at when the step begins and when it has ended. Three records in a row above 10 %,
-    from step 20 on, are one ``RuntimeWarning`` a layer.
+    A record also holds the relative change of the preceding layer's weight in the previous step (``rotation``) if
+    tracing finds that layer. From step 20 on, three consecutive records above 10 % raise one ``RuntimeWarning`` per
+    layer.
 
-    What has no values (a model on ``meta``, a CUDA graph while it is captured) is counted and not recorded.
+    Forward passes without values (a model on ``meta``, a CUDA graph during capture) are counted but not recorded.
 
-    Under DistributedDataParallel each process watches its own share of the batch (give ``writers`` to one of them);
-    under autocast and in half precision the spectra are still computed in float64; a deep copy or a pickle of the model
-    is not watched. With ``torch.compile``, make the monitor before the first call of the compiled model: each watched
-    layer is then a graph break (so not with ``fullgraph=True``).
+    Under DistributedDataParallel each process monitors its own share of the batch (give ``writers`` to one of them).
+    Spectra are computed in float64 even under autocast and in half precision. Deep copies and pickles of the model
+    are not monitored. With ``torch.compile``, create the monitor before the first call of the compiled model; each
+    monitored layer is a graph break, so ``fullgraph=True`` does not work.
 
     Args:
-        model: a module with spectral layers (``is_spectral_layer = True``); each gets its name in the model
-            as ``layer_name``, by which the errors of its solver speak of it.
-        every: the interval between records, in steps.
-        layers: names or modules to watch instead of all spectral layers. Of an ordinary layer, such as a batch
-            norm, the input (N, C, *spatial) is watched as C × (N·L) features, with the layer's ``eps`` if any.
+        model: a module with spectral layers (``is_spectral_layer = True``). Each layer's ``layer_name`` is set to its
+            name in the model, which then appears in solver errors.
+        every: steps between records.
+        layers: names or modules to watch instead of all spectral layers. For an ordinary layer, such as a batch norm,
+            the input (N, C, *spatial) is treated as C × (N·L) features, with the layer's ``eps`` if it has one.
         writers: where records go: paths ending in ``.csv`` or ``.jsonl`` (appended to), a TensorBoard
-            ``SummaryWriter``, or any callable that takes a :class:`ConditionRecord`; one of these, several, or None.
-        optimizer: count its steps, not the forward passes; a wrapper with an ``.optimizer`` is opened.
-        on_alarm: called as ``on_alarm(record, reason)`` when κ(P) of any matrix passes ``kappa_above``, when a
-            solver failed since the last record, and when features were not finite.
-        kappa_above: the bound on κ(P).
-        max_matrices: how many of a layer's matrices are looked at, evenly spread (covariance pooling has one an
-            image, grouped whitening one a group).
+            ``SummaryWriter``, or any callable that takes a :class:`ConditionRecord`; one, several, or None.
+        optimizer: count its steps instead of forward passes; wrappers with an ``.optimizer`` are unwrapped.
+        on_alarm: called as ``on_alarm(record, reason)`` when κ(P) of any matrix exceeds ``kappa_above``, when a
+            solver has failed since the last record, and when features are not finite.
+        kappa_above: the threshold on κ(P).
+        max_matrices: maximum number of matrices examined per layer, evenly spaced (covariance pooling has one per
+            image, grouped whitening one per group).
 
     Raises:
-        ValueError: no spectral layer, an unknown layer (with the nearest name), ``every`` or ``max_matrices``
-            below 1 or no whole number, a path whose format is unknown, or a bound without ``on_alarm``.
+        ValueError: no spectral layer, an unknown layer (with the closest name), ``every`` or ``max_matrices`` not a
+            positive integer, an unknown file format, or ``kappa_above`` without ``on_alarm``.
 
-    Complexity: per record and matrix one float64 product of d²n multiplications and O(d³); see
-    ``benchmarks/how_much_does_the_monitor_cost.py`` for the share of a training step.
+    Complexity: per record and matrix one float64 product of d²n multiplications and O(d³);
+    ``benchmarks/how_much_does_the_monitor_cost.py`` measures the share of a training step.
 
     Example:
         >>> import torch
@@ -96,11 +95,11 @@ class ConditionMonitor:
     ) -> None:
         for name, value in (("every", every), ("max_matrices", max_matrices)):
             if not float(value).is_integer() or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
+                raise ValueError(f"{name} must be a positive integer, got {value}")
         if math.isnan(kappa_above):
-            raise ValueError("kappa_above is NaN, which no condition number passes")
+            raise ValueError("kappa_above is NaN, which no condition number exceeds")
         if kappa_above < math.inf and on_alarm is None:
-            raise ValueError(f"kappa_above={kappa_above:g} needs on_alarm, the callable that is told")
+            raise ValueError(f"kappa_above={kappa_above:g} needs on_alarm, the callback to call")
         self.every, self.max_matrices = int(every), int(max_matrices)
         self.kappa_above, self.on_alarm = float(kappa_above), on_alarm
         self.writers = as_writers(writers)
@@ -108,14 +107,14 @@ class ConditionMonitor:
         self.step = 0
         model = unwrapped(model)
         self.layers = watched_layers(model, layers)
-        self._last: dict[str, int] = {}
-        self._events = {name: solver_counts(layer) for name, layer in self.layers.items()}
+        self._last_recorded: dict[str, int] = {}
+        self._counts_at_record = {name: solver_counts(layer) for name, layer in self.layers.items()}
         self._turning = turnings(model, list(self.layers))
         self._handles = []
         for name, layer in self.layers.items():
             if hasattr(layer, "layer_name"):
-                setattr(layer, "layer_name", name)  # noqa: B010 - an attribute of spectral layers only
-            self._handles.append(attach(layer, partial(self._look, name)))
+                setattr(layer, "layer_name", name)  # noqa: B010 - only spectral layers have it
+            self._handles.append(attach(layer, partial(self._on_forward, name)))
         if optimizer is not None:
             self._handles.append(unwrapped_optimizer(optimizer).register_step_post_hook(Hook(self._count)))
         else:
@@ -128,40 +127,40 @@ class ConditionMonitor:
         if model.training and not in_backward_pass():
             self.step += 1
 
-    def _look(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        last = self._last.get(name)
+    def _on_forward(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        last = self._last_recorded.get(name)
         due = last is None or self.step // self.every > last // self.every
         next_due = (self.step + 1) % self.every == 0
         if not ((due or next_due) and self._handles) or in_backward_pass() or not _have_values(args, kwargs):
             return
-        turning = self._turning[name]
-        turning.settle(self.step)
+        rotation = self._turning[name]
+        rotation.settle(self.step)
         if due:
-            self._record(name, layer, args, kwargs, turning)
+            self._record(name, layer, args, kwargs, rotation)
         if next_due:
-            turning.begin(self.step)
+            rotation.begin(self.step)
 
-    def _record(self, name: str, layer: nn.Module, args: Any, kwargs: Any, turning: Turning) -> None:
+    def _record(self, name: str, layer: nn.Module, args: Any, kwargs: Any, rotation: Turning) -> None:
         features, eps = observed(layer, args, kwargs)
-        self._last[name] = self.step
-        failures, retries = self._pending(name)
-        self._events[name] = solver_counts(layer)
-        record = measure(features, eps, self.max_matrices, self.step, name, failures, retries, turning.take())
+        self._last_recorded[name] = self.step
+        failures, retries = self._unrecorded_events(name)
+        self._counts_at_record[name] = solver_counts(layer)
+        record = measure(features, eps, self.max_matrices, self.step, name, failures, retries, rotation.take())
         self.records.append(record)
-        turning.note(record)
+        rotation.note(record)
         for writer in self.writers:
             deliver(record, writer)
         if self.on_alarm is not None:
             for reason in alarms(record, self.kappa_above):
                 self.on_alarm(record, reason)
 
-    def _pending(self, name: str) -> tuple[int, int]:
-        """Failures and retries of the layer's solver that no record holds yet."""
-        (failures, retries), before = solver_counts(self.layers[name]), self._events[name]
-        return failures - before[0], retries - before[1]
+    def _unrecorded_events(self, layer: str) -> tuple[int, int]:
+        failures, retries = solver_counts(self.layers[layer])
+        recorded_failures, recorded_retries = self._counts_at_record[layer]
+        return failures - recorded_failures, retries - recorded_retries
 
     def close(self) -> None:
-        """Remove every hook; the records stay readable. Closing twice is harmless."""
+        """Remove all hooks; the records stay readable. May be called more than once."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -172,75 +171,28 @@ class ConditionMonitor:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def of(self, layer: str) -> list[ConditionRecord]:
-        """The records of one layer."""
-        if layer not in self.layers:
-            raise KeyError(f"layer '{layer}' is not monitored; these are: {listed(self.layers)}")
-        return [record for record in self.records if record.layer == layer]
-
-    def statistics(self) -> dict[str, dict[str, float]]:
-        """Per recorded layer: the median of every measure over the records, and counts.
-
-        Records of features that were not finite are left out of the medians and of ``kappa_max``, and counted as
-        ``nonfinite``. ``failures`` and ``retries`` are all up to now, also those after the last record.
-        """
-        result: dict[str, dict[str, float]] = {}
-        for layer in self.layers:
-            if records := self.of(layer):
-                finite = [record for record in records if record.finite]
-                failures, retries = self._pending(layer)
-                result[layer] = medians(finite) | {
-                    "kappa_max": max((r.kappa_max for r in finite), default=math.nan),
-                    "dim": records[-1].dim,
-                    "records": len(records),
-                    "nonfinite": len(records) - len(finite),
-                    "failures": failures + sum(r.failures for r in records),
-                    "retries": retries + sum(r.retries for r in records),
-                }
-        return result
-
-    def summary(self) -> str:
-        """:meth:`statistics` as a table to print, a line for each layer."""
-        return _display.Summary(self.statistics())
-
-    def sparkline(self, layer: str | None = None, width: int = 12) -> str:
-        """κ(P) of the last ``width`` records on a log scale as ``name 1.3e+04 ▁▂▃█``, a line for each layer."""
-        lines = []
-        for name in self.layers if layer is None else [layer]:
-            if records := self.of(name):
-                kappas = [record.kappa for record in records]
-                lines.append(f"{name} {kappas[-1]:.1e} {_display.sparkline(kappas, width)}".strip())
-        return "\n".join(lines)
-
-    def plot(self, target: Any, measure: str = "kappa") -> Any:
-        """Draw ``measure`` over the steps, one line a layer: into a file (path) or onto matplotlib axes.
-
-        Infinite values leave a gap; ``kappa_eps`` and ``kappa_range`` have none. Needs matplotlib; returns the axes.
-        """
-        if measure not in MEASURES:
-            raise ValueError(f"measure must be one of {', '.join(MEASURES)}; got '{measure}'")
-        return _display.plot({layer: self.of(layer) for layer in self.layers}, target, measure)
-
     def state_dict(self) -> dict[str, Any]:
-        """The step and all records, in plain types that ``torch.load(weights_only=True)`` accepts."""
-        columns = {name: [getattr(record, name) for record in self.records] for name in FIELDS}
-        pending = {name: list(self._pending(name)) for name in self.layers}
-        rotation = pending_of(self._turning, self.step)
-        said = [name for name, turning in self._turning.items() if turning.said]
-        state = {"step": self.step, "last": dict(self._last), "pending": pending}
-        return {**state, "rotation": rotation, "rotation_said": said, "records": columns}
+        """The step and all records, as plain types that ``torch.load(weights_only=True)`` accepts."""
+        return {
+            "step": self.step,
+            "last": dict(self._last_recorded),
+            "pending": {name: list(self._unrecorded_events(name)) for name in self.layers},
+            "rotation": pending_of(self._turning, self.step),
+            "rotation_said": [name for name, rotation in self._turning.items() if rotation.said],
+            "records": {name: [getattr(record, name) for record in self.records] for name in FIELDS},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken; file writers drop what they hold of that step and later."""
+        """Continue from ``state``; file writers drop the records of that step and later ones."""
         self.step = state["step"]
-        self._last = dict(state["last"])
+        self._last_recorded = dict(state["last"])
         self.records = records_of(state)
         for name, (failures, retries) in state["pending"].items():
-            if name in self._events:
+            if name in self.layers:
                 now = solver_counts(self.layers[name])
-                self._events[name] = (now[0] - failures, now[1] - retries)
-        for name, turning in self._turning.items():
-            turning.go_on(state.get("rotation", {}).get(name, math.nan), name in state.get("rotation_said", ()))
+                self._counts_at_record[name] = (now[0] - failures, now[1] - retries)
+        for name, rotation in self._turning.items():
+            rotation.go_on(state.get("rotation", {}).get(name, math.nan), name in state.get("rotation_said", ()))
         for writer in self.writers:
             if (rewind := getattr(writer, "rewind", None)) is not None:
                 rewind(self.step)

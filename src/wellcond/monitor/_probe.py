@@ -1,7 +1,7 @@
-"""Where the monitor looks: the spectral layers of a model, or the inputs of any layer named.
+"""What the monitor observes: the inputs of the spectral layers, or of any named layers.
 
-A probe belongs to one model. A deep copy or a pickle of the model (an EMA, a worker, ``torch.save``) carries the
-hook along without effect, so that it neither copies the monitor nor reports to it; called, it takes itself off.
+A hook belongs to one model. In a deep copy or a pickle of the model (an EMA, a worker, ``torch.save``) it is inert: it
+neither copies the monitor nor reports to it, and removes itself when called.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from wellcond._shared.torch_internals import is_compiling
 
 
 class Hook:
-    """A callable that the copies of a model do not inherit: there it does nothing but take itself off."""
+    """A hook that is inert in copies of the model, where it only removes itself."""
 
     def __init__(self, function: Any = None) -> None:
         self.function = function
@@ -26,11 +26,11 @@ class Hook:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         if self.function is not None:
             self.function(*args, **kwargs)
-        elif not is_compiling():  # a graph must not change the module; without effect it costs nothing
-            self._leave(args[0])
+        elif not is_compiling():  # a compiled graph must not change the module
+            self._remove_from(args[0])
 
-    def _leave(self, module: nn.Module) -> None:
-        # PyTorch calls hooks from a copy of these, so that a hook may remove itself.
+    def _remove_from(self, module: nn.Module) -> None:
+        # PyTorch iterates over a copy of these dictionaries, so a hook may remove itself.
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             hooks = getattr(module, name, {})
             for key in [key for key, hook in hooks.items() if hook is self]:
@@ -42,13 +42,13 @@ class Hook:
 
 
 def solver_counts(layer: nn.Module) -> tuple[int, int]:
-    """Failures and retries of a layer's solver so far; none for an ordinary layer."""
+    """Failures and retries of a layer's solver so far; zero for an ordinary layer."""
     events = getattr(layer, "solver_events", None)
     return (0, 0) if events is None else (events.failures, events.retries)
 
 
 def watched_layers(model: nn.Module, layers: Layers | None) -> dict[str, nn.Module]:
-    """The layers to watch, by their bare names: every spectral layer, or those that ``layers`` names or holds."""
+    """The layers to monitor, by bare name: the given ``layers``, or all spectral layers."""
     if layers is not None:
         return layers_by_name(model, layers)
     found = {bare_name(name): module for name, module in unwrapped(model).named_modules() if is_spectral(module)}
@@ -61,26 +61,27 @@ def watched_layers(model: nn.Module, layers: Layers | None) -> dict[str, nn.Modu
 
 
 def attach(module: nn.Module, look: Callable[..., None]) -> RemovableHandle:
-    """Call ``look(module, args, kwargs)`` at the begin of each training-mode forward pass."""
+    """Call ``look(module, args, kwargs)`` at the start of each training-mode forward pass."""
     untraced: Any = torch.compiler.disable(look)  # it reads the step, which changes with every call
 
-    def entered(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if layer.training:  # without running statistics, evaluation takes batch statistics too
+    def look_in_training(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if layer.training:
             untraced(layer, args, kwargs)
 
-    return module.register_forward_pre_hook(Hook(entered), with_kwargs=True)
+    return module.register_forward_pre_hook(Hook(look_in_training), with_kwargs=True)
 
 
 def observed(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, float]:
-    """Features (..., d, n) and ε: what ``layer.observed_features`` says of these arguments, for a layer that has it.
+    """Features (..., d, n) and ε of a layer called with these arguments.
 
-    Of any other layer the input (N, C, *spatial) as C × (N·L), with its ``eps`` if it has one (a batch norm's), or 0;
-    of one that normalises the last dimensions (``normalized_shape``, a layer norm's), those as its features.
+    A layer with a method ``observed_features`` returns them itself. For any other layer they are the input
+    (N, C, *spatial) as C × (N·L) and the layer's ``eps``, or 0; if it normalises the last dimensions
+    (``normalized_shape``, as in a layer norm), those are the features.
 
     Args:
         layer: any module.
         args: the positional arguments of its forward pass.
-        kwargs: those by keyword.
+        kwargs: its keyword arguments.
 
     Returns:
         The features (..., d, n), and ε.
@@ -92,9 +93,9 @@ def observed(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         >>> features.shape, eps
         (torch.Size([3, 32]), 1e-05)
     """
-    own = getattr(layer, "observed_features", None)
-    if own is not None:
-        features, eps = own(*args, **kwargs)
+    observed_features = getattr(layer, "observed_features", None)
+    if observed_features is not None:
+        features, eps = observed_features(*args, **kwargs)
         return features.detach(), float(eps)
     x = args[0] if args else next(iter(kwargs.values()), None)
     if not isinstance(x, Tensor) or x.ndim < 2:
@@ -104,7 +105,7 @@ def observed(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         )
     eps = getattr(layer, "eps", 0.0)
     eps = float(eps) if isinstance(eps, (int, float)) else 0.0
-    last = tuple(getattr(layer, "normalized_shape", ()))
-    if last and x.shape[-len(last) :] == last and x.ndim > len(last):
-        return x.detach().flatten(0, -len(last) - 1).flatten(1).mT, eps
+    shape = tuple(getattr(layer, "normalized_shape", ()))
+    if shape and x.shape[-len(shape) :] == shape and x.ndim > len(shape):
+        return x.detach().flatten(0, -len(shape) - 1).flatten(1).mT, eps
     return x.detach().transpose(0, 1).flatten(1), eps

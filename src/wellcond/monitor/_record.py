@@ -1,4 +1,4 @@
-"""One line of the record: what a layer's covariance was like at one step."""
+"""One record: the conditioning of a layer's covariance at one step."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from wellcond.linalg import covariance_spectrum
 
 @dataclass(frozen=True)
 class ConditionRecord:
-    """The covariance P of one layer at one step. Of several matrices in a layer (groups, or one an image) each
-    field is the median, the lower one of an even number, except where it says otherwise.
+    """The conditioning of the covariance P of one layer at one step.
+
+    If a layer has several matrices (one per group or image), each field is their (lower) median unless noted otherwise.
     """
 
-    step: int  #: steps finished before this forward pass
+    step: int  #: completed steps before this forward pass
     layer: str  #: the layer's name in the model
     kappa: float  #: κ(P) without ε; infinite when ``numerical_rank < dim``
-    kappa_eps: float  #: κ(P + εI), which the solver sees
+    kappa_eps: float  #: κ(P + εI), as seen by the solver
     kappa_range: float  #: κ over the numerical range of P
-    numerical_rank: int  #: eigenvalues above ``rank_tolerance``; -1 where the features were not finite (else NaN)
-    rank_tolerance: float  #: the largest eigenvalue that rounding of the features alone can make
+    numerical_rank: int  #: eigenvalues above ``rank_tolerance``; -1 if the features were not finite (other fields: NaN)
+    rank_tolerance: float  #: bound on the eigenvalues caused by rounding of the features alone
     effective_rank: float  #: (tr P)²/tr P²
     eig_max: float  #: largest eigenvalue
-    eig_min: float  #: smallest eigenvalue; rounding noise where it is below ``rank_tolerance``
+    eig_min: float  #: smallest eigenvalue; rounding noise if below ``rank_tolerance``
     eps: float  #: the layer's absolute ε
     dim: int  #: d, the order of P
-    samples: int  #: n, the samples behind P
-    matrices: int  #: matrices in the layer, of which at most ``max_matrices`` were looked at
-    kappa_max: float  #: the largest κ(P) of those looked at
-    failures: int  #: decompositions that failed since the last record of this layer
-    retries: int  #: matrices that a fall-back saved since then
-    #: ‖W_new − W_old‖_F/‖W_old‖_F of the weight in use before this layer, in the step before the record; the largest of
-    #: several; 0 before the first step, NaN where it is not known
+    samples: int  #: n, the number of samples of P
+    matrices: int  #: matrices in the layer, of which at most ``max_matrices`` are examined
+    kappa_max: float  #: the largest κ(P) of those examined
+    failures: int  #: failed decompositions since the last record of this layer
+    retries: int  #: matrices recovered by a fall-back since then
+    #: ‖W_new − W_old‖_F/‖W_old‖_F of the preceding layer's weight in the step before the record (the maximum over
+    #: several layers); 0 before the first step, NaN if unknown
     rotation: float = math.nan
 
     def as_dict(self) -> dict[str, int | float | str]:
@@ -46,40 +47,42 @@ class ConditionRecord:
         return asdict(self)
 
     def scalars(self, tag: str = "condition") -> dict[str, float]:
-        """The measures by the names under which they are logged: ``condition/LAYER/kappa`` …"""
+        """The measures under their logged names: ``condition/LAYER/kappa`` …"""
         known = [name for name in MEASURES if name != "rotation" or not math.isnan(self.rotation)]
         return {f"{tag}/{self.layer}/{name}": getattr(self, name) for name in known}
 
     @property
     def finite(self) -> bool:
-        """Whether the features were finite. κ may well be infinite, it is NaN only where they were not."""
+        """Whether the features were finite. κ may be infinite, but is NaN only for non-finite features."""
         return self.kappa == self.kappa and self.kappa_max == self.kappa_max
 
 
 def alarms(record: ConditionRecord, kappa_above: float) -> list[str]:
-    """What is alarming about a record, in words."""
+    """The reasons for an alarm about this record, one sentence each."""
     layer, step, kappa = record.layer, record.step, record.kappa_max
-    reasons = {
-        f"the features of '{layer}' are not finite at step {step}": not record.finite,
-        f"κ of '{layer}' is {kappa:.3e} at step {step}, above {kappa_above:.3e}": kappa > kappa_above,
-        f"{record.failures} decompositions of '{layer}' failed before step {step}": record.failures > 0,
-    }
-    return [reason for reason, holds in reasons.items() if holds]
+    reasons = []
+    if not record.finite:
+        reasons.append(f"the features of '{layer}' are not finite at step {step}")
+    if kappa > kappa_above:
+        reasons.append(f"κ of '{layer}' is {kappa:.3e} at step {step}, above {kappa_above:.3e}")
+    if record.failures > 0:
+        reasons.append(f"{record.failures} decompositions of '{layer}' failed before step {step}")
+    return reasons
 
 
 FIELDS: tuple[str, ...] = tuple(field.name for field in fields(ConditionRecord))
 MEASURES = ("kappa", "kappa_eps", "kappa_range", "numerical_rank", "effective_rank", "eig_max", "eig_min", "rotation")
-"""The fields that make a curve over the steps."""
+"""The fields that can be plotted over the steps."""
 
 
 def records_of(state: Mapping[str, Any]) -> list[ConditionRecord]:
-    """The records in the state of a monitor, which has a column for each field but those that there were not yet."""
+    """The records in a monitor's saved state, which holds one column per field known at the time."""
     columns = state["records"]
     return [ConditionRecord(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
 def medians(records: Iterable[ConditionRecord]) -> dict[str, float]:
-    """The median of every measure in :data:`MEASURES` over the records with finite features; NaN without any.
+    """The median of every measure in :data:`MEASURES` over the records with finite features; NaN if there are none.
 
     Example:
         >>> medians([])["kappa"]
@@ -101,7 +104,7 @@ def measure(
     retries: int,
     rotation: float = math.nan,
 ) -> ConditionRecord:
-    """The record of ``features`` (..., d, n): of at most ``max_matrices`` matrices, evenly spread over the batch."""
+    """The record of ``features`` (..., d, n), from at most ``max_matrices`` matrices evenly spaced in the batch."""
     d, n = features.shape[-2:]
     features = features.detach().reshape(-1, d, n)
     matrices = features.shape[0]

@@ -1,7 +1,7 @@
-"""Where records go: CSV, JSON lines, TensorBoard. A writer is a callable that takes a ConditionRecord.
+"""Writers of records: CSV, JSON lines, TensorBoard. A writer is a callable that takes a ConditionRecord.
 
-The file writers open, append and close for each record, so that a killed run loses nothing, and forget on
-request what a resumed run is about to measure again (:meth:`rewind`).
+The file writers open, append and close the file for each record, so that a killed run loses nothing. ``rewind`` drops
+the records that a resumed run will measure again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Writer = Callable[[ConditionRecord], Any]
 
 
 class _FileWriter:
-    """Lines of a text file, one a record."""
+    """A text file with one line per record."""
 
     header = ""
 
@@ -37,7 +37,7 @@ class _FileWriter:
             self._write(file, record)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of ``step`` and later, and any that a crash cut short; the file is replaced atomically."""
+        """Drop the lines of ``step`` and later, and truncated ones; the file is replaced atomically."""
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -50,7 +50,7 @@ class _FileWriter:
     def _is_before(self, line: str, step: int) -> bool:
         try:
             return line == self.header or (line.endswith("\n") and self._step(line) < step)
-        except ValueError:  # two lines in one, of which a crash cut the first
+        except ValueError:  # a line truncated by a crash and continued by the next record
             return False
 
     def _write(self, file: TextIO, record: ConditionRecord) -> None:
@@ -67,7 +67,7 @@ class CSVWriter(_FileWriter):
     """Comma-separated values with a header: ``step,layer,kappa,…``, infinity as ``inf``.
 
     Args:
-        path: of the file, which is made with the first record and appended to.
+        path: of the file, created with the first record and appended to.
 
     Example:
         >>> import tempfile
@@ -81,7 +81,7 @@ class CSVWriter(_FileWriter):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Those of the file, which an older version may have begun with fewer of them; else all fields."""
+        """The columns of an existing file, possibly fewer if an older version started it; otherwise all fields."""
         if self._columns is None and self.path.exists():
             with self.path.open(encoding="utf-8", newline="") as file:
                 found = tuple(next(csv.reader(file), ()))
@@ -101,10 +101,10 @@ class CSVWriter(_FileWriter):
 
 
 class JSONLinesWriter(_FileWriter):
-    """One JSON object a line; infinity and NaN as the strings ``"inf"`` and ``"nan"``, which JSON itself lacks.
+    """One JSON object per line; infinity and NaN, which JSON lacks, are the strings ``"inf"`` and ``"nan"``.
 
     Args:
-        path: of the file, which is made with the first record and appended to.
+        path: of the file, created with the first record and appended to.
 
     Example:
         >>> import tempfile
@@ -122,11 +122,11 @@ class JSONLinesWriter(_FileWriter):
 
 
 class TensorBoardWriter:
-    """Scalars ``{tag}/{layer}/kappa`` … into a ``SummaryWriter`` of yours, which stays yours to close.
+    """Scalars ``{tag}/{layer}/kappa`` … to a given ``SummaryWriter``, which the caller closes.
 
     Args:
-        summary_writer: anything with ``add_scalar(name, value, step)``.
-        tag: the beginning of the names.
+        summary_writer: any object with ``add_scalar(name, value, step)``.
+        tag: prefix of the names.
 
     Example:
         >>> class Printer:
@@ -146,14 +146,14 @@ class TensorBoardWriter:
         self.tag = tag
 
     def __call__(self, record: ConditionRecord) -> None:
-        """Add the record's measures and its failures and retries at its step."""
+        """Add the record's measures, failures and retries at its step."""
         counts = {f"{self.tag}/{record.layer}/{name}": getattr(record, name) for name in ("failures", "retries")}
         for name, value in (record.scalars(self.tag) | counts).items():
             self.summary_writer.add_scalar(name, value, record.step)
 
 
 def deliver(record: ConditionRecord, writer: Writer) -> None:
-    """Write the record; a full disk is a warning and does not end the training, which keeps its records in memory."""
+    """Write the record. A full disk only warns: training continues and keeps its records in memory."""
     try:
         writer(record)
     except OSError as error:
@@ -161,13 +161,13 @@ def deliver(record: ConditionRecord, writer: Writer) -> None:
 
 
 def as_writers(targets: Any) -> list[Writer]:
-    """Writers from paths (``.csv``, ``.jsonl``), SummaryWriters and callables: one of them, several, or None.
+    """Writers for paths (``.csv``, ``.jsonl``), SummaryWriters and callables: one, several, or None.
 
     Returns:
         A list of callables that take a :class:`ConditionRecord`.
 
     Raises:
-        ValueError: a path of another ending.
+        ValueError: a path with another suffix.
 
     Example:
         >>> as_writers(None), as_writers(["condition.csv", print])
@@ -185,9 +185,7 @@ def _as_writer(target: Any) -> Writer:
         kinds = {".csv": CSVWriter, ".jsonl": JSONLinesWriter}
         suffix = Path(target).suffix
         if suffix not in kinds:
-            raise ValueError(
-                f"the format of '{os.fspath(target)}' is unknown: the path must end in {' or '.join(kinds)}"
-            )
+            raise ValueError(f"unknown format of '{os.fspath(target)}': the path must end in {' or '.join(kinds)}")
         return kinds[suffix](target)
     if hasattr(target, "add_scalar"):
         return TensorBoardWriter(target)

@@ -1,4 +1,4 @@
-"""What the monitor callbacks of all training frameworks share: a monitor that is made when training begins."""
+"""Base of the monitor callbacks for all training frameworks: creates the monitor when training begins."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from ._record import ConditionRecord, records_of
 
 
 class MonitorInTraining:
-    """Base of the callbacks; its arguments are those of :class:`wellcond.monitor.ConditionMonitor`.
+    """Base class of the callbacks; takes the arguments of :class:`wellcond.monitor.ConditionMonitor`.
 
     Attributes:
-        monitor: the monitor, once training has begun; it holds the records during training and after it.
+        monitor: the monitor, once training has begun; holds the records during and after training.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        inspect.signature(ConditionMonitor).bind_partial(**options)  # a wrong name is an error here already
+        inspect.signature(ConditionMonitor).bind_partial(**options)  # reject unknown options early
         self.monitor: ConditionMonitor | None = None
         self._writers = options.pop("writers", ())
         layers = as_given(options.pop("layers", None))
         self._named = layers and [str(layer) for layer in layers]
         self._options = {**options, "layers": layers}
-        self._left: dict[str, Any] = {}
+        self._adopted: dict[str, Any] = {}
 
     def told_apart(self) -> dict[str, Any]:
-        """What two callbacks of one trainer differ in, by which their states are found again."""
+        """The arguments that identify this callback's state among several in one trainer."""
         return {"every": self._options.get("every"), "layers": self._named}
 
     @property
     def records(self) -> list[ConditionRecord]:
         """The records so far."""
         if self.monitor is None:
-            return records_of(self._left) if self._left else []
+            return records_of(self._adopted) if self._adopted else []
         return self.monitor.records
 
     def state_dict(self) -> dict[str, Any]:
         """The monitor's state, for the checkpoint."""
-        return self._left if self.monitor is None else self.monitor.state_dict()
+        return self._adopted if self.monitor is None else self.monitor.state_dict()
 
-    def take_over(self, state: dict[str, Any]) -> None:
-        """Keep the state of a monitor that was in another process."""
-        self.monitor, self._left = None, state
+    def adopt_state(self, state: dict[str, Any]) -> None:
+        """Adopt the state of a monitor from another process."""
+        self.monitor, self._adopted = None, state
 
     def attach(self, model: nn.Module, optimizer: Any, *, writes: bool, state: dict[str, Any] | None) -> None:
-        """Watch ``model``, from ``state`` on if there is one; one process of several ``writes``.
+        """Monitor ``model``, continuing from ``state`` if given; only one of several processes ``writes``.
 
-        The steps of an optimizer are counted rather than forward passes: a training step may call forward any number
-        of times, or only the model's parts.
+        Optimizer steps are counted instead of forward passes: a training step may call forward any number of times, or
+        only parts of the model.
         """
         self.close()
         writers = self._writers if writes else ()
@@ -63,7 +63,7 @@ class MonitorInTraining:
             self.monitor.load_state_dict(state)
 
     def close(self) -> None:
-        """Take the hooks off; the records stay."""
+        """Remove the hooks; the records stay readable."""
         if self.monitor is not None:
             self.monitor.close()
 
@@ -77,5 +77,5 @@ class MonitorInTraining:
         return found
 
     def worst(self) -> ConditionRecord:
-        """The latest record of the layer that is conditioned worst."""
+        """The latest record of the worst-conditioned layer."""
         return max(self.latest().values(), key=lambda record: record.kappa if record.finite else math.inf)

@@ -1,4 +1,4 @@
-"""Callbacks for the Hugging Face ``Trainer``: watch the conditioning, and treat the layers before spectral layers."""
+"""Callbacks for the Hugging Face ``Trainer``: monitor the conditioning, and treat layers before spectral layers."""
 
 try:
     import transformers  # noqa: F401

@@ -1,4 +1,4 @@
-"""The condition monitor as a callback for the Hugging Face ``Trainer``: steps are the trainer's."""
+"""The condition monitor as a callback for the Hugging Face ``Trainer``."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from ._part import PartOfTrainer
 
 
 class ConditionMonitorCallback(MonitorInTraining, PartOfTrainer):
-    """Watch the spectral layers while the ``Trainer`` trains; :attr:`monitor` holds the records during and after it.
+    """Monitor the spectral layers during training; :attr:`monitor` holds the records during and after it.
 
-    A step is the trainer's ``global_step``; of accumulated batches the first is measured. The latest record of every
-    layer is logged with the loss, as ``condition/<layer>/<measure>``, and so is the largest κ, as ``kappa``; every
-    record goes to ``writers``. The records are in the checkpoint's ``trainer_state.json``, and a resumed training goes
-    on as if it had not stopped. In several processes the first writes and logs what it sees of its share of the batch.
+    A step is the trainer's ``global_step``; with gradient accumulation the first batch of each step is measured. The
+    latest record of every layer is logged with the loss, as ``condition/<layer>/<measure>``, and the largest κ as
+    ``kappa``; every record goes to ``writers``. The records are saved in the checkpoint's ``trainer_state.json``, and
+    resumed training continues seamlessly. With several processes the main one writes and logs, for its own share of the
+    batch.
 
     Args:
-        every, layers, writers, on_alarm, kappa_above, max_matrices: of :class:`wellcond.monitor.ConditionMonitor`.
+        every, layers, writers, on_alarm, kappa_above, max_matrices: as in :class:`wellcond.monitor.ConditionMonitor`.
 
-    Give it to ``Trainer(callbacks=[...])``, or call :meth:`add_to`, which puts it ahead of the reporters, so that
-    TensorBoard, W&B and MLflow see what it logs.
+    Pass it to ``Trainer(callbacks=[...])``, or call :meth:`add_to`, which inserts it before the reporting callbacks, so
+    that TensorBoard, W&B and MLflow receive what it logs.
 
     Example:
         >>> from wellcond.transformers import ConditionMonitorCallback
@@ -30,9 +31,9 @@ class ConditionMonitorCallback(MonitorInTraining, PartOfTrainer):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach, and go on from the checkpoint's records."""
-        writes, saved = state.is_world_process_zero, self.saved(state)
-        self.attach(kwargs["model"], kwargs["optimizer"], writes=writes, state=saved)
+        """Attach the monitor, continuing from the checkpoint's records."""
+        saved = self.saved(state)
+        self.attach(kwargs["model"], kwargs["optimizer"], writes=state.is_world_process_zero, state=saved)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.monitor is not None
@@ -52,6 +53,6 @@ class ConditionMonitorCallback(MonitorInTraining, PartOfTrainer):
         self.close()
 
     def state(self) -> dict[str, Any]:
-        """The monitor's state, for the ``Trainer`` to save."""
+        """The monitor's state, saved by the ``Trainer``."""
         saved = None if self.monitor is None else self.monitor.state_dict()
         return {"args": {}, "attributes": {}, "key": self.key, "wellcond": saved}

@@ -1,4 +1,4 @@
-"""What the callbacks for the Hugging Face ``Trainer`` share: its log, its saved state, and their place in its list."""
+"""Base of the callbacks for the Hugging Face ``Trainer``: logging, saved state, and order among its callbacks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class PartOfTrainer(TrainerCallback, ExportableState):
-    """Base of the callbacks."""
+    """Base class of the callbacks."""
 
     def add_to(self, trainer: Any) -> Self:
-        """Join a ``Trainer`` that is there already, ahead of its reporters; the callback itself."""
+        """Add this callback to an existing ``Trainer``, before its reporting callbacks, and return it."""
         callbacks = trainer.callback_handler.callbacks
         if self in callbacks:
             callbacks.remove(self)
@@ -23,38 +23,38 @@ class PartOfTrainer(TrainerCallback, ExportableState):
         return self
 
     def scalars(self) -> dict[str, float]:
-        """What there is to log now, by its names in the log."""
+        """The values to log, by name."""
         raise NotImplementedError
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add :meth:`scalars` to what is logged with the loss, for the history and the callbacks that come later.
+        """Add :meth:`scalars` to the training logs, for the history and later callbacks.
 
-        Lines of an evaluation and the last one, which sums up the training, stay as they are.
+        Logs of an evaluation and the final training summary are left unchanged.
         """
         if (logs := kwargs.get("logs")) is not None and "loss" in logs:
             logs.update(values := self.scalars())
-            state.log_history[-1].update(values)  # a copy that the Trainer has made already
+            state.log_history[-1].update(values)  # the Trainer has already copied the logs there
 
     def saved(self, state: Any) -> Any:
-        """What was saved in the checkpoint that is resumed; None if none is, or the callback was not there then."""
+        """This callback's state in the resumed checkpoint; None without a checkpoint, or if it holds no such state."""
         name = type(self).__name__
         held = state.stateful_callbacks.get(name) if state.global_step else None
-        state.stateful_callbacks.setdefault(name, {})  # where the Trainer is going to save it
-        if not isinstance(held, list):  # of several callbacks, and every time that they were saved
+        state.stateful_callbacks.setdefault(name, {})  # the Trainer saves it under this key
+        if not isinstance(held, list):  # a list holds every saved state of several callbacks
             return None if held is None else held["wellcond"]
-        for one in reversed(held):
-            if one.get("key") == self.key:
-                return one["wellcond"]
+        for candidate in reversed(held):
+            if candidate.get("key") == self.key:
+                return candidate["wellcond"]
         raise ValueError(
-            f"the checkpoint holds the states of several {name}s, and none is of this one ({self.key}); resume with "
-            "the same callbacks"
+            f"the checkpoint holds the states of several {name}s, but none for this one ({self.key}); resume with the "
+            "same callbacks"
         )
 
     def told_apart(self) -> dict[str, Any]:
-        """What two callbacks of one ``Trainer`` differ in."""
+        """The arguments that identify this callback among several in one ``Trainer``."""
         raise NotImplementedError
 
     @property
     def key(self) -> str:
-        """By which the state of this callback is found among those of its kind."""
+        """The key of this callback's state among those of its class."""
         return repr(self.told_apart())

@@ -1,1 +1,1 @@
-"""Images from a name, a path or arrays, split for training, validation and testing, and in batches."""
+"""Images from a name, a path or arrays, split into training, validation and test sets, and batched."""

@@ -1,8 +1,7 @@
-"""What is done to a batch on its device: normalised always, cropped and mirrored at random in training.
+"""Processing of batches on their device: normalisation and, in training, random crops and flips.
 
-As usual for CIFAR since He et al., "Deep residual learning" (CVPR 2016), section 4.2: a border of an eighth of the
-image (4 of 32 pixels) is added, a window of the old size is taken from it at random, and half of the images are
-mirrored. Cropping and flipping are kornia's.
+As usual for CIFAR since He et al., "Deep residual learning" (CVPR 2016), section 4.2: images are padded by an eighth (4
+of 32 pixels), randomly cropped to their original size, and flipped with probability 1/2. Uses kornia.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from wellcond.experiments.errors import needs_train_extra
 
 
 class BatchAugmentation(nn.Module):
-    """uint8 batches (B, C, H, W) to normalised float32 batches, augmented on request.
+    """Turns uint8 batches (B, C, H, W) into normalised float32 batches, optionally augmented.
 
     Args:
-        mean, std: (C,) float32 of the pixels of the training images, in units of 0 to 255.
-        flip: whether a mirror image belongs to the same class.
-        border: take windows of the image with a border; not where it is a random area of a photograph already.
+        mean, std: (C,) float32, of the pixel values (0 to 255) of the training images.
+        flip: flip at random; only if mirror images belong to the same class.
+        border: take random crops of the padded image; not if images are random areas already.
     """
 
     mean: Tensor
@@ -37,17 +36,17 @@ class BatchAugmentation(nn.Module):
         return (images.float() - self.mean) / self.std
 
     def augment(self, images: Tensor, *key: int) -> Tensor:
-        """Cropped, flipped and normalised, with random numbers that depend on `key` (non-negative) alone.
+        """Crop, flip and normalise, with random numbers that depend only on `key` (non-negative integers).
 
-        The numbers are drawn on the CPU, so they are the same on every device; torch's own generator is left
-        as it was. Takes 5 ms for 128 × 3 × 32 × 32 on one CPU core.
+        They are drawn on the CPU, so that they are the same on every device; torch's generator state is preserved.
+        Takes 5 ms for 128 × 3 × 32 × 32 on one CPU core.
         """
         with needs_train_extra():
             import kornia.augmentation as K
 
         height, width = images.shape[-2:]
-        border = (max(1, round(width / 8)), max(1, round(height / 8)))  # left and right, top and bottom
-        crop = K.RandomCrop((height, width), padding=border, cropping_mode="slice") if self.border else nn.Identity()
+        padding = (max(1, round(width / 8)), max(1, round(height / 8)))
+        crop = K.RandomCrop((height, width), padding=padding, cropping_mode="slice") if self.border else nn.Identity()
         flip = K.RandomHorizontalFlip(p=0.5 if self.flip else 0.0)
         before = torch.get_rng_state()
         torch.default_generator.manual_seed(mixed_seed(*key))

@@ -1,4 +1,4 @@
-"""Batches for Lightning: their order, what is done to them on the device, and where a resumed training goes on."""
+"""The Lightning data module: order of the images, processing on the device, and resuming within an epoch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ with needs_train_extra():
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Batches of an `ImageData` for Lightning: uint8 on their way to the device, normalised float32 there.
+    """Batches of an `ImageData` for Lightning: transferred to the device as uint8 and normalised there to float32.
 
-    The order of the training images depends on (seed, epoch), flips and windows on (seed, epoch, batch, rank), random
-    areas on (seed, epoch, image): a run resumed from any checkpoint, also of mid-epoch, goes on with the batches it
-    would have had, with any number of workers. Without a trainer the loaders give everything, and
-    `on_after_batch_transfer` normalises.
+    The order of the training images depends on (seed, epoch), flips and crops on (seed, epoch, batch, rank), and random
+    areas on (seed, epoch, image). A run resumed from any checkpoint, even within an epoch, therefore gets the same
+    batches, with any number of workers. Without a trainer the loaders return all images, and `on_after_batch_transfer`
+    only normalises.
 
     Args:
         data: the images.
-        batch_size: of one process. An incomplete last batch of training images is dropped.
+        batch_size: per process. An incomplete last batch of training images is dropped.
         augment: crop and flip the training images at random.
-        seed: of order and augmentation, not negative.
-        workers: processes that read batches; useful where images are decoded when read.
+        seed: of order and augmentation, non-negative.
+        workers: worker processes, useful if images are decoded on access.
         memory_format: of the batches on the device.
 
     Raises:
@@ -63,7 +63,7 @@ class ImageDataModule(pl.LightningDataModule):
             )
 
     def train_dataloader(self) -> TrainLoader:
-        """This rank's training batches (uint8 images, labels), in an order that `set_epoch` of its sampler changes."""
+        """This rank's training batches (uint8 images, labels); the order is set by `set_epoch` of the sampler."""
         sampler = self._sampler(self.data.train, train=True, keyed=self.areas)
         self._check_batch(sampler.num_replicas)
         seed = self.seed if self.areas else None
@@ -88,7 +88,7 @@ class ImageDataModule(pl.LightningDataModule):
             images = self.augmentation.augment(images, *key)
         else:
             images = self.augmentation(images)
-        if trainer is not None:  # in "true" half or double precision the images are to have the weights' type
+        if trainer is not None:  # "true" half or double precision needs images of the weights' dtype
             images = trainer.precision_plugin.convert_input(images)
         return images.contiguous(memory_format=self.memory_format), labels
 
@@ -103,7 +103,7 @@ class ImageDataModule(pl.LightningDataModule):
         return {
             "batch_size": self.batch_size,
             "workers": self.workers,
-            # a generator of its own, or every pass would advance the global one
+            # its own generator, as every pass would otherwise advance the global one
             "generator": torch.Generator().manual_seed(mixed_seed(self.seed)),
         }
 

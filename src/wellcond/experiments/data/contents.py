@@ -1,4 +1,4 @@
-"""What is below a folder of images, and a line for whatever is passed over, so that nothing vanishes in silence."""
+"""Listing the files in a folder of images, with a note on everything skipped."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 _FOLDERS_OF_TOOLS = frozenset({"__macosx", "__pycache__", "@eadir", "$recycle.bin"})
-_SHOWN = 3
+_MAX_SHOWN = 3
 
 
 class Skipped:
-    """What was passed over below `root`, by the reason."""
+    """The paths skipped below `root`, by reason."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -23,35 +23,35 @@ class Skipped:
         self._by_reason[reason].append(str(path.relative_to(self.root)))
 
     def lines(self) -> list[str]:
-        """One for each reason, with the first names."""
+        """One line per reason, with the first few names."""
         lines = []
         for reason, names in self._by_reason.items():
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            lines.append(f"skipped ({reason}): " + ", ".join(f"'{name}'" for name in names[:_SHOWN]) + more)
+            more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
+            lines.append(f"skipped ({reason}): " + ", ".join(f"'{name}'" for name in names[:_MAX_SHOWN]) + more)
         return lines
 
 
-def is_a_tools(name: str) -> bool:
-    """Whether files and folders of this name are hidden, or made by a tool for itself (macOS, Jupyter, a NAS)."""
+def is_hidden_or_tool(name: str) -> bool:
+    """Whether the name is that of a hidden file or folder, or of one that a tool creates (macOS, Jupyter, a NAS)."""
     return name.startswith(".") or name.lower() in _FOLDERS_OF_TOOLS
 
 
 def files_below(folder: Path, skipped: Skipped, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Every file below `folder` in the order of their paths. Links are followed, unless they lead to a folder above."""
-    inside = (*above, folder.resolve())
+    """All files below `folder` in path order. Links are followed, except to a parent folder."""
+    parents = (*above, folder.resolve())
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
         path = folder / entry.name
-        kind = path if entry.is_symlink() else entry  # of a link into nowhere a path says no where an entry raises
-        if is_a_tools(entry.name):
+        kind = path if entry.is_symlink() else entry  # for a broken link DirEntry.is_dir may raise, Path.is_dir not
+        if is_hidden_or_tool(entry.name):
             skipped.add("hidden, or a tool's own", path)
         elif kind.is_dir():
-            if path.resolve() in inside:
-                skipped.add("a link to a folder that it is in", path)
+            if path.resolve() in parents:
+                skipped.add("a link to a parent folder", path)
             else:
-                yield from files_below(path, skipped, inside)
+                yield from files_below(path, skipped, parents)
         elif kind.is_file():
             yield path
         else:
-            skipped.add("no file, or a link to none", path)
+            skipped.add("not a file, or a broken link", path)

@@ -1,9 +1,9 @@
-"""The area of a photograph that a network sees: a random one in training, the middle in a test.
+"""Crops of photographs: random areas in training, the centre for testing.
 
-As in the literature on ImageNet since Szegedy et al., "Going deeper with convolutions" (CVPR 2015), section 6: an area
-of 8 to 100 % of the image whose width is 3/4 to 4/3 of its height, brought to the size of the network by the bilinear
-filter. A test scales the shorter side to 256 for networks of 224 and sees the middle; here it does so for any size in
-the same proportion, in one step, without rounding in between.
+As usual for ImageNet since Szegedy et al., "Going deeper with convolutions" (CVPR 2015), section 6: a random area of 8
+to 100 % of the image with an aspect ratio of 3/4 to 4/3, resized with the bilinear filter. For testing the shorter side
+is resized to 256 for 224-pixel networks, and the centre is cropped; here this is done for any size in the same
+proportion, in one step without intermediate rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SHARE = 224 / 256
-"""The part of the shorter side that a test sees."""
+"""The part of the shorter side in the centre crop."""
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 _TRIES = 10
@@ -30,22 +30,22 @@ Box = tuple[int, int, int, int]
 
 
 def middle(image: Image.Image, size: int) -> Image.Image:
-    """What a test sees, size × size."""
+    """The centre crop for testing, size × size."""
     return pixels.fitted(image, (size, size), SHARE)
 
 
 def random_area(image: Image.Image, size: int, *key: int) -> Image.Image:
-    """A random area, brought to size × size; it depends on the image's size and on `key` (non-negative) alone."""
+    """A random area resized to size × size; it depends only on the image's size and on `key` (non-negative)."""
     box = random_box(image.width, image.height, np.random.default_rng(mixed_seed(*key)))
-    # Cut out first, as in the literature: the filter of `resize(box=…)` reaches over the edges.
+    # Cropped first, as in the literature: the filter of `resize(box=…)` uses pixels outside the box.
     return image.crop(box).resize((size, size), pixels.BILINEAR)
 
 
 def random_box(width: int, height: int, draws: np.random.Generator) -> Box:
-    """The edges of a random area, in whole pixels.
+    """The edges of a random area, in pixels.
 
-    Its share of the image is uniform on `SCALE`, the logarithm of its ratio on that of `RATIO`, its place on all that
-    are left. One that does not fit is drawn again, up to ten times; then it is the largest middle with a ratio allowed.
+    Its share of the image is uniform in `SCALE`, its aspect ratio log-uniform in `RATIO`, and its position uniform. An
+    area that does not fit is redrawn up to ten times; after that it is the largest centre crop with a valid ratio.
     """
     share = draws.uniform(*SCALE, _TRIES) * width * height
     root = np.sqrt(np.exp(draws.uniform(math.log(RATIO[0]), math.log(RATIO[1]), _TRIES)))

@@ -1,4 +1,4 @@
-"""Every random choice is a function of (seed, epoch, …) alone, so that runs resume exactly."""
+"""Random choices as functions of (seed, epoch, …) only, so that runs can be resumed exactly."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import numpy as np
 import torch
 
 TEST_FRACTION = 0.2
-"""The part of each class that is held out for testing where a source has no split for it."""
+"""The fraction of each class held out for testing if a source has no test split."""
 
 
 def mixed_seed(*numbers: int) -> int:
-    """A 63-bit seed from several non-negative numbers; unlike their sum, (0, 1) and (1, 0) share nothing."""
+    """A 63-bit seed from several non-negative numbers; unlike a sum, it differs for (0, 1) and (1, 0)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def permutation(n: int, *numbers: int) -> torch.Tensor:
-    """A random order of 0, …, n − 1 that depends on `numbers` alone."""
+    """A random permutation of 0, …, n − 1 that depends only on `numbers`."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed_seed(*numbers)))
 
 
 def stratified_split(labels: torch.Tensor, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices (kept, held out), both in ascending order: `round(fraction · N)` of them are held out.
+    """Indices (kept, held out), both in ascending order, with `round(fraction · N)` held out.
 
-    Each class gives its share to within one image (largest remainders), but keeps at least one image, for which
-    fewer may be held out in all. The choice depends on `labels` and `seed` alone. (Scikit-learn's own refuses
-    classes of a single image.)
+    Each class contributes proportionally to within one image (largest remainders) but keeps at least one, so that fewer
+    may be held out in total. The choice depends only on `labels` and `seed`. (Scikit-learn's split rejects classes with
+    a single image.)
     """
     order = permutation(len(labels), seed)
     groups = [order[labels[order] == label] for label in labels.unique()]

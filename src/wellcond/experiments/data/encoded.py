@@ -1,4 +1,4 @@
-"""Images still in their files' encoding, decoded row by row from a Hugging Face data set."""
+"""Encoded images of a Hugging Face data set, decoded on access."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ with needs_train_extra():
 if TYPE_CHECKING:
     import datasets
 
-_CHUNK = 1000  # rows read from Arrow at once: large against its overhead, small against memory
+_CHUNK = 1000  # rows read from Arrow at once
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images still in their files' encoding; indexing with a 1-D int64 tensor decodes to (B, C, H, W) uint8."""
+    """Encoded images; indexing with a 1-D int64 tensor decodes to (B, C, H, W) uint8."""
 
     table: datasets.Dataset  # with the format "arrow"
     column: str  # of the table, a `datasets.Image(decode=False)`
     index: Tensor  # (N,) int64, the rows of the table that belong to this set
-    place: str  # what error messages call it, such as "'DIR', split 'train'"
+    place: str  # for error messages, such as "'DIR', split 'train'"
     channels: int = 3  # 1 or 3
-    bits: int = 8  # that greys of more than 8 bits use
+    bits: int = 8  # of greyscale images with more than 8 bits
     size: tuple[int, int] = (0, 0)  # (H, W) of every image
     share: float | None = None
-    """Bring the middle of an image, so much of its shorter side, to `size`; None: one of another size is an error."""
+    """Resize the centre crop with this share of the shorter side to `size`; None: other sizes are an error."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -43,17 +43,17 @@ class EncodedImages:
         return (len(self.index), self.channels, *self.size)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        return self.decode(indices, self.as_asked)
+        return self.decode(indices, self.resized)
 
-    def as_asked(self, image: Image.Image) -> Image.Image:
-        """The middle of an image at `size`, or the image as it is."""
+    def resized(self, image: Image.Image) -> Image.Image:
+        """The centre crop resized to `size`, or the image unchanged if `share` is None."""
         return image if self.share is None else pixels.fitted(image, self.size, self.share)
 
     def decode(self, indices: Tensor, use: Callable[[Image.Image], Image.Image], out: Tensor | None = None) -> Tensor:
-        """What `use` makes of each of these images, which must be of `size`; in the memory format of files, (H, W, C).
+        """Decode these images and apply `use`, whose results must have `size`: (B, C, H, W), channels last in memory.
 
-        Not copied to (C, H, W), which takes a fifth of the time of decoding. `use` gets grey or RGB of 8 bits. `out` is
-        written if it is given, (B, C, H, W) in that memory format.
+        They are not made contiguous, which would add a fifth to the decoding time. `use` receives 8-bit greyscale or
+        RGB. If given, `out` is filled, and must have the same memory format.
         """
 
         def pixels_of(image: Image.Image) -> np.ndarray:
@@ -69,20 +69,20 @@ class EncodedImages:
         return out
 
     def spread(self, most: int = _CHUNK) -> Tensor:
-        """Indices of up to so many images, spread over the set."""
+        """Indices of up to `most` images, evenly spaced."""
         return torch.linspace(0, len(self.index) - 1, min(most, len(self.index))).long()
 
     def check_sizes(self) -> None:
-        """Raise a `DataError` if any of some images spread over the set is not of the size of the set."""
+        """Raise a `DataError` if any of a sample of images does not have the size of the set."""
         for row, size in self.read(self.spread(), pixels.size):
             self._check_size(row, size)
 
     def read(
         self, indices: Tensor, use: Callable[[Image.Image], T], broken: list[str] | None = None
     ) -> Iterator[tuple[int, T]]:
-        """The row of each of these images, and what `use` makes of it (see `pixels.opened`).
+        """The row of each image and the result of `use` (see `pixels.opened`).
 
-        What cannot be read becomes a `DataError`, or is left out and its message added to `broken`.
+        Unreadable images raise a `DataError`, or are skipped if `broken` is given, to which the message is added.
         """
         for chunk in self.index[indices].split(_CHUNK):
             rows: list[int] = chunk.tolist()
@@ -101,10 +101,10 @@ class EncodedImages:
             return DataError(f"{self.place}: row {row} has no image; remove the row")
         try:
             return pixels.opened(_contents(path) if data is None else data, use)
-        except Exception as error:  # of any kind: OSError, SyntaxError, ValueError, struct.error, …
+        except Exception as error:  # any type: OSError, SyntaxError, ValueError, struct.error, …
             name = f" ('{path}')" if path else ""
-            unknown = isinstance(error, UnidentifiedImageError)  # whose message shows the buffer's address
-            why = "not an image of a kind that Pillow knows" if unknown else error or type(error).__name__
+            unknown = isinstance(error, UnidentifiedImageError)  # its message contains a memory address
+            why = "not an image format known to Pillow" if unknown else error or type(error).__name__
             failed = DataError(
                 f"{self.place}: image {row}{name} cannot be decoded ({why}); replace the file or remove the row"
             )
@@ -121,5 +121,5 @@ class EncodedImages:
 
 
 def _contents(path: str) -> bytes:
-    with open(path, "rb") as file:  # a `Path` takes as long as the reading
+    with open(path, "rb") as file:  # faster than Path.read_bytes
         return file.read()

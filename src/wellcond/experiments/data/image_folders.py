@@ -1,9 +1,9 @@
-"""Folders of images: one folder per class, inside one folder per split or not.
+"""Image folders: one folder per class, optionally inside one folder per split.
 
     DIR/CLASS/…/file                or                DIR/{train,validation,test}/CLASS/…/file
 
-Which of the two is told by exact names and by where the images lie: a split holds folders, a class holds images, so
-that `train` beside `bus` is a class. What can be read both ways is asked about.
+The layouts are distinguished by exact names and by the position of the images: a split contains folders, a class
+contains images, so that `train` next to `bus` is a class. Ambiguous folders raise an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wellcond._shared.names import did_you_mean, listed
-from wellcond.experiments.data.contents import Skipped, is_a_tools
+from wellcond.experiments.data.contents import Skipped, is_hidden_or_tool
 from wellcond.experiments.data.splits import by_split, may_mean_a_split, split_of
 from wellcond.experiments.errors import DataError
 
@@ -29,9 +29,9 @@ Parts = tuple[str, ...]
 def from_image_folders(
     path: Path, files: Sequence[Path], skipped: Skipped
 ) -> tuple[dict[str, datasets.Dataset], list[str]]:
-    """The images among `files` below `path` as data sets of paths and labels by split, and notes on them.
+    """The images `files` below `path` as data sets of paths and labels by split, and notes.
 
-    Not `load_dataset("imagefolder")`, which takes a minute to list CIFAR-10's 60,000 files every time.
+    `load_dataset("imagefolder")` is not used as it takes a minute to list the 60,000 files of CIFAR-10 every time.
     """
     import datasets
 
@@ -44,7 +44,7 @@ def from_image_folders(
             split: _classes(path / name, [image[1:] for image in images if image[0] == name], skipped)
             for split, name in folders.items()
         }
-        _classes(path, images, skipped)  # for what lies beside the folders of the splits
+        _classes(path, images, skipped)  # notes files and folders outside the splits
     classes = sorted(by_class["train"])
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
     tables, notes = {}, []
@@ -53,26 +53,26 @@ def from_image_folders(
         if unknown := sorted(found.keys() - set(classes)):
             raise DataError(
                 f"'{root}' has folders of classes that training lacks: {listed(unknown[:5])}"
-                f"{did_you_mean(unknown[0], classes)}; take them away, or add them to training"
+                f"{did_you_mean(unknown[0], classes)}; remove them, or add them to training"
             )
         if found:
             rows = [(os.path.join(root, *image), c) for c, name in enumerate(classes) for image in found.get(name, ())]
-            if odd := next((file for file, _ in rows if re.search("[\ud800-\udfff]", file)), None):
+            paths, labels = (list(column) for column in zip(*rows, strict=True))
+            if invalid := next((path for path in paths if re.search("[\ud800-\udfff]", path)), None):
                 raise DataError(
-                    f"the file name {os.fsencode(odd)!r} is not UTF-8: rename the file, or set PYTHONUTF8=1"
+                    f"the file name {os.fsencode(invalid)!r} is not UTF-8: rename the file, or set PYTHONUTF8=1"
                 )
-            columns = dict(zip(("image", "label"), zip(*rows, strict=True), strict=True))
-            tables[split] = datasets.Dataset.from_dict(columns, features=features)
+            tables[split] = datasets.Dataset.from_dict({"image": paths, "label": labels}, features=features)
         else:
             notes.append(f"'{root.name}' has no folders of classes: split '{split}' is not used")
     return tables, notes
 
 
 def split_folders(path: Path, images: Sequence[Parts]) -> dict[str, str]:
-    """The name of each split's folder in `path`; {} where the folders are classes.
+    """The name of each split's folder in `path`; {} if the folders are classes.
 
     Raises:
-        DataError: no images in folders, or folders that can be read as splits as well as as classes.
+        DataError: no images in folders, or folders that may be either splits or classes.
     """
     folders = sorted({image[0] for image in images if len(image) > 1})
     if not folders:
@@ -81,14 +81,14 @@ def split_folders(path: Path, images: Sequence[Parts]) -> dict[str, str]:
             f"'{path}' has neither parquet files (train-*.parquet, test-*.parquet) nor images in one folder per class "
             f"(train/CLASS/*.png, test/CLASS/*.png); it holds: {inside}"
         )
-    nested = {image[0] for image in images if len(image) > 2}  # which have folders of images themselves
+    nested = {image[0] for image in images if len(image) > 2}  # folders with subfolders of images
     named = [name for name in folders if split_of(name)]
     others = [name for name in folders if name not in named]
-    as_classes = f"if they are classes, put them all into '{path / 'train'}'"
+    as_classes = f"if they are classes, move them all to '{path / 'train'}'"
     if others and nested.intersection(named):
         raise DataError(
-            f"'{path}' has splits ({listed(named)}) beside other folders of images ({listed(others)}): "
-            f"take the others away; {as_classes}"
+            f"'{path}' has splits ({listed(named)}) next to other folders of images ({listed(others)}): "
+            f"remove the others; {as_classes}"
         )
     if others and all(len(image) != 2 for image in images) and all(map(may_mean_a_split, folders)):
         raise DataError(
@@ -106,32 +106,34 @@ def split_folders(path: Path, images: Sequence[Parts]) -> dict[str, str]:
 
 
 def _refuse_inner_splits(path: Path, images: Sequence[Parts]) -> None:
-    """Refuse folders that would be classes and each hold splits, whose images would be mixed."""
+    """Reject folders that look like classes but contain splits, whose images would be mixed."""
     inside: dict[str, set[str]] = {}
     for image in images:
         if len(image) > 1:
-            inside.setdefault(image[0], set()).add(image[1] if len(image) > 2 else "")  # an image of its own
+            inside.setdefault(image[0], set()).add(
+                image[1] if len(image) > 2 else ""
+            )  # "": an image directly in the folder
     for names in inside.values():
         named = {split_of(name) for name in names} - {None}
-        # Beside several splits there may be another folder, such as one of masks.
+        # Several splits may have another folder next to them, such as one of masks.
         if "" in names or not named or (len(named) == 1 and not all(map(split_of, names))):
             return
     first = min(inside)
     raise DataError(
         f"'{path}' has splits inside its folders ({listed(sorted(inside))}): give the folder that holds the splits, "
-        f"such as '{path / first}'; if those are classes, put the splits outside, as in train/{first}/…"
+        f"such as '{path / first}'; if those are classes, move the splits above them, as in train/{first}/…"
     )
 
 
 def _classes(root: Path, images: Sequence[Parts], skipped: Skipped) -> dict[str, list[Parts]]:
-    """The images in `root` by the folder that they are in there."""
+    """The images in `root` by their top folder."""
     found: dict[str, list[Parts]] = {}
     for image in images:
         if len(image) > 1:
             found.setdefault(image[0], []).append(image)
         else:
-            skipped.add("in no folder of a class", root.joinpath(*image))
+            skipped.add("not in a class folder", root.joinpath(*image))
     for folder in sorted(root.iterdir()):
-        if folder.is_dir() and not is_a_tools(folder.name) and folder.name not in found:
+        if folder.is_dir() and not is_hidden_or_tool(folder.name) and folder.name not in found:
             skipped.add("a folder without images", folder)
     return found

@@ -1,4 +1,4 @@
-"""Labelled 8-bit images, in memory or decoded when read, as they are or in areas, behind one interface."""
+"""Labelled 8-bit images with one interface: in memory, decoded on access, or as random areas."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ with needs_train_extra():
 
 @dataclass(frozen=True)
 class Areas:
-    """Images of which training sees random areas, brought to one size; indexed, the middle as in a test.
+    """Images for training on random areas, resized to one size. Indexing returns the centre crop, as for testing.
 
-    The areas are of the images as they are in the files, so that what is magnified loses nothing.
+    Areas are taken from the original images, so that no resolution is lost.
     """
 
-    source: Tensor | EncodedImages  # (N, C, H, W) uint8, or of any sizes in files
+    source: Tensor | EncodedImages  # (N, C, H, W) uint8, or files of any sizes
     size: int
 
     @property
@@ -34,29 +34,29 @@ class Areas:
         return (self.source.shape[0], self.source.shape[1], self.size, self.size)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        return self.middles(indices)
+        return self.centres(indices)
 
-    def middles(self, indices: Tensor, out: Tensor | None = None) -> Tensor:
-        """The middle of each."""
-        return self._made(indices, lambda image: crops.middle(image, self.size), out)
+    def centres(self, indices: Tensor, out: Tensor | None = None) -> Tensor:
+        """The centre crop of each image."""
+        return self._apply(indices, lambda image: crops.middle(image, self.size), out)
 
     def draw(self, indices: Tensor, *key: int, out: Tensor | None = None) -> Tensor:
-        """A random area of each, which depends on its index and on `key` (non-negative) alone."""
-        left = iter(indices.tolist())  # images come in this order, each once
-        return self._made(indices, lambda image: crops.random_area(image, self.size, *key, next(left)), out)
+        """A random area of each image, which depends only on its index and on `key` (non-negative)."""
+        remaining = iter(indices.tolist())  # images are processed in this order, each once
+        return self._apply(indices, lambda image: crops.random_area(image, self.size, *key, next(remaining)), out)
 
-    def _made(self, indices: Tensor, use: Callable[[Image.Image], Image.Image], out: Tensor | None) -> Tensor:
+    def _apply(self, indices: Tensor, use: Callable[[Image.Image], Image.Image], out: Tensor | None) -> Tensor:
         if isinstance(self.source, EncodedImages):
             return replace(self.source, size=(self.size, self.size)).decode(indices, use, out)
-        return _in(out, made_of(self.source[indices], use))
+        return _copied_to(out, mapped(self.source[indices], use))
 
 
-def _in(out: Tensor | None, images: Tensor) -> Tensor:
+def _copied_to(out: Tensor | None, images: Tensor) -> Tensor:
     return images if out is None else out.copy_(images)
 
 
-def made_of(images: Tensor, use: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """What `use` makes of each of some images in memory, (N, C, H, W) uint8 of one new size."""
+def mapped(images: Tensor, use: Callable[[Image.Image], Image.Image]) -> Tensor:
+    """Apply `use` to each image in memory, (N, C, H, W) uint8; the results have one size."""
     grey = images.shape[1] == 1
     arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
     made = np.stack([np.asarray(use(Image.fromarray(a[..., 0] if grey else a))) for a in arrays])
@@ -67,7 +67,7 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
     """Images and their labels; item i is ((C, H, W) uint8, () int64).
 
     Args:
-        images: (N, C, H, W) uint8, or the same still encoded, or random areas of either.
+        images: (N, C, H, W) uint8, encoded images, or random areas of either.
         labels: (N,) int64.
     """
 
@@ -79,28 +79,28 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
 
     @property
     def in_memory(self) -> bool:
-        """Whether the pixels are held in memory."""
+        """Whether the pixels are in memory."""
         images = self.images.source if isinstance(self.images, Areas) else self.images
         return isinstance(images, Tensor)
 
     @property
     def has_areas(self) -> bool:
-        """Whether training sees random areas of the images, by `draw`."""
+        """Whether training uses random areas of the images, by `draw`."""
         return isinstance(self.images, Areas)
 
     def batch(self, indices: Sequence[int] | Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """((B, C, H, W) uint8, (B,) int64) of these items; the images in `out` if it is given."""
+        """((B, C, H, W) uint8, (B,) int64) of these items; images are written to `out` if given."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         if isinstance(self.images, EncodedImages):
-            images = self.images.decode(index, self.images.as_asked, out)
+            images = self.images.decode(index, self.images.resized, out)
         elif isinstance(self.images, Areas):
-            images = self.images.middles(index, out)
+            images = self.images.centres(index, out)
         else:
-            images = _in(out, self.images[index])
+            images = _copied_to(out, self.images[index])
         return images, self.labels[index]
 
     def draw(self, indices: Sequence[int] | Tensor, *key: int, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `batch`, of a random area of each image, which depends on its index and `key` alone."""
+        """((B, C, H, W) uint8, (B,) int64): a random area of each item, depending only on its index and `key`."""
         assert isinstance(self.images, Areas)
         index = torch.as_tensor(indices, dtype=torch.int64)
         return self.images.draw(index, *key, out=out), self.labels[index]
@@ -110,13 +110,13 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         return images[0], labels[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """The items of a whole batch read at once: what a `DataLoader` calls where it exists."""
+        """The items of a batch, read together; called by `DataLoader`."""
         return list(zip(*self.batch(indices), strict=True))
 
     def subset(self, indices: Tensor) -> ImageSet:
-        """The set of these items only (int64 indices), encoded images still so."""
+        """The subset of these items (int64 indices); encoded images remain encoded."""
         if isinstance(self.images, EncodedImages):
             return ImageSet(replace(self.images, index=self.images.index[indices]), self.labels[indices])
         if isinstance(self.images, Areas):
-            raise TypeError("the parts of a set are taken before its images are cropped")
+            raise TypeError("take subsets before the images are cropped")
         return ImageSet(self.images[indices], self.labels[indices])

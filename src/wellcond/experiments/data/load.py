@@ -1,7 +1,7 @@
-"""One loader for images from a name, a path or arrays.
+"""Loading images from a name, a path or arrays.
 
-Splits are made from labels alone, before any image is decoded, and depend on the seed only as stated: which
-images are for testing never does, so that runs with different seeds are tested on the same images.
+Splits are made from the labels alone, before any image is decoded. The test split does not depend on the seed, so that
+runs with different seeds are tested on the same images.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageData:
-    """Labelled images for training, for choosing between results of training, and for the final test."""
+    """Labelled images for training, validation and testing."""
 
-    name: str  # where they come from, in a word
+    name: str  # of the source
     train: ImageSet
     validation: ImageSet
     test: ImageSet
     classes: tuple[str, ...]  # their names, by label
-    notes: tuple[str, ...] = ()  # what was decided in loading that a reader of results should know
+    notes: tuple[str, ...] = ()  # decisions made while loading
 
     @property
     def in_channels(self) -> int:
@@ -58,13 +58,13 @@ class ImageData:
 
     @property
     def flip(self) -> bool:
-        """Whether mirror images keep their class: not where classes are single characters, such as digits."""
+        """Whether mirror images keep their class; not if classes are single characters, such as digits."""
         return not all(len(name) == 1 for name in self.classes)
 
     def channel_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation over pixels, (C,) float32 each, of the training images (0 to 255).
+        """Mean and standard deviation of the pixels (0 to 255) of the training images, (C,) float32 each.
 
-        From the histogram of up to 50,000 images spread over the set, once. A constant channel has deviation 1.
+        From the histogram of up to 50,000 evenly spaced images, computed once. Constant channels get deviation 1.
         """
         return self._statistics
 
@@ -104,21 +104,20 @@ def load_images(
         limit: keep at most this many images of each split, in the proportions of the classes.
         seed: of the choice of validation images, and of those that `limit` keeps for training.
         validation: the fraction of the training images, stratified by class, that is set apart for choosing
-            between results where the source has no validation split beside its test split.
-        memory_budget: bytes up to which all images are decoded at once; beyond, they are decoded when read.
-        areas: let training see random areas of the images, which stay as they are: decoded when read if they differ in
-            size. Validation and test see the middle, 224/256 of the shorter side. It needs an `image_size`.
+            between results if the source has no validation split besides its test split.
+        memory_budget: bytes up to which all images are decoded in advance; beyond, they are decoded on access.
+        areas: train on random areas of the original images, which are decoded on access if they differ in size.
+            Validation and test use the centre, 224/256 of the shorter side. Needs `image_size`.
 
     Returns:
-        The images. Where the source has no test split, its validation split is the test; where it has neither,
-        a fifth of the training images is held out, the same ones whatever the seed. `notes` says so, and what was
-        passed over below a path and why; the log, too.
+        The images. Without a test split the validation split is used for testing; without both, a fifth of the training
+        images is held out, independently of the seed. `notes` has this and what was skipped below a path; both are
+        logged.
 
     Raises:
-        DataError: the source is unknown, cannot be reached or is not labelled images; images differ in size or
-            cannot be decoded; too few images for the splits; areas without an image size. The message says which and
-            what to do.
-        TypeError: the source is of no kind that is understood.
+        DataError: an unknown or unreachable source, or one without labelled images; images that differ in size or
+            cannot be decoded; too few images for the splits; areas without an image size.
+        TypeError: an unsupported type of source.
 
     Example:
         >>> data = load_images("digits")
@@ -129,7 +128,7 @@ def load_images(
     """
     check_size(image_size)
     if areas and image_size is None:
-        raise DataError("random areas need a size to be brought to: give an image size, such as 224")
+        raise DataError("random areas need an image size, such as 224")
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1, got {limit}")
     if not 0 < validation < 1:
@@ -142,7 +141,7 @@ def load_images(
     parts = [splits[s] for s in ("train", "validation", "test")]
     (train, valid, test), done = settle(parts, image_size, memory_budget, areas=areas)
     notes = (*found.notes, *notes, *done)
-    for note in notes if os.environ.get("RANK", "0") == "0" else ():  # of the processes of torchrun, one speaks
+    for note in notes if os.environ.get("RANK", "0") == "0" else ():  # under torchrun only rank 0 logs
         _log.warning("%s: %s", found.name, note)
     return ImageData(found.name, train, valid, test, found.classes, notes)
 
@@ -153,9 +152,9 @@ def check_size(image_size: int | None) -> None:
 
 
 def for_training(found: Source, validation: float = 0.1, seed: int = 0) -> tuple[dict[str, ImageSet], list[str]]:
-    """The three splits that training needs, what a source lacks held out as `load_images` says; and notes on that."""
+    """The three splits for training, with missing ones held out as in `load_images`, and notes."""
     if len(found.classes) < 2:
-        raise DataError(f"'{found.name}' has one class only, {found.classes}: there is nothing to tell apart")
+        raise DataError(f"'{found.name}' has only one class, {found.classes}: there is nothing to classify")
     splits, notes = dict(found.splits), []
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
@@ -171,12 +170,12 @@ def for_training(found: Source, validation: float = 0.1, seed: int = 0) -> tuple
 def _hold_out(name: str, images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
     kept, held = stratified_split(images.labels, fraction, seed)
     if not len(held):
-        raise DataError(f"'{name}': {len(images)} training images are too few to set {fraction:.0%} of them apart")
+        raise DataError(f"'{name}': {len(images)} training images are too few to hold out {fraction:.0%} of them")
     return images.subset(kept), images.subset(held)
 
 
 def _limited(images: ImageSet, limit: int, seed: int) -> ImageSet:
     if limit >= len(images):
         return images
-    # Of the kept part, since that has every class as long as the limit allows.
+    # From the kept part, which contains every class as long as the limit allows.
     return images.subset(stratified_split(images.labels, 1 - limit / len(images), seed)[0][:limit])

@@ -1,7 +1,7 @@
-"""Loaders: the order of the images, whole batches read by worker processes, and where a resumed training goes on.
+"""Data loaders: order of the images, whole batches read by worker processes, and resuming within an epoch.
 
-What a batch holds is a function of (seed, epoch, indices) alone, whichever process reads it: a training with workers
-is bit for bit the training without.
+A batch depends only on (seed, epoch, indices) and not on the process that reads it: training is bit for bit the same
+with and without workers.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ Batch = tuple[Tensor, Tensor]
 """(B, C, H, W) uint8 images and (B,) int64 labels."""
 
 Place = tuple[int, int, np.ndarray]
-"""A worker, the slot of its memory that holds the images, and their labels."""
+"""A worker, the slot of its shared memory with the images, and the labels."""
 
 PREFETCH = 2
-"""Batches that each worker is ahead."""
+"""Batches prefetched by each worker."""
 
 
 class EpochSampler(DistributedSampler[int]):
-    """One rank's share of a set, in an order that depends on (seed, epoch) alone.
+    """One rank's share of a set, in an order that depends only on (seed, epoch).
 
-    Rank r of R takes every R-th index from r on. For training the set is shuffled and the up to R − 1 indices left
-    over are dropped, so that all ranks take as many steps; for evaluation nothing is dropped, and nothing is
-    repeated as torch's sampler would, so that sums over ranks count every image once.
-    It is a `DistributedSampler` because that tells Lightning to leave it in place and to call `set_epoch`.
+    Rank r of R takes every R-th index starting at r. For training the set is shuffled and up to R − 1 remaining indices
+    are dropped, so that all ranks take the same number of steps. For evaluation nothing is dropped or repeated, unlike
+    in torch's sampler, so that sums over ranks count every image once.
+    It is a `DistributedSampler` so that Lightning keeps it and calls `set_epoch`.
 
-    With ``keyed`` it gives epoch · N + index in place of the index, from which whoever reads the image knows the epoch.
+    With ``keyed`` it yields epoch · N + index instead of the index, so that workers know the epoch.
     """
 
     def __init__(
@@ -57,25 +57,25 @@ class EpochSampler(DistributedSampler[int]):
         if self.keyed:
             order = order + self.epoch * self.length
         mine = order[self.rank : self.length - self._left_over() : self.num_replicas].tolist()
-        epoch, done = self.skipped
+        epoch, count = self.skipped
         self.skipped = (0, 0)
-        yield from mine[done:] if epoch == self.epoch else mine
+        yield from mine[count:] if epoch == self.epoch else mine
 
-    def go_to(self, epoch: int, done: int) -> None:
-        """Let the next pass be over `epoch`, without its first `done` indices."""
+    def go_to(self, epoch: int, count: int) -> None:
+        """Continue in `epoch` after its first `count` indices."""
         self.set_epoch(epoch)
-        self.skipped = (epoch, done)
+        self.skipped = (epoch, count)
 
 
 class Batches(Dataset[Any]):
-    """A set as a loader reads it, a batch at once; with a ``seed`` random areas, by the keys of an `EpochSampler`.
+    """An image set read in whole batches; with a ``seed``, random areas by the keys of an `EpochSampler`.
 
-    A worker leaves the images in memory that it shares with the process of the training and uses again and again:
-    fresh shared memory would take a third as long as decoding an image of 256×256, in page faults. It gives back where
-    they are. What is wrong with an image is given back too: raised in a worker it would come as a traceback in a text.
+    Workers write images to shared memory that is allocated once and reused, and return their position: the page faults
+    of new shared memory would cost a third of the time of decoding a 256×256 image. A `DataError` is returned as well,
+    since an exception in a worker would arrive as text with a traceback.
 
     Args:
-        slots: batches that fit into the shared memory of each of the ``workers``.
+        slots: batches in the shared memory of each of the ``workers``.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Batches(Dataset[Any]):
         self.shared = (
             torch.empty(shape, dtype=torch.uint8).share_memory_().permute(0, 1, 2, 5, 3, 4) if workers else None
         )
-        self._read = 0  # batches, by this process
+        self._batches_read = 0  # by this process
 
     def __len__(self) -> int:
         return len(self.images)
@@ -97,39 +97,38 @@ class Batches(Dataset[Any]):
         try:
             if worker is None or self.shared is None:
                 return self._batch(keys, None)
-            slot = self._read % self.shared.shape[1]
+            slot = self._batches_read % self.shared.shape[1]
             _, labels = self._batch(keys, self.shared[worker.id, slot, : len(keys)])
-            self._read += 1
+            self._batches_read += 1
             return worker.id, slot, labels.numpy()
         except DataError as error:
             return error
 
     def _batch(self, keys: list[int], out: Tensor | None) -> Batch:
-        into = {} if out is None else {"out": out}
         if self.seed is None:
-            return self.images.batch(keys, **into)
-        return self.images.draw([key % len(self) for key in keys], self.seed, keys[0] // len(self), **into)
+            return self.images.batch(keys, out)
+        return self.images.draw([key % len(self) for key in keys], self.seed, keys[0] // len(self), out=out)
 
     def at(self, place: Place) -> Batch:
-        """The batch that a worker left there."""
+        """The batch that a worker wrote at this position."""
         assert self.shared is not None
         worker, slot, labels = place
         return self.shared[worker, slot, : len(labels)], torch.from_numpy(labels)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 class BatchLoader(DataLoader[Any]):
-    """Batches in the order of a sampler, in the memory of the process or of its workers.
+    """Batches in the order of a sampler, read in this process or by workers.
 
-    Images that workers read are in memory that is written again after the next batch: copy what is to be kept longer.
-    For a GPU they are a copy, pinned.
+    Images read by workers are in memory that is overwritten after the next batch: copy them to keep them. With a GPU
+    they are copies in pinned memory.
 
     Raises:
-        DataError: an image cannot be read, in whichever process.
-        RunError: a worker was killed, as by the system where memory is short.
+        DataError: an image cannot be read, in any process.
+        RunError: a worker was killed, for example because memory ran out.
     """
 
     def __init__(
@@ -142,12 +141,12 @@ class BatchLoader(DataLoader[Any]):
         seed: int | None = None,
         **options: Any,
     ) -> None:
-        # Of every worker PREFETCH batches wait or are at work, one is in use, and one was in use before.
+        # Per worker: PREFETCH batches waiting or in progress, the current one, and the previous one.
         self.batches = Batches(images, batch_size=batch_size, workers=workers, slots=PREFETCH + 2, seed=seed)
         if workers:
             options |= {"prefetch_factor": PREFETCH, "persistent_workers": True}
         super().__init__(
-            self.batches, batch_size, sampler=sampler, num_workers=workers, collate_fn=_as_it_is, **options
+            self.batches, batch_size, sampler=sampler, num_workers=workers, collate_fn=_identity, **options
         )
         self.epoch_sampler, self._pin = sampler, torch.cuda.is_available()
 
@@ -162,15 +161,15 @@ class BatchLoader(DataLoader[Any]):
             if "DataLoader worker" not in str(error):
                 raise
             raise RunError(
-                f"a process that reads images ended ({str(error).splitlines()[0]}): give fewer --workers, or more "
-                "memory, and go on with --resume"
+                f"a worker that reads images died ({str(error).splitlines()[0]}): use fewer --workers or more memory, "
+                "and go on with --resume"
             ) from error
 
 
 class TrainLoader(BatchLoader):
-    """A loader that Lightning can resume in the middle of an epoch: it saves and restores `state_dict()`.
+    """A loader that Lightning can resume within an epoch, by saving and restoring its `state_dict()`.
 
-    `progress` gives the number of batches of the current epoch that the training has finished with.
+    `progress` returns the number of completed batches of the current epoch.
     """
 
     def __init__(self, images: ImageSet, sampler: EpochSampler, progress: Callable[[], int], **options: Any) -> None:
@@ -181,7 +180,7 @@ class TrainLoader(BatchLoader):
         return {"epoch": self.epoch_sampler.epoch, "steps": self.progress()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to where `state` was taken: a finished epoch is followed by the next."""
+        """Continue after `state`; after a finished epoch, with the next one."""
         finished = state["steps"] >= len(self)
         epoch, steps = (state["epoch"] + 1, 0) if finished else (state["epoch"], state["steps"])
         self.epoch_sampler.go_to(epoch, steps * (self.batch_size or 1))

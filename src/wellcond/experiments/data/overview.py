@@ -1,4 +1,4 @@
-"""What is in a data set before anything is trained on it: what `wellcond data` prints."""
+"""An overview of a data set: the output of `wellcond data`."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from wellcond.experiments.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-_SHOWN = 5
+_MAX_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Overview:
-    """Images by split and class, their sizes and modes, and what was passed over or stands in the way."""
+    """Images by split and class, their sizes and modes, and what was skipped or prevents training."""
 
     name: str
     classes: tuple[str, ...]
-    counts: dict[str, list[int]]  # of each split that is there, the images of each class
+    counts: dict[str, list[int]]  # images per class, by split
     sizes: Counter[tuple[int, int]]  # (H, W)
     modes: Counter[str]  # as Pillow names them
-    notes: tuple[str, ...]  # what was passed over and why
-    broken: tuple[str, ...]  # images that cannot be read, a message each
-    training: tuple[str, ...]  # what training would decide
-    trouble: str  # what would stop it, or nothing
+    notes: tuple[str, ...]  # what was skipped and why
+    broken: tuple[str, ...]  # messages about unreadable images
+    training: tuple[str, ...]  # decisions for training
+    trouble: str  # what prevents training, or empty
 
     def lines(self) -> list[str]:
-        """All but the counts, a line for each thing."""
-        sizes = [f"{height}×{width} ({n})" for (height, width), n in self.sizes.most_common(_SHOWN)]
-        if len(self.sizes) > _SHOWN:
-            ends = (f"{min(side)} to {max(side)}" for side in zip(*self.sizes, strict=True))
-            sizes.append("… {} sizes, {} high, {} wide".format(len(self.sizes), *ends))
-        broken = [f"broken: {message}" for message in self.broken[:_SHOWN]]
-        if len(self.broken) > _SHOWN:
-            broken.append(f"broken: {len(self.broken) - _SHOWN} more")
+        """Everything except the counts, as lines."""
+        sizes = [f"{height}×{width} ({n})" for (height, width), n in self.sizes.most_common(_MAX_SHOWN)]
+        if len(self.sizes) > _MAX_SHOWN:
+            heights, widths = (f"{min(side)} to {max(side)}" for side in zip(*self.sizes, strict=True))
+            sizes.append(f"… {len(self.sizes)} sizes, {heights} high, {widths} wide")
+        broken = [f"broken: {message}" for message in self.broken[:_MAX_SHOWN]]
+        if len(self.broken) > _MAX_SHOWN:
+            broken.append(f"broken: {len(self.broken) - _MAX_SHOWN} more")
         return [
             f"sizes, height×width: {', '.join(sizes)}",
             f"modes: {', '.join(f'{mode} ({n})' for mode, n in self.modes.most_common())}",
@@ -56,14 +56,14 @@ class Overview:
 
 
 def overview(source: str | Path | Any, *, image_size: int | None = None, decode: bool = False) -> Overview:
-    """Look at whatever `load_images` accepts, and at what it would make of it.
+    """An overview of any source that `load_images` accepts, and of how it would be loaded.
 
     Args:
-        image_size: as in `load_images`.
-        decode: decode every image; otherwise its header alone is read, and one that is truncated is not seen.
+        image_size: bring all images to this height and width, as in `load_images`.
+        decode: decode every image; otherwise only headers are read, and truncated images are not noticed.
 
     Raises:
-        DataError: the source is unknown, cannot be reached, is not labelled images, or can be read in two ways.
+        DataError: an unknown or unreachable source, one without labelled images, or an ambiguous one.
     """
     check_size(image_size)
     found = open_source(source)
@@ -96,22 +96,22 @@ def overview(source: str | Path | Any, *, image_size: int | None = None, decode:
 
 
 def _headers(images: ImageSet, decode: bool, broken: list[str]) -> list[tuple[tuple[int, int], str]]:
-    """Size and mode of each image that can be read."""
+    """Size and mode of each readable image."""
 
-    def use(image: Image.Image) -> tuple[tuple[int, int], str]:
-        seen = pixels.size(image), pixels.mode(image)
+    def header(image: Image.Image) -> tuple[tuple[int, int], str]:
+        found = pixels.size(image), pixels.mode(image)
         if decode:
             pixels.eight_bits(image, 3, 8).load()
-        return seen
+        return found
 
     if isinstance(images.images, EncodedImages):
-        return [seen for _, seen in images.images.read(torch.arange(len(images)), use, broken)]
-    _, channels, height, width = images.images.shape  # of arrays
+        return [found for _, found in images.images.read(torch.arange(len(images)), header, broken)]
+    _, channels, height, width = images.images.shape
     return [((height, width), "L" if channels == 1 else "RGB")] * len(images)
 
 
 def _pixels(sizes: Counter[tuple[int, int]], modes: Counter[str], image_size: int | None) -> str:
-    """What every image becomes, and where it is decoded."""
+    """The shape of all images after loading, and when they are decoded."""
     if len(sizes) > 1 and image_size is None:
         return "the images differ in size: bring all of them to N×N by --image-size N"
     from rich.filesize import decimal

@@ -1,4 +1,4 @@
-"""Parquet files in the hub's layout: `train-00000-of-00001.parquet`, or `train/0000.parquet`, at one place."""
+"""Parquet files in the hub's layout: `train-00000-of-00001.parquet` or `train/0000.parquet`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def from_parquet(path: Path, files: Sequence[Path]) -> datasets.DatasetDict:
-    """The tables of `files`, which are in the folder `path` (or are that file), by split."""
+    """The tables of `files`, located in the folder `path` or equal to it, by split."""
     with needs_train_extra():
         import datasets
 
@@ -26,13 +26,13 @@ def from_parquet(path: Path, files: Sequence[Path]) -> datasets.DatasetDict:
         return datasets.load_dataset(
             "parquet", data_files={s: [glob.escape(str(f)) for f in found] for s, found in splits.items()}
         )
-    except Exception as error:  # pyarrow's and datasets' own, of many kinds
+    except Exception as error:  # many types, from pyarrow and datasets
         cause = error.__cause__ or error
         raise DataError(f"'{path}': the parquet files cannot be read together ({cause})") from error
 
 
 def with_images(files: Sequence[Path]) -> list[Path]:
-    """Those parquet files that have a column of images by their schema; and damaged ones, which may have had one."""
+    """The Parquet files with an image column in their schema, and damaged ones, which may have one."""
     with needs_train_extra():
         import datasets
         import pyarrow.parquet as pq
@@ -40,17 +40,18 @@ def with_images(files: Sequence[Path]) -> list[Path]:
     def may_have_images(file: Path) -> bool:
         try:
             return holds_images(datasets.Features.from_arrow_schema(pq.read_schema(file)))
-        except Exception:  # of any kind
+        except Exception:  # any type, from pyarrow and datasets
             return True
 
     return [file for file in files if may_have_images(file)]
 
 
 def _by_split(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files of each split, told by the name of the file or of its folder; without any, all are for training."""
+    """The files of each split, by file or folder name; if no name is that of a split, all are for training."""
     known: dict[str, list[Path]] = {}
     unknown: list[Path] = []
-    homes, root = set(), path if path.is_dir() else path.parent
+    homes: set[Path] = set()  # folders that hold the splits
+    root = path if path.is_dir() else path.parent
     for file in files:
         split, home = split_of_file(file.stem), file.parent
         if split is None and home != root and split_of(home.name):

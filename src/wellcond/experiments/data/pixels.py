@@ -1,4 +1,4 @@
-"""One image from its file to 8 bits a channel, upright and of the size that is asked for."""
+"""Single images: decoding, orientation, conversion to 8 bits per channel, and resizing."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ T = TypeVar("T")
 BILINEAR = Image.Resampling.BILINEAR
 
 MOST_PIXELS = 1 << 30
-"""Of one image: 4 GB when it is decoded. Pillow's own limit, 179 million, would refuse scans and aerial photographs."""
+"""Per image, 4 GB when decoded. Pillow's limit of 179 million would reject scans and aerial photographs."""
 
 
 def opened(data: bytes, use: Callable[[Image.Image], T]) -> T:
-    """What `use` makes of the image in an encoded file, turned upright as its EXIF says.
+    """Apply `use` to an encoded image, rotated according to its EXIF orientation.
 
-    It is decoded only if `use` looks at the pixels.
+    It is decoded only if `use` accesses the pixels.
 
     Raises:
-        Exception: of any kind (OSError, SyntaxError, ValueError, struct.error, …), where it cannot be decoded.
+        Exception: of any type (OSError, SyntaxError, ValueError, struct.error, …) if it cannot be decoded.
     """
     before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # it warns above that, and refuses above twice as many
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow warns above this, and raises above twice this
     try:
         image = Image.open(io.BytesIO(data))
         return use(ImageOps.exif_transpose(image) if image.info.get("exif") else image)
@@ -44,33 +44,33 @@ def size(image: Image.Image) -> tuple[int, int]:
 
 
 def mode(image: Image.Image) -> str:
-    """As Pillow names it. Floats are refused: of what to what do they go?"""
+    """Pillow's name of the mode. Float images are rejected, as their range is unknown."""
     if image.mode.startswith("F"):
         raise ValueError("its pixels are floats; save them as integers of 8 or 16 bits")
     return image.mode
 
 
 def fitted(image: Image.Image, size: tuple[int, int], share: float = 1.0) -> Image.Image:
-    """The middle of the image in the proportions of (H, W), so much of what fits into it, scaled to (H, W)."""
+    """The centre crop with the aspect ratio of (H, W), covering `share` of the largest one, resized to (H, W)."""
     return ImageOps.fit(image, (size[1], size[0]), BILINEAR, bleed=(1 - share) / 2)
 
 
 def channels(modes: Iterable[str]) -> int:
-    """1 for images of these modes if all are grey, else 3."""
+    """1 if all these modes are greyscale, else 3."""
     return 1 if all(mode in ("1", "L", "LA", "La") or mode.startswith("I") for mode in modes) else 3
 
 
 def grey_bits(image: Image.Image) -> int:
-    """The bits that hold the largest grey of an image of more than 8 bits a pixel; 8 for every other."""
+    """The bits needed for the largest grey level of an image with more than 8 bits per pixel; otherwise 8."""
     return max(8, int(_deep(image).max()).bit_length()) if image.mode.startswith("I") else 8
 
 
 def eight_bits(image: Image.Image, channels: int, bits: int) -> Image.Image:
-    """Grey (1 channel) or RGB of 8 bits; of greys with more, the uppermost 8 of so many `bits`."""
+    """8-bit greyscale (1 channel) or RGB; of deeper greyscale images, the upper 8 of `bits` bits."""
     if mode(image).startswith("I"):
         image = Image.fromarray(np.minimum(_deep(image) >> (bits - 8), 255).astype(np.uint8))
     wanted = "L" if channels == 1 else "RGB"
-    return image if image.mode == wanted else image.convert(wanted)  # which would copy
+    return image if image.mode == wanted else image.convert(wanted)  # convert() always copies
 
 
 def _deep(image: Image.Image) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Where images come from: a name, a path, arrays or a Hugging Face `DatasetDict`, brought to labelled splits.
+"""Opening sources of images: a name, a path, arrays or a Hugging Face `DatasetDict`, as labelled splits.
 
-Everything read from files goes through `datasets`; no code of a data set is run and nothing is unpickled.
+Files are read only through `datasets`; no code of a data set is executed and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from wellcond.experiments.data.tables import Source, classes_of, from_tables, re
 from wellcond.experiments.errors import DataError, needs_train_extra
 
 EXPECTED = f"a data set is one of {listed(NAMED)}; a name on the Hugging Face hub, OWNER/NAME; or a path"
-_HUB_TIMEOUT = 10.0  # seconds for the first answer of the hub
+_HUB_TIMEOUT = 10.0  # seconds
 
 
 def open_source(source: Any) -> Source:
-    """The splits of whatever `load_images` accepts. Images in files are not decoded yet."""
+    """The splits of any source that `load_images` accepts. Images in files are not decoded yet."""
     if isinstance(source, os.PathLike):
         return _from_path(Path(source))
     if isinstance(source, tuple) and len(source) == 2:
         return _from_arrays(*source)
     if isinstance(source, str):
         return _from_name(source)
-    if isinstance(source, Mapping):  # a DatasetDict is a dict of data sets
+    if isinstance(source, Mapping):  # such as a DatasetDict
         return from_tables("the data set given", source, "datasets")
     raise TypeError(
         f"images come from a name, a path, a pair (images, labels) or a datasets.DatasetDict, not {type(source)}"
@@ -45,13 +45,13 @@ def open_source(source: Any) -> Source:
 
 
 def _from_name(name: str) -> Source:
-    """A data set of `NAMED`, an existing path, or any other name on the hub, in this order."""
+    """A data set in `NAMED`, an existing path, or a name on the hub, in this order."""
     if name in NAMED:
         return from_hub(NAMED[name].HUB, name) if hasattr(NAMED[name], "HUB") else NAMED[name].load()
     path = Path(name).expanduser()
     if (name and path.exists()) or re.match(r"[./~]|[A-Za-z]:[\\/]|.*\\", name) or name.count("/") > 1:
         return _from_path(path)
-    # Very near only: this refuses the name, which might be one on the hub.
+    # Only very similar names, as this rejects a name that might exist on the hub.
     if "/" not in name and get_close_matches(name.lower(), NAMED, cutoff=0.8):
         raise DataError(f"unknown data set '{name}'{did_you_mean(name, NAMED)} ({EXPECTED})")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name):
@@ -60,7 +60,7 @@ def _from_name(name: str) -> Source:
 
 
 def _from_arrays(images: Any, labels: Any) -> Source:
-    """Arrays in memory; integer labels, whose sorted values become classes 0, 1, …"""
+    """Arrays in memory with integer labels, whose sorted values become classes 0, 1, …"""
     images, values = torch.as_tensor(images), np.asarray(labels)
     if images.dtype != torch.uint8:
         raise DataError(f"images in memory must be uint8 with values 0 to 255, got {images.dtype}")
@@ -73,7 +73,7 @@ def _from_arrays(images: Any, labels: Any) -> Source:
         )
     if values.shape != images.shape[:1] or values.dtype.kind not in "iu":
         raise DataError(
-            f"labels must be {len(images)} integers, one an image, got shape {values.shape} of {values.dtype}"
+            f"labels must be {len(images)} integers, one per image, got shape {values.shape} of {values.dtype}"
         )
     refuse_no_labels("labels", values)
     codes, classes = classes_of("labels", {"train": values})
@@ -81,7 +81,7 @@ def _from_arrays(images: Any, labels: Any) -> Source:
 
 
 def from_hub(hub_name: str, name: str) -> Source:
-    """A data set of the hub, `OWNER/NAME` or `OWNER/NAME:CONFIGURATION`, downloaded and kept by `datasets`."""
+    """A data set on the hub, `OWNER/NAME` or `OWNER/NAME:CONFIGURATION`, downloaded and cached by `datasets`."""
     with needs_train_extra():
         import datasets
         from datasets import config
@@ -90,17 +90,17 @@ def from_hub(hub_name: str, name: str) -> Source:
 
     repository, _, configuration = hub_name.partition(":")
     reachable, trouble = True, ""
-    try:  # one short question first: unreachable, `datasets` would retry for half a minute
+    try:  # fail fast: without a network `datasets` would retry for half a minute
         HfApi().dataset_info(repository, timeout=_HUB_TIMEOUT)
     except GatedRepoError as error:
         raise DataError(f"data set '{name}' is gated on the hub: accept its terms there and log in") from error
     except RepositoryNotFoundError as error:
         raise DataError(f"no data set '{name}' on the hub{_nearby(Path(name))} ({EXPECTED})") from error
-    except Exception as error:  # where there is no network, whatever the HTTP client of the installed version raises
+    except Exception as error:  # the type depends on the HTTP client of the installed version
         reachable, trouble = isinstance(error, HfHubHTTPError), f"{type(error).__name__}: {error}"
     offline = config.HF_HUB_OFFLINE
     try:
-        config.HF_HUB_OFFLINE = offline or not reachable  # then only what was downloaded before
+        config.HF_HUB_OFFLINE = offline or not reachable  # use only the cache
         tables = datasets.load_dataset(repository, configuration or None)
     except Exception as error:
         if not reachable:
@@ -116,7 +116,7 @@ def from_hub(hub_name: str, name: str) -> Source:
 
 
 def _from_path(path: Path) -> Source:
-    """A folder with parquet files in the hub's layout or with one folder of images a class; or one parquet file."""
+    """A folder with Parquet files in the hub's layout or with one image folder per class, or one Parquet file."""
     path = path.expanduser()
     if not path.exists():
         raise DataError(f"no such path: '{path}'{_nearby(path)}")
@@ -129,14 +129,14 @@ def _from_path(path: Path) -> Source:
     files = list(files_below(path, skipped))
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     parquet = [file for file in files if file.suffix.lower() == ".parquet"]
-    tables = with_images(parquet) or ([] if images else parquet)  # without an image anywhere say what the tables lack
+    tables = with_images(parquet) or ([] if images else parquet)  # no images anywhere: let the tables raise
     if tables and len({image.parent for image in images}) > 1:
         raise DataError(
             f"'{path}' holds images in folders and parquet files with images ({listed(f.name for f in tables)}): "
-            "take one of the two away, or name the parquet file"
+            "remove one of the two, or name the parquet file"
         )
     for file in sorted(set(files).difference(tables or images)):
-        skipped.add(_why_not(file), file)
+        skipped.add(_reason(file), file)
     if tables:
         found = from_tables(place, from_parquet(path, tables), name)
         return replace(found, notes=(*found.notes, *skipped.lines()))
@@ -145,13 +145,13 @@ def _from_path(path: Path) -> Source:
     return replace(found, notes=(*found.notes, *notes, *skipped.lines()))
 
 
-def _why_not(file: Path) -> str:
-    """Why a file is not among the images."""
+def _reason(file: Path) -> str:
+    """Why a file is skipped."""
     if file.suffix.lower() in IMAGE_SUFFIXES:
-        return "an image beside parquet files, which are the data set"
+        return "an image next to parquet files, which are the data set"
     return "a table without images" if file.suffix.lower() == ".parquet" else "not an image by its name"
 
 
 def _nearby(path: Path) -> str:
-    """`; did you mean 'X'?` if the folder where `path` should be has something of a similar name."""
+    """`; did you mean 'X'?` if the parent folder contains a similar name."""
     return did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])

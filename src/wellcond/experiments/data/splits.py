@@ -1,6 +1,6 @@
-"""The names of splits: what a folder, a file or a key of a table says of what its images are for.
+"""The names of splits in folders, files and tables.
 
-A name counts where it is exactly one of these, whatever its case; `train_station` and `test_tube` may be classes.
+Only exact names count, ignoring case: `train_station` and `test_tube` may be classes.
 """
 
 from __future__ import annotations
@@ -15,34 +15,33 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
 )
 
 _SHARD = r"(?:[-_. ](?:\d+|of|part|shard|[0-9a-f]{16}))*"
-"""What may follow in the name of one of several files: `-00000-of-00001`, with a fingerprint or without."""
+"""The suffix of one of several files: `-00000-of-00001`, optionally with a fingerprint."""
 
 
 def split_of(name: str) -> str | None:
-    """The split whose exact name this is: "train", "validation" or "test"."""
+    """The split with exactly this name: "train", "validation" or "test"."""
     return SPLITS.get(name.lower())
 
 
 def split_of_file(stem: str) -> str | None:
-    """The split that a file's name without its ending stands for: `test-00000-of-00001` for test."""
+    """The split of a file, by its name without extension: `test-00000-of-00001` is test."""
     found = re.fullmatch(f"([a-z]+){_SHARD}", stem.lower())
     return found and SPLITS.get(found[1])
 
 
 def may_mean_a_split(name: str) -> bool:
-    """Whether a word in the name is one of a split: `seg_train`, `test set`, and also `train_station`."""
+    """Whether a word in the name is the name of a split: `seg_train`, `test set`, but also `train_station`."""
     return any(word in SPLITS for word in re.split(r"[\W_\d]+", name.lower()))
 
 
 def by_split(place: str, names: Iterable[str]) -> dict[str, str]:
-    """The name of each split among these. Two names of one split are refused: which of them is it?"""
+    """The name of each split among these; two names of the same split raise a `DataError`."""
     found: dict[str, str] = {}
     for name in names:
         if split := split_of(name):
             if split in found:
                 raise DataError(
-                    f"{place} has '{found[split]}' and '{name}', both of which stand for {split}; "
-                    "put them together, or take one away"
+                    f"{place} has '{found[split]}' and '{name}', which both mean {split}; merge them, or remove one"
                 )
             found[split] = name
     return found

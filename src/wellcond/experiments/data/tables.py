@@ -1,4 +1,4 @@
-"""Labelled splits from tables of Hugging Face `datasets`: their image and label columns, labels as class numbers."""
+"""Labelled splits from Hugging Face `datasets` tables: finding image and label columns, and numbering classes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ COLUMNS = {
     "image": ("image", "img", "images"),
     "label": ("label", "labels", "fine_label", "target", "class"),
 }
-"""The names under which a column of undescribed images or labels is looked for, the likeliest first."""
+"""Column names of images and labels without a declared type, most likely first."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Labelled splits as found, before anything is held out: some of "train", "validation" and "test"."""
+    """Labelled splits of a source, before anything is held out: some of "train", "validation" and "test"."""
 
     name: str
     splits: dict[str, ImageSet]
@@ -38,17 +38,17 @@ class Source:
 
 
 def holds_images(features: Mapping[str, Any]) -> bool:
-    """Whether a column of a table is one of images."""
+    """Whether a table has an image column."""
     import datasets
 
     return bool(_columns("image", features, datasets.Image))
 
 
 def from_tables(place: str, tables: Mapping[Any, Any], name: str) -> Source:
-    """Labelled splits from `datasets.Dataset`s by split name; `place` is for messages. No image is decoded.
+    """Labelled splits from `datasets.Dataset`s by split name, without decoding; `place` is for messages.
 
     Raises:
-        DataError: no split for training, an empty one, no image or label column, a missing or unknown label.
+        DataError: no training split, an empty split, no image or label column, or a missing or unknown label.
     """
     import datasets
 
@@ -78,7 +78,7 @@ def from_tables(place: str, tables: Mapping[Any, Any], name: str) -> Source:
             notes.append(f"classes without training images: {listed(classes[i] for i in missing)}")
     else:
         labels, classes = classes_of(place, values)
-    notes += _alike(classes)
+    notes += _similar_names(classes)
     sets = {}
     for split, codes in labels.items():
         if image not in splits[split].column_names:
@@ -93,7 +93,7 @@ def from_tables(place: str, tables: Mapping[Any, Any], name: str) -> Source:
 def _label_values(
     place: str, splits: Mapping[str, datasets.Dataset], label: str, notes: list[str]
 ) -> dict[str, np.ndarray]:
-    """The labels of each split that has them; of the others a note."""
+    """The labels of each split that has them, with a note on the others."""
     values: dict[str, np.ndarray] = {}
     for split, table in splits.items():
         if label not in table.column_names:
@@ -111,32 +111,32 @@ def _label_values(
 
 
 def refuse_no_labels(place: str, values: np.ndarray) -> None:
-    """Refuse negative numbers and empty words, by which tables say that a row has no label."""
+    """Reject negative numbers and empty strings, which mark rows without a label."""
     absent = values < 0 if values.dtype.kind in "if" else np.array([str(value).strip() == "" for value in values])
     if absent.any():
         raise DataError(
-            f"{place}: {absent.sum()} rows have the label '{values[absent][0]}', which stands for no label; "
+            f"{place}: {absent.sum()} rows have the label '{values[absent][0]}', which means no label; "
             "remove them, or number the classes from 0"
         )
 
 
 def classes_of(place: str, values: Mapping[str, np.ndarray]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Labels 0, 1, … for the sorted values that occur in training, and the classes' names."""
+    """Labels 0, 1, … for the sorted values in the training split, and the class names."""
     values = {split: v.astype(str) if v.dtype.kind == "O" else v for split, v in values.items()}
     known = np.unique(values["train"])
-    words = known.dtype.kind == "U"
+    strings = known.dtype.kind == "U"
     for split, found in values.items():
         if len(unknown := np.setdiff1d(found, known)):
             raise DataError(
                 f"{place}, split '{split}' has classes that training lacks: {listed(map(str, unknown[:5]))}"
-                f"{did_you_mean(unknown[0], known.tolist()) if words else ''}; rename them, or remove the rows"
+                f"{did_you_mean(unknown[0], known.tolist()) if strings else ''}; rename them, or remove the rows"
             )
     codes = {split: torch.from_numpy(np.searchsorted(known, v).astype(np.int64)) for split, v in values.items()}
-    return codes, tuple(str(v) if words else f"class {v}" for v in known)
+    return codes, tuple(str(v) if strings else f"class {v}" for v in known)
 
 
-def _alike(classes: Iterable[str]) -> list[str]:
-    """A note on class names of several letters that differ by their case or by spaces around them."""
+def _similar_names(classes: Iterable[str]) -> list[str]:
+    """Notes on class names of several letters that differ only in case or surrounding spaces."""
     groups: dict[str, list[str]] = {}
     for name in classes:
         groups.setdefault(name.strip().casefold(), []).append(f"'{name}'")
@@ -148,7 +148,7 @@ def _alike(classes: Iterable[str]) -> list[str]:
 
 
 def _may_be(what: str, feature: Any) -> bool:
-    """Whether an undescribed column may hold images (encoded bytes, or those with a path) or labels."""
+    """Whether a column without a declared type may hold images (encoded bytes, also with a path) or labels."""
     kind = getattr(feature, "dtype", "")
     if what == "label":
         return bool(re.match(r"u?int|bool|(large_)?string", kind))
@@ -156,13 +156,13 @@ def _may_be(what: str, feature: Any) -> bool:
 
 
 def _columns(what: str, features: Mapping[str, Any], kind: type) -> list[str]:
-    """The columns of that kind, or without any those that may be it and are named so."""
+    """The columns of this type or, if there are none, plausible columns with a known name."""
     found = [name for name, feature in features.items() if isinstance(feature, kind)]
     return found or [name for name, feature in features.items() if name in COLUMNS[what] and _may_be(what, feature)]
 
 
 def _column(place: str, what: str, features: Mapping[str, Any], kind: type) -> str:
-    """The one column that is it; of several the first name."""
+    """The image or label column; of several, the one with the most likely name."""
     names, found = COLUMNS[what], _columns(what, features, kind)
     if chosen := found if len(found) == 1 else [name for name in names if name in found]:
         return chosen[0]

@@ -1,1 +1,1 @@
-"""Many runs: in which process each is trained, what is done already, and what happens when one fails."""
+"""Many runs: their configurations, where each is trained, what is done already, and what happens if one fails."""

@@ -1,4 +1,4 @@
-"""What a comparison's folder holds already: its runs, its results, and the version that made them."""
+"""Resuming a comparison: its finished results, number of threads, and version."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ log = logging.getLogger("wellcond")
 
 
 def held_results(out: Path, places: Mapping[RunConfig, Path]) -> dict[RunConfig, RunResult]:
-    """Of the runs that have finished: from their folders, or where those are gone from ``results.parquet``."""
+    """The results of finished runs, from their folders or, if those are gone, from ``results.parquet``."""
     found = {}
     for config, folder in places.items():
-        # Of one that was made longer since, what it had found by then.
+        # A run that was extended since keeps its earlier result.
         for result in (load_result(folder, EARLIER_RESULT.format(config.epochs)), load_result(folder)):
             if result is not None and result.config == config:
                 found[config] = result
@@ -34,23 +34,23 @@ def held_results(out: Path, places: Mapping[RunConfig, Path]) -> dict[RunConfig,
         except RunError as error:
             damaged = table.with_name(table.name + DAMAGED)
             os.replace(table, damaged)
-            log.warning("%s; it is set aside as '%s', and written anew from the runs", error, damaged.name)
+            log.warning("%s; it is set aside as '%s', and rewritten from the runs", error, damaged.name)
         else:
-            found |= {c: in_table[c] for c in places if c in in_table and c not in found}
+            found = {c: in_table[c] for c in places if c in in_table} | found
     return found
 
 
 def with_threads(configs: Sequence[RunConfig], held: Sequence[RunConfig], apart: bool) -> list[RunConfig]:
-    """The grid with the number of CPU threads said, on which the last bits of a run depend.
+    """The grid with the number of CPU threads filled in, as the last bits of a run depend on it.
 
-    One where the runs are trained in processes ``apart``, as it was in what is ``held``, or as the configuration says.
+    Unless configured, it is that of the runs already ``held``, or 1 for runs in ``apart`` processes.
     """
     default = held[0].threads if held else 1 if apart else None
     return [replace(config, threads=default) if config.threads is None else config for config in configs]
 
 
 def refuse_another_version(out: Path, version: str | None, held: Sequence[RunResult]) -> None:
-    """Refuse to train what is missing by another version than what is there, whose numbers it would stand beside."""
+    """Raise a `FolderError` if existing results are from another version, as the numbers would not be comparable."""
     made_by = {version, *(result.environment.get("wellcond") for result in held)} - {None}
     if others := sorted(map(str, made_by - {wellcond.__version__})):
         raise FolderError(

@@ -1,7 +1,7 @@
-"""Runs on the machines of a Ray cluster, each a task of as many CPUs as it has threads.
+"""Runs on a Ray cluster, one Ray task per run with as many CPUs as it has threads.
 
-A worker that dies is replaced by Ray, and its run goes on from its checkpoint, which must therefore be in a folder
-that all machines share. What a run writes and reads is the same as on one machine.
+A dead worker is replaced, and its run continues from its checkpoint, which must be in a folder that all machines share.
+A run reads and writes the same files as on one machine.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 
 from wellcond.experiments import folders
 from wellcond.experiments.errors import ConfigError, RunError
-from wellcond.experiments.grid.attempt import Executor, Outcome, Outcomes, Task, alone_on_its_cpu, attempt_elsewhere
+from wellcond.experiments.grid.attempt import Executor, Outcome, Outcomes, Task, attempt_elsewhere, use_one_thread
 
-MOST_DEATHS = 3
-PATIENCE = 5.0  # seconds until a cluster has answered
+MAX_DEATHS = 3
+CONNECT_SECONDS = 5.0
 
 
 def on_ray(executor: str, jobs: int | None) -> Executor:
-    """On the cluster at ``ray://HOST:PORT``; by ``ray`` on that of RAY_ADDRESS, or one that this machine belongs to, or
-    else one made on this machine with ``jobs`` workers (by default its cores). At most ``jobs`` runs at once.
+    """An executor for the cluster at ``ray://HOST:PORT``. For ``ray`` it is the cluster of RAY_ADDRESS, or that of this
+    machine, or a new local one with ``jobs`` workers (by default one per core). At most ``jobs`` runs at once.
 
     Raises:
         ImportError: Ray is not installed.
-        ConfigError: the address cannot be understood, or nobody answers there.
+        ConfigError: an invalid address, or no answer there.
     """
     try:
         import ray  # pyright: ignore[reportMissingImports]
@@ -38,23 +38,23 @@ def on_ray(executor: str, jobs: int | None) -> Executor:
     _refuse_unreachable(address or os.environ.get("RAY_ADDRESS"))
 
     def train(tasks: Sequence[Task]) -> Outcomes:
-        mine = not ray.is_initialized()
-        if mine:
-            _join(ray, address, jobs)
+        owned = not ray.is_initialized()
+        if owned:
+            _connect(ray, address, jobs)
         try:
             yield from _train(ray, tasks, jobs or len(tasks))
         finally:
-            if mine:
+            if owned:
                 ray.shutdown()
 
     return train
 
 
-def _join(ray: Any, address: str | None, jobs: int | None) -> None:
+def _connect(ray: Any, address: str | None, jobs: int | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         try:
-            ray.init(address or "auto", **quiet)  # "auto": of RAY_ADDRESS, or one that runs on this machine
+            ray.init(address or "auto", **quiet)  # "auto": that of RAY_ADDRESS or of this machine
         except ConnectionError:
             if address or os.environ.get("RAY_ADDRESS"):
                 raise
@@ -63,57 +63,59 @@ def _join(ray: Any, address: str | None, jobs: int | None) -> None:
         raise RunError(f"the Ray cluster cannot be used: {' '.join(str(error).split())}") from error
 
 
-def _train(ray: Any, tasks: Sequence[Task], most: int) -> Outcomes:
+def _train(ray: Any, tasks: Sequence[Task], max_running: int) -> Outcomes:
     gpus = ray.cluster_resources().get("GPU", 0) > 0
-    waiting = deque((place, 0) for place in range(len(tasks)))
-    busy: dict[Any, tuple[int, int]] = {}
+    waiting = deque((index, 0) for index in range(len(tasks)))
+    running: dict[Any, tuple[int, int]] = {}
     try:
-        while waiting or busy:
-            while waiting and len(busy) < most:
-                place, deaths = waiting.popleft()
-                config = tasks[place].config
+        while waiting or running:
+            while waiting and len(running) < max_running:
+                index, deaths = waiting.popleft()
+                config = tasks[index].config
                 needs = {"num_cpus": (config.threads or 1) * config.devices, "num_gpus": config.devices if gpus else 0}
-                # Deaths are counted here, so that a run that always kills its worker does not go on for ever.
-                work = ray.remote(max_retries=0, **needs)(_on_a_worker)
-                busy[work.remote(Task(config, tasks[place].folder.absolute()), os.getcwd())] = (place, deaths)
-            for done in ray.wait(list(busy), num_returns=1)[0]:
-                place, deaths = busy.pop(done)
+                # Retries are counted here, so that a run that always kills its worker is given up.
+                work = ray.remote(max_retries=0, **needs)(_on_worker)
+                running[work.remote(Task(config, tasks[index].folder.absolute()), os.getcwd())] = (index, deaths)
+            for done in ray.wait(list(running), num_returns=1)[0]:
+                index, deaths = running.pop(done)
                 try:
-                    yield place, ray.get(done)
+                    yield index, ray.get(done)
                 except ray.exceptions.RayTaskError as error:
-                    yield place, Outcome(" ".join(str(error.cause).split()), str(error))
-                except ray.exceptions.RayError as error:  # its worker, or the machine, died
-                    if deaths + 1 < MOST_DEATHS:
-                        waiting.appendleft((place, deaths + 1))
+                    yield index, Outcome(" ".join(str(error.cause).split()), str(error))
+                except ray.exceptions.RayError as error:  # the worker or its machine died
+                    if deaths + 1 < MAX_DEATHS:
+                        waiting.appendleft((index, deaths + 1))
                     else:
                         why = " ".join(str(error).split())
-                        yield place, Outcome(f"its worker died {MOST_DEATHS} times: {why}", str(error))
+                        yield index, Outcome(f"its worker died {MAX_DEATHS} times: {why}", str(error))
     finally:
-        for unfinished in busy:
+        for unfinished in running:
             ray.cancel(unfinished, force=True)
 
 
-def _on_a_worker(task: Task, place: str) -> Outcome:
-    """`attempt_elsewhere` where the command was typed, as paths may be relative."""
-    if Path(place).is_dir():
-        os.chdir(place)
+def _on_worker(task: Task, working_directory: str) -> Outcome:
+    """`attempt_elsewhere` in the working directory of the command, as paths may be relative."""
+    if Path(working_directory).is_dir():
+        os.chdir(working_directory)
     comparison = task.folder.parents[1]
     if not (comparison / folders.CONFIG).exists():
         host = socket.gethostname()
-        return Outcome(f"'{comparison}' is not there on the worker {host}: --out must be in a folder that all share")
-    alone_on_its_cpu()
+        return Outcome(
+            f"'{comparison}' does not exist on worker {host}: --out must be in a folder that all machines share"
+        )
+    use_one_thread()
     return attempt_elsewhere(task)
 
 
 def _refuse_unreachable(address: str | None) -> None:
-    """Ray itself would wait half a minute, and write a page."""
+    """Fail fast: Ray itself would wait half a minute and print a long error."""
     if address in (None, "", "auto", "local"):
         return
     found = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+?)\]?:(\d{1,5})", address)
     if found is None or not 0 < int(found[2]) < 65536:
-        raise ConfigError(f"a Ray cluster is at ray://HOST:PORT, such as ray://head:10001; got '{address}'")
+        raise ConfigError(f"the address of a Ray cluster is ray://HOST:PORT, such as ray://head:10001; got '{address}'")
     try:
-        socket.create_connection((found[1], int(found[2])), timeout=PATIENCE).close()
+        socket.create_connection((found[1], int(found[2])), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         why = error.strerror or str(error)
         raise ConfigError(f"no Ray cluster answers at '{address}' ({why}): start one by 'ray start --head'") from None

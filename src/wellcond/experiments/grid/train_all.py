@@ -1,4 +1,4 @@
-"""Every run of a grid that is not done, by whatever trains them: kept in the tables and told as each ends."""
+"""Training all unfinished runs of a grid, recording and reporting each one as it ends."""
 
 from __future__ import annotations
 
@@ -23,33 +23,32 @@ def train_all(
     executor: Executor,
     finished: Callable[[int, RunResult], None],
 ) -> list[RunResult]:
-    """The result of every run in its place, trained or resumed where it is not ``done``; the tables have each as soon
-    as it ends.
+    """The results of all runs, trained or resumed unless ``done``; the tables are updated whenever a run ends.
 
     Raises:
-        RunError: some runs failed, each named; the others have finished, unless the disk is full.
+        RunError: names the runs that failed; the others have finished, unless the disk is full.
     """
     configs, results = list(places), dict(done)
 
-    def keep() -> None:
+    def update_tables() -> None:
         tables.write(results[config] for config in configs if config in results)
 
     for index, config in enumerate(configs):
         if config in results:
             finished(index, results[config])
-    keep()
+    update_tables()
     missing = [config for config in configs if config not in results]
     troubles: dict[str, Outcome] = {}
     tasks = [Task(config, places[config]) for config in missing]
     with closing(executor(tasks)) as outcomes:
-        for place, outcome in outcomes:
-            config = missing[place]
+        for index, outcome in outcomes:
+            config = missing[index]
             for level, message in outcome.said:
                 log.log(level, "%s", message)
             result = None if outcome.trouble else load_result(places[config])
             if result is not None:
                 results[config] = result
-                keep()
+                update_tables()
                 finished(configs.index(config), result)
                 continue
             troubles[places[config].name] = outcome

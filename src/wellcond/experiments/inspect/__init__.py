@@ -1,11 +1,11 @@
-"""The conditioning of a network, layer by layer, on images of any data set: what `wellcond inspect` prints.
+"""`wellcond inspect`: the conditioning of the layers of a network on a data set.
 
-The covariances are those of batches in training mode, which the solver of a spectral layer sees in training; no step
-is taken. Each file imports only from those before it:
+The covariances are those of batches in training mode, as seen by spectral layers during training; the weights are not
+changed. Each file imports only from those before it:
 
-- ``found``: what was found, as data and as a table;
-- ``spectra``, ``look``: the whole spectra; which layers are looked at, and the batches through them;
-- ``models``: any model that can be imported;
+- ``found``: the result, as data and as a table;
+- ``spectra``, ``look``: recording of full spectra; choice of layers, and forward passes;
+- ``models``: any importable model;
 - ``runs``: the network of a run.
 """
 
@@ -13,11 +13,4 @@ from .found import Inspection, LayerSpectrum, WeightSpectrum
 from .models import inspect_model
 from .runs import inspect, newest_run
 
-__all__ = [
-    "Inspection",
-    "LayerSpectrum",
-    "WeightSpectrum",
-    "inspect",
-    "inspect_model",
-    "newest_run",
-]
+__all__ = ["Inspection", "LayerSpectrum", "WeightSpectrum", "inspect", "inspect_model", "newest_run"]

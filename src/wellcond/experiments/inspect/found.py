@@ -1,4 +1,4 @@
-"""What an inspection found, as data and as a table."""
+"""The result of an inspection, as data and as a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONG_NAME = 16
 
 
 class WeightSpectrum(NamedTuple):
-    """The extreme singular values of a layer's weight as a matrix (out, in·kh·kw), all groups of it together."""
+    """The extreme singular values of a layer's weight as a matrix (out, in·kh·kw), over all its groups."""
 
     layer: str
     rows: int
@@ -26,8 +26,8 @@ class WeightSpectrum(NamedTuple):
 
 
 class LayerSpectrum(NamedTuple):
-    """The eigenvalues of a layer's covariance, falling, each the median over batches and matrices; and how many are
-    more than rounding (the median too)."""
+    """The eigenvalues of a layer's covariance in descending order, and its numerical rank; medians over batches and
+    matrices."""
 
     eigvals: tuple[float, ...]
     numerical_rank: int
@@ -35,28 +35,28 @@ class LayerSpectrum(NamedTuple):
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found of a network on so many `images` of a split of the data."""
+    """The result for a network on `images` images of a split of the data."""
 
-    network: str  # what it is, for the title
+    network: str  # its description, for the title
     data: str
     split: str
     images: int
-    records: tuple[ConditionRecord, ...]  # one for each layer and batch; the batch is the step
-    layers: dict[str, dict[str, float]]  # medians over the batches, as `ConditionMonitor.statistics` has them
+    records: tuple[ConditionRecord, ...]  # one per layer and batch; the step is the batch
+    layers: dict[str, dict[str, float]]  # medians over batches, as in `ConditionMonitor.statistics`
     weights: tuple[WeightSpectrum, ...]  # of the layers before the spectral layers
-    unused: tuple[str, ...] = ()  # layers to be looked at which the network did not call
-    spectra: Mapping[str, LayerSpectrum] = field(default_factory=dict)  # where a picture was asked for
-    config: RunConfig | None = None  # of a run's network, with the two below
+    unused: tuple[str, ...] = ()  # requested layers that the network did not call
+    spectra: Mapping[str, LayerSpectrum] = field(default_factory=dict)  # if a picture is requested
+    config: RunConfig | None = None  # this and the following only for a run
     checkpoint: Path | None = None
     epoch: int | None = None
 
     @property
     def title(self) -> str:
-        """The network and the images."""
+        """A description of network and images."""
         return f"{self.network}; {self.images} {self.split} images of {self.data}"
 
     def table(self) -> Table:
-        """A line for each observed layer."""
+        """One line per observed layer."""
         rows = [
             [
                 short(name),
@@ -68,7 +68,7 @@ class Inspection:
             for name, layer in self.layers.items()
         ]
         batches = len({record.step for record in self.records})
-        # With long names the ends of the spectrum have no room on a terminal.
+        # Long names leave no room for the extreme eigenvalues on a terminal.
         tight = max((len(short(name)) for name in self.layers), default=0) > LONG_NAME
         heads = ["κ(P)", "largest", "κ(P+εI)", "rank", "eff. rank", f"λ{SPACE}max", f"λ{SPACE}min", "fails"]
         columns = [Column(head, wide=tight and head in (heads[1], *heads[-3:-1])) for head in heads]
@@ -80,7 +80,7 @@ class Inspection:
         )
 
     def lines(self) -> list[str]:
-        """What there is to say below the table, a line each."""
+        """The lines below the table: weights, unused layers, and the checkpoint."""
         lines = [
             f"weight of {w.layer}, {w.rows} × {w.columns}: singular values from {w.smallest:.6g} to {w.largest:.6g}, "
             f"κ {number(w.largest / w.smallest if w.smallest else math.inf)}"

@@ -1,4 +1,4 @@
-"""Which layers of a network are looked at, and the batches that go through it in training mode."""
+"""The choice of layers, and forward passes of batches in training mode."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ SUFFIXES = ("", ".png", ".svg")
 
 @dataclass(frozen=True)
 class Look:
-    """How to look: a split, at most so many batches, layers by patterns (as of files), and where the numbers of every
-    batch and the picture go.
+    """Options of an inspection: split, maximum number of batches, layer patterns (shell-style), and output files for
+    the numbers of every batch and for the picture.
 
     Raises:
-        ConfigError: an unknown split, a number below 1, a file of another format, one that is there already, or no
+        ConfigError: an unknown split, fewer than one batch, an unknown file format, an existing file, or a missing
             folder for the picture.
     """
 
@@ -78,10 +78,10 @@ class Look:
         title: str,
         **about: Any,
     ) -> Inspection:
-        """Give the batches to `forward`, which calls `network`, in training mode; write what is asked for.
+        """Run the batches through `forward`, which calls `network`, in training mode, and write the output files.
 
-        Layers have their names in `root`, of which the network is all or a part. `observed` are those to look at where
-        no pattern says so, `about` the rest of the `Inspection`.
+        Layer names are those in `root`, which contains `network`. `observed` are the layers without a pattern; `about`
+        has the remaining fields of the `Inspection`.
         """
         names = matching(root, self.layers) if self.layers else list(observed)
         if not names:
@@ -95,7 +95,7 @@ class Look:
                 monitor.step = spectra.batch = index
                 forward(inputs)
                 seen += len(inputs)
-        if self.out is not None:  # not by the monitor, which only warns of a file that it cannot write
+        if self.out is not None:  # the monitor's writers would only warn about errors
             (writer,) = as_writers(self.out)
             for record in monitor.records:
                 writer(record)
@@ -121,7 +121,7 @@ class Look:
 
 
 def matching(root: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """The names of the layers that any of the patterns fits, in the order of the network."""
+    """The names of the layers that match any of the patterns, in network order."""
     names = [name for name, _ in root.named_modules() if name]
 
     def fits(name: str, pattern: str) -> bool:
@@ -134,7 +134,7 @@ def matching(root: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def spectral_or_norms(model: nn.Module) -> list[str]:
-    """The spectral layers, or where there is none every norm."""
+    """The spectral layers or, if there are none, all norms."""
     norms = [name for name, module in model.named_modules() if name and isinstance(module, NORMS)]
     return list(spectral_layers(model)) or norms
 
@@ -142,11 +142,11 @@ def spectral_or_norms(model: nn.Module) -> list[str]:
 def _weights(network: nn.Module) -> Iterator[WeightSpectrum]:
     try:
         before = pre_spectral_layers(network) if spectral_layers(network) else {}
-    except ValueError as error:  # of a network that cannot be followed from its code
+    except ValueError as error:  # the network cannot be traced
         log.info("weights before the spectral layers are not shown: %s", str(error).splitlines()[0])
         return
     for name, layer in before.items():
-        matrix = weight_matrices(layer).detach().double()  # of the weight in use
+        matrix = weight_matrices(layer).detach().double()  # with parametrisations applied
         values = torch.linalg.svdvals(matrix)
         rows, columns = matrix.shape[-2:]
         yield WeightSpectrum(name, rows, columns, values.max().item(), values.min().item())

@@ -1,7 +1,7 @@
-"""Any model that can be imported, by a word: `timm:NAME`, `torchvision:NAME`, `transformers:NAME` or `MODULE:CALLABLE`.
+"""Inspecting any importable model: `timm:NAME`, `torchvision:NAME`, `transformers:NAME` or `MODULE:CALLABLE`.
 
-Its weights are those that it is made with (the generator is seeded before): nothing is downloaded. It gets as many
-classes, channels and pixels as the data set has, where it takes them as arguments.
+Its weights are randomly initialised from a fixed seed; nothing is downloaded. The numbers of classes, channels and
+pixels are those of the data set if the model takes them as arguments.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def inspect_model(
     batch_size: int | None = None,
     **look: Any,
 ) -> Inspection:
-    """Measure the condition numbers of the layers of a model that has not been trained here.
+    """Measure the condition numbers of the layers of a model.
 
-    The options are those of `wellcond inspect`; ``look`` has those of :class:`Look`.
+    The options are those of `wellcond inspect`; ``look`` are those of :class:`Look`.
 
     Raises:
-        ValueError: there is no such model, it cannot be built, it has no layer to look at, it does not take the images,
-            or an option that :class:`Look` refuses.
-        ImportError: the package that it comes from is not installed.
+        ValueError: an unknown model, one that cannot be built, has no layer to look at or rejects the images, or an
+            option invalid for :class:`Look`.
+        ImportError: the model's package is not installed.
         OSError: ``out`` or the picture cannot be written.
     """
     looking = Look(**look)
@@ -52,7 +52,7 @@ def inspect_model(
 
     def forward(inputs: Tensor) -> object:
         size = " × ".join(map(str, inputs.shape[1:]))
-        with _said(f"'{model}' fails on images of {size}", "choose another --data or --image-size"):
+        with _one_line_errors(f"'{model}' fails on images of {size}", "choose another --data or --image-size"):
             return network(inputs)
 
     with _current_folder():
@@ -61,7 +61,7 @@ def inspect_model(
 
 
 def _built(name: str, data: ImageData) -> nn.Module:
-    """The model of that name, for the classes, channels and pixels of the data."""
+    """Build the named model for the classes, channels and pixels of the data."""
     source, attribute = _split(name)
     if source in LIBRARIES:
         try:
@@ -72,9 +72,9 @@ def _built(name: str, data: ImageData) -> nn.Module:
             ) from error
         make = partial(LIBRARIES[source], library, attribute, data)
     else:
-        make = _own(source, attribute, data)
+        make = _from_module(source, attribute, data)
     torch.manual_seed(0)
-    with _said(f"'{name}' cannot be built"):
+    with _one_line_errors(f"'{name}' cannot be built"):
         made = make()
     if not isinstance(made, nn.Module):
         raise ConfigError(f"'{name}' gave an object of class {type(made).__name__}, not a torch.nn.Module")
@@ -88,10 +88,10 @@ def _split(name: str) -> tuple[str, str]:
     return source, attribute
 
 
-def _own(source: str, attribute: str, data: ImageData) -> Callable[[], Any]:
-    """A callable of a module, with what it takes; of a model that is there already, one that gives it."""
+def _from_module(source: str, attribute: str, data: ImageData) -> Callable[[], Any]:
+    """A callable of a Python module with its arguments; an existing model is returned as it is."""
     try:
-        with _said(f"importing '{source}' failed"):
+        with _one_line_errors(f"importing '{source}' failed"):
             module = import_module(source)
     except ConfigError as error:
         missing = error.__cause__
@@ -112,10 +112,10 @@ def _own(source: str, attribute: str, data: ImageData) -> Callable[[], Any]:
 
 
 def _arguments(name: str, make: Callable[..., Any], data: ImageData) -> dict[str, Any]:
-    """What the callable takes of what is known of the data."""
+    """The arguments of the callable that are known from the data."""
     try:
         parameters = signature(make).parameters.values()
-    except (TypeError, ValueError):  # of a callable in C
+    except (TypeError, ValueError):  # a callable implemented in C
         return {}
     known = {
         **{"num_classes": data.num_classes, "in_channels": data.in_channels, "in_chans": data.in_channels},
@@ -128,7 +128,7 @@ def _arguments(name: str, make: Callable[..., Any], data: ImageData) -> dict[str
     ]
     if wanting := [name for name in required if name not in known]:
         raise ConfigError(
-            f"'{name}' wants the arguments {', '.join(wanting)}; name a callable that needs none but {', '.join(known)}"
+            f"'{name}' requires arguments {', '.join(wanting)}; name a callable that needs none but {', '.join(known)}"
         )
     return {p.name: known[p.name] for p in parameters if p.name in known and p.kind is not Parameter.POSITIONAL_ONLY}
 
@@ -144,7 +144,7 @@ def _torchvision(torchvision: Any, name: str, data: ImageData) -> Any:
 
 
 def _transformers(transformers: Any, name: str, data: ImageData) -> Any:
-    """An image classifier by the type of its configuration, of the sizes that this has by itself."""
+    """An image classifier with the default sizes of its configuration class."""
     require_known(name, transformers.CONFIG_MAPPING, "model type of transformers", error=ConfigError)
     config = transformers.AutoConfig.for_model(name, num_labels=data.num_classes)
     for option, value in (("num_channels", data.in_channels), ("image_size", data.image_size[0])):
@@ -162,7 +162,7 @@ LIBRARIES: dict[str, Callable[[Any, str, ImageData], Any]] = {
 
 @contextmanager
 def _current_folder() -> Iterator[None]:
-    """Modules of the current folder can be imported inside, as by `python -m`."""
+    """Make modules in the current folder importable, as `python -m` does."""
     sys.path.insert(0, "")
     try:
         yield
@@ -171,13 +171,13 @@ def _current_folder() -> Iterator[None]:
 
 
 @contextmanager
-def _said(what: str, then: str = "") -> Iterator[None]:
-    """Whatever the model's own code raises, as one line."""
+def _one_line_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Turn exceptions of the model's code into a one-line `ConfigError`."""
     try:
         yield
     except ConfigError:
         raise
-    except (Exception, SystemExit) as error:  # a script leaves where it is imported
+    except (Exception, SystemExit) as error:  # scripts may call sys.exit on import
         first = next(iter(str(error).splitlines()), "")
-        said = f"{what}: {type(error).__name__}{': ' if first else ''}{first}"
-        raise ConfigError(f"{said}; {then}" if then else said) from error
+        message = f"{what}: {type(error).__name__}{': ' if first else ''}{first}"
+        raise ConfigError(f"{message}; {advice}" if advice else message) from error

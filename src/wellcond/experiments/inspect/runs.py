@@ -1,4 +1,4 @@
-"""The network of a run's checkpoint."""
+"""Inspecting the network of a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from wellcond.experiments.inspect.found import Inspection
 from wellcond.experiments.inspect.look import Look
 from wellcond.experiments.run.checkpoints import newest_readable, read_checkpoint
 from wellcond.experiments.run.config import RunConfig
-from wellcond.experiments.run.train import CHECKPOINTS, KIND, observed_layers
+from wellcond.experiments.run.run_folder import CHECKPOINTS, KIND
+from wellcond.experiments.run.train import observed_layers
 from wellcond.experiments.run.training import Classifier
 
 log = logging.getLogger("wellcond")
 
 
 def newest_run(places: tuple[Path, ...]) -> Path | None:
-    """The run with the newest checkpoint among the folders directly inside ``places``; None if there is none."""
+    """The run with the newest checkpoint among the subfolders of ``places``; None if there is none."""
     found = [path for place in places for path in place.glob(f"*/{CHECKPOINTS}/*.ckpt")]
     found = [path for path in found if folders.kind_of(path.parents[1]) == KIND]
     return max(found, key=lambda path: path.stat().st_mtime).parents[1] if found else None
@@ -39,13 +40,13 @@ def inspect(
     batch_size: int | None = None,
     **look: Any,
 ) -> Inspection:
-    """Measure the condition numbers of the network of a run's newest checkpoint, or of one of its checkpoints.
+    """Measure the condition numbers of a run's newest checkpoint, or of a given checkpoint.
 
-    The options are those of `wellcond inspect`; ``look`` has those of :class:`Look`.
+    The options are those of `wellcond inspect`; ``look`` are those of :class:`Look`.
 
     Raises:
-        RunError: there is no run, no checkpoint that can be read, or its weights are not those of the run.
-        ValueError: an option that :class:`Look` refuses, an unknown layer, or images that the network does not take.
+        RunError: not a run, no readable checkpoint, or weights that do not fit the run's configuration.
+        ValueError: an option invalid for :class:`Look`, an unknown layer, or images that do not fit the network.
         OSError: ``out`` or the picture cannot be written.
     """
     looking = Look(**look)
@@ -77,7 +78,7 @@ def inspect(
 
 
 def _open(place: Path) -> tuple[Path, Path, dict[str, Any]]:
-    """The run's folder, the checkpoint and what is in it."""
+    """The run's folder, the path of the checkpoint, and its contents."""
     run = place if place.is_dir() else place.parent.parent
     if not place.exists() or folders.kind_of(run) != KIND:
         raise FolderError(f"'{place}' is not a run; give the folder of one, or one of its checkpoints")
@@ -96,9 +97,9 @@ def _restored(config: RunConfig, state: dict[str, Tensor], path: Path) -> Classi
     try:
         classes = len(state["model.classifier.bias"])
         stem = next(v for k, v in state.items() if k.startswith("model.conv1.") and v.ndim == 4)
-        # A skew-orthogonal one has a square filter, and says what it convolves.
-        said = [read(v) for k, v in state.items() if k.startswith("model.conv1.") and k.endswith(KEY)]
-        in_channels, _ = next((one["channels"] for one in said if "channels" in one), (stem.shape[1], None))
+        # A skew-orthogonal convolution has a square kernel, and describes its channels in the state.
+        meanings = [read(v) for k, v in state.items() if k.startswith("model.conv1.") and k.endswith(KEY)]
+        in_channels, _ = next((m["channels"] for m in meanings if "channels" in m), (stem.shape[1], None))
         module = Classifier(config, num_classes=classes, in_channels=in_channels)
         module.load_state_dict(state)
     except (KeyError, StopIteration, RuntimeError, ValueError) as error:

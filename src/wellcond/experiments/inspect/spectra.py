@@ -1,4 +1,4 @@
-"""The whole spectrum of the covariance that enters each layer, batch by batch; the monitor keeps its ends alone."""
+"""Recording the full spectrum of the covariance at the input of each layer; the monitor keeps only its extremes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from wellcond.experiments.inspect.found import LayerSpectrum
 from wellcond.linalg import covariance_spectrum
 from wellcond.monitor import observed_features
 
-MOST_MATRICES = 16
-"""Of a layer that has one an image or a group, as the monitor."""
+MAX_MATRICES = 16
+"""Per layer, as in the monitor."""
 
 
 class Spectra:
-    """Watches these layers while it is entered: at the first of their calls in every `batch`, which is to be set."""
+    """A context manager that records each named layer at its first call in every `batch`, which the caller sets."""
 
     def __init__(self, root: nn.Module, names: Iterable[str]) -> None:
         self.batch = 0
@@ -29,31 +29,31 @@ class Spectra:
 
     def __enter__(self) -> Spectra:
         for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_pre_hook(self._looking(name), with_kwargs=True))
+            self._handles.append(layer.register_forward_pre_hook(self._recorder(name), with_kwargs=True))
         return self
 
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _looking(self, name: str) -> Any:
-        def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _recorder(self, name: str) -> Any:
+        def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._last.get(name) == self.batch:
                 return
             self._last[name] = self.batch
             features = observed_features(layer, args, kwargs)[0]
             features = features.reshape(-1, *features.shape[-2:])
-            if len(features) > MOST_MATRICES:
-                features = features[torch.linspace(0, len(features) - 1, MOST_MATRICES).round().long()]
+            if len(features) > MAX_MATRICES:
+                features = features[torch.linspace(0, len(features) - 1, MAX_MATRICES).round().long()]
             spectrum = covariance_spectrum(features)
             finite = torch.isfinite(spectrum.tolerance)
             self._eigvals.setdefault(name, []).append(spectrum.eigvals[finite])
             self._ranks.setdefault(name, []).append(spectrum.numerical_rank[finite])
 
-        return look
+        return record
 
     def found(self) -> dict[str, LayerSpectrum]:
-        """The medians, of the layers that had finite features."""
+        """The medians for all layers with finite features."""
         found = {}
         for name, eigvals in self._eigvals.items():
             if len(together := torch.cat(eigvals)):

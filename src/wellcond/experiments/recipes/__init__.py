@@ -1,9 +1,8 @@
-"""The paper's tables and figures as declarative files, and experiments of our own: ``files/*.toml``, one each.
+"""The paper's tables and figures, and further experiments, as declarative files ``files/*.toml``.
 
-A recipe has a ``title`` and says ``about`` itself what it repeats and where it departs from it. Its ``options`` are
-those of ``wellcond train``, for every run; each of its ``rows`` changes some. ``scales`` has by name what makes it
-smaller. ``like`` names a recipe of which everything is taken that is not said, and ``keep`` the rows to take and, among
-them, the places of its own.
+A recipe has a ``title`` and a text ``about`` what it reproduces and where it deviates. Its ``options`` are those of
+``wellcond train`` for every run; each of its ``rows`` changes some, and each of its ``scales`` makes it smaller.
+``like`` names a base recipe that provides everything not given, and ``keep`` lists the rows to take over, in order.
 """
 
 from wellcond.experiments.recipes.load import known_recipes, load_recipe, recipe_text

@@ -1,4 +1,4 @@
-"""What may stand in a recipe, and a line for everything that may not."""
+"""Validation of recipe files."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ RECIPE_KEYS: dict[str, Any] = {
 }
 ROW_KEYS: dict[str, Any] = {"name": str, "options": dict, "against": str, "paper": dict}
 PAPER_KEYS: dict[str, Any] = dict.fromkeys(PaperFigures._fields, (int, float))
-SAID = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table", list: "a list"}
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table", list: "a list"}
 
 
 def require_keys(values: Any, kinds: Mapping[str, Any], where: str) -> None:
-    """Refuse unknown keys, with the nearest right one, and values of another kind."""
+    """Reject unknown keys, suggesting the closest valid one, and values of a wrong type."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} must be a table of keys, got {values!r}")
     for key, value in values.items():
         require_known(key, kinds, f"key in {where}", error=ConfigError)
         if not isinstance(value, kinds[key]) or isinstance(value, bool):
-            raise ConfigError(f"{where}: {key} must be {_said(kinds[key])}, got {value!r}")
+            raise ConfigError(f"{where}: {key} must be {_in_words(kinds[key])}, got {value!r}")
 
 
 def require_options(values: Any, where: str) -> None:
-    """Refuse what is no option of a run, or not of its kind; seeds are not a matter of options."""
+    """Reject unknown run options and values of a wrong type; the seed is not an option here."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} must be a table of options, got {values!r}")
     hints = get_type_hints(RunConfig)
@@ -42,11 +42,11 @@ def require_options(values: Any, where: str) -> None:
         require_known(key, kinds, f"option in {where}", error=ConfigError)
         taken = get_args(kinds[key]) if get_origin(kinds[key]) else (kinds[key],)
         if type(value) not in taken and not (float in taken and type(value) is int):
-            raise ConfigError(f"{where}: {key} must be {_said(taken)}, got {value!r}")
+            raise ConfigError(f"{where}: {key} must be {_in_words(taken)}, got {value!r}")
 
 
-def row(values: Any, where: str) -> Row:
-    """A row as it is written, checked."""
+def checked_row(values: Any, where: str) -> Row:
+    """A validated row."""
     if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
         raise ConfigError(f"{where} has a row without a name")
     where = f"{where}, row '{values['name']}'"
@@ -61,6 +61,6 @@ def row(values: Any, where: str) -> Row:
     return Row(values["name"], values.get("options", {}), values.get("against"), paper)
 
 
-def _said(kinds: Any) -> str:
+def _in_words(kinds: Any) -> str:
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    return " or ".join(dict.fromkeys(SAID[kind] for kind in kinds if kind in SAID))
+    return " or ".join(dict.fromkeys(KINDS[kind] for kind in kinds if kind in KINDS))

@@ -1,4 +1,4 @@
-"""Recipes by name or from a file of one's own, with all that they take from others."""
+"""Loading recipes by name or from a file, resolving their base recipes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from wellcond._shared.names import choices, require_known
 from wellcond.experiments.errors import ConfigError, needs_train_extra
-from wellcond.experiments.recipes.checks import RECIPE_KEYS, require_keys, require_options, row
+from wellcond.experiments.recipes.checks import RECIPE_KEYS, checked_row, require_keys, require_options
 from wellcond.experiments.recipes.recipe import Recipe, Row
 
 FILES = Path(__file__).parent / "files"
@@ -17,15 +17,15 @@ SHOWS = ("table", "figure")
 
 
 def known_recipes() -> list[str]:
-    """The names of the recipes that come with wellcond."""
+    """The names of the built-in recipes."""
     return sorted(path.stem for path in FILES.glob("*.toml"))
 
 
 def recipe_text(source: str) -> str:
-    """The file of a recipe: by its name, or by a path that ends in ``.toml``.
+    """The text of a recipe, given by name or as a path ending in ``.toml``.
 
     Raises:
-        ConfigError: no recipe of that name (with the nearest right one), or no readable file.
+        ConfigError: an unknown name (with the closest valid one), or an unreadable file.
     """
     path = _path(source, Path())
     try:
@@ -36,12 +36,11 @@ def recipe_text(source: str) -> str:
 
 
 def load_recipe(source: str) -> Recipe:
-    """The recipe of that name, or in that file.
+    """Load a recipe, given by name or as a path ending in ``.toml``.
 
     Raises:
-        ConfigError: there is none; it is not TOML; a key is unknown (with the nearest right one), missing, or of a
-            wrong type; an option that a run does not have; a row that is named twice or compared with none that is
-            there.
+        ConfigError: an unknown recipe; invalid TOML; a key that is unknown (with the closest valid one), missing or of
+            a wrong type; an unknown run option; a duplicate row, or one compared with a missing row.
 
     Example:
         >>> [row.name for row in load_recipe("table1").rows][:2]
@@ -76,12 +75,13 @@ def _loaded(path: Path, children: tuple[Path, ...]) -> Recipe:
     if path.resolve() in children:
         raise ConfigError(f"{where} is like itself")
     found = _parsed(path, where)
-    base = None
+    base: Recipe | None = None
     if "like" in found:
         base = _loaded(_path(found["like"], path.parent), (*children, path.resolve()))
     elif "keep" in found:
-        raise ConfigError(f"{where} keeps rows, but is like no other")
-    rows = _in_order([row(values, where) for values in found.get("rows", ())], base, found.get("keep"), where)
+        raise ConfigError(f"{where} has 'keep' without 'like'")
+    own = [checked_row(values, where) for values in found.get("rows", ())]
+    rows = _in_order(own, base, found.get("keep"), where)
     options = found.get("options", {})
     require_options(options, f"{where}, options")
     scales = found.get("scales", {})
@@ -104,21 +104,20 @@ def _loaded(path: Path, children: tuple[Path, ...]) -> Recipe:
 
 
 def _in_order(own: list[Row], base: Recipe | None, keep: list[str] | None, where: str) -> tuple[Row, ...]:
-    """The rows that are taken from ``base`` and the ``own`` ones, as ``keep`` says, checked against each other."""
-    taken = {one.name: one for one in (base.rows if base else ())}
-    its = [one.name for one in own]
+    """The rows taken from ``base`` and the ``own`` ones, in the order of ``keep``."""
+    inherited = {row.name: row for row in (base.rows if base else ())}
+    own_names = [row.name for row in own]
     if keep is not None:
         for name in keep:
-            require_known(name, [*taken, *its], f"row to keep in {where}", error=ConfigError)
-        taken = {name: one for name, one in taken.items() if name in keep}
-    for name in its:
-        if name in taken or its.count(name) > 1:
+            require_known(name, [*inherited, *own_names], f"row to keep in {where}", error=ConfigError)
+        inherited = {name: row for name, row in inherited.items() if name in keep}
+    for name in own_names:
+        if name in inherited or own_names.count(name) > 1:
             raise ConfigError(f"{where} has two rows '{name}'")
-    known = {**taken, **dict(zip(its, own, strict=True))}
-    rows = [known[name] for name in dict.fromkeys([*(keep or ()), *known])]
+    rows = {**inherited, **dict(zip(own_names, own, strict=True))}
     if not rows:
         raise ConfigError(f"{where} has no rows")
-    for one in rows:
-        if one.against is not None:
-            require_known(one.against, known, f"row to compare '{one.name}' with, in {where}", error=ConfigError)
-    return tuple(rows)
+    for name, row in rows.items():
+        if row.against is not None:
+            require_known(row.against, rows, f"row to compare '{name}' with, in {where}", error=ConfigError)
+    return tuple(rows[name] for name in dict.fromkeys([*(keep or ()), *rows]))

@@ -1,4 +1,4 @@
-"""A recipe: rows of run options, at a scale, as configurations; and what the paper found for each row."""
+"""A recipe: the configurations of its rows at a given scale, and the paper's figures."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from wellcond.experiments.run.config import RunConfig, run_config
 from wellcond.experiments.run.parts import takes_solver
 
 ASIDE = {"seed", "threads", "workers", "monitor_every"}
-"""Options that change how a run is made, and not what it finds."""
+"""Options that do not change what is being compared."""
 
 FULL = "full"
-"""The scale of the recipe as it stands."""
+"""The scale without changes."""
 
 
 class PaperFigures(NamedTuple):
-    """What the paper reports of a row, in percent; None where it does not."""
+    """The paper's figures for a row in percent; None if not reported."""
 
     error: float
     std: float | None = None
@@ -32,18 +32,17 @@ class PaperFigures(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: its name, the options in which it departs from the others, the name of the row that it is
-    compared with (the first, where there is none), and the paper's figures by data set."""
+    """A row of the table."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    against: str | None = None
-    paper: Mapping[str, PaperFigures] = field(default_factory=dict)
+    against: str | None = None  # the baseline; by default the first row
+    paper: Mapping[str, PaperFigures] = field(default_factory=dict)  # by data set
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An experiment: what is run, how often, and what is shown of it (``table`` or ``figure``)."""
+    """An experiment: its runs, its number of seeds, and its output (``shows`` is ``table`` or ``figure``)."""
 
     name: str
     title: str
@@ -55,10 +54,10 @@ class Recipe:
     shows: str
 
     def with_rows(self, names: Sequence[str]) -> Recipe:
-        """With these rows alone, and those that they are compared with.
+        """The recipe reduced to these rows and their baselines.
 
         Raises:
-            ConfigError: an unknown name, with the nearest right one.
+            ConfigError: an unknown name, with the closest valid one.
         """
         for name in names:
             require_known(name, [row.name for row in self.rows], f"row of recipe '{self.name}'", error=ConfigError)
@@ -67,11 +66,11 @@ class Recipe:
         return replace(self, rows=tuple(row for row in self.rows if row.name in wanted))
 
     def configs(self, scale: str = FULL, seeds: int | None = None, **options: Any) -> dict[str, list[RunConfig]]:
-        """The runs of each row, seeded 0, 1, …: with the recipe's options, changed by the scale, by the row and by
-        ``options``, in this order. No option may be one that a row is about.
+        """The runs of each row with seeds 0, 1, …. The recipe's options are overridden by those of the scale, of the
+        row, and by ``options``, in this order; ``options`` must not contain an option of a row.
 
         Raises:
-            ConfigError: an unknown scale, no seed, an option that cannot be, or two rows that come out the same.
+            ConfigError: an unknown scale, no seeds, an invalid option, or two identical rows.
         """
         require_known(scale, [FULL, *self.scales], f"scale of recipe '{self.name}'", error=ConfigError)
         count = self.seeds if seeds is None else seeds
@@ -86,35 +85,32 @@ class Recipe:
     def _config(self, row: Row, scale: str, options: Mapping[str, Any]) -> RunConfig:
         if clash := row.options.keys() & options.keys():
             raise ConfigError(
-                f"{sorted(clash)[0]} is what row '{row.name}' of recipe '{self.name}' is about, and cannot be the same "
-                "in all rows: leave that row out by --rows, or change a copy of the recipe"
+                f"{sorted(clash)[0]} is set by row '{row.name}' of recipe '{self.name}', and cannot be the same in all "
+                "rows: leave that row out with --rows, or edit a copy of the recipe"
             )
         chosen = {**self.options, **self.scales.get(scale, {}), **row.options, **options}
         if not takes_solver(chosen.get("norm", RunConfig.norm), chosen.get("head", RunConfig.head)):
-            chosen["solver"] = None  # of the others
+            chosen["solver"] = None
         try:
             return run_config(**chosen)
         except ConfigError as error:
             raise ConfigError(f"recipe '{self.name}', row '{row.name}': {error}") from None
 
     def heading(self, configs: Iterable[RunConfig]) -> str:
-        """The title, with all in which these runs are not those of the recipe at its full scale."""
+        """The title, followed by all options that differ from the recipe at full scale."""
         chosen, full = next(iter(configs)), next(iter(self.configs(seeds=1).values()))[0]
         varied = {*ASIDE, *(name for row in self.rows for name in row.options)}
-        departures = [
-            f"{said.name} {getattr(chosen, said.name)}"
-            for said in fields(RunConfig)
-            if said.name not in varied and getattr(chosen, said.name) != getattr(full, said.name)
-        ]
-        return self.title + (f" — at another scale: {', '.join(departures)}" if departures else "")
+        names = [option.name for option in fields(RunConfig) if option.name not in varied]
+        changed = [f"{n} {getattr(chosen, n)}" for n in names if getattr(chosen, n) != getattr(full, n)]
+        return f"{self.title} — at another scale: {', '.join(changed)}" if changed else self.title
 
     def paper(self, data: str) -> dict[str, PaperFigures]:
-        """The paper's figures by row, where the data set (or the folder that holds it) has the name of one of its."""
+        """The paper's figures by row, if the data set or its folder is named like one of the paper's."""
         key = re.sub("[^a-z0-9]", "", Path(data).name.lower())
         return {row.name: row.paper[key] for row in self.rows if key in row.paper}
 
     def against(self) -> dict[str, str]:
-        """For each row, except those that others are compared with, the row that it is compared with."""
+        """The baseline of each row, except of the rows that only serve as baselines."""
         return {
             row.name: row.against or self.rows[0].name
             for row in self.rows

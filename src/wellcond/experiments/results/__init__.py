@@ -1,1 +1,1 @@
-"""Finished runs, the table over seeds, and every table as data."""
+"""Finished runs, statistics over seeds, and tables as data."""

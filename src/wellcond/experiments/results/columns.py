@@ -1,4 +1,4 @@
-"""The columns of a table of results: their types, from the fields of a dataclass, and their units."""
+"""Arrow columns of result tables: types from the fields of a dataclass, and units."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ UNITS = {
 }
 
 
-def _plain(hint: Any) -> type:
-    """`int` of `int | None`."""
+def _without_none(hint: Any) -> type:
+    """`int` for `int | None`."""
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not types.NoneType]
     return kinds[0]
 
@@ -38,7 +38,7 @@ def types_of(kind: type, leave_out: Sequence[str] = ()) -> dict[str, Any]:
     """The Arrow type of each field of a dataclass."""
     arrow = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
     hints = get_type_hints(kind)
-    return {f.name: arrow[_plain(hints[f.name])] for f in fields(kind) if f.name not in leave_out}
+    return {f.name: arrow[_without_none(hints[f.name])] for f in fields(kind) if f.name not in leave_out}
 
 
 def _unit(column: str) -> str:
@@ -49,12 +49,12 @@ def _unit(column: str) -> str:
 
 
 def schema(columns: Mapping[str, Any]) -> Any:
-    """Of columns by name and type, each with its unit."""
+    """An Arrow schema of columns by name and type, with units as metadata."""
     return pa.schema([pa.field(name, kind, metadata={"unit": _unit(name)}) for name, kind in columns.items()])
 
 
 def place_of(result: RunResult, out: Path) -> str:
-    """The folder of a run, from that of the comparison where it is in there."""
+    """The folder of a run, relative to that of the comparison if inside it."""
     folder = Path(result.folder)
     return (folder.relative_to(out) if folder.is_relative_to(out) else folder.resolve()).as_posix()
 

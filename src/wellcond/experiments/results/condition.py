@@ -1,6 +1,6 @@
-"""What runs recorded of their layers, step by step, as one table.
+"""The condition records of runs as one table.
 
-OUT/condition.parquet    a row a run, layer and recorded step: κ, ranks, extreme eigenvalues, failures
+OUT/condition.parquet    one row per run, layer and recorded step: κ, ranks, extreme eigenvalues, failures
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RECORDED = types_of(ConditionRecord)
 
 
 def condition_rows(result: RunResult) -> list[dict[str, Any]]:
-    """What a run recorded of its layers: from ``condition.csv`` in its folder, or else the comparison's table."""
+    """The records of a run, from ``condition.csv`` in its folder or from the table of its comparison."""
     folder = Path(result.folder)
     if (folder / CONDITION).exists():
         return list(read_csv(folder / CONDITION))
@@ -38,19 +38,19 @@ def condition_rows(result: RunResult) -> list[dict[str, Any]]:
 
 
 def condition_table(result: RunResult, out: Path, label: str) -> Any:
-    """What a run recorded up to its last step, as a `pyarrow.Table`."""
+    """The records of a run up to its last step, as a `pyarrow.Table`."""
     of_run = {"label": label, "seed": result.config.seed, "folder": place_of(result, out)}
     rows = []
     for found in condition_rows(result):
         row = {name: _value(found.get(name), kind) for name, kind in RECORDED.items()}
-        if row["step"] < result.steps:  # what comes after it is of the same run made longer
+        if row["step"] < result.steps:  # later ones belong to the extended run
             rows.append({**of_run, **row})
     columns = {"label": pa.string(), "seed": pa.int64(), "folder": pa.string(), **RECORDED}
     return pa.Table.from_pylist(rows, schema=schema(columns))
 
 
 def _value(found: Any, kind: Any) -> Any:
-    """Of text or a number, and of a column."""
+    """A cell of a column of this type, from text or a number."""
     if found in ("", None):
         return None
     if kind == pa.string():

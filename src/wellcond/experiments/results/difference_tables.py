@@ -1,9 +1,9 @@
-"""Differences between the rows of a comparison, as tables: of the test errors, and of the condition numbers."""
+"""Tables of the differences between rows of a comparison: of test errors, and of condition numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from wellcond._shared.names import listed
 from wellcond.experiments.results.statistics import Difference, seeds_needed, signed
@@ -11,79 +11,52 @@ from wellcond.experiments.results.table import SPACE, Column, Strong, Table, num
 
 
 def differences_table(found: Sequence[Difference], papers: Mapping[str, float] | None = None) -> Table:
-    """A line for each row that is compared with another; bold where they differ by more than the noise.
+    """A line for each row with a baseline; significant differences are bold.
 
-    ``papers`` has by row the difference that the paper reports, in percent; whether it is seen here is told where there
-    is room.
+    ``papers`` has the paper's difference by row, in percent; the verdict on it is omitted on the terminal.
     """
     papers = papers or {}
 
-    def cells(one: Difference) -> list[str]:
-        interval = "" if math.isnan(one.low) else f"{signed(one.low)} to {signed(one.high)}"
-        points = signed(one.mean)
-        return [
-            one.row,
-            one.against,
-            Strong(points) if one.is_seen else points,
-            interval,
-            _p(one),
-            *(of_paper(one) if papers else []),
-        ]
-
-    def of_paper(one: Difference) -> list[str]:
+    def paper_cells(one: Difference) -> list[str]:
         if (theirs := papers.get(one.row)) is None:
             return ["", "", ""]
         needed = seeds_needed(one.std, theirs / 100)
         return [signed(theirs / 100), "" if needed is None else str(needed), one.verdict(theirs)]
 
+    rows = [_cells(one, signed) for one in found]
     heads: list[str | Column] = ["method", Column("against", text=True, wide=True)]
     heads += ["points", f"95{SPACE}% interval", "p"]
-    if papers:
-        heads += ["paper's", f"seeds{SPACE}for it", Column("the paper's is", text=True, wide=True)]
-    return Table(
-        heads,
-        [cells(one) for one in found],
-        caption=f"Test error less that of {listed(dict.fromkeys(one.against for one in found))}, in percentage points: "
-        f"the mean of {_seeds(found)} paired seeds, bold where it is outside of the noise (p below 0.05 and an "
-        "interval without 0). Intervals by the bootstrap, p by the paired t-test, corrected for the false discovery "
-        "rate."
-        + (
-            " Seeds for it: how many would see the paper's difference in 4 of 5 cases. Not seen: "
-            "it would lie outside of the interval."
-            if papers
-            else ""
-        ),
-        title="differences",
+    caption = (
+        f"Test error minus that of {listed(dict.fromkeys(one.against for one in found))}, in percentage points: the "
+        f"mean of {_seeds(found)} paired seeds, bold if significant (p below 0.05, and an interval without 0). "
+        "Bootstrap intervals; p from the paired t-test, corrected for the false discovery rate."
     )
+    if papers:
+        rows = [[*cells, *paper_cells(one)] for cells, one in zip(rows, found, strict=True)]
+        heads += ["paper's", f"seeds{SPACE}for it", Column("the paper's is", text=True, wide=True)]
+        caption += (
+            " Seeds for it: how many would detect the paper's difference with a power of 0.8. Not seen: it lies "
+            "outside the interval."
+        )
+    return Table(heads, rows, caption=caption, title="differences")
 
 
 def conditioning_table(found: Sequence[Difference]) -> Table:
-    """By what factor a row's condition number is another's; ``found`` has the differences of the common logarithms."""
-
-    def factor(decades: float) -> str:
-        return number(10.0**decades)
-
-    def cells(one: Difference) -> list[str]:
-        interval = "" if math.isnan(one.low) else f"{factor(one.low)} to {factor(one.high)}"
-        return [
-            one.row,
-            one.against,
-            Strong(factor(one.mean)) if one.is_seen else factor(one.mean),
-            interval,
-            _p(one),
-        ]
-
+    """The condition number of each row relative to its baseline; ``found`` has differences of common logarithms."""
     return Table(
         ["method", Column("against", text=True), "κ times", f"95{SPACE}% interval", "p"],
-        [cells(one) for one in found],
-        caption=f"The condition number κ(P) of each run (median over its steps) as a multiple of the other row's: the "
-        f"geometric mean of {_seeds(found)} paired seeds; the rest as in the differences.",
+        [_cells(one, lambda decades: number(10.0**decades)) for one in found],
+        caption=f"The condition number κ(P) of each run (median over its steps) relative to that of the other row: the "
+        f"geometric mean of {_seeds(found)} paired seeds; otherwise as for the differences.",
         title="conditioning",
     )
 
 
-def _p(one: Difference) -> str:
-    return "" if math.isnan(one.p) else f"{one.p:.2g}"
+def _cells(one: Difference, form: Callable[[float], str]) -> list[str]:
+    """Row, baseline, mean, interval and p; empty if unknown."""
+    mean = Strong(form(one.mean)) if one.is_seen else form(one.mean)
+    interval = "" if math.isnan(one.low) else f"{form(one.low)} to {form(one.high)}"
+    return [one.row, one.against, mean, interval, "" if math.isnan(one.p) else f"{one.p:.2g}"]
 
 
 def _seeds(found: Sequence[Difference]) -> str:

@@ -1,6 +1,6 @@
-"""What a comparison is about, beside its runs: its rows, what each is compared with, and the paper's figures.
+"""The description of a comparison: its rows, their baselines, and the paper's figures.
 
-It is made from a recipe, or from a grid whose rows are its configurations, and is kept in the comparison's folder.
+It is made from a recipe, or from a grid with one row per configuration, and saved in the comparison's folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from wellcond.experiments.run.result import RunResult
 
 @dataclass(frozen=True)
 class Experiment:
-    """The rows of a comparison: a name for every configuration, whatever its seed and CPU threads."""
+    """The rows of a comparison: a name for every configuration, regardless of seed and CPU threads."""
 
     heading: str
     names: Mapping[RunConfig, str]
@@ -36,26 +36,25 @@ class Experiment:
     def of_recipe(
         cls, recipe: Recipe, configs: Mapping[str, Sequence[RunConfig]], command: str | None = None
     ) -> Experiment:
-        """Of the runs of each row of a recipe; ``command`` is the line that asked for them."""
+        """From the configurations of each row of a recipe; ``command`` is the command line."""
         every = [config for row in configs.values() for config in row]
-        names = {_key(config): row for row, its in configs.items() for config in its}
+        names = {_key(config): row for row, row_configs in configs.items() for config in row_configs}
         paper = recipe.paper(every[0].data)
         return cls(recipe.heading(every), names, recipe.against(), paper, recipe.name, recipe.shows, command)
 
     @classmethod
     def of_grid(cls, configs: Sequence[RunConfig]) -> Experiment:
-        """Each configuration is a row, and compared with the first."""
+        """Each configuration is a row; the first is the baseline."""
         label, first = labels(configs), configs[0]
         names = {_key(config): label(config) for config in configs}
-        models, data, epochs = (
-            list(dict.fromkeys(getattr(c, n) for c in configs)) for n in ("model", "data", "epochs")
-        )
-        places = ", ".join(Path(one).name for one in data)
-        heading = f"{', '.join(models)} on {places}, {', '.join(map(str, epochs))} epochs"
-        return cls(heading, names, {name: label(first) for name in names.values() if name != label(first)}, {})
+        models = ", ".join(dict.fromkeys(config.model for config in configs))
+        data = ", ".join(Path(name).name for name in dict.fromkeys(config.data for config in configs))
+        epochs = ", ".join(dict.fromkeys(str(config.epochs) for config in configs))
+        against = {name: label(first) for name in names.values() if name != label(first)}
+        return cls(f"{models} on {data}, {epochs} epochs", names, against, {})
 
     def label(self, config: RunConfig) -> str:
-        """The row of a run; of one that was made longer since, a row of its own."""
+        """The row of a run; a run that was extended since gets a row of its own."""
         key = _key(config)
         if key in self.names:
             return self.names[key]
@@ -63,32 +62,32 @@ class Experiment:
         return f"{next(was, config.label)}, {config.epochs} epochs"
 
     def folder(self, config: RunConfig) -> str:
-        """The folder of a run: of a grid as the run would be called alone, of a recipe by the row's name."""
+        """The name of a run's folder: from its configuration in a grid, from its row in a recipe."""
         if self.recipe is None:
             return config.folder_name
         return f"{re.sub('[^a-zA-Z0-9]+', '-', self.label(config)).strip('-').lower()}-seed{config.seed}"
 
     def differences(self, results: Iterable[RunResult]) -> list[Difference]:
-        """Of the rows from those that they are compared with."""
+        """The differences in test error between each row and its baseline."""
         return differences(by_label(results, self.label), self.against)
 
     def conditioning(self, results: Iterable[RunResult]) -> list[Difference]:
-        """Of the common logarithms of κ(P) at the first layer; rows where it is infinite are left out."""
+        """The same for log10 κ(P) at the first layer; rows with infinite κ are omitted."""
         return differences(by_label(results, self.label), self.against, _decades)
 
     def papers_figures(self) -> dict[str, str]:
-        """What the paper reports of each row: error in percent, deviation, minimum, top-5 error, failures."""
+        """The paper's figures for each row as text: error in percent, deviation, minimum, top-5 error, failures."""
         found = {}
-        for row, its in self.paper.items():
-            spread = "" if its.std is None else f" ± {its.std:.2f}"
-            least = "" if its.min is None else f", min {its.min:.2f}"
-            top5 = "" if its.top5_error is None else f", top-5 {its.top5_error:.2f}"
-            failures = "" if its.failures is None else f", {its.failures} failures"
-            found[row] = f"{its.error:.2f}{spread}{least}{top5}{failures}"
+        for row, figures in self.paper.items():
+            std = "" if figures.std is None else f" ± {figures.std:.2f}"
+            minimum = "" if figures.min is None else f", min {figures.min:.2f}"
+            top5 = "" if figures.top5_error is None else f", top-5 {figures.top5_error:.2f}"
+            failures = "" if figures.failures is None else f", {figures.failures} failures"
+            found[row] = f"{figures.error:.2f}{std}{minimum}{top5}{failures}"
         return found
 
     def papers_differences(self) -> dict[str, float]:
-        """Those that the paper reports, in percent."""
+        """The paper's differences in percent."""
         both = {row: other for row, other in self.against.items() if row in self.paper and other in self.paper}
         return {row: self.paper[row].error - self.paper[other].error for row, other in both.items()}
 
@@ -100,7 +99,7 @@ class Experiment:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None, configs: Sequence[RunConfig]) -> Experiment:
-        """The inverse of `to_dict`; comparisons of earlier versions have none and are grids."""
+        """The inverse of `to_dict`; None, as in comparisons of earlier versions, means a grid."""
         if values is None:
             return cls.of_grid(configs)
         try:

@@ -1,4 +1,4 @@
-"""The images of a data set, as a table; apart from the tables of runs, which need Lightning to be loaded."""
+"""The images of a data set as a table; separate from the tables of runs, which import Lightning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def images_table(found: Overview) -> Table:
-    """How many there are of each class in each split."""
+    """The number of images per class and split."""
     splits = [split for split in ("train", "validation", "test") if split in found.counts]
     rows = [[name, *(str(found.counts[s][label]) for s in splits)] for label, name in enumerate(found.classes)]
     total = [Strong(f"all {len(found.classes)} classes"), *(Strong(sum(found.counts[s])) for s in splits)]

@@ -1,11 +1,11 @@
-"""Finished runs as two tables that pandas, polars, DuckDB and the like read: Apache Parquet.
+"""Finished runs as two Apache Parquet tables, for pandas, polars, DuckDB and others.
 
-    OUT/results.parquet      a row a run: label, folder, every option, versions and machine, errors, times, conditioning
-    OUT/condition.parquet    a row a run, layer and recorded step: κ, ranks, extreme eigenvalues, failures
+    OUT/results.parquet      one row per run: label, folder, options, versions, machine, errors, times, conditioning
+    OUT/condition.parquet    one row per run, layer and recorded step: κ, ranks, extreme eigenvalues, failures
 
-Units are in the column names (``_percent``, ``_fraction``, ``_seconds``) and in the metadata of the fields
-(``unit``). The conditioning of the first observed layer has columns of its own; that of all is in ``layers``, a list.
-Every digit is kept, so that the results can be taken from the file alone (`read_results`).
+Units are in the column names (``_percent``, ``_fraction``, ``_seconds``) and in the metadata of the fields (``unit``).
+The conditioning of the first observed layer has its own columns; that of all layers is in the list ``layers``. All
+digits are kept, so that `read_results` restores the results from the file alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ with needs_train_extra():
 
 RESULTS_TABLE = "results.parquet"
 ENVIRONMENT = "environment_"
-COUNTS = ("threads", "cores")  # of the environment
+COUNTS = ("threads", "cores")  # integers in the environment
 RENAMED = {"seconds": "training_seconds"}
 
 
@@ -37,12 +37,12 @@ OF_A_LAYER = types_of(LayerCondition)
 
 
 def _column(name: str) -> str:
-    """Of a field of `RunResult`."""
+    """The column of a field of `RunResult`."""
     return f"{name}_fraction" if name.endswith(("_error", "_accuracy")) else RENAMED.get(name, name)
 
 
 def _percents(result: RunResult) -> dict[str, float]:
-    """Every error in percent: the test's, and that of the best epoch on the validation images."""
+    """All errors in percent: of the test, and of the best epoch on the validation images."""
     found: dict[str, float] = {}
     for name in MEASURED:
         value = getattr(result, name)
@@ -54,7 +54,7 @@ def _percents(result: RunResult) -> dict[str, float]:
 
 
 def results_table(results: Sequence[RunResult], out: Path, label: Callable[[RunConfig], str]) -> Any:
-    """A row a run, as a `pyarrow.Table`."""
+    """One row per run, as a `pyarrow.Table`."""
     percents = [_percents(result) for result in results]
     names = list(dict.fromkeys(name for result in results for name in result.environment))
     columns: dict[str, Any] = {"label": pa.string(), "folder": pa.string(), **OPTIONS}
@@ -65,35 +65,36 @@ def results_table(results: Sequence[RunResult], out: Path, label: Callable[[RunC
 
     def row(result: RunResult, percent: Mapping[str, float]) -> dict[str, Any]:
         layers = [asdict(condition) for condition in result.conditions]
-        machine = {f"{ENVIRONMENT}{name}": value for name, value in result.environment.items()}
-        machine |= {name: int(machine[name]) for name in (f"{ENVIRONMENT}{name}" for name in COUNTS) if name in machine}
-        measured = {_column(name): getattr(result, name) for name in MEASURED}
-        first = {"label": label(result.config), "folder": place_of(result, out)}
-        return {**first, **result.config.to_dict(), **machine, **percent, **measured, **(layers or [{}])[0]} | {
-            "layers": layers
+        first_layer = layers[0] if layers else {}
+        machine = {
+            f"{ENVIRONMENT}{name}": int(value) if name in COUNTS else value
+            for name, value in result.environment.items()
         }
+        measured = {_column(name): getattr(result, name) for name in MEASURED}
+        where = {"label": label(result.config), "folder": place_of(result, out)}
+        return {**where, **result.config.to_dict(), **machine, **percent, **measured, **first_layer, "layers": layers}
 
     rows = [row(result, percent) for result, percent in zip(results, percents, strict=True)]
     return pa.Table.from_pylist(rows, schema=schema(columns))
 
 
 def read_results(path: Path) -> list[RunResult]:
-    """The results in a ``results.parquet``, or in that of a folder; nothing else is read.
+    """The results in a ``results.parquet``, given as a file or its folder; no other file is read.
 
     Raises:
-        RunError: it cannot be read, or is not a table of results.
+        RunError: the file cannot be read, or is not a table of results.
     """
     path = path / RESULTS_TABLE if path.is_dir() else path
     try:
         rows = pq.ParquetFile(path).read().to_pylist()
         return [_result(row, path.parent) for row in rows]
-    except (OSError, KeyError, TypeError, ValueError) as error:  # Arrow's own are ValueErrors
+    except (OSError, KeyError, TypeError, ValueError) as error:  # Arrow raises subclasses of ValueError
         why = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split()).rstrip(".")
         raise RunError(f"'{path}' is not a table of results that can be read: {why}") from error
 
 
 def _result(row: Mapping[str, Any], out: Path) -> RunResult:
-    folder = str(out / row["folder"])  # first: what no table of ours lacks
+    folder = str(out / row["folder"])  # first, as every table of ours has it
     environment = {
         name.removeprefix(ENVIRONMENT): str(value)
         for name, value in row.items()
@@ -109,7 +110,7 @@ def _result(row: Mapping[str, Any], out: Path) -> RunResult:
 
 
 class ResultTables:
-    """The two tables of a comparison in ``out``, made anew after every run; what was read of a run is kept."""
+    """The two tables of a comparison in ``out``, rewritten after every run; the records of a run are read once."""
 
     def __init__(self, out: Path, label: Callable[[RunConfig], str]) -> None:
         self.out, self.label, self._conditions = out, label, dict[str, Any]()
@@ -122,5 +123,5 @@ class ResultTables:
                 self._conditions[result.folder] = condition_table(result, self.out, self.label(result.config))
         if results:
             recorded = pa.concat_tables([self._conditions[result.folder] for result in results])
-            write_table(self.out / CONDITION_TABLE, recorded)  # first: a run in the other table has its records here
+            write_table(self.out / CONDITION_TABLE, recorded)  # first, so that runs in the other table have records
             write_table(self.out / RESULTS_TABLE, results_table(results, self.out, self.label))

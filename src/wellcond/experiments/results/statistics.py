@@ -1,9 +1,9 @@
-"""Whether a row of the table differs from the one it is compared with: paired by seed, with SciPy.
+"""Differences between rows of a comparison and their significance: paired by seed, with SciPy.
 
-Two runs of one seed have the same images in the same order and start from weights drawn alike, so that their difference
-varies less than the errors do. Its interval is from the bootstrap (Efron's BCa), its p-value from the t-test; the
-p-values of a table are corrected together for the false discovery rate (Benjamini and Hochberg, 1995). Condition
-numbers are compared in the same way, by their logarithms.
+Runs with the same seed see the same images in the same order and start from the same random weights, so that their
+difference varies less than the errors. Intervals are by the bootstrap (Efron's BCa), p-values by the paired t-test,
+corrected over a table for the false discovery rate (Benjamini and Hochberg, 1995). Condition numbers are compared in
+the same way, by their logarithms.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from wellcond.experiments.results.table import percent
 from wellcond.experiments.run.result import RunResult
 
 LEVEL = 0.05
-"""At which a difference counts as seen; intervals cover 1 − LEVEL."""
-FEWEST = 3
-"""Seeds of which there is an interval: of two the bootstrap knows nothing but the two."""
+"""Significance level; intervals cover 1 − LEVEL."""
+MIN_SEEDS = 3
+"""For a bootstrap interval, which is meaningless for two values."""
 POWER = 0.8
-"""With which so many seeds as are said to be needed would see a difference."""
+"""Statistical power at which the number of needed seeds is computed."""
 RESAMPLES = 9999
 
 Measure = Callable[[RunResult], float]
-"""What of a run is compared."""
+"""The compared quantity of a run."""
 ERROR: Measure = operator.attrgetter("test_error")
 
 
 class Difference(NamedTuple):
-    """Of the test error (a fraction), or another measure, of one row from another's, over the seeds that both have."""
+    """The difference of a measure (by default the test error, a fraction) between two rows, over their common seeds."""
 
     row: str
     against: str
     seeds: int
     mean: float
-    std: float  # sample standard deviation, nan of one seed
-    low: float  # of the interval, nan where it cannot be told
+    std: float  # sample standard deviation, nan for one seed
+    low: float  # of the interval, nan if undefined
     high: float
-    p: float  # corrected, nan where it cannot be told
+    p: float  # corrected, nan if undefined
 
     @property
     def is_seen(self) -> bool:
-        """Whether it is outside of the noise: p-value and interval both say so."""
+        """Whether it is significant by both the p-value and the interval."""
         return self.p < LEVEL and (self.low > 0 or self.high < 0)
 
     def verdict(self, papers: float) -> str:
-        """On the difference that the paper reports (in percent): whether it is there in these runs.
+        """Whether these runs show the paper's difference (in percent).
 
-        `not seen` says that a difference of that size is outside of the interval, so that it would have been seen.
+        `not seen` means that it lies outside the interval, so that it would have been detected.
         """
         if self.is_seen:
             return "seen" if self.mean * papers > 0 else "the opposite is seen"
@@ -59,32 +59,33 @@ class Difference(NamedTuple):
         return "not seen"
 
     def sentence(self, papers: float | None = None) -> str:
-        """In a line; ``papers`` is the difference that the paper reports, in percent."""
+        """The difference in words; ``papers`` is the paper's difference in percent."""
         points = percent(abs(self.mean))
         side = "lower" if self.mean < 0 else "higher"
-        apart = f"as high as {self.against}" if float(points) == 0 else f"{points} points {side} than {self.against}"
-        noise = "" if self.is_seen else ", which is within the noise" if self.seeds > 1 else "; one seed tells nothing"
-        said = f"{self.row}: {apart}{noise}"
+        comparison = f"{points} points {side} than" if float(points) else "as high as"
+        text = f"{self.row}: {comparison} {self.against}"
+        if not self.is_seen:
+            text += ", which is within the noise" if self.seeds > 1 else "; one seed tells nothing"
         if papers is None:
-            return said
+            return text
         needed = seeds_needed(self.std, papers / 100)
         if needed is None:
-            return f"{said}; the paper's is {signed(papers / 100)}"
-        return f"{said}; to see the paper's {signed(papers / 100)} it would take {needed} seeds"
+            return f"{text}; the paper's is {signed(papers / 100)}"
+        return f"{text}; to see the paper's {signed(papers / 100)} it would take {needed} seeds"
 
 
 def signed(fraction: float) -> str:
-    """In percentage points, with its sign."""
+    """A fraction in percentage points, with sign."""
     return f"{'−' if fraction < 0 else '+'}{percent(abs(fraction))}"
 
 
 def differences(
     groups: Mapping[str, Sequence[RunResult]], against: Mapping[str, str], measure: Measure = ERROR
 ) -> list[Difference]:
-    """For each row of ``against``, the difference from the row that it names; rows without a common seed at which both
-    are finite are left out.
+    """The difference of each row in ``against`` from its baseline; rows without a common seed with finite values are
+    omitted.
 
-    Complexity: 9,999 resamples a row, some milliseconds.
+    Complexity: 9,999 resamples per row, a few milliseconds.
     """
     from scipy import stats
 
@@ -92,8 +93,8 @@ def differences(
     for row, other in against.items():
         if row not in groups or other not in groups:
             continue
-        its, others = ({run.config.seed: measure(run) for run in groups[name]} for name in (row, other))
-        values = [its[seed] - others[seed] for seed in its if seed in others]
+        by_seed, baseline = ({run.config.seed: measure(run) for run in groups[name]} for name in (row, other))
+        values = [value - baseline[seed] for seed, value in by_seed.items() if seed in baseline]
         if values := [value for value in values if math.isfinite(value)]:
             found.append(_difference(row, other, values))
     tested = [index for index, one in enumerate(found) if not math.isnan(one.p)]
@@ -111,13 +112,13 @@ def _difference(row: str, against: str, values: Sequence[float]) -> Difference:
     if n < 2:
         return Difference(row, against, n, mean, *[math.nan] * 4)
     std = float(np.std(values, ddof=1))
-    if std <= 1e-12:  # errors are counts: a tie says nothing of how much they vary
+    if std <= 1e-12:  # errors are discrete: a tie says nothing about their variance
         return Difference(row, against, n, mean, 0.0, math.nan, math.nan, math.nan)
     p: float = stats.ttest_1samp(values, 0.0)[1]  # pyright: ignore[reportAssignmentType]
-    if n < FEWEST:
+    if n < MIN_SEEDS:
         return Difference(row, against, n, mean, std, math.nan, math.nan, float(p))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # BCa of very few values is degenerate, which the nan says
+        warnings.simplefilter("ignore")  # BCa can be degenerate for few values, and then gives nan
         interval = stats.bootstrap(
             (values,), np.mean, confidence_level=1 - LEVEL, n_resamples=RESAMPLES, rng=np.random.default_rng(0)
         ).confidence_interval
@@ -125,10 +126,10 @@ def _difference(row: str, against: str, values: Sequence[float]) -> Difference:
 
 
 def seeds_needed(std: float, difference: float, most: int = 10_000) -> int | None:
-    """How many paired seeds see a true difference, where pairs vary by ``std``, in POWER of all cases at LEVEL.
+    """The number of paired seeds that detect a true ``difference`` with POWER at LEVEL, if pairs vary by ``std``.
 
-    From the power of the two-sided paired t-test (noncentral t). None where the spread is not known, where there is no
-    difference, or where it takes more than ``most``.
+    From the power of the two-sided paired t-test (noncentral t). None if ``std`` is unknown or zero, if there is no
+    difference, or if it takes more than ``most``.
 
     Example:
         >>> seeds_needed(0.3, 0.5)

@@ -1,10 +1,11 @@
-"""Finished runs, found in folders, and the table over their seeds, as the paper's.
+"""Collecting finished runs from folders, and the paper's table over their seeds.
 
-The spread over seeds is the sample standard deviation (divisor n − 1), undefined (`nan`) for one seed.
+The spread over seeds is the sample standard deviation (divisor n − 1), `nan` for one seed.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -17,10 +18,10 @@ from wellcond.experiments.errors import FolderError, RunError
 from wellcond.experiments.results.parquet import RESULTS_TABLE, read_results
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.result import RunResult, load_result, newest_earlier_result
-from wellcond.experiments.run.train import KIND as RUN
+from wellcond.experiments.run.run_folder import KIND as RUN
 
 COMPARISON, RUNS = "comparison", "runs"
-"""The kind of folder that holds a comparison, and the folder of its runs."""
+"""The kind of a comparison's folder, and the subfolder of its runs."""
 
 
 Label = Callable[[RunConfig], str]
@@ -28,9 +29,9 @@ SHORT: Label = operator.attrgetter("label")
 
 
 def summarise(results: Iterable[RunResult], label: Label = SHORT) -> list[Any]:
-    """The table: a named tuple for each configuration (what has one ``label``) and layer, in the order of `results`.
+    """The table: a named tuple for each ``label`` and layer, in the order of `results`.
 
-    κ and ranks are medians over the seeds of each run's median.
+    κ and ranks are medians over seeds of each run's median.
     """
     import pandas as pd
 
@@ -38,7 +39,7 @@ def summarise(results: Iterable[RunResult], label: Label = SHORT) -> list[Any]:
         {
             "label": label(run.config),
             "error": run.test_error,
-            "top5": _or_nan(run.test_top5_error),
+            "top5": math.nan if run.test_top5_error is None else run.test_top5_error,
             "seconds": run.seconds_per_step,
             **asdict(layer),
         }
@@ -62,14 +63,10 @@ def summarise(results: Iterable[RunResult], label: Label = SHORT) -> list[Any]:
     return list(table.reset_index().itertuples(index=False, name="Row"))
 
 
-def _or_nan(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
 def as_columns(row: Any, config: RunConfig) -> dict[str, Any]:
-    """A row of the table for a file, which says of what it is, with the units in the names.
+    """A row of the table for a file, with its data, model and epochs, and units in the names.
 
-    The last three columns are fractions, from before there were those in percent.
+    The last three columns are fractions, kept for compatibility.
     """
     values = row._asdict()
     fractions = {name: values.pop(name) for name in ("test_error_mean", "test_error_std", "test_error_min")}
@@ -81,7 +78,7 @@ def as_columns(row: Any, config: RunConfig) -> dict[str, Any]:
 
 
 def by_label(results: Iterable[RunResult], label: Label = SHORT) -> dict[str, list[RunResult]]:
-    """The runs of each configuration."""
+    """The runs grouped by label."""
     groups: dict[str, list[RunResult]] = {}
     for result in results:
         groups.setdefault(label(result.config), []).append(result)
@@ -89,7 +86,7 @@ def by_label(results: Iterable[RunResult], label: Label = SHORT) -> dict[str, li
 
 
 def labels(configs: Sequence[RunConfig]) -> Label:
-    """A name for each configuration whatever its seed: the short one, and what else tells these apart."""
+    """A labelling function: the short label, followed by other options in which these configurations differ."""
     named = {"norm", "head", "treat", "seed"}
     names = [field.name for field in fields(RunConfig) if field.name not in named]
     varying = [name for name in names if len({getattr(config, name) for config in configs}) > 1]
@@ -101,7 +98,7 @@ def labels(configs: Sequence[RunConfig]) -> Label:
 
 
 def configs_in(comparison: Mapping[str, Any]) -> list[RunConfig]:
-    """The grid in the configuration of a comparison; a `FolderError` where this version does not understand it."""
+    """The grid in the `config.json` of a comparison; a `FolderError` if this version cannot read it."""
     try:
         return [RunConfig.from_dict(values) for values in comparison["runs"]]
     except (KeyError, TypeError, ValueError) as error:
@@ -113,16 +110,16 @@ def configs_in(comparison: Mapping[str, Any]) -> list[RunConfig]:
 
 
 def run_folders(comparison: Mapping[str, Any]) -> list[str]:
-    """The names of the folders of its runs, in their order."""
-    said = (comparison.get("experiment") or {}).get("folders")
-    return said or [config.folder_name for config in configs_in(comparison)]
+    """The names of the runs' folders, in the order of the runs."""
+    saved = (comparison.get("experiment") or {}).get("folders")
+    return saved or [config.folder_name for config in configs_in(comparison)]
 
 
 def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
-    """The results of all finished runs in the folders or tables (``results.parquet``), each once, and a line for each
-    that is not finished.
+    """The results of all finished runs in these folders or tables (``results.parquet``), each once, and a note on each
+    unfinished one.
 
-    Of a run that is being made longer it is the result that it had before.
+    A run that is being extended is represented by its earlier result.
     """
     places = list(places)
     found = dict.fromkeys(path.resolve() for place in places for path in _runs_in(place))
@@ -137,26 +134,26 @@ def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
             results.append(result)
             epochs = f"{result.config.epochs} epoch{'s' if result.config.epochs > 1 else ''}"
             notes.append(
-                f"'{folder}' is being made longer and that is not finished: reported is its result after {epochs}; "
-                f"go on with: {_how_to_go_on(folder)}"
+                f"'{folder}' is being extended and not finished: reported is its result after {epochs}; "
+                f"go on with: {_resume_command(folder)}"
             )
-        elif path in in_tables:  # whose folder is gone
+        elif path in in_tables:  # its folder is gone
             results.append(replace(in_tables[path], folder=str(folder)))
         else:
-            notes.append(f"'{folder}' is not finished and left out; go on with: {_how_to_go_on(folder)}")
+            notes.append(f"'{folder}' is not finished and left out; go on with: {_resume_command(folder)}")
     if not results:
         raise RunError("; ".join(["there is no finished run to report", *notes]))
     return results, notes
 
 
-def _how_to_go_on(run: Path) -> str:
+def _resume_command(run: Path) -> str:
     if folders.kind_of(run) == RUN:
         return f"wellcond train --out {run} --resume"
-    return f"wellcond compare --out {run.parents[1]} --resume"  # which has not begun it yet
+    return f"wellcond compare --out {run.parents[1]} --resume"  # the run has not started yet
 
 
 def _in_table(place: Path) -> list[RunResult]:
-    """The results in a Parquet file, or in that of a comparison."""
+    """The results in a Parquet file or in the one of a comparison's folder."""
     table = place if place.suffix == ".parquet" else place / RESULTS_TABLE
     return read_results(table) if table.is_file() else []
 

@@ -1,4 +1,4 @@
-"""A table as data, before it is shown on the terminal, in Markdown or on a page; and how its numbers are written."""
+"""Tables as data, to be rendered on the terminal, in Markdown or in HTML, and the formatting of their numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 SPACE = "\N{NO-BREAK SPACE}"
-"""At which no heading is broken."""
 
 
 class Strong(str):
@@ -18,7 +17,7 @@ class Strong(str):
 
 
 class Column(NamedTuple):
-    """A heading, whether its cells are text (flush left), and whether it is too much for the terminal's 80 columns."""
+    """A column: its heading, whether it is text (left-aligned), and whether it is omitted on an 80-column terminal."""
 
     head: str
     text: bool = False
@@ -27,7 +26,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under columns; a heading alone stands for a column of numbers, the first for one of text."""
+    """A table. A plain string as heading means a column of numbers, or of text for the first column."""
 
     heads: Sequence[str | Column]
     rows: Sequence[Sequence[str]]
@@ -36,25 +35,25 @@ class Table:
 
     @property
     def columns(self) -> list[Column]:
-        """The columns, all of them spelt out."""
+        """All columns as `Column`."""
         return [head if isinstance(head, Column) else Column(head, text=i == 0) for i, head in enumerate(self.heads)]
 
 
 def number(value: float) -> str:
-    """Three digits: `1.23e+04` where that is shorter."""
+    """Three significant digits, in exponential notation from 1e4."""
     return f"{value:.2e}" if math.isfinite(value) and value >= 1e4 else f"{value:.3g}"
 
 
 def percent(fraction: float) -> str:
-    """A fraction in percent, to two places."""
+    """A fraction in percent, with two decimals."""
     return f"{100 * fraction:.2f}"
 
 
 def rank(value: float, dim: int) -> str:
-    """A (median) rank out of the dimension."""
+    """A (median) rank and the dimension, as `12/16`."""
     return f"{value:g}/{dim}"
 
 
 def short(layer: str) -> str:
-    """The name of a layer without that of the network it is in."""
+    """The name of a layer without the prefix of the network."""
     return layer.removeprefix("model.")

@@ -1,4 +1,4 @@
-"""What runs found, as tables: one run; a comparison as the paper's Tables 1–5, with the conditioning; all runs."""
+"""Tables of results: of one run; of a comparison, like the paper's Tables 1–5 with conditioning; of all runs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,13 @@ from wellcond.experiments.run.result import RunResult
 
 
 def run_table(result: RunResult) -> Table:
-    """What one run found, a line each."""
+    """The result of one run, one line per quantity."""
     config = result.config
-    lines = [
-        ("test error", f"{percent(result.test_error)} %  (weights of the last epoch)"),
-        *([] if (top5 := result.test_top5_error) is None else [("test error, top 5", f"{percent(top5)} %")]),
-        ("test accuracy", f"{percent(result.test_accuracy)} %"),
-        (
-            "validation accuracy",
-            f"best {percent(result.best_val_accuracy)} % after epoch {result.best_epoch + 1} (best.ckpt)",
-        ),
-    ]
+    lines = [("test error", f"{percent(result.test_error)} %  (weights of the last epoch)")]
+    if result.test_top5_error is not None:
+        lines.append(("test error, top 5", f"{percent(result.test_top5_error)} %"))
+    best = f"best {percent(result.best_val_accuracy)} % after epoch {result.best_epoch + 1} (best.ckpt)"
+    lines += [("test accuracy", f"{percent(result.test_accuracy)} %"), ("validation accuracy", best)]
     for found in result.conditions:
         ranks = (
             f"numerical {rank(found.numerical_rank, found.dim)}, effective {number(found.effective_rank)}  "
@@ -45,9 +41,9 @@ def run_table(result: RunResult) -> Table:
 
 
 def comparison_table(rows: Sequence[Any], title: str = "", papers: Mapping[str, str] | None = None) -> Table:
-    """A line for each configuration, and for each of its observed layers where there are several; the best is bold.
+    """A line for each configuration, and further lines for its layers if there are several; the best values are bold.
 
-    ``papers`` has by row what the paper reports, which the terminal has no room for, nor for the top-5 error.
+    ``papers`` has the paper's figures by row. They and the top-5 error are omitted on the terminal.
     """
     papers = papers or {}
     top5 = any(not math.isnan(row.test_top5_error_mean) for row in rows)
@@ -59,14 +55,9 @@ def comparison_table(rows: Sequence[Any], title: str = "", papers: Mapping[str, 
         return Strong(text) if getattr(row, name) == best[name] < math.inf else text
 
     def measures(row: Any) -> list[str]:
-        return [
-            *([short(row.layer)] if one_layer_each else []),
-            cell(number(row.kappa), row, "kappa"),
-            number(row.kappa_eps),
-            rank(row.numerical_rank, row.dim),
-            number(row.effective_rank),
-            str(row.failures),
-        ]
+        layer = [short(row.layer)] if one_layer_each else []
+        kappas = [cell(number(row.kappa), row, "kappa"), number(row.kappa_eps)]
+        return [*layer, *kappas, rank(row.numerical_rank, row.dim), number(row.effective_rank), str(row.failures)]
 
     body = []
     for layers in groups:
@@ -79,30 +70,28 @@ def comparison_table(rows: Sequence[Any], title: str = "", papers: Mapping[str, 
             cell(f"{percent(first.test_error_mean)}{spread}", first, "test_error_mean"),
             cell(percent(first.test_error_min), first, "test_error_min"),
         ]
-        several = len(layers) > 1
-        body.append([*head, *([""] * 5 if several else measures(first)), f"{first.seconds_per_step:.4f}", *wide])
-        body += [
-            [f"{2 * SPACE}{short(row.layer)}", "", "", *measures(row), "", *([""] * len(wide))]
-            for row in layers
-            if several
-        ]
+        time = f"{first.seconds_per_step:.4f}"
+        if len(layers) == 1:
+            body.append([*head, *measures(first), time, *wide])
+            continue
+        body.append([*head, *[""] * len(measures(first)), time, *wide])
+        body += [[f"{2 * SPACE}{short(row.layer)}", "", "", *measures(row), "", *[""] * len(wide)] for row in layers]
     beside = [Column(f"top-5{SPACE}error{SPACE}%", wide=True)] if top5 else []
     beside += [Column("paper's", wide=True)] if papers else []
     layer = [Column("layer", text=True, wide=True)] if one_layer_each else []
     measured = ["κ(P)", "κ(P+εI)", "rank", "eff. rank", "fails", f"s{SPACE}per step"]
-    several_seeds = any(row.seeds > 1 for row in rows)
-    return Table(
-        ["method", f"test error{SPACE}%", "min", *layer, *measured, *beside],
-        body,
-        caption=("± is the sample standard deviation over the seeds (n − 1). " if several_seeds else "")
-        + "κ and ranks: medians over steps, then over seeds, of the layer's batch covariance P. Fails: decompositions "
-        "that failed at first, all seeds together. Time: median step.",
-        title=title,
+    caption = (
+        "κ and ranks: medians over steps, then over seeds, of the layer's batch covariance P. Fails: decompositions "
+        "that failed at first, summed over seeds. Time: median step."
     )
+    if any(row.seeds > 1 for row in rows):
+        caption = f"± is the sample standard deviation over the seeds (n − 1). {caption}"
+    heads = ["method", f"test error{SPACE}%", "min", *layer, *measured, *beside]
+    return Table(heads, body, caption=caption, title=title)
 
 
 def runs_table(results: Sequence[RunResult], label: Label) -> Table:
-    """A line for each run."""
+    """One line per run."""
     body = [
         (
             label(result.config),
@@ -121,12 +110,12 @@ def runs_table(results: Sequence[RunResult], label: Label) -> Table:
     return Table(
         [*heads, Column("folder", text=True)],
         body,
-        caption="The test images are seen once, with the weights of the last epoch.",
+        caption="Each run is tested once, with the weights of the last epoch.",
     )
 
 
 def configuration_table(configs: Sequence[RunConfig]) -> Table:
-    """Every option with all its values."""
+    """One line per option with all its values."""
     names = [field.name for field in fields(RunConfig)]
     values = [", ".join(dict.fromkeys(str(getattr(config, name)) for config in configs)) for name in names]
     return Table(["option", Column("value", text=True)], list(zip(names, values, strict=True)))

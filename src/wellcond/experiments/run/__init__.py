@@ -1,1 +1,1 @@
-"""One training from its configuration to its result."""
+"""One training run, from its configuration to its result."""

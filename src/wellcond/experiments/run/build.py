@@ -1,4 +1,4 @@
-"""The images, the network and the batches of a configuration: all that can be wrong with one comes out here."""
+"""Builds the images, the network and the batches of a configuration; every invalid option raises here."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def build(config: RunConfig, data: ImageData | None) -> tuple[Classifier, ImageD
     """The network and the batches of `config`.
 
     Args:
-        data: the images, as `load` gives them, if they are loaded already.
+        data: the images from `load`, if already loaded.
 
     Raises:
-        ValueError: anything that `config` asks for cannot be made, here or on this machine.
+        ValueError: an invalid option, or one not supported on this machine.
     """
     data = data or load(config)
     module = Classifier(config, num_classes=data.num_classes, in_channels=data.in_channels)
@@ -26,13 +26,13 @@ def build(config: RunConfig, data: ImageData | None) -> tuple[Classifier, ImageD
 
 
 def load(config: RunConfig) -> ImageData:
-    """The images of `config`, as its crops need them."""
+    """The images of `config`, prepared for its crops."""
     areas = config.crop == "resized"
     return load_images(config.data, image_size=config.image_size, limit=config.limit, areas=areas)
 
 
 def batches(config: RunConfig, data: ImageData, *, augment: bool) -> ImageDataModule:
-    """The batches of `config` in its order."""
+    """The batches of `config`, ordered by its seed."""
     memory_format = MEMORY_FORMATS[config.memory_format]
     options = {"seed": config.seed, "workers": config.workers, "memory_format": memory_format}
     return ImageDataModule(data, config.batch_size, augment=augment, **options)

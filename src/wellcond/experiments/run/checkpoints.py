@@ -1,10 +1,10 @@
 """Checkpoints of a run: `last.ckpt`, the `previous.ckpt` before it, and `best.ckpt` by validation accuracy.
 
-All three hold the whole state of the training at the end of an epoch: a run continues exactly from any of
-them. They hold tensors and plain values only, and are read with `weights_only=True`: reading runs no code.
+All three hold the complete training state at the end of an epoch: a run continues exactly from any of them. They
+contain only tensors and plain values, and are read with `weights_only=True`, which executes no code.
 
-A file of `torch.save` is a ZIP archive. Its comment, the last bytes of the file, has the SHA-256 of all before it:
-checksum and file cannot be torn apart, and `torch.load` reads the file as any other.
+`torch.save` writes a ZIP archive. Its comment, the last bytes of the file, holds the SHA-256 of everything before it:
+the checksum cannot get separated from the file, and `torch.load` reads it as usual.
 """
 
 from __future__ import annotations
@@ -30,45 +30,45 @@ with needs_train_extra():
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 DAMAGED = ".damaged"
-"""What is put after the name of a checkpoint that cannot be read, when a run goes on without it."""
+"""Suffix of a damaged file that is set aside when a run continues without it."""
 
 PARTS = (
     *("state_dict", "epoch", "global_step", "optimizer_states", "lr_schedulers", "loops", "callbacks"),
     *("treatment", "solver_events", "pytorch-lightning_version"),
 )
-"""What a run needs to go on."""
+"""The entries of a checkpoint that a run needs to continue."""
 
 MARK, DIGITS = b"sha256 ", 2 * hashlib.sha256().digest_size
 
 
 def sealed(archive: bytes) -> bytes:
-    """A ZIP archive without a comment, with its checksum as the comment."""
+    """The ZIP archive (without a comment) with its checksum as comment."""
     body = archive[:-2]  # up to the length of the comment, the last field of a ZIP archive
     comment = MARK + hashlib.sha256(body).hexdigest().encode()
     return body + struct.pack("<H", len(comment)) + comment
 
 
 def is_whole(data: bytes) -> bool:
-    """Whether the checksum of a sealed archive is right; of one that is not sealed, the CRC-32 of all its members."""
+    """Whether the checksum of a sealed archive matches; without a seal, the CRC-32 of all its members."""
     comment = data[-len(MARK) - DIGITS :]
     if comment.startswith(MARK):
         return data == sealed(data[: -len(comment) - 2] + b"\0\0")
     try:
         return zipfile.ZipFile(io.BytesIO(data)).testzip() is None
-    except Exception:  # zipfile raises many kinds for a damaged file
+    except Exception:  # zipfile raises many types for a damaged file
         return False
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's way to the disk: whole files or none.
+    """Writes Lightning's checkpoints atomically.
 
-    The old `last.ckpt` becomes `previous.ckpt` once the new one is on the disk. Where the disk is full or refuses, a
-    `CheckpointError` says so and what was there remains.
+    The old `last.ckpt` becomes `previous.ckpt` once the new one is on disk. If writing fails, a `CheckpointError` is
+    raised and the existing files remain.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        # Serialised in memory first, so that a full disk is the OSError it is, not an archive half written.
+        # Serialised in memory first, so that a full disk raises a plain OSError.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         try:
@@ -85,20 +85,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint to the CPU; always with `weights_only=True`, whatever Lightning asks."""
+        """Read a checkpoint to the CPU, always with `weights_only=True`."""
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_checkpoint(path: Path, parts: Sequence[str] = PARTS) -> dict[str, Any]:
-    """What a checkpoint holds; a `ValueError` says in a line why it cannot be read or lacks one of the parts."""
+    """The contents of a checkpoint; a one-line `ValueError` if it cannot be read or lacks one of the parts."""
     data = path.read_bytes()
     if not is_whole(data):
         raise ValueError("it is damaged: its contents do not have its checksum")
     try:
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except UnpicklingError as error:  # whose many lines advise to run the code
+    except UnpicklingError as error:  # its long message suggests to execute the code
         raise ValueError("it is damaged or unsafe: it holds more than tensors and plain values") from error
-    except Exception as error:  # torch raises many kinds for a damaged file
+    except Exception as error:  # torch raises many types for a damaged file
         raise ValueError("it is damaged") from error
     lacking = [part for part in parts if part not in checkpoint] if isinstance(checkpoint, Mapping) else parts
     if lacking:
@@ -107,8 +107,9 @@ def read_checkpoint(path: Path, parts: Sequence[str] = PARTS) -> dict[str, Any]:
 
 
 def newest_readable(folder: Path) -> tuple[Path, dict[str, Any], dict[Path, str]]:
-    """The checkpoint in `folder` that is furthest of those that can be read, its contents, and what was wrong
-    with those that cannot. The others are opened only where `last.ckpt` is missing or damaged.
+    """The most advanced readable checkpoint in `folder`, its contents, and what is wrong with unreadable ones.
+
+    Others than `last.ckpt` are opened only if that is missing or damaged.
 
     Raises:
         CheckpointError: there is no checkpoint, or none can be read.
@@ -130,11 +131,11 @@ def newest_readable(folder: Path) -> tuple[Path, dict[str, Any], dict[Path, str]
 
 
 class BestAndLast(Checkpoint):
-    """Save at the end of every epoch: `last.ckpt`, and `best.ckpt` when validation accuracy rose."""
+    """Saves `last.ckpt` after every epoch, and `best.ckpt` when validation accuracy has improved."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.best_accuracy, self.best_epoch = -1.0, -1  # a fraction, and counted from 0, once there is one
+        self.best_accuracy, self.best_epoch = -1.0, -1  # accuracy as a fraction, epochs counted from 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_accuracy": self.best_accuracy, "best_epoch": self.best_epoch}
@@ -143,9 +144,9 @@ class BestAndLast(Checkpoint):
         self.best_accuracy, self.best_epoch = state_dict["best_accuracy"], state_dict["best_epoch"]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save on every rank (Lightning gathers what is spread), written by rank 0."""
+        """Save; called on every rank, as Lightning gathers sharded state, and written by rank 0."""
         accuracy = float(trainer.callback_metrics["val_accuracy"])
-        if accuracy > self.best_accuracy:  # of equals the first is kept
+        if accuracy > self.best_accuracy:  # ties keep the earlier one
             self.best_accuracy, self.best_epoch = accuracy, trainer.current_epoch
             trainer.save_checkpoint(self.folder / BEST)
         trainer.save_checkpoint(self.folder / LAST)

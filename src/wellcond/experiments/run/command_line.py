@@ -1,4 +1,4 @@
-"""The options of a run as they are written on the command line."""
+"""The options of a run as command-line words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wellcond.experiments.run.config import RunConfig, run_config
 
 
 def said_default(option: Field[Any]) -> str:
-    """What the command line says of the default of a field: the paper's, and the digits' own."""
+    """The default shown in the help: the paper's, and that of the digits."""
     values = dict.fromkeys((option.default, getattr(run_config(), option.name)))
     texts = [option.metadata["unset"] if value is None else str(value) for value in values]
     if option.type == "bool":
@@ -19,7 +19,7 @@ def said_default(option: Field[Any]) -> str:
 
 
 def option_words(name: str, value: Any) -> list[str]:
-    """The words that set the option."""
+    """The words that set an option."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
@@ -27,7 +27,7 @@ def option_words(name: str, value: Any) -> list[str]:
 
 
 def command(config: RunConfig) -> str:
-    """The command line that trains ``config`` again: what departs from the settings of its data."""
+    """The command line that trains ``config``, with the options that differ from the defaults of its data set."""
     default = run_config(data=config.data).to_dict()
     words = ["wellcond", "train", "--data", config.data]
     for name, value in config.to_dict().items():

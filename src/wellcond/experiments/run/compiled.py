@@ -1,4 +1,4 @@
-"""A network whose stages `torch.compile` has compiled, and whether it can on this machine."""
+"""Compiling the stages of a network with `torch.compile`, and checking that it works on this machine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from wellcond.experiments.errors import ConfigError
 
 
 def compile_stages(model: nn.Sequential) -> None:
-    """Let the stages of a network of `build_model` run as one function that `torch.compile` makes; names stay.
+    """Compile the stages of a network from `build_model` as one function; module names stay the same.
 
-    What surrounds them stays as it is: spectral layers and the layers that a treatment or a monitor acts on would be
-    cut into pieces, each compiled again and again (measured with a whitening stem: four minutes for three blocks).
+    The remaining layers are not compiled: graph breaks at spectral layers, treated and monitored layers would cause
+    many recompilations (with a whitening stem, four minutes for three blocks).
     """
     parts = [*model.named_children()]
     inside = [i for i, (name, _) in enumerate(parts) if name.startswith("stage")]
@@ -37,11 +37,11 @@ def compile_stages(model: nn.Sequential) -> None:
 
 
 def require_compiler() -> None:
-    """Compile one addition, for which whatever compiles on this machine has to be there."""
+    """Raise a `ConfigError` unless `torch.compile` can compile a trivial function here."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.compile(torch.add)(torch.ones(2, device=device), 1)
-    except Exception as error:  # of many kinds, with pages of advice
+    except Exception as error:  # many types, with very long messages
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(
             f"torch.compile does not work here ({why}): install a C++ compiler (on a GPU: Triton), or leave compile out"

@@ -1,4 +1,4 @@
-"""What is kept of a training that diverged: the condition numbers that led there.
+"""The condition numbers that preceded a divergence.
 
 RUN/last_condition_numbers.csv    the last 50 records of each observed layer, in the columns of condition.csv
 """
@@ -12,13 +12,14 @@ from wellcond.experiments.files import write_csv
 from wellcond.monitor import ConditionRecord
 
 LAST_CONDITION = "last_condition_numbers.csv"
-HOW_MANY = 50  # records of each layer
+RECORDS_PER_LAYER = 50
 
 
 def keep_last(records: Sequence[ConditionRecord], folder: Path) -> str:
-    """Write the last records of every layer into the run's folder, and say so in a sentence with the last of all."""
-    layers = dict.fromkeys(record.layer for record in records)
-    last = [record for layer in layers for record in [one for one in records if one.layer == layer][-HOW_MANY:]]
+    """Write the last records of every layer to the run's folder; returns a sentence for the error message."""
+    last: list[ConditionRecord] = []
+    for layer in dict.fromkeys(record.layer for record in records):
+        last += [record for record in records if record.layer == layer][-RECORDS_PER_LAYER:]
     if not last:
         return "No condition number was recorded"
     rows = [record.as_dict() for record in last]

@@ -1,4 +1,4 @@
-"""The log of a run: a line of `metrics.csv` for every epoch, the time of every step, and how fast it goes."""
+"""The log of a run: one line of `metrics.csv` per epoch, step times, and throughput."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ COLUMNS = (
     *("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_error"),
     *("val_top5_error", "seconds", "seconds_total", "images_per_second"),
 )
-"""Of `metrics.csv`. `seconds` are of the epoch, `seconds_total` of all up to it; images are of training alone."""
+"""Columns of `metrics.csv`. `seconds` is per epoch, `seconds_total` cumulative; throughput is of training only."""
 
 log = logging.getLogger("wellcond")
 
 
 class Pace:
-    """How fast a training goes: images a second, and what is left at the mean time of a step of this session."""
+    """The throughput of a training in images per second, and the estimated remaining time."""
 
     def __init__(self) -> None:
         self._began = self._epoch_began = self._step_ended = time.perf_counter()
@@ -40,23 +40,23 @@ class Pace:
         self._epoch_images = 0
 
     def end_step(self, images: int) -> None:
-        """A step over so many images, of all processes together, has ended."""
+        """Count a step over so many images, summed over processes."""
         self._step_ended = time.perf_counter()
         self._steps += 1
         self._epoch_images += images
 
     @property
     def images_per_second(self) -> float:
-        """Of training, in this epoch: what comes after its last step is not counted."""
+        """Training throughput of this epoch, up to its last step."""
         return self._epoch_images / max(self._step_ended - self._epoch_began, 1e-9)
 
     @property
     def epoch_seconds(self) -> float:
-        """Since the beginning of the epoch."""
+        """Seconds since the start of the epoch."""
         return time.perf_counter() - self._epoch_began
 
     def left(self, steps: float) -> str:
-        """The time that so many steps more will take, with everything between them, as h:mm:ss."""
+        """The estimated time of so many further steps as h:mm:ss, from the mean of this session."""
         if not self._steps:
             return "?"
         return str(timedelta(seconds=round(steps * (time.perf_counter() - self._began) / self._steps)))
@@ -91,12 +91,12 @@ class RunLog(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # The loss was read in this step, so that no work of it is still queued on a GPU but the update.
+        # Reading the loss has synchronised the GPU: only the update may still be queued.
         self.recent.append(time.perf_counter() - self._step_began)
         self.pace.end_step(len(batch[1]) * trainer.world_size)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the epoch's line (rank 0) after those of earlier epochs; later ones are from before a resume."""
+        """Write the epoch's line (rank 0); lines of later epochs, from before a resume, are dropped."""
         seconds = self.pace.epoch_seconds
         self.seconds += seconds
         if not trainer.is_global_zero:
@@ -127,7 +127,7 @@ class RunLog(pl.Callback):
 
 
 def with_seconds_of_epochs(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Rows of `metrics.csv` in which `seconds` are of the epoch: in earlier versions they were of all up to it."""
+    """Rows of `metrics.csv` with `seconds` per epoch; in earlier versions they were cumulative."""
     found, before = [], 0.0
     for row in rows:
         if "seconds_total" in row:
@@ -140,12 +140,12 @@ def with_seconds_of_epochs(rows: Sequence[dict[str, str]]) -> list[dict[str, str
 
 
 def steps_left(trainer: pl.Trainer) -> float:
-    """Of the training as it is planned."""
+    """The remaining steps of the training."""
     return max(float(trainer.estimated_stepping_batches) - trainer.global_step, 0.0)
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's, with the images a second and the time that all epochs together still take."""
+    """Lightning's progress bar with images per second and the remaining time of all epochs."""
 
     def __init__(self, run_log: RunLog) -> None:
         super().__init__(leave=False)

@@ -1,17 +1,16 @@
-"""Residual networks with a place for a spectral layer at either end.
+"""Residual networks with an optional spectral layer at either end.
 
 He, Zhang, Ren & Sun, "Deep residual learning for image recognition", CVPR 2016: the networks of 6n + 2 layers of
 section 4.2 (three stages, 16-32-64 channels) and those of table 1 (four stages, 64-128-256-512, basic or bottleneck
-blocks). The stem is that of images of about 32×32, one convolution of stride 1 and no pooling; or the article's own
-for photographs, 7×7 with stride 2 and a max-pooling that halves the map again. Shortcuts that change the shape are
-1×1 convolutions with batch norm (the article's option B) everywhere, and a bottleneck has its stride in the 3×3
-convolution (the article: in the first 1×1), as is usual since.
+blocks). The stem is one convolution of stride 1 without pooling, for images of about 32×32; or the article's ImageNet
+stem, 7×7 with stride 2 and max-pooling. Shortcuts that change the shape are always 1×1 convolutions with batch norm
+(the article's option B), and a bottleneck has its stride in the 3×3 convolution (in the article: in the first 1×1), as
+is now usual.
 
-Decorrelated batch norm takes the place of the batch norm after the first convolution, as in Song, Sebe & Wang
-(ECCV 2022), section 6.1. A covariance head takes the place of the average pooling, as in section 6.2 and in the code
-on covariance pooling that it builds on: a 1×1 convolution to 256 channels, batch norm and ReLU before the covariance,
-the upper triangle of its root after it. Ours departs from that in networks whose last stage has fewer than 512
-channels, of which half are kept.
+Decorrelated batch norm replaces the batch norm after the first convolution, as in Song, Sebe & Wang (ECCV 2022),
+section 6.1. A covariance head replaces the average pooling, as in section 6.2 and the code it builds on: a 1×1
+convolution to 256 channels, batch norm and ReLU before the covariance, and the upper triangle of its square root after
+it. If the last stage has fewer than 512 channels, they are reduced by half instead.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 (which has the stride) and 1×1 convolutions, the last to four times the channels, and a shortcut."""
+    """1×1, 3×3 (with the stride) and 1×1 convolutions, the last to four times the channels, and a shortcut."""
 
     expansion = 4
 
@@ -65,7 +64,7 @@ class Bottleneck(nn.Module):
 
 
 class Design(NamedTuple):
-    """What tells one residual network from another."""
+    """The design of a residual network."""
 
     block: type[BasicBlock] | type[Bottleneck]
     depths: tuple[int, ...]  # blocks in each stage
@@ -82,7 +81,7 @@ MODELS = {
 
 STEMS = ("cifar", "imagenet")
 STEM_KERNEL = 3
-"""Size of the first convolution of the `cifar` stem, where nothing else is asked for."""
+"""Default kernel size of the `cifar` stem."""
 
 
 def build_model(
@@ -99,11 +98,11 @@ def build_model(
 ) -> nn.Sequential:
     """A residual network for (N, in_channels, H, W) images, returning (N, num_classes) logits.
 
-    A sequence of `conv1`, `norm1`, `relu`, (`maxpool`,) `stage1` …, `pool`, `flatten`, `classifier`, so that what comes
-    before a spectral layer is plain to see and to trace.
+    A sequence of `conv1`, `norm1`, `relu`, (`maxpool`,) `stage1` …, `pool`, `flatten`, `classifier`, so that the layer
+    before a spectral layer is easy to see and to trace.
 
-    Weights of convolutions are drawn from N(0, 2 / fan_out) (He et al., "Delving deep into rectifiers", ICCV
-    2015), norms start as the identity, the classifier as `torch.nn.Linear` does; all from torch's global generator.
+    Convolutions are initialised from N(0, 2 / fan_out) (He et al., "Delving deep into rectifiers", ICCV 2015), norms as
+    the identity, and the classifier as in `torch.nn.Linear`; all from torch's global generator.
 
     Args:
         name: `resnet8`, `resnet18`, `resnet34`, `resnet50` or `resnet101`.
@@ -111,18 +110,18 @@ def build_model(
         in_channels: channels of the images.
         norm: after the first convolution: `batch` norm; `zca`, decorrelated batch norm; or `iter`, the same by the
             Newton–Schulz iteration. All other norms are batch norms.
-        head: `avg`, the mean over positions; or `gcp`, the square root of the covariance over positions, of
-            256 channels (or half of the last stage's, where those are fewer) to which a 1×1 convolution reduces
-            them. With `gcp` the last stage keeps the size of the image, as in that literature, for more positions.
-        width: channels of the first stage, where not the design's own (16 for `resnet8`, 64 for the others).
-        stem: `cifar`, the first convolution at the size of the image; or `imagenet`, 7×7 with stride 2, and after norm
-            and ReLU a 3×3 max-pooling with stride 2, so that 224×224 images come to the first stage as 56×56.
-        stem_kernel: odd size of the first convolution of the `cifar` stem. Its output has a covariance of rank at most
-            in_channels · stem_kernel²: fewer channels (`width`) than that are needed for full rank.
+        head: `avg`, the mean over positions; or `gcp`, the square root of the covariance over positions, after a 1×1
+            convolution to 256 channels (or half of the last stage's, if fewer). With `gcp` the last stage is not
+            downsampled, as in that literature, for more positions.
+        width: channels of the first stage (default 16 for `resnet8`, 64 for the others).
+        stem: `cifar`, a convolution of stride 1; or `imagenet`, 7×7 with stride 2, norm, ReLU, and a 3×3 max-pooling
+            with stride 2, so that 224×224 images enter the first stage as 56×56.
+        stem_kernel: odd kernel size of the `cifar` stem. The covariance of its output has rank at most
+            in_channels · stem_kernel²; full rank needs a `width` of at most that.
         spectral: options of the spectral layers, as in :class:`SpectralOptions`.
 
     Raises:
-        ValueError: an unknown name (with the nearest right one), a size that cannot be, or a ``stem_kernel`` beside the
+        ValueError: an unknown name (with the closest valid one), an invalid size, or a ``stem_kernel`` with the
             `imagenet` stem.
 
     Example:

@@ -1,7 +1,7 @@
-"""The norms and heads that the experiment models can have, by name: a new one is one entry here.
+"""The norms and heads of the experiment models, by name; adding one takes one entry here.
 
-``--norm``, ``--head``, the checks of a configuration and the grid of a comparison read these tables. torch is imported
-by what builds a part, so that ``wellcond --help`` is quick.
+``--norm``, ``--head``, the validation of a configuration and the grid of a comparison read these tables. torch is
+imported only when a part is built, so that ``wellcond --help`` is fast.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 GCP_CHANNELS = 256
-"""Channels of which covariance heads take the covariance, after Li et al. (iSQRT-COV, CVPR 2018)."""
+"""Channels of the covariance in covariance heads, as in Li et al. (iSQRT-COV, CVPR 2018)."""
 
 
 class Norm(NamedTuple):
-    """A norm after the first convolution: ``build(channels, options)``, whether it is a spectral layer, and whether it
-    takes a solver."""
+    """A norm after the first convolution, built by ``build(channels, options)``."""
 
     build: Callable[[int, SpectralOptions], nn.Module]
     spectral: bool = True
@@ -29,9 +28,9 @@ class Norm(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A pooling before the classifier: ``build(channels, options)`` gives it and the number of its features.
+    """A pooling before the classifier; ``build(channels, options)`` returns it and the number of its features.
 
-    Spectral heads get the last stage at the size of the one before, as in that literature, for more positions.
+    With a spectral head the last stage is not downsampled, as in that literature, for more positions.
     """
 
     build: Callable[[int, SpectralOptions], tuple[nn.Module, int]]
@@ -40,7 +39,7 @@ class Head(NamedTuple):
 
 
 class SpectralOptions(NamedTuple):
-    """What the spectral layers are made with; each takes what concerns it."""
+    """Options of the spectral layers; each layer uses those that apply to it."""
 
     groups: int = 1
     eps: float = 1e-5
@@ -58,17 +57,17 @@ def _batch(channels: int, options: SpectralOptions) -> nn.Module:
 def _zca(channels: int, options: SpectralOptions) -> nn.Module:
     from wellcond.nn import DecorrelatedBatchNorm2d
 
-    return _started(DecorrelatedBatchNorm2d, channels, options, solver=options.solver or "auto")
+    return _initialised(DecorrelatedBatchNorm2d, channels, options, solver=options.solver or "auto")
 
 
 def _iter(channels: int, options: SpectralOptions) -> nn.Module:
     from wellcond.nn import IterNorm2d
 
-    return _started(IterNorm2d, channels, options)
+    return _initialised(IterNorm2d, channels, options)
 
 
-def _started(kind: Any, channels: int, options: SpectralOptions, **more: Any) -> nn.Module:
-    """A decorrelated norm of that kind, with its weight as the options say."""
+def _initialised(kind: Any, channels: int, options: SpectralOptions, **more: Any) -> nn.Module:
+    """A decorrelated norm of that class, with its weight initialised as in the options."""
     norm = kind(channels, groups=options.groups, eps=options.eps, running=options.running, **more)
     if options.norm_weight == "uniform":
         from torch import nn
@@ -96,12 +95,12 @@ HEADS = {"avg": Head(_avg, spectral=False), "gcp": Head(_gcp, takes_solver=True)
 
 
 def is_treatable(norm: str, head: str) -> bool:
-    """Whether a network of these parts has a spectral layer, before which a treatment acts."""
+    """Whether a network of these parts has a spectral layer, before which treatments act."""
     require_known(norm, NORMS, "norm", error=ConfigError)
     require_known(head, HEADS, "head", error=ConfigError)
     return NORMS[norm].spectral or HEADS[head].spectral
 
 
 def takes_solver(norm: str, head: str) -> bool:
-    """Whether one of these parts, both of which are known, takes a solver."""
+    """Whether one of these (known) parts takes a solver."""
     return NORMS[norm].takes_solver or HEADS[head].takes_solver

@@ -1,7 +1,6 @@
-"""Several processes on one machine, Ctrl-C and SIGTERM, and Lightning's chatter: what surrounds training.
+"""Process management around training: spawning, Ctrl-C and SIGTERM, threads, and Lightning's log output.
 
-Processes started here find each other by the variables that `torchrun` would set, so that Lightning's DDP sees no
-difference between the two.
+Spawned processes get the environment variables that `torchrun` would set, so that Lightning's DDP works the same way.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from torch import multiprocessing
 from wellcond.experiments.errors import RunError, Terminated
 
 INTERRUPTED = 130
-"""The exit status of a process that Ctrl-C ended, as shells have it: 128 + SIGINT."""
+"""Exit status after Ctrl-C, by shell convention 128 + SIGINT."""
 DEADLY = [getattr(signal, name) for name in ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGABRT") if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Lightning's advice about hardware, loaders and its services off the terminal; errors still come."""
+    """Suppress Lightning's warnings and hints; errors are still logged."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -45,7 +44,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Let torch use `count` CPU threads inside; None leaves it as it is."""
+    """Let torch use `count` CPU threads inside; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -56,10 +55,10 @@ def threads(count: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[..., None]]:
-    """Let Ctrl-C in the middle of Lightning's training come out as `KeyboardInterrupt`, and work again after.
+    """Make Ctrl-C during Lightning's training raise `KeyboardInterrupt`, and restore its handler afterwards.
 
-    SIGTERM does in the training what it did before it, once the function that comes of this is called there: Lightning
-    would end the process with status 0, and sends from inside its signal handler to the other processes.
+    The yielded function, called when training starts, restores the SIGTERM handler that Lightning replaces: Lightning's
+    own would exit with status 0, and signals other processes from within a signal handler.
     """
     in_main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -70,20 +69,20 @@ def interruptible() -> Iterator[Callable[..., None]]:
 
     try:
         yield keep_sigterm
-    except SystemExit as ended:  # Lightning ends training so when it was interrupted
+    except SystemExit as ended:  # raised by Lightning on an interrupt
         if isinstance(ended.__context__, KeyboardInterrupt):
             raise type(ended.__context__) from None
         raise
     finally:
-        if in_main:  # Lightning has set it to be ignored
+        if in_main:  # Lightning leaves it ignored
             signal.signal(signal.SIGINT, handlers[signal.SIGINT])
 
 
 def spawn(work: Callable[..., None], count: int, *arguments: Any) -> None:
-    """Call `work(*arguments)` in `count` new processes of one process group; return when all have finished.
+    """Call `work(*arguments)` in `count` new processes of one process group; returns when all have finished.
 
-    What the first process to fail had to say becomes a `RunError`; Ctrl-C, or SIGTERM to any of the processes, comes
-    out when all have ended.
+    The message of the first failing process becomes a `RunError`. Ctrl-C, or SIGTERM to any process, is raised once all
+    have ended.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -92,7 +91,7 @@ def spawn(work: Callable[..., None], count: int, *arguments: Any) -> None:
     context = multiprocessing.start_processes(
         _in_process, (count, port, failures, work, arguments), nprocs=count, join=False, start_method="spawn"
     )
-    assert context is not None  # it is None only where `join` is true
+    assert context is not None  # None only with join=True
     try:
         while not context.join():
             pass
@@ -107,19 +106,19 @@ def spawn(work: Callable[..., None], count: int, *arguments: Any) -> None:
             raise Terminated from None
         if not failures.empty():
             raise RunError(failures.get()) from None
-        # Where one died the others fail too, and it is chance which of them is seen first.
+        # If one process died, the others fail too, and any of them may be reported first.
         for rank, process in enumerate(context.processes):
             code = process.exitcode if process is not None else None
             if code is not None and -code in DEADLY:
                 raise RunError(
-                    f"process {rank} of {count} died by {signal.Signals(-code).name} (killed, out of memory, or a "
-                    "library's fault); finished epochs are kept: go on with --resume"
+                    f"process {rank} of {count} died from {signal.Signals(-code).name} (killed, out of memory, or a "
+                    "crash in a library); finished epochs are kept: go on with --resume"
                 ) from ended
         raise
 
 
 def _end(processes: Any) -> None:
-    """Pass Ctrl-C on to those that did not get it, and wait; after ten seconds kill them."""
+    """Send SIGINT to the remaining processes, wait up to ten seconds, then kill them."""
     for process in processes:
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signal.SIGINT)

@@ -1,6 +1,6 @@
-"""What one run found: `result.json`, with the conditioning of its layers and the machine.
+"""The result of a run, `result.json`: errors, conditioning of its layers, and environment.
 
-Errors and accuracies are fractions in the files and percent in the printed tables.
+Errors and accuracies are fractions in files and percentages in printed tables.
 """
 
 from __future__ import annotations
@@ -20,56 +20,56 @@ from wellcond.experiments.run.config import RunConfig
 
 RESULT, CONDITION, METRICS = "result.json", "condition.csv", "metrics.csv"
 EARLIER_RESULT = "result.{}-epochs.json"
-"""The result of a run before it was made longer."""
+"""The result of a run before it was extended."""
 
 
 @dataclass(frozen=True)
 class LayerCondition:
-    """The conditioning of one layer's input covariance over one run; medians are over the recorded steps."""
+    """The conditioning of one layer's input covariance over a run: medians over the recorded steps."""
 
     layer: str
     kappa: float  # κ(P), without ε
-    kappa_eps: float  # κ(P + εI), what the solver sees
+    kappa_eps: float  # κ(P + εI), as seen by the solver
     numerical_rank: float
     dim: int
     effective_rank: float  # (tr P)² / tr P²
-    failures: int  # decompositions that failed at first, over the whole run
-    records: int  # how many measurements the medians are over
+    failures: int  # decompositions that failed at first
+    records: int  # number of recorded steps
 
     @classmethod
     def of(cls, layer: str, found: Mapping[str, float]) -> LayerCondition:
-        """From the statistics of a monitor."""
+        """From the monitor's statistics of the layer."""
         kinds: dict[str, Any] = {field.name: int if field.type == "int" else float for field in fields(cls)[1:]}
         return cls(layer, **{name: kind(found[name]) for name, kind in kinds.items()})
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run: the test images are seen once, with the last epoch's weights; epochs count from 0."""
+    """One finished run, tested once with the weights of the last epoch; epochs count from 0."""
 
     config: RunConfig
     folder: str
     test_error: float
     test_accuracy: float
     test_loss: float
-    best_val_accuracy: float  # on the validation images, of `best.ckpt`
+    best_val_accuracy: float  # of `best.ckpt`
     best_epoch: int
     steps: int
-    seconds: float  # of training, summed over the sessions of a resumed run
-    seconds_per_step: float  # median; of the steps only every `monitor_every`-th measures κ
+    seconds: float  # training time, summed over resumed sessions
+    seconds_per_step: float  # median
     conditions: tuple[LayerCondition, ...]
     environment: dict[str, str]
-    test_top5_error: float | None = None  # of more than five classes; results before it was measured have none
+    test_top5_error: float | None = None  # only with more than five classes, and not in old results
 
     def save(self) -> None:
-        """Write `result.json` into the run's folder, which marks the run as finished."""
+        """Write `result.json` to the run's folder, which marks the run as finished."""
         values = asdict(self)
-        del values["folder"]  # a run may be moved
+        del values["folder"]  # the folder may be moved
         write_json(Path(self.folder) / RESULT, values)
 
 
 def load_result(folder: Path, name: str = RESULT) -> RunResult | None:
-    """The result of a finished run, or None if it has not finished; a `RunError` where the file is damaged."""
+    """The result of a finished run, None if unfinished; a `RunError` if the file is damaged."""
     path = folder / name
     if not path.exists():
         return None
@@ -83,26 +83,26 @@ def load_result(folder: Path, name: str = RESULT) -> RunResult | None:
 
 
 def earlier_epochs(folder: Path) -> list[int]:
-    """The numbers of epochs that a run had finished with before it was made longer."""
+    """The numbers of epochs after which a run was finished before it was extended."""
     marks = EARLIER_RESULT.split("{}")
     names = [path.name for path in folder.glob(EARLIER_RESULT.format("*"))]
     return sorted(int(name.removeprefix(marks[0]).removesuffix(marks[1])) for name in names)
 
 
 def newest_earlier_result(folder: Path) -> RunResult | None:
-    """The last result that a run had before it was made longer, or None."""
+    """The last result of a run before it was extended, or None."""
     epochs = earlier_epochs(folder)
     return load_result(folder, EARLIER_RESULT.format(epochs[-1])) if epochs else None
 
 
 def _floats(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `write_json` in the float fields of a dataclass: the strings `inf` and `nan` are numbers again."""
+    """Convert the strings `inf` and `nan` in the float fields of a dataclass back to numbers."""
     numbers = {field.name for field in fields(kind) if field.type == "float"}
     return {name: float(value) if name in numbers else value for name, value in values.items()}
 
 
 def versions() -> dict[str, str]:
-    """What a number was made with: wellcond, PyTorch, Python, the system, and the threads that PyTorch uses."""
+    """Versions of wellcond, PyTorch and Python, the system, and the number of PyTorch threads."""
     import torch
 
     import wellcond
@@ -117,7 +117,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, str]:
-    """The processor, its cores that this process may use, and the GPU if there is one."""
+    """The CPU, the number of cores available to this process, and the GPU if any."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

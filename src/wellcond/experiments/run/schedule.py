@@ -1,4 +1,4 @@
-"""The learning rate over a training, as a fraction of it: in steps, by the cosine, or constant."""
+"""Learning-rate schedules, relative to the length of training: step, cosine, or constant."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _STEPS = re.compile(r"(\d+(?:,\d+)*)/(\d+)")
 
 @dataclass(frozen=True)
 class Schedule:
-    """The factor on the learning rate at any step.
+    """The factor on the initial learning rate at each step.
 
-    ``drops`` are the fractions of the training after which it is divided by 10. Without any it is constant, or where it
-    is by the ``cosine`` falls to zero (Loshchilov and Hutter, SGDR, ICLR 2017, without restarts).
+    It is divided by 10 at each of the ``drops``, given as fractions of the training; or follows a ``cosine`` to zero
+    (Loshchilov and Hutter, SGDR, ICLR 2017, without restarts); or is constant.
     """
 
     drops: tuple[float, ...] = ()
@@ -24,7 +24,7 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
-        """From ``100,200,300/350``, ``cosine`` or ``constant``; anything else is a `ConfigError`."""
+        """Parse ``100,200,300/350``, ``cosine`` or ``constant``; a `ConfigError` for anything else."""
         if text in ("cosine", "constant"):
             return cls(cosine=text == "cosine")
         if (found := _STEPS.fullmatch(text.replace(" ", ""))) is not None:
@@ -32,11 +32,11 @@ class Schedule:
             if all(0 < one < other for one, other in zip(epochs, [*epochs[1:], total], strict=True)):
                 return cls(tuple(epoch / total for epoch in epochs))
         raise ConfigError(
-            f"schedule must be cosine, constant, or rising epochs of a total, such as 100,200,300/350, got {text!r}"
+            f"schedule must be cosine, constant, or increasing epochs/total such as 100,200,300/350, got {text!r}"
         )
 
     def factor(self, step: int, total: int) -> float:
-        """On the learning rate at ``step`` of ``total``, to the step."""
+        """The factor at ``step`` of ``total`` steps."""
         if self.cosine:
             return (1 + math.cos(math.pi * step / total)) / 2
         return 0.1 ** sum(step >= round(drop * total) for drop in self.drops)

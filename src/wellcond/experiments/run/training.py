@@ -1,9 +1,9 @@
-"""One classifier in training, on Lightning: SGD with the paper's schedule, the treatments, and its exact state.
+"""The classifier as a LightningModule: SGD with a schedule, the treatments, and exactly resumable state.
 
-A checkpoint at the end of an epoch holds everything that the next step depends on: weights and buffers, the
-optimizer, the schedule, the treatments' state and the solver events. The random generator needs no saving: every
-epoch starts by seeding it from (seed, epoch, rank), as the data module does for order and augmentation. So a run
-that was interrupted, by whatever means, repeats the epoch it was in and goes on bit for bit as if nothing happened.
+A checkpoint at the end of an epoch holds everything the next step depends on: weights and buffers, the optimizer, the
+schedule, the treatments' state and the solver events. The random generator is not saved: it is seeded from (seed,
+epoch, rank) at the start of every epoch, as the data module does for order and augmentation. An interrupted run
+therefore repeats its last epoch and continues bit for bit.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ with needs_train_extra():
 
 
 MODEL_OPTIONS = ("norm", "head", "width", "stem", "stem_kernel", "groups", "eps", "solver", "running", "norm_weight")
-"""Those of a `RunConfig` that are options of the model."""
+"""The fields of a `RunConfig` that are options of the model."""
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-"""Of model and batches. A step in `channels_last` was, on one and two CPU threads, 1.5 × as fast of ResNet-8 (24
-channels, 128 images of 16×16), 1.2 × with a covariance head, 1.03 × of ResNet-18 (16 of 32×32), in no case slower."""
+"""Memory formats of model and batches. On one and two CPU threads, a step in `channels_last` was 1.5 × as fast for
+ResNet-8 (24 channels, 128 images of 16×16), 1.2 × with a covariance head, 1.03 × for ResNet-18 (16 of 32×32), and never
+slower."""
 
 TOP = 5
-"""An image counts as right among the top where its class is one of so many with the largest logits."""
+"""The k of the top-k error."""
 
 
 def spectral_layers(model: nn.Module) -> dict[str, Any]:
@@ -46,10 +47,10 @@ def spectral_layers(model: nn.Module) -> dict[str, Any]:
 
 
 class Classifier(pl.LightningModule):
-    """The network of a `RunConfig` with its optimizer and treatments, as Lightning trains it.
+    """The network of a `RunConfig` with its optimizer and treatments.
 
-    Optimizer and treatments are made here and not in `configure_optimizers`, because Lightning restores the
-    weights of a checkpoint before it calls that, and a parametrised weight has its own names in the state.
+    Optimizer and treatments are created here and not in `configure_optimizers`: Lightning restores the weights of a
+    checkpoint before calling that, and a parametrised weight has its own names in the state dict.
     """
 
     def __init__(self, config: RunConfig, *, num_classes: int, in_channels: int) -> None:
@@ -71,19 +72,19 @@ class Classifier(pl.LightningModule):
         self.treatment = treat(self.model, self.sgd, config.treat, options=options) if treated else None
 
     def configure_optimizers(self) -> Any:
-        """SGD and its schedule, counted in steps so that any number of epochs keeps the proportions."""
-        total, schedule_of_rate = int(self.trainer.estimated_stepping_batches), Schedule.parse(self.config.schedule)
-        schedule = torch.optim.lr_scheduler.LambdaLR(self.sgd, lambda step: schedule_of_rate.factor(step, total))
-        return {"optimizer": self.sgd, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        """SGD and its schedule, which is updated every step."""
+        total, schedule = int(self.trainer.estimated_stepping_batches), Schedule.parse(self.config.schedule)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(self.sgd, lambda step: schedule.factor(step, total))
+        return {"optimizer": self.sgd, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Take the rate of this schedule, where the optimizer's state is from a run of fewer epochs."""
-        schedule: Any = self.lr_schedulers()
-        for group, base, factor in zip(self.sgd.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = base * factor(schedule.last_epoch)
+        """Set the rate of this schedule, as the restored optimizer may come from a run of fewer epochs."""
+        scheduler: Any = self.lr_schedulers()
+        for group, base, factor in zip(self.sgd.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * factor(scheduler.last_epoch)
 
     def on_train_epoch_start(self) -> None:
-        """Make whatever is random in this epoch a function of (seed, epoch, rank)."""
+        """Make all randomness of the epoch a function of (seed, epoch, rank)."""
         torch.manual_seed(mixed_seed(self.config.seed, self.current_epoch, self.global_rank))
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
@@ -103,7 +104,7 @@ class Classifier(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
-        """Loss and accuracy on validation images, which choose `best.ckpt`; and the error of the top five."""
+        """Log loss, accuracy (which selects `best.ckpt`) and top-5 error on validation images."""
         images, labels = batch
         logits = self.model(images)
         self._log("val", F.cross_entropy(logits, labels), logits, labels)
@@ -137,7 +138,7 @@ class Classifier(pl.LightningModule):
 
 @torch.no_grad()
 def first_non_finite_layer(model: nn.Module, images: Tensor) -> str | None:
-    """The name of the first layer, in the order of computation, whose output on `images` is not finite."""
+    """The name of the first layer, in execution order, whose output on `images` is not finite."""
     found: list[str] = []
 
     def watch(name: str) -> Any:
@@ -154,7 +155,7 @@ def first_non_finite_layer(model: nn.Module, images: Tensor) -> str | None:
         with torch.compiler.set_stance("force_eager"):  # a compiled model would not call the hooks
             model(images)
     except ValueError:
-        pass  # a spectral layer that refuses the non-finite output of the layer found
+        pass  # a spectral layer rejects the non-finite output of the layer found
     finally:
         for handle in handles:
             handle.remove()
@@ -162,17 +163,17 @@ def first_non_finite_layer(model: nn.Module, images: Tensor) -> str | None:
 
 
 def has_top5(logits: Tensor) -> bool:
-    """Whether there are more classes than five, among which every image would be right."""
+    """Whether there are more than five classes, so that a top-5 error is meaningful."""
     return logits.shape[-1] > TOP
 
 
 def in_top5(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) bool: whether the class is one of the five with the largest logits."""
+    """(B,) bool: whether the label is among the five largest logits."""
     return (logits.topk(TOP).indices == labels[:, None]).any(-1)
 
 
 class Evaluation(NamedTuple):
-    """Mean cross-entropy, and fractions of the images; of five or fewer classes there is no error of the top five."""
+    """Mean cross-entropy, accuracy, and top-5 error (None with five or fewer classes)."""
 
     loss: float
     accuracy: float
@@ -181,18 +182,18 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: ImageDataModule, device: torch.device) -> Evaluation:
-    """How good `model` is on all test images, in float32, by this process alone.
+    """Evaluate `model` on all test images, in float32, in this process alone.
 
-    `images` must not belong to a trainer: of one with several processes each gets a share.
+    `images` must not be attached to a trainer, which would give each of several processes a share.
     """
     model.to(device).eval()
-    loss, right, among, count, several = 0.0, 0, 0, 0, False
+    loss, correct, correct_top5, count, top5 = 0.0, 0, 0, 0, False
     for batch in images.test_dataloader():
         inputs, labels = images.on_after_batch_transfer([part.to(device) for part in batch], 0)
         logits = model(inputs)
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        right += int((logits.argmax(-1) == labels).sum())
-        if several := has_top5(logits):
-            among += int(in_top5(logits, labels).sum())
+        correct += int((logits.argmax(-1) == labels).sum())
+        if top5 := has_top5(logits):
+            correct_top5 += int(in_top5(logits, labels).sum())
         count += len(labels)
-    return Evaluation(loss / count, right / count, 1 - among / count if several else None)
+    return Evaluation(loss / count, correct / count, 1 - correct_top5 / count if top5 else None)

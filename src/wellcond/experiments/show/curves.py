@@ -1,4 +1,4 @@
-"""What the figures show: curves over training, the median over seeds and their range, in panels."""
+"""The data of the figures: curves over training, as median and range over seeds, in panels."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ Curve = tuple[list[int], list[float], list[float], list[float]]
 
 
 def curve(runs: Sequence[RunResult], column: str) -> Curve:
-    """Steps, median, minimum and maximum over `runs` of the first observed layer's `column`, where all recorded it.
+    """Steps, and median, minimum and maximum over `runs` of the first layer's `column` at the steps common to all.
 
-    Infinite values stay infinite: matplotlib leaves a gap there.
+    Infinite values remain, and leave a gap in the plot.
     """
     layer = runs[0].conditions[0].layer
     return _over_seeds([table[table.layer == layer] for table in _tables(runs, CONDITION)], "step", column)
 
 
 def _tables(runs: Sequence[RunResult], name: str) -> list[Any]:
-    """A file of every run as a data frame, in which only `layer` is not a number.
+    """A file of every run as a data frame; all columns but `layer` are numbers.
 
-    It ends with the result's last step or epoch: what comes after it is of the same run made longer.
+    It ends with the result's last step or epoch; later rows belong to the extended run.
     """
     import pandas as pd
 
     def number(text: str) -> float:
-        return float("nan" if text == "" else text)  # pandas' own reader does not keep the last digit
+        return float("nan" if text == "" else text)  # pandas' parser loses the last digit
 
-    rows = (condition_rows(run) if name == CONDITION else read_csv(Path(run.folder) / name) for run in runs)
-    frames = [pd.DataFrame(found) for found in rows]
-    frames = [frame.apply(lambda column: column if column.name == "layer" else column.map(number)) for frame in frames]
-    ends = [run.steps if name == CONDITION else run.config.epochs for run in runs]
-    column = "step" if name == CONDITION else "epoch"
-    return [frame[frame[column] < end] for frame, end in zip(frames, ends, strict=True)]
+    tables = []
+    for run in runs:
+        frame = pd.DataFrame(condition_rows(run) if name == CONDITION else read_csv(Path(run.folder) / name))
+        frame = frame.apply(lambda column: column if column.name == "layer" else column.map(number))
+        in_result = frame["step"] < run.steps if name == CONDITION else frame["epoch"] < run.config.epochs
+        tables.append(frame[in_result])
+    return tables
 
 
 def _over_seeds(tables: Sequence[Any], x: str, y: str) -> Curve:
@@ -50,7 +51,7 @@ def _over_seeds(tables: Sequence[Any], x: str, y: str) -> Curve:
 
 
 class Panel(NamedTuple):
-    """Curves by label under a heading; on a logarithmic axis or not."""
+    """A panel of a figure: curves by label, on a logarithmic axis if ``log``."""
 
     heading: str
     curves: Mapping[str, Curve]
@@ -58,9 +59,9 @@ class Panel(NamedTuple):
 
 
 def condition_panels(runs: Mapping[str, Sequence[RunResult]], columns: Mapping[str, str]) -> list[Panel]:
-    """For each of the ``columns`` of ``condition.csv``, with its heading, the first observed layer over the steps.
+    """One panel per column of ``condition.csv`` in ``columns`` (with its heading), for the first layer over the steps.
 
-    ``runs`` has for each label its runs, one for each seed.
+    ``runs`` has the runs of all seeds by label.
     """
     panels = []
     for column, heading in columns.items():
@@ -73,29 +74,25 @@ def condition_panels(runs: Mapping[str, Sequence[RunResult]], columns: Mapping[s
     return panels
 
 
-BOTH = {"kappa": "without ε:  κ(P)", "kappa_eps": "with ε:  κ(P + εI), what the solver sees"}
+BOTH = {"kappa": "without ε:  κ(P)", "kappa_eps": "with ε:  κ(P + εI), as seen by the solver"}
 PAPERS = {"kappa": "condition number of the covariance"}
 RANGE = {"kappa_range": "condition number over the numerical range of P; κ(P) is infinite, as P lacks full rank"}
 
 
 def columns(results: Sequence[RunResult], papers: bool) -> dict[str, str]:
-    """What to draw of these runs: the ``papers`` one panel, or both; where P never has full rank, what there is."""
+    """The columns to plot: the ``papers`` panel, or both; κ over the numerical range if P never has full rank."""
     if all(math.isinf(result.conditions[0].kappa) for result in results):
         return RANGE
     return PAPERS if papers else BOTH
 
 
 def learning_panels(runs: Mapping[str, Sequence[RunResult]]) -> list[Panel]:
-    """Training loss and validation error (percent) over the epochs, of the runs whose folders are there.
-
-    Those that were read from a table of results have none.
-    """
-    here = {name: [run for run in its if (Path(run.folder) / METRICS).exists()] for name, its in runs.items()}
-    tables = {
-        label: [t.assign(epoch=t.epoch + 1, val_error=100 * t.val_error) for t in _tables(results, METRICS)]
-        for label, results in here.items()
-        if results
-    }
+    """Training loss and validation error (percent) over the epochs, for runs whose folders still exist."""
+    tables = {}
+    for label, results in runs.items():
+        if available := [run for run in results if (Path(run.folder) / METRICS).exists()]:
+            frames = _tables(available, METRICS)
+            tables[label] = [t.assign(epoch=t.epoch + 1, val_error=100 * t.val_error) for t in frames]
     headings = {"train_loss": "training loss", "val_error": "validation error, %"}
     return [
         Panel(heading, {label: _over_seeds(found, "epoch", column) for label, found in tables.items()})

@@ -1,4 +1,4 @@
-"""Condition numbers over the steps of training, the paper's Figures 1–4, and losses and errors over its epochs."""
+"""Figures: condition numbers over the steps (the paper's Figures 1–4), losses and errors over the epochs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from wellcond.experiments.run.result import RunResult
 from wellcond.experiments.show.curves import BOTH, Panel, condition_panels, learning_panels
 
 INK = "#1b1f24"
-# Okabe & Ito (2008), distinguishable with any colour vision; the line styles say the same without colour.
+# Okabe & Ito (2008), distinguishable with any colour vision; line styles distinguish them without colour.
 COLOURS = (INK, "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A800")
-READ_OUT = 500  # points of a curve
+READOUT_POINTS = 500  # per curve
 HEIGHT = 4.4  # inches, of two panels side by side
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 
@@ -31,16 +31,15 @@ text { fill: #e6edf3 !important; }
 }
 </style>
 """
-"""What an SVG says of the dark: what is black in it (text, axes, the first curve) is light, and the paper dark."""
+"""Style for dark mode: black text, axes and curves become light, the background dark."""
 
 
 def condition_figure(
     runs: Mapping[str, Sequence[RunResult]], title: str, stacked: bool = False, columns: Mapping[str, str] = BOTH
 ) -> Any:
-    """κ(P) and κ(P + εI) of the first observed layer over the steps, side by side, as a matplotlib figure.
+    """A matplotlib figure of κ(P) and κ(P + εI) of the first layer over the steps; panels are `stacked` for phones.
 
-    `runs` has for each label its runs, one for each seed. A `stacked` figure has one panel over the other, for phones.
-    `columns` are of `condition.csv`, each with the heading of its panel.
+    `runs` has the runs of all seeds by label; `columns` has the columns of `condition.csv` with their headings.
     """
     panels = condition_panels(runs, columns)
     figure = _figure(panels, title, "training step", stacked, sharey=True)
@@ -50,7 +49,7 @@ def condition_figure(
 
 
 def learning_figure(runs: Mapping[str, Sequence[RunResult]], title: str, stacked: bool = False) -> Any:
-    """Training loss and validation error (percent) over the epochs, side by side, as a matplotlib figure."""
+    """A matplotlib figure of training loss and validation error (percent) over the epochs."""
     figure = _figure(learning_panels(runs), title, "epoch", stacked)
     for axis in figure.axes:
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -58,13 +57,14 @@ def learning_figure(runs: Mapping[str, Sequence[RunResult]], title: str, stacked
 
 
 def _figure(panels: Sequence[Panel], title: str, x: str, stacked: bool, **options: Any) -> Any:
-    """The panels side by side or one over the other."""
-    from matplotlib.figure import Figure  # not pyplot: no global state, no window, and quicker to import
+    """The panels side by side or stacked."""
+    from matplotlib.figure import Figure  # not pyplot: no global state, faster import
 
-    narrow = stacked or len(panels) == 1
-    figure = Figure(figsize=((4.8 if stacked else 7.5) if narrow else 10.5, HEIGHT), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 50 if stacked else 80 if narrow else 110), fontsize=11)
-    axes = figure.subplots(*((len(panels), 1) if stacked else (1, len(panels))), squeeze=False, **options)
+    width, title_width = (4.8, 50) if stacked else (7.5, 80) if len(panels) == 1 else (10.5, 110)
+    figure = Figure(figsize=(width, HEIGHT), layout="constrained")
+    figure.suptitle(textwrap.fill(title, title_width), fontsize=11)
+    rows, columns = (len(panels), 1) if stacked else (1, len(panels))
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
     for axis, panel in zip(axes.flat, panels, strict=True):
         _draw(axis, panel, beside=not stacked)
         axis.set_xlabel(x)
@@ -76,32 +76,32 @@ def _figure(panels: Sequence[Panel], title: str, x: str, stacked: bool, **option
 
 
 def _draw(axis: Any, panel: Panel, beside: bool) -> None:
-    """The curves, with a band where they differ between seeds; the first panel has the legend of both."""
+    """Draw the curves, with a band for the range over seeds; the first panel provides the legend."""
     axis.set_title(panel.heading, fontsize=10)
     looks = zip(itertools.cycle(COLOURS), itertools.cycle(STYLES), strict=False)
     for (label, (x, middle, low, high)), (colour, style) in zip(panel.curves.items(), looks, strict=False):
-        alone = "o" if len(x) == 1 else None  # of one point there is no line
+        alone = "o" if len(x) == 1 else None  # a single point makes no line
         axis.plot(x, middle, color=colour, linestyle=style, linewidth=1.7, marker=alone, label=label)
         if low != high:
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if not axis.figure.legends:
         handles, names = axis.get_legend_handles_labels()
         where, width = ("outside right center", 34) if beside else ("outside lower center", 44)
-        names = [textwrap.fill(name, width).replace("$", r"\$") for name in names]  # which is no mathematics here
+        names = [textwrap.fill(name, width).replace("$", r"\$") for name in names]  # no mathematics
         axis.figure.legend(handles, names, loc=where, frameon=False, handlelength=3.2)
         needed = sum(0.07 + 0.17 * (1 + name.count("\n")) for name in names)  # inches, at 10 points
         axis.figure.set_figheight(max(HEIGHT, needed + 0.5) if beside else 1.5 * HEIGHT + needed)
 
 
 def readout(figure: Any) -> list[dict[str, Any]]:
-    """Of every panel of a drawn figure what a page needs to read it out: its place (fractions of the figure, from the
-    left and from the top), its horizontal range, and up to 500 points of each curve."""
+    """The data of the page's readout for every panel of a drawn figure: its position (fractions of the figure, from the
+    top left), its horizontal range, and up to 500 points of each curve."""
     panels = []
     for axis in figure.axes:
         box, curves = axis.get_position(), []
         for line in axis.get_lines():
             x, y = line.get_xdata(), line.get_ydata()
-            some = range(0, len(x), -(-len(x) // READ_OUT) or 1)
+            some = range(0, len(x), max(1, math.ceil(len(x) / READOUT_POINTS)))
             values = [float(f"{y[i]:.4g}") if math.isfinite(y[i]) else None for i in some]
             curves.append(
                 {"label": line.get_label(), "colour": line.get_color(), "x": [int(x[i]) for i in some], "y": values}
@@ -112,7 +112,7 @@ def readout(figure: Any) -> list[dict[str, Any]]:
 
 
 def svg(figure: Any) -> bytes:
-    """The figure as SVG, in which text stays text, and which is readable in the dark."""
+    """The figure as SVG with text as text, readable in dark mode."""
     import matplotlib
 
     buffer = io.BytesIO()

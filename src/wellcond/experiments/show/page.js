@@ -1,8 +1,8 @@
 "use strict";
-// Tables: a click on a heading, or Enter on it, sorts by its column; once more, the other way round.
+// Tables: clicking a heading, or pressing Enter on it, sorts by its column; again, in reverse order.
 for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0], rows = [...body.rows];
-  if (rows.length < 2 || rows.some((row) => row.cells[0].dataset.part)) continue; // lines that belong to the one above
+  if (rows.length < 2 || rows.some((row) => row.cells[0].dataset.part)) continue; // sub-rows
   [...table.tHead.rows[0].cells].forEach((head, column) => {
     if (!head.textContent) return;
     head.tabIndex = 0;

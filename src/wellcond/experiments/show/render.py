@@ -1,4 +1,4 @@
-"""A table on the terminal (rich), in Markdown, and on a page of HTML (the template ``page.html``)."""
+"""Rendering of tables on the terminal (rich), in Markdown, and in HTML (template ``page.html``)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from wellcond.experiments.results.table import Strong, Table
 
 
 def for_terminal(table: Table) -> Any:
-    """A `rich.table.Table` without the wide columns, so that it fits 80 columns.
+    """A `rich.table.Table` without the wide columns, to fit 80 columns.
 
-    Headings break at spaces, and text where there is no room; numbers never do.
+    Headings wrap at spaces, text cells where needed, numbers never.
     """
     from rich import box
     from rich.table import Table as RichTable
@@ -27,7 +27,7 @@ def for_terminal(table: Table) -> Any:
         collapse_padding=True,
     )
     for _, column in columns:
-        # The batch of a shape goes above its size, so that many fit beside each other.
+        # Shapes are split after the batch size, so that many fit side by side.
         head = column.head.replace("×", "×\n", 1) if column.head[:1].isdigit() else column.head.replace(" ", "\n")
         justify = "left" if column.text else "right"
         shown.add_column(head, justify=justify, vertical="bottom", no_wrap=not column.text, overflow="fold")
@@ -38,14 +38,14 @@ def for_terminal(table: Table) -> Any:
 
 
 def for_markdown(table: Table) -> str:
-    """Lines of Markdown; numbers to the right."""
+    """A Markdown table; numbers are right-aligned."""
     rule = ["---" if column.text else "---:" for column in table.columns]
     rows = [[f"**{cell}**" if isinstance(cell, Strong) else cell for cell in row] for row in table.rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in [[c.head for c in table.columns], rule, *rows])
 
 
 def page(**parts: Any) -> str:
-    """The page, in well-formed HTML that needs nothing else; `parts` are the variables of its template."""
+    """The self-contained HTML page; `parts` are the variables of its template."""
     from markupsafe import Markup
 
     script = Markup((Path(__file__).parent / "page.js").read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ def page(**parts: Any) -> str:
 
 
 def markdown_page(**parts: Any) -> str:
-    """The same for a repository or a site, with its figures beside it."""
+    """The same in Markdown, with the figures as separate files."""
     return _templates(autoescape=False).get_template("page.md").render(parts)
 
 

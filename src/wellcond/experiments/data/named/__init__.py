@@ -1,7 +1,7 @@
-"""Data sets by name, a module each; a new data set is a new module here and nothing else.
+"""Named data sets, one module each; adding a data set only takes a new module.
 
-A module has ``HUB``, the name on the Hugging Face hub, or ``load() -> Source``; and, where the training departs from
-the paper's, ``SETTINGS``. It imports torch in ``load`` only, so that ``wellcond --help`` knows the names and is quick.
+A module has ``HUB``, the name on the Hugging Face hub, or ``load() -> Source``; and optionally ``SETTINGS``, which
+override the paper's training options. torch must only be imported in ``load``, so that ``wellcond --help`` is fast.
 """
 
 from importlib import import_module
