@@ -66,7 +66,7 @@ def test_a_run_of_a_grid_killed_in_every_file_that_it_writes_first(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_rank_is_named():
-    with pytest.raises(RunError, match=r"^process 1 of 2 died by SIGKILL \(.*\); .* go on with --resume$"):
+    with pytest.raises(RunError, match=r"^process 1 of 2 died from SIGKILL \(.*\); .* go on with --resume$"):
         spawn(dying_work.kill_rank_1, 2)
 
 
@@ -83,7 +83,7 @@ def test_a_run_goes_on_after_one_of_its_processes_was_killed(tmp_path):
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    with pytest.raises(RunError, match=r"^process \d of 2 died by SIGKILL .*go on with --resume$"):
+    with pytest.raises(RunError, match=r"^process \d of 2 died from SIGKILL .*go on with --resume$"):
         run(config, tmp_path / "run")
     killer.join()
     assert not (tmp_path / "run" / "result.json").exists()

@@ -98,7 +98,7 @@ def test_every_precision_trains_with_everything_on(precision: str) -> None:
     fit(task, callback, monitor, precision=precision)
     weight = task.net[0].weight
     assert weight.dtype == {"16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
-    assert orthogonality_gap(task.net[0]) < 4 * torch.finfo(weight.dtype).eps
+    assert orthogonality_gap(task.net[0]) < 16 * torch.finfo(weight.dtype).eps  # of 16 squarings in float64
     (handle,) = callback.handles.values()
     assert handle.nog is not None and handle.nog.counts()["net.0"]["treated"] == 12
     assert all(1 <= record.kappa < 100 for record in monitor.records)

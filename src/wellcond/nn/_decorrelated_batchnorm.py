@@ -397,6 +397,7 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
         cov = self.running_cov
         if cov is None or self.running_mean is None or not has_values(cov):
             return
+        self._derived.forget_written()  # a write into the buffer's ``.data`` has no version
         try:
             self._running_whitening()
         except NonFiniteMatrixError:  # a forward pass says so; a model that diverged may be loaded to look at it

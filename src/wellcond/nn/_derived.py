@@ -44,6 +44,9 @@ class Derived:
     def remember_written(self, value: Tensor, buffer: Tensor) -> None:
         self._written = None if buffer.is_inference() else (value, buffer, buffer._version)
 
+    def forget_written(self) -> None:
+        self._written = None
+
     def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
         return Derived, ()
 
