@@ -148,7 +148,8 @@ class _Exactly(torch.autograd.Function):
         with exact_products():
             if again:
                 with torch.enable_grad():
-                    own, result = inputs, ctx.function(*inputs)
+                    own = [x.view_as(x) for x in inputs]  # the hooks of the inputs themselves are not to run here
+                    result = ctx.function(*own)
             asked = [x for x, needed in zip(own, ctx.needs_input_grad[1:], strict=True) if needed]
             found = iter(torch.autograd.grad(result, asked, grad, retain_graph=True, create_graph=again))
         return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])

@@ -85,6 +85,7 @@ class _SpectralNormBound(torch.autograd.Function):
         with full_precision(A):
             if differentiated_again():
                 with torch.enable_grad():
+                    A = A.view_as(A)  # whose own hooks are not to run here
                     return torch.autograd.grad(_composed(A), A, grad, create_graph=True)[0]
             G31 = G16 @ (G8 @ (G4 @ (G2 @ G)))
             # For a zero matrix the bound, and so the gradient, is zero.

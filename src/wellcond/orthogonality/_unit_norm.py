@@ -78,6 +78,7 @@ class _UnitNorm(torch.autograd.Function):
         with full_precision(W):
             if differentiated_again():
                 with torch.enable_grad():
+                    W = W.view_as(W)  # whose own hooks are not to run here
                     return torch.autograd.grad(_composed(W), W, grad, create_graph=True)[0]
             along = torch.dot(grad.flatten(), Y.flatten())
             if ctx.share is not None:

@@ -38,10 +38,12 @@ def as_blocks(x: Tensor, groups: int, last: bool) -> Tensor:
 
 
 def new_like(x: Tensor, last: bool) -> Tensor:
-    """An empty tensor of the shape and dtype of x in that layout."""
-    if last:
-        return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    """An empty tensor of the shape and dtype of x in that layout; no view, which could not be written to in place."""
+    if not last or x.dim() == 2:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    C, *spatial = x.shape[1:]
+    rows = [C * math.prod(spatial[i:]) for i in range(len(spatial) + 1)]
+    return x.new_empty_strided(x.shape, (rows[0], 1, *rows[1:]))
 
 
 def from_blocks(blocks: Tensor, like: Tensor, last: bool) -> Tensor:

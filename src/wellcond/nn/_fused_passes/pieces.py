@@ -196,22 +196,22 @@ def affine(start: Tensor | None, *terms: Term, scale: float = 1.0) -> Tensor:
     samples = terms[0][1]
     K, G, _, _ = samples.geometry.sizes
     # Activations of one geometry are all read alike, or the first of them as they are and the others are small copies.
+    out = new_like(samples.x, samples.geometry.last)
     if samples.whole is None or terms[-1][1].whole is None or samples.x.dtype != samples.geometry.dtype:
-        out = new_like(samples.x, samples.geometry.last)
         _write(as_blocks(out, G, samples.geometry.last), start, terms, scale)
         return out
-    total: Tensor | None = None
-    for A, B in terms:
+    # Written through a view: of what an autograd function returns, a view refuses the in-place operation behind it.
+    total = out.view(samples.whole.shape)
+    for index, (A, B) in enumerate(terms):
         A = A.expand(K, -1, -1) if G == 1 else _per_image(A, samples.geometry)
-        if total is not None:
+        if index:
             total.baddbmm_(A, B.whole, alpha=scale)  # pyright: ignore[reportArgumentType]
         elif start is not None:
             start = start if G == 1 else _per_image(start, samples.geometry)
-            total = torch.baddbmm(start, A, B.whole)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            torch.baddbmm(start, A, B.whole, out=total)  # pyright: ignore[reportCallIssue, reportArgumentType]
         else:
-            total = torch.bmm(A, B.whole)  # pyright: ignore[reportArgumentType]
-    assert total is not None
-    return total.view(samples.x.shape)
+            torch.bmm(A, B.whole, out=total)  # pyright: ignore[reportArgumentType]
+    return out
 
 
 def _write(out: Tensor, start: Tensor | None, terms: tuple[Term, ...], scale: float) -> None:

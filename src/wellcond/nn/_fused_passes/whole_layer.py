@@ -133,8 +133,10 @@ def _flat(grad: Tensor, parameter: Tensor) -> Tensor:
 def _again(ctx: Any, grad_y: Tensor, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
     """The same by a chain of operations that autograd differentiates."""
     create_graph = torch.is_grad_enabled()
-    wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed and x is not None]
-    with torch.enable_grad():
-        y = ctx.again(*inputs)
+    with torch.enable_grad(), full_precision(grad_y):
+        # Views of them: the hooks of the inputs themselves run where the gradients of this function arrive.
+        views = [None if x is None else x.view_as(x) for x in inputs]
+        wanted = [x for x, needed in zip(views, ctx.needs_input_grad, strict=False) if needed and x is not None]
+        y = ctx.again(*views)
         grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=create_graph))
     return (*(next(grads) if needed else None for needed in ctx.needs_input_grad[:3]), None, None)
