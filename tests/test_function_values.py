@@ -428,3 +428,12 @@ def test_expm_takes_an_asymmetry_that_is_rounding_beside_the_identity(dtype):
         M = root @ wl.expm(step) @ root
     # The gradient of the sum of squared distances vanishes at the mean.
     assert step.abs().max() < 50 * eps_of(dtype)
+
+
+def test_in_double_precision_minimax_stays_close_beyond_the_condition_number_it_was_made_for():
+    eigvals = geometric(8, 1e8)
+    P = with_spectrum(eigvals)
+    exact = wl.Eigh()
+    for function, bound in ((wl.sqrtm, 1e-9), (wl.invsqrtm, 1e-5)):
+        error = (function(P, solver="minimax") - function(P, solver=exact)).norm() / function(P, solver=exact).norm()
+        assert error < bound

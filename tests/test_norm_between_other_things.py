@@ -74,3 +74,14 @@ def test_hooks_of_a_weight_run_once_too(function, monkeypatch):
         (gradient,) = torch.autograd.grad((function(A) ** 3).sum(), A, create_graph=create_graph)
         found.append(gradient.detach())
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_without_a_bias_counts_in_training_and_evaluation():
+    layer = DecorrelatedBatchNorm2d(4, eps=1e-8)
+    layer.bias = None
+    torch.nn.init.constant_(layer.weight, 2.0)
+    x = torch.randn(64, 4, 6, 6)
+    for _ in range(200):
+        layer(x)
+    for mode in (True, False):
+        assert abs(layer.train(mode)(x).std().item() - 2.0) < 0.01

@@ -239,9 +239,10 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
     ) -> tuple[Tensor, Tensor]:
         """W (G, d, d) and b (G, d, 1) with y = W x + b."""
         W, mean = whitening.to(dtype), mean.to(dtype)
-        if weight is None or bias is None:
+        if weight is not None:
+            W = weight.to(dtype).view(self.groups, -1, 1) * W
+        if bias is None:
             return W, -(W @ mean)
-        W = weight.to(dtype).view(self.groups, -1, 1) * W
         return W, torch.baddbmm(bias.to(dtype).view(self.groups, -1, 1), W, mean, alpha=-1)
 
     def observed_features(self, x: Tensor) -> Observation:

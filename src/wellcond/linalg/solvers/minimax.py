@@ -50,7 +50,7 @@ class Minimax(LyapunovSolver):
             raise ValueError(f"kappa must be a finite number above 1, got {kappa}")
         self.kappa, self.tolerance = float(kappa), tolerance
         # Frobenius norms overestimate the largest eigenvalue: by √d in the derivative, by d^{1/4} in the root.
-        self.polynomials = polynomials_from(self.kappa**-0.5 / 3)
+        self._lower = self.kappa**-0.5 / 3
 
     def __repr__(self) -> str:
         return f"Minimax(kappa={self.kappa:g})"
@@ -98,5 +98,4 @@ class Minimax(LyapunovSolver):
 
     def polynomials_for(self, dtype: torch.dtype) -> tuple[Coefficients, ...]:
         """As many as a matrix of this dtype needs."""
-        # The last but one leaves 1e-11, below the rounding of single precision.
-        return self.polynomials if dtype in (torch.float64, torch.complex128) else self.polynomials[:-1]
+        return polynomials_from(self._lower, dtype in (torch.float64, torch.complex128))
