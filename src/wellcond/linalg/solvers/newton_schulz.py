@@ -106,7 +106,7 @@ class NewtonSchulz(Solver):
         return along_the_iteration(self.steps, root, output, grad, *done.residuals)
 
     def adjoint(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
-        """:meth:`backward` in operations that can be differentiated again, of any roots and steps."""
+        """``backward`` in operations that can be differentiated again, of any roots and steps."""
         A, scale, eye, path = self._replay(done)
         Y, Z = path[-1][-2:]
         grad = dict(zip(done.roots, grads, strict=True))
