@@ -69,6 +69,9 @@ def _make_convolutions_exact() -> Callable[[], None] | None:
         if not cudnn.allow_tf32:
             return None
         cudnn.allow_tf32 = False
+        # Which leaves it to torch.backends.fp32_precision, where that is set.
+        if hasattr(cudnn, "conv") and cudnn.conv.fp32_precision in _ROUNDED:
+            cudnn.conv.fp32_precision = "ieee"
         return lambda: setattr(cudnn, "allow_tf32", True)
     except RuntimeError:
         before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
@@ -94,10 +97,19 @@ class _Shared:
             with self._lock:
                 self._holders -= 1
                 if self._holders == 0 and self._back is not None:
-                    self._back()
+                    back, self._back = self._back, None
+                    back()
 
 
 _products, _convolutions = _Shared(_make_products_exact), _Shared(_make_convolutions_exact)
+
+
+def _user_rounds() -> bool:
+    """`products_are_rounded`, also while another thread has them exact for its own work."""
+    return _products._back is not None or products_are_rounded()
+
+
+_user_rounds._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @contextmanager
@@ -122,7 +134,7 @@ def exactly(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
     In compiled code and in the transforms of ``torch.func`` the same is had by double precision.
     """
-    if not products_are_rounded() or inputs[0].dtype == torch.float64:
+    if not _user_rounds() or inputs[0].dtype == torch.float64:
         return function(*inputs)
     if is_compiling() or under_functorch() or under_forward_mode():
         return function(*(x.double() for x in inputs)).to(inputs[0].dtype)
@@ -135,7 +147,9 @@ class _Exactly(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         own = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        with exact_products(), torch.set_grad_enabled(any(ctx.needs_input_grad)):
+        # Not for the hooks of others, such as checkpoint's, who count what a forward pass saves.
+        untouched = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+        with exact_products(), untouched, torch.set_grad_enabled(any(ctx.needs_input_grad)):
             result = function(*own)
         ctx.function, ctx.inside = function, (own, result)
         ctx.save_for_backward(*inputs)

@@ -24,25 +24,40 @@ from ._step_treatment import StepTreatment, gradient_scale, require_linear_in_lr
 class _Counts(dict):
     """What was the number ``shortened`` alone before 0.2, and still acts as that, with a warning."""
 
-    def __int__(self) -> int:
+    def _shortened(self, stacklevel: int) -> int:
         warnings.warn(
             "counts()[layer] of OptimalLearningRate is a dict now, as that of NearestOrthogonalGradient; "
             "read counts()[layer]['shortened']",
             DeprecationWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
         return self["shortened"]
+
+    def __int__(self) -> int:
+        return self._shortened(3)
 
     __index__ = __int__
 
     def __eq__(self, other: object) -> bool:
-        return int(self) == other if isinstance(other, int) else super().__eq__(other)
+        return self._shortened(3) == other if isinstance(other, int) else super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:  # that of dict would say that 3 is not 3
+        return self._shortened(3) != other if isinstance(other, int) else super().__ne__(other)
 
     def __lt__(self, other: int) -> bool:
-        return int(self) < other
+        return self._shortened(3) < other
+
+    def __le__(self, other: int) -> bool:
+        return self._shortened(3) <= other
 
     def __gt__(self, other: int) -> bool:
-        return int(self) > other
+        return self._shortened(3) > other
+
+    def __ge__(self, other: int) -> bool:
+        return self._shortened(3) >= other
+
+    def __radd__(self, other: int) -> int:  # sum(counts.values())
+        return other + self._shortened(3)
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 

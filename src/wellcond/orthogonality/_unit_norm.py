@@ -69,7 +69,9 @@ class _UnitNorm(torch.autograd.Function):
         root = top.clamp_min(tiny).sqrt()
         Y = scaled / root
         ctx.share, ctx.products = share, products
-        ctx.save_for_backward(W, Y, M, size * root)
+        # Of a zero weight small and positive, so that its gradient is finite.
+        norm = (size * root).clamp_min(tiny**0.75)
+        ctx.save_for_backward(W, Y, M, norm)
         return Y
 
     @staticmethod
@@ -80,7 +82,7 @@ class _UnitNorm(torch.autograd.Function):
                 with torch.enable_grad():
                     W = W.view_as(W)  # whose own hooks are not to run here
                     return torch.autograd.grad(_composed(W), W, grad, create_graph=True)[0]
-            along = torch.dot(grad.flatten(), Y.flatten())
+            along = torch.dot(grad.reshape(-1), Y.reshape(-1))  # which `is_grads_batched` knows
             if ctx.share is not None:
                 along = along * ctx.share
             tall = W.shape[-2] >= W.shape[-1]

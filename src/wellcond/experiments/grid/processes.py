@@ -41,6 +41,7 @@ def in_processes(jobs: int) -> Executor:
     def train(tasks: Sequence[Task]) -> Outcomes:
         waiting = deque((index, 0) for index in range(len(tasks)))
         idle = [_Worker() for _ in range(min(jobs, len(tasks)))]
+        workers = list(idle)  # also the one that is between the two when Ctrl-C comes
         busy: dict[Future[Outcome], tuple[_Worker, int, int]] = {}
         try:
             while waiting or busy:
@@ -51,7 +52,9 @@ def in_processes(jobs: int) -> Executor:
                     worker, index, deaths = busy.pop(future)
                     if isinstance(error := future.exception(), (BrokenProcessPool, Terminated)):
                         _shut_down([worker])
-                        idle.append(_Worker())
+                        workers.remove(worker)
+                        workers.append(_Worker())
+                        idle.append(workers[-1])
                         if deaths + 1 < MAX_DEATHS:
                             waiting.appendleft((index, deaths + 1))
                         else:
@@ -60,7 +63,7 @@ def in_processes(jobs: int) -> Executor:
                     idle.append(worker)
                     yield index, Outcome(f"{type(error).__name__}: {error}") if error else future.result()
         finally:
-            _shut_down([*idle, *(worker for worker, *_ in busy.values())])
+            _shut_down(workers)
 
     return train
 
@@ -97,11 +100,13 @@ def _shut_down(workers: Sequence[_Worker]) -> None:
         worker.shut_down(kill=pid is None, wait=False)
         _signal(pid, signal.SIGTERM)
     deadline = time.monotonic() + SHUTDOWN_SECONDS
-    while any(_signal(pid, 0) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS / 10)
-    for worker, pid in zip(workers, pids, strict=True):
-        _signal(pid, signal.SIGKILL)
-        worker.shut_down(kill=True, wait=True)
+    try:
+        while any(_signal(pid, 0) for pid in pids) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS / 10)
+    finally:  # a second Ctrl-C is for those that do not exit
+        for worker, pid in zip(workers, pids, strict=True):
+            _signal(pid, signal.SIGKILL)
+            worker.shut_down(kill=True, wait=True)
 
 
 def _signal(pid: int | None, number: int) -> bool:

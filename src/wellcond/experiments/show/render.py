@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,14 @@ def for_terminal(table: Table) -> Any:
 
 def for_markdown(table: Table) -> str:
     """A Markdown table; numbers are right-aligned."""
+
+    def escaped(cell: str) -> str:
+        return re.sub(r"([\\|*_`<\[])", r"\\\1", cell)
+
     rule = ["---" if column.text else "---:" for column in table.columns]
-    rows = [[f"**{cell}**" if isinstance(cell, Strong) else cell for cell in row] for row in table.rows]
+    rows = [
+        [f"**{escaped(cell)}**" if isinstance(cell, Strong) else escaped(cell) for cell in row] for row in table.rows
+    ]
     return "\n".join("| " + " | ".join(row) + " |" for row in [[c.head for c in table.columns], rule, *rows])
 
 
