@@ -79,6 +79,22 @@ def test_a_copy_goes_on_alone_and_states_are_kept():
     assert other.compute() == metric.compute()
 
 
+def test_metrics_are_merged():
+    """As torchmetrics does for map-reduce: from a metric or from its states."""
+    one, two = ConditionNumber(5), ConditionNumber(5)
+    one.update(features(seed=1))
+    two.update(features(n=50, seed=2))
+    expected = condition_number(torch.cat([features(seed=1), features(n=50, seed=2)]).T, features=True)
+    for incoming in (two, two.metric_state):
+        merged, empty = copy.deepcopy(one), ConditionNumber(5)
+        merged.merge_state(incoming)
+        torch.testing.assert_close(merged.compute(), expected, rtol=1e-10, atol=0.0)
+        empty.merge_state(incoming)
+        assert empty.compute() == two.compute()
+    with pytest.raises(ValueError, match="cannot merge"):
+        one.merge_state(ConditionNumber(4))
+
+
 def _in_process(rank: int, file: str, found) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     metric = ConditionNumber(5)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.decomposition import PCA
+from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -92,6 +93,30 @@ def test_singular_data_are_whitened_within_their_subspace():
         with pytest.raises(ValueError, match="eps"):
             Whitening(method).fit(X)
         assert np.isfinite(Whitening(method, eps=1e-3).fit_transform(X)).all()
+
+
+@pytest.mark.parametrize("method", ["pca", "cholesky"])
+def test_a_first_batch_that_cannot_be_whitened_yet_is_not_lost(method):
+    X = data(kappa=100)
+    parts = Whitening(method)
+    with pytest.raises(ValueError, match="eps"):
+        parts.partial_fit(X[:3])
+    with pytest.raises(NotFittedError):
+        parts.transform(X)
+    parts.partial_fit(X[3:])
+    assert parts.n_samples_seen_ == 200
+    np.testing.assert_allclose(parts.whitening_, Whitening(method).fit(X).whitening_, rtol=1e-8, atol=1e-8)
+
+
+def test_whitened_arrays_come_back_without_names(recwarn):
+    import pandas as pd
+
+    X = pd.DataFrame(data(), columns=list("abcdef"))
+    whitening = Whitening().fit(X)
+    np.testing.assert_allclose(whitening.inverse_transform(whitening.transform(X)), X, rtol=1e-8)
+    assert not recwarn.list
+    with pytest.raises(ValueError, match="X has 3 features, but Whitening was fitted with 6"):
+        whitening.inverse_transform(np.zeros((4, 3)))
 
 
 def test_it_is_at_home_in_a_pipeline_and_in_data_frames():

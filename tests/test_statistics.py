@@ -121,6 +121,7 @@ def test_the_table_says_what_is_noise_and_fits_the_terminal():
     [
         (-0.012, -0.007, 0.001, -0.9, "seen"),
         (-0.012, -0.007, 0.001, 0.9, "the opposite is seen"),
+        (-0.012, -0.007, 0.001, 0.0, "a difference is seen"),
         (-0.003, 0.002, 0.7, -0.9, "not seen"),
         (-0.003, 0.002, 0.7, -0.1, "not decidable"),
         (-0.012, -0.001, 0.2, -0.9, "not decidable"),  # the interval alone does not decide

@@ -64,6 +64,19 @@ class _OfTheCovariance(Metric):
         eps = torch.finfo(working_dtype(X.dtype)).eps
         self.resolution = self.resolution.maximum(self.resolution.new_tensor(eps))
 
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Take in what another metric of the same kind has seen, given as the metric or as its states by name."""
+        if isinstance(incoming_state, Metric):
+            if not isinstance(incoming_state, _OfTheCovariance) or incoming_state.num_features != self.num_features:
+                raise ValueError(f"cannot merge {incoming_state} into {self} of {self.num_features} features")
+            incoming_state = incoming_state.metric_state
+        theirs = Moments(*(incoming_state[name].to(self.samples.device) for name in Moments._fields))
+        self.samples, self.mean, self.scatter = Moments(self.samples, self.mean, self.scatter).merged(theirs)
+        for name in ("mean_square", "resolution"):
+            setattr(self, name, getattr(self, name).maximum(incoming_state[name].to(self.samples.device)))
+        self._update_count += 1
+        self._computed = None
+
     def spectrum(self) -> Spectrum:
         """Of the covariance so far, of all processes when called from ``compute``; eigenvalues that the rounding of the
         features explains are at or below its tolerance."""

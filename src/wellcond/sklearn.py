@@ -11,7 +11,7 @@ import torch
 try:
     from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
     from sklearn.utils._param_validation import Interval, StrOptions
-    from sklearn.utils.validation import check_is_fitted, validate_data
+    from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 except ImportError as error:
     raise ImportError("wellcond.sklearn needs scikit-learn 1.6 or later: pip install 'wellcond[sklearn]'") from error
 
@@ -82,18 +82,23 @@ class Whitening(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def transform(self, X: Any) -> np.ndarray:
         """(n, d) W (x − mean) of each row of X (n, d)."""
-        check_is_fitted(self)
+        check_is_fitted(self, "whitening_")
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         return ((X - self.mean_) @ self.whitening_.T).astype(X.dtype)
 
     def inverse_transform(self, X: Any) -> np.ndarray:
         """(n, d) the data of which X (n, d) is the whitened form; of singular data, within their subspace."""
-        check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        check_is_fitted(self, "whitening_")
+        kinds: Any = [np.float64, np.float32]
+        X = check_array(X, dtype=kinds)  # whitened data need not have the names of the features
+        if X.shape[1] != len(self.mean_):
+            raise ValueError(f"X has {X.shape[1]} features, but Whitening was fitted with {len(self.mean_)}")
         return (X @ self.coloring_.T + self.mean_).astype(X.dtype)
 
     def _learn(self, moments: Moments) -> Whitening:
         P = moments.covariance
+        self.n_samples_seen_ = int(moments.samples)
+        self.mean_, self.covariance_ = moments.mean.numpy(), P.numpy()  # kept, also where they do not whiten yet
         ridge = self.eps * (P.diagonal().mean().item() if self.relative else 1.0)
         within = self.method == "zca" and ridge == 0.0
         if within and not P.any():  # a single sample so far, or nothing that varies
@@ -101,8 +106,7 @@ class Whitening(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         else:
             method: Any = self.method
             W = whitening_matrix(P, eps=ridge, method=method, rank="pinv" if within else "ridge")
-        self.n_samples_seen_ = int(moments.samples)
-        self.mean_, self.covariance_, self.whitening_ = moments.mean.numpy(), P.numpy(), W.numpy()
+        self.whitening_ = W.numpy()
         self.coloring_ = ((P + ridge * torch.eye(len(P), dtype=P.dtype)) @ W.T).numpy()  # W⁻¹ = (P + εI) Wᵀ
         return self
 

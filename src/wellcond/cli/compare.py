@@ -55,7 +55,7 @@ def compare(
         else:
             configs, experiment = _from_options(asked, out, resume)
         refuse_unused(asked, configs)
-        resume_commands.append(f"wellcond compare --out {out} --resume")
+        resume_commands.append(shlex.join(["wellcond", "compare", "--out", str(out), "--resume"]))
         results: list[Any] = []
 
         def finished(index: int, result: Any) -> None:

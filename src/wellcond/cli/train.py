@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,7 @@ def train(
         from wellcond.experiments.run.train import run
         from wellcond.experiments.show.render import for_terminal
 
-        resume_commands.append(f"wellcond train --out {folder} --resume")
+        resume_commands.append(shlex.join(["wellcond", "train", "--out", str(folder), "--resume"]))
         result = run(config, folder, resume=resume, overwrite=overwrite, progress=console.is_terminal)
         console.print(for_terminal(run_table(result)))
         say(f"in {folder}")
@@ -52,7 +53,7 @@ def train_default(resume_commands: list[str]) -> Path:
 
     config = run_config()
     folder = run_folder(config)
-    resume_commands.append(f"wellcond train --out {folder} --resume")
+    resume_commands.append(shlex.join(["wellcond", "train", "--out", str(folder), "--resume"]))
     say(f"there is no run yet: training the default into {folder}")
     run_training(config, folder, progress=console.is_terminal)
     return folder

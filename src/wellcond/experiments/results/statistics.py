@@ -53,6 +53,8 @@ class Difference(NamedTuple):
         `not seen` means that it lies outside the interval, so that it would have been detected.
         """
         if self.is_seen:
+            if papers == 0:
+                return "a difference is seen"
             return "seen" if self.mean * papers > 0 else "the opposite is seen"
         if math.isnan(self.low) or self.low <= papers / 100 <= self.high:
             return "not decidable"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -148,8 +149,8 @@ def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
 
 def _resume_command(run: Path) -> str:
     if folders.kind_of(run) == RUN:
-        return f"wellcond train --out {run} --resume"
-    return f"wellcond compare --out {run.parents[1]} --resume"  # the run has not started yet
+        return shlex.join(["wellcond", "train", "--out", str(run), "--resume"])
+    return shlex.join(["wellcond", "compare", "--out", str(run.parents[1]), "--resume"])  # the run has not started yet
 
 
 def _in_table(place: Path) -> list[RunResult]:
