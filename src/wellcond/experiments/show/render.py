@@ -42,7 +42,7 @@ def for_markdown(table: Table) -> str:
     """A Markdown table; numbers are right-aligned."""
 
     def escaped(cell: str) -> str:
-        return re.sub(r"([\\|*_`<\[])", r"\\\1", cell)
+        return re.sub(r"([\\|*`<\[]|\b_|_\b)", r"\\\1", cell)  # within a word an underscore is one
 
     rule = ["---" if column.text else "---:" for column in table.columns]
     rows = [
