@@ -90,7 +90,6 @@ def test_the_whole_chain_holds(tmp_path):
     assert type(plain[1]) is NormAct and list(plain.state_dict()) == list(before.state_dict())
     torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-5)
     before.load_state_dict(plain.state_dict())
-    before[1].eps = plain[1].eps
     torch.testing.assert_close(before.eval()(x), model(x), rtol=1e-4, atol=1e-5)
     torch.save(plain, tmp_path / "plain.pt")
     torch.testing.assert_close(torch.load(tmp_path / "plain.pt", weights_only=False)(x), plain(x))
