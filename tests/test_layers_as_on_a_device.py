@@ -13,15 +13,15 @@ import torch
 
 import wellcond.linalg as wl
 from wellcond.nn import DecorrelatedBatchNorm2d, IterNorm2d
-from wellcond.nn._fused_passes import layout, pieces
+from wellcond.nn._fused_passes import geometry, layout
 
 
 @pytest.fixture
 def as_on_a_device(monkeypatch):
     def forced(layer, x, w):
-        real = pieces._geometry
+        real = geometry._geometry
         with monkeypatch.context() as patch, wl.value_checks(False):
-            patch.setattr(pieces, "_geometry", lambda *args: real(*args[:-1], False))
+            patch.setattr(geometry, "_geometry", lambda *args: real(*args[:-1], False))
             patch.setattr(layout, "LARGEST_KEPT", -1)
             return results(layer, x, w)
 

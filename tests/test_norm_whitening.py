@@ -26,7 +26,10 @@ from wellcond.nn import (
     IterNorm2d,
     IterNorm3d,
 )
-from wellcond.nn._fused_passes import layout, pieces
+from wellcond.nn._fused_passes import layout
+from wellcond.nn._fused_passes.geometry import geometry_of
+from wellcond.nn._fused_passes.products import sum_of_products
+from wellcond.nn._fused_passes.samples import Samples
 
 SPECTRUM = [9.0, 4.0, 2.0, 1.0, 0.5, 0.25]
 METHODS = ["zca", "pca", "cholesky"]
@@ -374,9 +377,9 @@ def test_pieces_may_be_read_through_another_slot():
     """As the one operand after they were both: they must not then share memory with the other."""
     X, Y = torch.randn(2, 5, 3, 20, dtype=torch.float64)
     ones, zeros = (f(1, 3, 1, dtype=torch.float64) for f in (torch.ones, torch.zeros))
-    geometry = dataclasses.replace(pieces.geometry_of(X, 1), small=False)  # which would be read at once
-    features = pieces.Samples(X, geometry, ones)
+    geometry = dataclasses.replace(geometry_of(X, 1), small=False)  # which would be read at once
+    features = Samples(X, geometry, ones)
     centred = X - 1
-    assert torch.allclose(pieces.sum_of_products(features, features), (centred @ centred.mT).sum(0))
-    other = pieces.Samples(Y, geometry, zeros)
-    assert torch.allclose(pieces.sum_of_products(other, features), (Y @ centred.mT).sum(0))
+    assert torch.allclose(sum_of_products(features, features), (centred @ centred.mT).sum(0))
+    other = Samples(Y, geometry, zeros)
+    assert torch.allclose(sum_of_products(other, features), (Y @ centred.mT).sum(0))

@@ -1,4 +1,4 @@
-"""What every spectral layer shares: a name for messages, its solver events, and what it decomposes, for the monitor."""
+"""Base of the spectral layers: a name for error messages, solver events, and the features that the monitor observes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def symbolic_call(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def require_input(x: Tensor, dims: tuple[int, ...], channels: int) -> None:
-    """Refuse what is not (N, C, *spatial) of so many dimensions and channels, in the words of ``torch.nn``."""
+    """Raise unless x is (N, C, *spatial) with these dimensions and channels; the messages are those of ``torch.nn``."""
     if isinstance(x, fx.Proxy):  # has no shape yet
         return
     if x.dim() not in dims:
@@ -52,9 +52,9 @@ def require_input(x: Tensor, dims: tuple[int, ...], channels: int) -> None:
 
 
 def naming_options_of(parent: type) -> Callable[[F], F]:
-    """Decorates an ``__init__`` that hands ``*args`` and ``**options`` on: its signature names those of ``parent``.
+    """Decorator for an ``__init__`` that passes ``*args`` and ``**options`` on: its signature lists the parent's.
 
-    Positional parameters of its own stand in the places of as many of the parent's.
+    Its own positional parameters replace as many of the parent's.
     """
 
     def named(init: F) -> F:
@@ -76,8 +76,8 @@ class SpectralModule(nn.Module):
     """Base of the spectral layers.
 
     Attributes:
-        is_spectral_layer: the mark by which treatments and monitor find it, all that they ask of a module.
-        layer_name: the name used in error messages, set by whoever knows the whole model; "" if nobody did.
+        is_spectral_layer: by which treatments and the monitor find it; they require nothing else of a module.
+        layer_name: the name in error messages, set by code that knows the whole model; "" if none did.
         solver_events: calls, retries and failures of the decompositions made by this layer.
 
     The monitor watches the covariance of the input (N, C, *spatial), as it does of batch norm. A subclass that
@@ -108,18 +108,18 @@ class SpectralModule(nn.Module):
         return self.register_forward_pre_hook(seen, with_kwargs=True)
 
     def describe(self) -> str:
-        """The layer's name and form, for messages."""
+        """The layer's name and options, for messages."""
         form = f"{type(self).__name__}({self.extra_repr()})"
         return f"layer '{self.layer_name}' ({form})" if self.layer_name else f"layer {form}"
 
     def _load_from_state_dict(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super()._load_from_state_dict(*args)
-        # The layer before this one is the one that is treated, and mostly loaded by now.
+        # It is the layer before this one that is treated, and usually it has been loaded by now.
         refuse_treated(*args[-3:])
 
     def _recording(self, solver: str | Solver | None = None) -> AbstractContextManager[Any]:
-        """Counts and names the events of this block; not where a graph stays whole without: of a traceable ``solver``,
-        and in what the compiler exports."""
+        """A context that counts the solver events of this layer. It does nothing where it would break a compiled graph:
+        with a traceable ``solver``, and under ``torch.export``."""
         refuse_by_tracing_to_onnx(type(self).__name__)
         whole = is_compiling() and solver is not None and choose_solver(solver).traceable
         whole = whole or (is_exporting() and torch.compiler.is_dynamo_compiling())
@@ -127,7 +127,7 @@ class SpectralModule(nn.Module):
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put the values in the places of the keys, under each of the names that one module may have."""
+    """Replace the keys by the values, under every name that a module has."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:
             path, _, leaf = name.rpartition(".")

@@ -1,7 +1,7 @@
-"""Which classes of batch norm can be replaced, and what each does after it has normalised.
+"""The classes of batch norm that can be replaced, and the submodules that each applies after normalising.
 
-torch's own normalise and nothing else. A subclass may do anything: one that goes on with some of its own submodules
-(dropout, an activation) is registered with their names, and keeps them.
+torch's own classes only normalise. A subclass may do anything: one that then applies some of its submodules (dropout,
+an activation) is registered with their names, and they are kept.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ DECORRELATED: dict[type[nn.Module], type[_DecorrelatedBatchNorm]] = {
     nn.BatchNorm1d: DecorrelatedBatchNorm1d,
     nn.BatchNorm2d: DecorrelatedBatchNorm2d,
     nn.BatchNorm3d: DecorrelatedBatchNorm3d,
-    # Which takes any number of dimensions; models that are trained in several processes are of images.
+    # It takes any number of dimensions; models trained in several processes are mostly of images.
     nn.SyncBatchNorm: DecorrelatedBatchNorm2d,
 }
-"""For each class of batch norm, what takes its place."""
+"""The replacement of each class of batch norm."""
 
 _THEN: dict[type[nn.Module], tuple[str, ...]] = {}
 """The submodules that a registered class applies after normalising, by name."""
@@ -42,15 +42,15 @@ def register_batchnorm(
     Args:
         kind: a subclass of ``nn.BatchNorm1d/2d/3d`` or ``nn.SyncBatchNorm`` whose forward pass normalises and then
             applies some of its submodules, one after the other, and does nothing else.
-        then: the names of those submodules, in order. One that a module does not have is left out.
-        like: the class of torch that it stands for, by default the one that it derives from.
+        then: the names of those submodules, in order. Names that a module lacks are skipped.
+        like: the class of torch to treat it as, by default the one that it derives from.
 
     Returns:
         ``kind``.
 
     Raises:
         TypeError: neither ``kind`` nor ``like`` is a batch norm of torch.
-        ValueError: a submodule of the name ``norm``, which is that of the decorrelated one.
+        ValueError: a submodule named ``norm``, the name of the decorrelated one.
 
     ``BatchNormAct2d`` and ``SyncBatchNormAct`` of timm need not be registered.
 
@@ -87,7 +87,7 @@ def applied_after(norm: nn.Module) -> dict[str, nn.Module]:
 
 
 def batchnorms(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The batch norms of a model that can be replaced, by name; and why others cannot, by name."""
+    """The batch norms of a model that can be replaced, by name, and the reasons why others cannot, by name."""
     _register_those_of_timm()
     norms, others = {}, {}
     for name, module in model.named_modules():
@@ -104,7 +104,7 @@ def batchnorms(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
 
 
 def reasons(others: dict[str, str]) -> str:
-    """Why norms are left alone, each reason once with the first few names."""
+    """The reasons in one line, each once, with the first few names."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in others.items():
         by_reason.setdefault(reason, []).append(name)
@@ -116,7 +116,7 @@ def reasons(others: dict[str, str]) -> str:
 
 
 def _register_those_of_timm() -> None:
-    """Where timm is in use: it is never imported for this."""
+    """Register timm's classes if timm has been imported."""
     if (layers := sys.modules.get("timm.layers")) is None:
         return
     for name in ("BatchNormAct2d", "SyncBatchNormAct"):

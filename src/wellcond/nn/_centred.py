@@ -1,8 +1,8 @@
-"""Features minus their mean, of which constant channels leave nothing.
+"""Centred features, exactly 0 in constant channels.
 
-The mean of n equal numbers is off by a rounding error of it, and so is every difference from it: a function that
-divides by the size of what is left would make features of that. A channel is constant where its variance is at most
-that of the rounding, (eps·mean)².
+The computed mean of n equal numbers has a rounding error, and so has every difference from it; dividing these by their
+size would turn rounding into features. A channel counts as constant if its variance is at most that of the rounding,
+(eps·mean)².
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 def mean_of_samples(X: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """(..., d, 1) the mean of X (..., d, n) over the chosen samples (..., 1, n), rounded once."""
+    """The mean (..., d, 1) of X (..., d, n) over the chosen samples (..., 1, n), accurate to one rounding."""
     mean = _mean(X, chosen)
-    return mean + _mean(X - mean, chosen)  # of the small differences: they sum up to the error of the first
+    return mean + _mean(X - mean, chosen)  # the mean of the differences is the error of the first
 
 
 def centred(X: Tensor, mean: Tensor, chosen: Tensor | None = None) -> Tensor:
@@ -22,7 +22,7 @@ def centred(X: Tensor, mean: Tensor, chosen: Tensor | None = None) -> Tensor:
     A = X - mean
     if chosen is not None:
         A = torch.where(chosen, A, 0.0)
-    # Relative to the mean, so that no square leaves the range of the dtype; of a zero mean no difference is rounding.
+    # Relative to the mean, so that no square overflows; with a zero mean no difference is rounding.
     deviation = _mean((A.detach() / mean.detach()).abs().square(), chosen)
     return torch.where(deviation <= torch.finfo(A.dtype).eps ** 2, 0.0, A)
 

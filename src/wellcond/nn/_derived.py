@@ -1,7 +1,7 @@
-"""What a layer derives from its state for evaluation, kept until the state is another.
+"""A cache for what a layer derives from its state for evaluation.
 
-What it was derived from is compared by its contents: identity and ``_version`` of a tensor do not see a write through
-``.data``, numpy, shared memory or ``torch.distributed``.
+The state is compared by value: identity and ``_version`` of a tensor miss writes through ``.data``, numpy, shared
+memory or ``torch.distributed``.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGE = 1 << 12
-
 
 class Derived:
-    """A function of tensors and options, computed again when one of them has changed; a copy of it starts empty."""
+    """The last value of a function of tensors and options, recomputed when one of them changes. Copies start empty."""
 
     def __init__(self) -> None:
         # One attribute, assigned at once: several threads may evaluate the same layer.
@@ -24,18 +22,18 @@ class Derived:
         self._written: tuple[Tensor, Tensor, int] | None = None
 
     def of(self, sources: tuple[Tensor, ...], options: Any, compute: Callable[..., Tensor]) -> Tensor:
-        """``compute(*sources)``, never differentiated; a new tensor whenever it has to be computed."""
+        """``compute(*sources)`` without gradients; a new tensor whenever it is recomputed."""
         held = self._held
         if held is not None and held[1] == options and _same(held[0], sources):
             return held[2]
-        # What is made in inference mode could not be used outside of it.
+        # A tensor made in inference mode could not be used outside it.
         with torch.inference_mode(False), torch.no_grad():
             value = compute(*sources)
             self._held = tuple(source.detach().clone() for source in sources), options, value
         return value
 
     def is_written(self, value: Tensor, buffer: Tensor) -> bool:
-        """Whether this value is what the buffer holds since it was last written, by whoever uses its version."""
+        """Whether the buffer still holds this value, judging by its version."""
         written = self._written
         if written is None or written[0] is not value or written[1] is not buffer or buffer.is_inference():
             return False

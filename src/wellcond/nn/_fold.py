@@ -24,16 +24,16 @@ Model = TypeVar("Model", bound=nn.Module)
 def fold(model: Model, example_input: Any = None) -> Model:
     """A copy of ``model`` in evaluation mode, without decorrelated batch norm: same outputs, less work.
 
-    Each one is folded into the convolution, transposed convolution or linear layer before it, where the output of that
-    layer goes nowhere else and, if it is grouped, no group of the norm mixes two groups of it. Elsewhere a 1 × 1
-    convolution takes its place. Every parametrised weight (an orthogonal weight, a spectral norm) becomes a plain one.
-    A linear layer is taken to give (N, C). Ordinary ``nn.BatchNorm`` stays as it is, and so does a decorrelated one
-    without running statistics, which has no fixed map. :func:`to_plain` keeps the layers and names instead.
+    Each one is folded into the convolution, transposed convolution or linear layer before it, if the output of that
+    layer goes nowhere else and, if it is grouped, no group of the norm mixes two of its groups. Otherwise it becomes a
+    1 × 1 convolution. Every parametrised weight (an orthogonal weight, a spectral norm) becomes a plain one. Linear
+    layers are assumed to output (N, C). Ordinary ``nn.BatchNorm`` is kept, as is a decorrelated one without running
+    statistics, whose output depends on the batch. :func:`to_plain` keeps the layers and names instead.
 
     Args:
-        model: any module; it is not changed, and may be in training mode: running statistics are what is used.
-        example_input: what the model is called with, for one that cannot be traced: a tensor, a tuple of arguments, or
-            a dict of keyword arguments. What the model does with it is taken to be what it does with any input.
+        model: any module, in either mode; it is not changed.
+        example_input: an input, for models that cannot be traced: a tensor, a tuple of arguments, or a dict of keyword
+            arguments. The model is assumed to apply the same layers to every input.
 
     Returns:
         The copy, whose outputs differ from those of ``model.eval()`` by rounding.
@@ -41,8 +41,8 @@ def fold(model: Model, example_input: Any = None) -> Model:
     Raises:
         ValueError: the model does not run on the example input.
 
-    Without an example the layers are found by symbolic tracing (``torch.fx``), where only what contains a decorrelated
-    batch norm has to be traceable; if it is not, a warning says so, and every norm becomes a 1 × 1 convolution.
+    Without an example the layers are found by symbolic tracing (``torch.fx``) of the modules that contain a
+    decorrelated batch norm. If one cannot be traced, a warning says so, and every norm becomes a 1 × 1 convolution.
 
     Example:
         >>> import torch
@@ -68,7 +68,7 @@ def fold(model: Model, example_input: Any = None) -> Model:
 
 
 def fixed_norms(model: nn.Module) -> dict[str, _DecorrelatedBatchNorm]:
-    """Those that are a fixed map in evaluation, by name."""
+    """The norms that are a fixed map in evaluation, by name."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, _DecorrelatedBatchNorm)}
     return {name: norm for name, norm in found.items() if norm.running_mean is not None}
 
@@ -90,10 +90,10 @@ def replaced(model: Any, new: dict[nn.Module, nn.Module]) -> Any:
 
 @torch.no_grad()
 def absorbed(layer: nn.Module, norm: _DecorrelatedBatchNorm, *, whitening_only: bool = False) -> nn.Module | None:
-    """A new layer that is ``layer`` followed by the norm, or by its whitening matrix alone, without a shift; None where
-    that is no layer of the same kind.
+    """A new layer equal to ``layer`` followed by the norm, or by its whitening matrix alone; None if that would be a
+    layer of another kind.
 
-    Only torch's own classes are taken, without hooks: a subclass or a hook may do anything.
+    Only torch's own classes without hooks qualify: a subclass or a hook may do anything.
     """
     kind: Any = type(layer)
     if kind not in LAYERS or layer._forward_hooks or layer._forward_pre_hooks:

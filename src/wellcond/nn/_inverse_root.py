@@ -1,10 +1,10 @@
 """The whitening matrix S = (P + rI)^{-1/2} of a covariance and the adjoint of its derivative, in few operations.
 
-r is ε, or eps·tr P where that is more (see :mod:`._minimum_ridge`), and a function of P there.
+r = max(ε, eps·tr P) (see :mod:`._minimum_ridge`); where the second is larger, r is differentiated too.
 
 By eigendecomposition, with P = U Λ Uᵀ and t = (max(λ, 0) + r)^{-1/2}: S = (U t) Uᵀ, and the divided differences of the
-inverse root are −tᵢ² tⱼ²/(tᵢ + tⱼ) (Higham, Functions of Matrices, 2008, ch. 3). Since t > 0 everywhere, nothing has to
-be kept from zero. Every other solver has its own forward and backward pass.
+inverse root are −tᵢ² tⱼ²/(tᵢ + tⱼ) (Higham, Functions of Matrices, 2008, ch. 3). Since t > 0 there is no
+division by zero. Other solvers use their own forward and backward pass.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Saved = tuple[Tensor | None, ...]
 
 
 class InverseRoot(ABC):
-    """One way to S and back.
+    """A way to compute S and the adjoint of its derivative.
 
     Args:
-        solver: that is meant.
+        solver: of the inverse root.
         eps: ε > 0.
         grows: whether the ridge may be more than ε.
     """
@@ -37,15 +37,15 @@ class InverseRoot(ABC):
 
     @abstractmethod
     def forward(self, P: Tensor) -> tuple[Tensor, Saved]:
-        """S of P (G, d, d), and what the adjoint wants to see again."""
+        """S of P (G, d, d), and the tensors that :meth:`adjoint` needs."""
 
     @abstractmethod
     def adjoint(self, saved: Saved, grad: Tensor) -> tuple[Tensor, float]:
-        """A Hermitian matrix and a factor whose product is ∂l/∂P, of ∂l/∂S (G, d, d); a matrix that may be changed."""
+        """∂l/∂P from ∂l/∂S (G, d, d), as the product of a Hermitian matrix, which may be overwritten, and a number."""
 
 
 class ByEigenpairs(InverseRoot):
-    """Exact; see the module's page."""
+    """By eigendecomposition, as in the docstring of the module."""
 
     def forward(self, P: Tensor) -> tuple[Tensor, Saved]:
         eigvals, U = eigh(P)
@@ -74,7 +74,7 @@ class ByEigenpairs(InverseRoot):
 
 
 class BySolver(InverseRoot):
-    """The forward and backward pass of any solver, on P with the ridge that ε lacks."""
+    """By any solver, applied to P plus the part of the ridge that ε lacks."""
 
     def forward(self, P: Tensor) -> tuple[Tensor, Saved]:
         lacking = None
@@ -95,7 +95,7 @@ class BySolver(InverseRoot):
 
 
 class ByProducts(InverseRoot):
-    """The same with a solver of products alone and no value read: all of the ridge is on the diagonal."""
+    """By a solver that only multiplies, without reading values: the whole ridge is added to the diagonal."""
 
     def forward(self, P: Tensor) -> tuple[Tensor, Saved]:
         smallest = torch.finfo(P.dtype).eps
@@ -115,7 +115,7 @@ class ByProducts(InverseRoot):
 
 
 def inverse_root(solver: Solver, eps: float, *, grows: bool, reading: bool) -> InverseRoot:
-    """The way that a solver takes; ``reading``: whether values may be read and checked."""
+    """The way for a solver; ``reading`` says whether values may be read."""
     if type(solver) is Eigh:
         return ByEigenpairs(solver, eps, grows=grows)
     kind = ByProducts if grows and solver.traceable and not reading else BySolver
@@ -123,6 +123,6 @@ def inverse_root(solver: Solver, eps: float, *, grows: bool, reading: bool) -> I
 
 
 def _add_trace(gradient: Tensor, grown: Tensor) -> None:
-    """The derivative of eps·tr P, where (G, 1) that is the ridge."""
+    """Add the derivative through r = eps·tr P, in the groups (G, 1) where that is the ridge."""
     diagonal = gradient.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(diagonal.sum(-1, keepdim=True).mul_(grown), alpha=torch.finfo(gradient.dtype).eps)

@@ -1,4 +1,4 @@
-"""The layer whose output goes into a norm and nowhere else: from the symbolic graph of a model, or from one pass."""
+"""Finding the layer whose output goes only into a norm: by symbolic tracing, or by one forward pass."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ PASSED_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropou
 
 
 def layers_before(model: nn.Module, example_input: Any) -> dict[nn.Module, nn.Module]:
-    """For each norm that may be folded, the module whose output goes there and nowhere else."""
+    """For each norm that can be folded, the module whose output goes only there."""
     return _by_tracing(model) if example_input is None else _by_running(model, example_input)
 
 
 class _Tracer(fx.Tracer):
-    """Looks into a module only if a decorrelated batch norm is inside."""
+    """Traces a module only if it contains a decorrelated batch norm."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         contains = type(m) is nn.Sequential or any(isinstance(x, _DecorrelatedBatchNorm) for x in m.modules())
@@ -63,7 +63,7 @@ def _by_tracing(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def _by_running(model: nn.Module, example_input: Any) -> dict[nn.Module, nn.Module]:
-    """From one pass in evaluation, without gradients, in which every function of a tensor is seen.
+    """From one forward pass without gradients, observing every function that is called on a tensor.
 
     Raises:
         ValueError: the model does not run on the example.
@@ -85,15 +85,15 @@ def _by_running(model: nn.Module, example_input: Any) -> dict[nn.Module, nn.Modu
                 "give one that it accepts"
             ) from error
     seen.use(output)
-    return {norm: layer for norm, layer in seen.fed_by.items() if seen.goes_there_alone(layer, norm)}
+    return {norm: layer for norm, layer in seen.fed_by.items() if seen.feeds_only(layer, norm)}
 
 
 class _Uses(TorchFunctionMode):
-    """What becomes of the outputs and the parameters of layers while a model runs."""
+    """The uses of the outputs and parameters of layers while a model runs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        # A subclass may do anything: what it does is seen as if the model did it.
+        # A subclass may do anything, so its operations count as those of the model.
         plain = (*LAYERS, *PASSED_THROUGH)
         self.watched = [m for m in model.modules() if type(m) in plain or isinstance(m, _DecorrelatedBatchNorm)]
         self.fed_by: dict[nn.Module, nn.Module] = {}
@@ -101,9 +101,9 @@ class _Uses(TorchFunctionMode):
         self._calls: Counter[nn.Module] = Counter()
         self._inside: list[nn.Module] = []
         self._used_elsewhere: set[nn.Module] = set()
-        self._alive: list[Tensor] = []  # an id is that of one tensor while it lives
+        self._alive: list[Tensor] = []  # as ids are unique only among living tensors
 
-    def goes_there_alone(self, layer: nn.Module, norm: nn.Module) -> bool:
+    def feeds_only(self, layer: nn.Module, norm: nn.Module) -> bool:
         """Whether the output of ``layer`` goes into ``norm`` and nowhere else, and both were called once."""
         fed = list(self.fed_by.values())
         once = self._calls[layer] == self._calls[norm] == fed.count(layer) == 1
@@ -130,12 +130,12 @@ class _Uses(TorchFunctionMode):
         self._alive.append(output)
 
     def use(self, values: Any) -> None:
-        """Note a use that is no norm's."""
+        """Record a use other than by a norm."""
         self._used_elsewhere.update(layer for x in _tensors(values) if (layer := self._layer_of.get(id(x))))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        # Questions such as for the shape are no use; what a watched module does with its own is seen by the hooks.
+        # Queries, such as of the shape, do not count; what watched modules do is recorded by their hooks.
         if not self._inside and not isinstance(result, (bool, int, torch.Size, torch.dtype, torch.device)):
             self.use((args, kwargs))
         return result

@@ -1,4 +1,4 @@
-"""Checkpoints that were not written by this version of a layer: older ones, and those of ``torch.nn.BatchNorm*d``."""
+"""Loading checkpoints of older versions of a layer, and of ``torch.nn.BatchNorm*d``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KEYS = {"covariance": "running_cov", "whitening": "running_whitening"}
 
 
 def upgrade(layer: Any, state: dict[str, Any], prefix: str) -> str | None:
-    """Make the entries of ``state`` those that ``layer`` expects, in place; returns why if that is impossible.
+    """Convert the entries of ``state`` to those that ``layer`` expects, in place; returns the reason if it cannot.
 
     A running variance becomes the diagonal of the running covariance (or of the whitening matrix).
     """
@@ -33,7 +33,7 @@ def upgrade(layer: Any, state: dict[str, Any], prefix: str) -> str | None:
     for name in (prefix + key for key in ("running_mean", *KEYS.values())):
         if name not in state or state[name].dtype not in HALF:
             continue
-        dtype, state[name] = state[name].dtype, state[name].float()  # which load_state_dict(assign=True) would not do
+        dtype, state[name] = state[name].dtype, state[name].float()  # assign=True would not convert it
         if name != prefix + "running_mean":
             warnings.warn(
                 f"{name} was saved in {dtype}: eigenvalues below {torch.finfo(dtype).eps:.0e} of the largest are "

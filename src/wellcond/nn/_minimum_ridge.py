@@ -1,10 +1,10 @@
-"""What of a covariance is rounding in its own precision: the smallest ridge that it can do with, and constant channels.
+"""Rounding in a covariance: the minimum ridge that its precision requires, and constant channels.
 
-Forming P = Σ x xᵀ/M and decomposing it each leave errors of about eps·λmax on every eigenvalue. A smaller ε is no
-ridge: along directions without variance P + εI is that rounding, and the derivative of its inverse root, of size
-ε^{-3/2}, amplifies it until the weights before the layer are not finite. So ε stands for at least eps·tr P. In float32
-with ε = 1e-5 that begins where the variances of a group add up to 84, and it changes what belongs to an eigenvalue λ by
-eps·tr P/(2λ) of itself: no more than that rounding does.
+Forming P = Σ x xᵀ/M and decomposing it both perturb every eigenvalue by about eps·λmax. A smaller ε does not
+regularise: along directions without variance P + εI is rounding, and the derivative of its inverse root, of size
+ε^{-3/2}, amplifies it until the weights before the layer overflow. So the ridge is at least eps·tr P. In float32 with ε
+= 1e-5 this takes effect once the variances of a group add up to 84. It changes λ^{-1/2} by a relative eps·tr P/(2λ), no
+more than the rounding does.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from wellcond._shared.torch_internals import is_compiling
 
 
 def with_ridge(P: Tensor, eps: float, *, relative: bool) -> tuple[Tensor, float]:
-    """P (G, d, d) and the ε that make P + εI, where as much is on the diagonal of P already as the given ε lacks.
+    """P (G, d, d), plus on its diagonal the part of the ridge that ``eps`` lacks, and the ε that is still to be added.
 
-    A relative ε is in units of the mean variance, of which eps·tr P is d·eps.
+    A relative ε is in units of the mean variance; in these units the minimum eps·tr P is d·eps.
     """
     if relative:
         return P, max(eps, torch.finfo(P.dtype).eps * P.shape[-1])
@@ -30,26 +30,26 @@ def with_ridge(P: Tensor, eps: float, *, relative: bool) -> tuple[Tensor, float]
 
 
 def lacking_ridge(P: Tensor, eps: float) -> Tensor:
-    """(G, 1) what ε lacks of eps·tr P; 0 where it is more."""
+    """max(eps·tr P − ε, 0), as (G, 1)."""
     minimum = torch.finfo(P.dtype).eps
     return (P.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) - eps / minimum).clamp_min(0.0) * minimum
 
 
 def without_constants(P: Tensor, mean: Tensor) -> Tensor:
-    """P (G, d, d) with rows and columns of zeros for the channels that are constant up to rounding.
+    """P (G, d, d) with zero rows and columns for the channels that are constant up to rounding.
 
-    The mean (G, d, 1) of a constant is off by eps·|mean| or so, which shows as a variance of (eps·mean)². With a
-    relative ε there may be nothing larger to outweigh it.
+    The computed mean (G, d, 1) of a constant has an error of about eps·|mean|, which appears as a variance of
+    (eps·mean)². A relative ε may be smaller than that.
     """
     floor = (torch.finfo(P.dtype).eps * mean.detach()).square()
-    constant = P.detach().diagonal(dim1=-2, dim2=-1).unsqueeze(-1).abs() <= floor  # NaN is not, and is refused later
+    constant = P.detach().diagonal(dim1=-2, dim2=-1).unsqueeze(-1).abs() <= floor  # False for NaN, which raises later
     if not is_compiling() and readable(P) and not constant.any():
         return P
     return torch.where(constant | constant.mT, 0.0, P)
 
 
 def varying(P: Tensor, mean: Tensor) -> Tensor:
-    """(G, d, d) of 1, and of 0 in the rows and columns that :func:`without_constants` clears; nothing is read."""
+    """The mask (G, d, d) that is 0 in the rows and columns that :func:`without_constants` clears; reads no value."""
     rounding = torch.finfo(P.dtype).eps ** 2
     variance = P.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     channels = torch.addcmul(variance, mean, mean, value=-rounding).gt_(0.0)
@@ -57,7 +57,7 @@ def varying(P: Tensor, mean: Tensor) -> Tensor:
 
 
 def mean_ridge(P: Tensor, eps: float, *, relative: bool, unit: Tensor | None = None) -> float:
-    """The absolute ε that :func:`with_ridge` stands for, the mean over the groups; ``P`` is c² P."""
+    """The absolute ridge of :func:`with_ridge`, averaged over the groups; ``P`` is ``unit``² times the covariance."""
     minimum = torch.finfo(P.dtype).eps
     traces = P.diagonal(dim1=-2, dim2=-1).double().sum(-1)
     if unit is not None:

@@ -1,4 +1,4 @@
-"""A decorrelated batch norm in the place of one that goes on after it has normalised, as timm's BatchNormAct2d."""
+"""A decorrelated batch norm in place of one that applies more than normalisation, such as timm's BatchNormAct2d."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 class NormAndTail(nn.Module):
-    """A norm, then submodules of the one whose place it takes, under the names that they had there.
+    """A norm, then submodules of the norm that it replaces, under their names there.
 
-    State dicts of the model as it was before load into it: what was ``bn1.weight`` is ``bn1.norm.weight`` here.
+    It loads state dicts of the original model, whose ``bn1.weight`` is ``bn1.norm.weight`` here.
 
     Args:
         norm: the decorrelated batch norm.
-        tail: what comes after it, by name.
-        replaced: the batch norm as it was, of which class and plain attributes are kept for :meth:`restored`.
+        tail: the modules applied after it, by name.
+        replaced: the original batch norm, whose class and plain attributes are kept for :meth:`restored`.
     """
 
     def __init__(self, norm: nn.Module, tail: dict[str, nn.Module], replaced: nn.Module) -> None:
@@ -24,7 +24,7 @@ class NormAndTail(nn.Module):
         self.norm = norm
         for name, module in tail.items():
             self.add_module(name, module)
-        # In a tuple, so that it is no submodule; without parameters and submodules, which live on here.
+        # In a tuple, so that it is not registered as a submodule.
         self._shell = (_emptied(replaced),)
         self.train(replaced.training)
 

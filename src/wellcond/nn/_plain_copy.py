@@ -1,7 +1,7 @@
-"""A model of plain ``torch.nn`` layers, with the state dict that it had before it was given ours and was treated.
+"""Converting a model back to plain ``torch.nn`` layers, with the state dict of the original.
 
-Decorrelated batch norm in evaluation is y = γ ∘ S (x − μ) + β. After x = W u + b the whitening matrix S goes into the
-layer, S W and S b, and what is left, γ ∘ (x − S μ) + β, is a batch norm.
+Decorrelated batch norm in evaluation is y = γ ∘ S (x − μ) + β. If x = W u + b, the whitening matrix S is absorbed into
+that layer, as S W and S b, and what is left, γ ∘ (x − S μ) + β, is a batch norm.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ BATCHNORMS = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 def to_plain(model: Model, example_input: Any = None) -> Model:
     """A copy of ``model`` in evaluation mode, of plain ``torch.nn`` layers: treatments off, whitening folded in.
 
-    Its state dict is that of the model without treatments and with ordinary batch norm, so that whatever builds that
-    one loads it: ``from_pretrained``, ``load_from_checkpoint``, ``load_state_dict``. Every parametrised weight becomes
-    a plain one, the one in use. Of a decorrelated batch norm the whitening matrix goes into the layer before it, under
-    the conditions of :func:`fold`, and the rest is an ``nn.BatchNorm`` with the scale and shift and a running variance
-    of 1 (less ε). Where there is no such layer, a 1 × 1 convolution takes its place and a warning names it: that copy
-    has another state dict.
+    Its state dict is that of the model without treatments and with ordinary batch norm, and loads wherever that one
+    does: ``from_pretrained``, ``load_from_checkpoint``, ``load_state_dict``. Every parametrised weight becomes a plain
+    one with the value in use. The whitening matrix of a decorrelated batch norm is absorbed into the layer before it,
+    under the conditions of :func:`fold`; the rest becomes an ``nn.BatchNorm`` with its scale and shift and a running
+    variance of 1 − ε. Without such a layer it becomes a 1 × 1 convolution, and a warning names it, since the state dict
+    then differs.
 
-    What no layer of ``torch.nn`` can do stays as it is: :class:`GlobalCovariancePool2d` and its kin,
-    :class:`SpectralLayer`, :class:`WhiteningColoring` (which save nothing that is theirs) and
-    :class:`SkewOrthogonalConv2d` (whose parameters are ordinary ones), which is also what a convolution becomes whose
-    orthogonal weight has ``map="soc"``: a warning names it, as its filter has another shape than that convolution's.
+    Layers without a counterpart in ``torch.nn`` are kept: :class:`GlobalCovariancePool2d` and its kin,
+    :class:`SpectralLayer` and :class:`WhiteningColoring`, which have no state of their own, and
+    :class:`SkewOrthogonalConv2d`. A convolution with an orthogonal weight of ``map="soc"`` becomes a
+    :class:`SkewOrthogonalConv2d`, and a warning names it, since the shape of its filter differs.
 
     Args:
-        model: any module; it is not changed. Of a wrapped one (DDP, ``torch.compile``) the model inside is copied.
-        example_input: what the model is called with, to find the layer before each norm by running it once: a tensor, a
-            tuple of arguments, or a dict of keyword arguments. None for symbolic tracing.
+        model: any module; it is not changed. Wrappers (DDP, ``torch.compile``) are removed.
+        example_input: an input, to find the layer before each norm by running the model once: a tensor, a tuple of
+            arguments, or a dict of keyword arguments. None for symbolic tracing.
 
     Returns:
         The copy, whose outputs differ from those of ``model.eval()`` by rounding.
@@ -99,7 +99,7 @@ def to_plain(model: Model, example_input: Any = None) -> Model:
 
 
 def with_own_classes(model: Any) -> Any:
-    """Norms that go on after they have normalised become what they were made from, where they hold a batch norm."""
+    """Restore the original classes of norms with a tail, where they hold an ordinary batch norm."""
     tails: dict[nn.Module, nn.Module] = {
         m: m.restored(m.norm) for m in model.modules() if isinstance(m, NormAndTail) and is_batchnorm(m.norm)
     }
@@ -111,7 +111,7 @@ def with_own_classes(model: Any) -> Any:
 
 @torch.no_grad()
 def _as_batchnorm(norm: _DecorrelatedBatchNorm) -> nn.Module:
-    """γ ∘ (x − S μ) + β of x that is whitened already, as a batch norm."""
+    """γ ∘ (x − S μ) + β of whitened x, as a batch norm."""
     mean: Any = norm.running_mean
     like = mean if norm.weight is None else norm.weight
     kind: Any = BATCHNORMS[norm._dims[-1]]

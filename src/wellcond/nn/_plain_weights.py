@@ -17,11 +17,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def with_plain_weights(model: Model) -> Model:
-    """A copy in evaluation mode whose parametrised tensors are ordinary ones, of the values in use.
+    """A copy in evaluation mode whose parametrised tensors are ordinary ones, with the values in use.
 
     A convolution that computes as a skew-orthogonal one becomes a :class:`SkewOrthogonalConv2d`.
 
-    Not by ``torch.nn.utils.parametrize.remove_parametrizations``, which changes the class that copies share.
+    ``torch.nn.utils.parametrize.remove_parametrizations`` would change the class, which copies share.
     """
     model = copy.deepcopy(unwrapped(model)).eval()  # pyright: ignore[reportAssignmentType]
     skew = {layer: conv for layer in model.modules() if (conv := _as_skew_orthogonal(layer)) is not None}
@@ -52,7 +52,7 @@ def with_plain_weights(model: Model) -> Model:
 
 
 def _as_skew_orthogonal(layer: nn.Module) -> SkewOrthogonalConv2d | None:
-    """The layer as one of ours, if a parametrisation of its weight says by ``skew_orthogonal`` that it is one."""
+    """The layer as a skew-orthogonal one, if a parametrisation of its weight has the attribute ``skew_orthogonal``."""
     lists: Any = layer.parametrizations if parametrize.is_parametrized(layer, "weight") else {"weight": ()}
     chain = lists["weight"]
     options = next((one.skew_orthogonal for one in chain if hasattr(one, "skew_orthogonal")), None)

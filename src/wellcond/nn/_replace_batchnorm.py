@@ -1,4 +1,4 @@
-"""Putting decorrelated batch norm into a finished model, in the place of batch norm."""
+"""Replacing batch norm by decorrelated batch norm in an existing model."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ def replace_batchnorm(
     """Replace ``nn.BatchNorm1d/2d/3d`` and ``nn.SyncBatchNorm`` in a model by the decorrelated one, in place.
 
     Weight, bias, ε, momentum, mode, device and dtype are kept; the running covariance starts as the diagonal of the
-    running variances, so that evaluation is unchanged until the first training step. The weight and bias are the same
-    ``Parameter`` objects: an optimizer goes on with them. A ``SyncBatchNorm`` becomes a
-    :class:`DecorrelatedBatchNorm2d` with ``sync=True`` over the same process group. A norm that goes on after it has
-    normalised, such as timm's ``BatchNormAct2d`` with its dropout and activation or a class of your own
-    (:func:`register_batchnorm`), keeps that: the decorrelated one is then its submodule ``norm``.
+    running variances, so that evaluation is unchanged until the first training step. The weight and bias stay the same
+    ``Parameter`` objects, so that an existing optimizer keeps working. A ``SyncBatchNorm`` becomes a
+    :class:`DecorrelatedBatchNorm2d` with ``sync=True`` over the same process group. A norm that also applies dropout or
+    an activation, such as timm's ``BatchNormAct2d`` or a class registered by :func:`register_batchnorm`, keeps them:
+    the decorrelated one becomes its submodule ``norm``.
 
     Args:
         model: any module. The paper replaces the norm after the first convolution, ``which="first"``.
-        which: ``"first"`` in the order of ``named_modules``, or with an ``example_input`` of computation; ``"all"``; or
-            a function of name and module that says yes.
-        group_size: channels in a group, instead of ``groups``: for models whose norms have different numbers of
-            channels. Of a norm that it does not divide the next smaller divisor is taken.
-        example_input: what the model is called with (once, in evaluation mode and without gradients): a tensor, a tuple
-            of arguments, or a dict of keyword arguments.
-        **options: of :class:`DecorrelatedBatchNorm2d`, such as ``groups`` or ``eps``; they go before what the batch
-            norm had.
+        which: ``"first"``, in the order of ``named_modules`` or, with an ``example_input``, of computation; ``"all"``;
+            or a predicate of name and module.
+        group_size: channels per group, instead of ``groups``, for models whose norms differ in their number of
+            channels. Where it does not divide that number, the next smaller divisor is used.
+        example_input: an input to call the model with (once, in evaluation mode and without gradients): a tensor, a
+            tuple of arguments, or a dict of keyword arguments.
+        **options: of :class:`DecorrelatedBatchNorm2d`, such as ``groups`` or ``eps``; they override those of the batch
+            norm.
 
     Returns:
         The names of the norms that were replaced.
 
     Raises:
-        ValueError: there is no batch norm that can be replaced, ``which`` chose none, or the model is one itself; with
-            ``"first"``, a norm comes before that cannot be replaced (its name, why, and what to do); ``groups`` and
-            ``group_size`` together; the model does not run on the example.
+        ValueError: no batch norm can be replaced, ``which`` chose none, or the model is itself a batch norm; with
+            ``"first"``, an earlier norm cannot be replaced (the message says why and what to do); both ``groups`` and
+            ``group_size``; the model does not run on the example.
 
     With ``"all"`` norms that cannot be replaced are named in a warning.
 
@@ -88,7 +88,7 @@ def replace_batchnorm(
 
 
 def _decorrelated(old: Any, group_size: int | None, options: Mapping[str, Any]) -> nn.Module:
-    """What takes the place of ``old``."""
+    """The replacement of ``old``."""
     C = old.num_features
     groups = {} if group_size is None else {"groups": next(g for g in range(-(-C // group_size), C + 1) if C % g == 0)}
     norm = DECORRELATED[type(old)].from_batchnorm(old, **options, **groups)
@@ -114,7 +114,7 @@ def _first(
 
 @torch.no_grad()
 def _in_order_of_computation(model: nn.Module, names: list[str], example_input: Any) -> list[str]:
-    """Those that the model calls, in that order."""
+    """The modules that the model calls, in the order of the calls."""
     called: dict[str, None] = {}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))

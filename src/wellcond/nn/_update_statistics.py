@@ -1,9 +1,9 @@
-"""Running statistics of a finished model, recomputed for the weights as they are.
+"""Recomputing running statistics for the final weights.
 
-While a model trains, its running statistics are those of the weights of the last steps. Evaluation of a whitening layer
-feels that more than that of batch norm: along directions without variance it divides by √ε what the weights have moved.
-So do averaged weights (SWA, EMA), of which there are no statistics at all. The same for batch norm is "precise batch
-norm" (Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021) and ``torch.optim.swa_utils.update_bn``.
+During training, running statistics lag behind the weights. A whitening layer suffers more from this than batch norm,
+since it divides by √ε whatever has moved along directions without variance. Averaged weights (SWA, EMA) have no
+statistics at all. For batch norm this is "precise batch norm" (Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021)
+and ``torch.optim.swa_utils.update_bn``.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch.device | str | None = None) -> int:
     """Recompute the running statistics of every batch norm and decorrelated batch norm, averaged over the batches.
 
-    Only the norms see the batches in training mode; everything else, such as dropout, is in evaluation. Modes and
-    momenta are afterwards what they were.
+    Only the norms are in training mode; everything else, such as dropout, is in evaluation mode. Modes and momenta are
+    restored afterwards.
 
     Args:
         model: any module that is called with a batch.
-        batches: what a data loader gives: inputs, or tuples and lists that begin with them, or dictionaries, which are
-            passed by keyword. A few hundred batches of training data settle the statistics.
-        device: where the batches are put first; left where they are if None.
+        batches: of a data loader: inputs, tuples or lists that begin with inputs, or dictionaries, which are passed as
+            keyword arguments. A few hundred batches of training data are enough.
+        device: to which the batches are moved; None to leave them where they are.
 
     Returns:
-        How many norms were updated.
+        The number of norms that were updated.
 
     Raises:
-        ValueError: there are norms, but no batch; the statistics are then as before.
+        ValueError: there are norms but no batches; the statistics are not changed.
 
     Complexity: one forward pass a batch.
 
@@ -83,5 +83,5 @@ def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch
             module.training = mode
     for norm in norms:
         if isinstance(norm, _DecorrelatedBatchNorm) and not norm.training:
-            norm.eval()  # compiled and exported graphs take the whitening matrix from a buffer
+            norm.eval()  # updates the buffer that compiled and exported graphs read
     return len(norms)

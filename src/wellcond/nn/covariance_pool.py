@@ -83,7 +83,7 @@ class _CovariancePool(nn.Module):
 
 
 class _GridCovariancePool(_CovariancePool):
-    """(N, C, *spatial) with so many spatial dimensions."""
+    """The head for feature maps (N, C, *spatial) with ``_dim`` spatial dimensions."""
 
     _dim: int
 
@@ -111,8 +111,8 @@ class GlobalCovariancePool1d(_GridCovariancePool):
         in_channels: C of the signals.
         reduction: first reduce to this many channels by a convolution of kernel 1, batch norm and ReLU. ``None`` for
             none.
-        function, triu, eps, solver, exponent, normalisation, isometric, device, dtype: have the meaning that they have
-            in :class:`GlobalCovariancePool2d`.
+        function, triu, eps, solver, exponent, normalisation, isometric, device, dtype: as in
+            :class:`GlobalCovariancePool2d`.
 
     Shape: (N, C, L) to (N, ``out_features``), or (N, d, d) with ``triu=False``; d is reduction or C. The dtype is
     kept; half precision and autocast are computed in float32.
@@ -188,8 +188,8 @@ class GlobalCovariancePool3d(_GridCovariancePool):
         in_channels: C of the maps.
         reduction: first reduce to this many channels by a 1 × 1 × 1 convolution, batch norm and ReLU. ``None`` for
             none.
-        function, triu, eps, solver, exponent, normalisation, isometric, device, dtype: have the meaning that they have
-            in :class:`GlobalCovariancePool2d`.
+        function, triu, eps, solver, exponent, normalisation, isometric, device, dtype: as in
+            :class:`GlobalCovariancePool2d`.
 
     Shape: (N, C, D, H, W) to (N, ``out_features``), or (N, d, d) with ``triu=False``; d is reduction or C. The dtype is
     kept; half precision and autocast are computed in float32.
@@ -221,11 +221,11 @@ class TokenCovariancePool(_CovariancePool):
         in_features: C of the tokens.
         reduction: first map every token to this many features by a linear layer (the pre-spectral layer then); without
             bias, which centring would remove. ``None`` for none.
-        function, triu, eps, solver, exponent, normalisation, isometric, device, dtype: have the meaning that they have
-            in :class:`GlobalCovariancePool2d`.
+        function, triu, eps, solver, exponent, normalisation, isometric, device, dtype: as in
+            :class:`GlobalCovariancePool2d`.
 
     Shape: (N, T, C) to (N, ``out_features``), or (N, d, d) with ``triu=False``; d is reduction or C. The covariance is
-    over the T tokens, of which a class token is best left out. The dtype is kept; half precision and autocast are
+    over the T tokens; leave a class token out. The dtype is kept; half precision and autocast are
     computed in float32.
 
     Attributes:

@@ -40,11 +40,11 @@ class DecorrelatedBatchNorm2d(_DecorrelatedBatchNorm):
     Args:
         num_features: C, channels of the input.
         groups: channels are whitened in this many groups of C / groups; more groups need fewer samples.
-        eps: ε > 0, added to the eigenvalues of P; not less than the rounding of P, eps · tr P in the dtype of the
-            statistics. Where P is short of rank the directions without variance turn with the weights, and evaluation
-            agrees with training only if ε is large against what they pick up within the memory of the running
-            covariance: ``relative=True, eps=1e-2`` is safe there; with 1e-5, recompute the statistics before evaluation
-            (:func:`update_statistics`).
+        eps: ε > 0, added to the eigenvalues of P; raised to the rounding of P, eps · tr P in the dtype of the
+            statistics, if it is less. Where P is rank-deficient, the directions without variance rotate as the weights
+            change, and evaluation agrees with training only if ε is large compared to the variance that they gain
+            within the averaging window of the running covariance: ``relative=True, eps=1e-2`` is safe there; with
+            1e-5, recompute the statistics before evaluation (:func:`update_statistics`).
         momentum: weight of the new batch in the running statistics; ``None`` for the cumulative average.
         affine: learn γ and β (C each).
         track_running_stats: keep running statistics for evaluation; without, evaluation uses the batch's.
@@ -53,7 +53,8 @@ class DecorrelatedBatchNorm2d(_DecorrelatedBatchNorm):
         running: ``"covariance"`` or ``"whitening"``, see the module's page; the buffer is ``running_cov`` or
             ``running_whitening``, (groups, C / groups, C / groups).
         sync: in training, compute the statistics over all processes of ``process_group``, as
-            :class:`torch.nn.SyncBatchNorm` does; local where no process group is initialised. Shares may be empty.
+            :class:`torch.nn.SyncBatchNorm` does; local where no process group is initialised. A process may have an
+            empty batch.
         method: ``"zca"``; ``"cholesky"``, the inverse of the triangular factor; or ``"pca"``, the principal axes in
             the order of falling variance, the largest entry of each positive. In training PCA axes change places from
             batch to batch where variances meet (stochastic axis swapping, Huang et al. 2018); evaluation has the axes
@@ -77,20 +78,20 @@ class DecorrelatedBatchNorm2d(_DecorrelatedBatchNorm):
         DecompositionError: the covariance could not be decomposed by any step of the fall-back chain.
 
     Complexity: two products of C × C/groups by C × N·L forward and three backward, O(C³/groups²) for the decomposition;
-    no copy of the activations is made. Evaluation is one affine map, :meth:`evaluation_map`, whose matrix is derived
-    again when statistics or options are not those that it was derived from. They are compared by their contents, which
-    costs C²/groups, and on an accelerator makes the host wait. A graph of ``torch.compile`` or CUDA reads it from a
-    buffer, which ``eval()``, loading, and an evaluation outside of graphs write: call ``eval()`` after writing into
-    ``running_cov``. An exported program (``torch.export``, ``torch.jit.trace``, ONNX) has a copy of its own.
+    no copy of the activations is made. Evaluation is one affine map (:meth:`evaluation_map`). Its matrix is recomputed
+    when statistics or options have changed; they are compared by value, which costs C²/groups and on an accelerator
+    makes the host wait. Compiled and CUDA graphs read the matrix from a buffer, which ``eval()``, loading a state dict
+    and evaluation outside a graph update: call ``eval()`` after writing to ``running_cov``. Exported programs
+    (``torch.export``, ``torch.jit.trace``, ONNX) contain a copy of it.
 
-    Tools that know batch norm by its class take this for one (``isinstance(layer, nn.modules.batchnorm._BatchNorm)``):
-    ``torch.optim.swa_utils.update_bn`` recomputes its statistics, ``torch.func.replace_all_batch_norm_modules_`` takes
-    them away, fine-tuning freezes it. ``torch.fx`` traces it as one node, like layers of torch. ``running_var`` is the
-    diagonal of ``running_cov``, so that Lightning's ``StochasticWeightAveraging`` resets and renews the statistics.
-    ``SyncBatchNorm.convert_sync_batchnorm``, and with it ``Trainer(sync_batchnorm=True)``, would put a plain batch norm
-    in this place and is refused: take :func:`convert_sync`. timm's ``distribute_bn`` goes by buffer names and averages
-    ``running_mean`` alone: train with ``sync=True``, so that all processes have the same statistics and there is
-    nothing to average. ``torch.jit.script`` does not take it; ``torch.jit.trace`` does.
+    Tools that recognise batch norm by its class (``isinstance(layer, nn.modules.batchnorm._BatchNorm)``) recognise this
+    one: ``torch.optim.swa_utils.update_bn`` recomputes its statistics, ``torch.func.replace_all_batch_norm_modules_``
+    removes them, fine-tuning freezes it. ``torch.fx`` traces it as one node, like layers of torch. ``running_var`` is
+    the diagonal of ``running_cov``, so that Lightning's ``StochasticWeightAveraging`` resets and recomputes the
+    statistics. ``SyncBatchNorm.convert_sync_batchnorm``, and with it ``Trainer(sync_batchnorm=True)``, would replace it
+    by a plain batch norm and raises an error instead: use :func:`convert_sync`. timm's ``distribute_bn`` goes by buffer
+    names and averages only ``running_mean``: train with ``sync=True``, so that all processes have the same statistics.
+    ``torch.jit.trace`` is supported, ``torch.jit.script`` is not.
 
     Source: Huang et al., Decorrelated Batch Normalization, CVPR 2018.
 

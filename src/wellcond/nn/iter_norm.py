@@ -12,7 +12,7 @@ from .decorrelated_batchnorm import DecorrelatedBatchNorm1d, DecorrelatedBatchNo
 
 
 class _Iterated(_DecorrelatedBatchNorm):
-    """Puts the iteration in the place of the solver."""
+    """Fixes the solver to the Newton–Schulz iteration."""
 
     @naming_options_of(_DecorrelatedBatchNorm)
     def __init__(
@@ -34,7 +34,7 @@ class _Iterated(_DecorrelatedBatchNorm):
                 f"{name} has a solver of its own, the Newton–Schulz iteration: write steps= for its length, or "
                 f"{name.replace('IterNorm', 'DecorrelatedBatchNorm')}(..., solver={solver!r}) for another one"
             )
-        # A damped root is what is asked for here, so it is no cause for a warning.
+        # The damped root is intended, so it causes no warning.
         options["solver"] = NewtonSchulz(steps, tolerance=None)
         super().__init__(num_features, groups, eps, momentum, affine, track_running_stats, **options)
 
@@ -54,16 +54,16 @@ class IterNorm1d(_Iterated, DecorrelatedBatchNorm1d):
 class IterNorm2d(_Iterated, DecorrelatedBatchNorm2d):
     """Decorrelated batch norm whose inverse root is that of ``steps`` Newton–Schulz iterations.
 
-    After few steps directions of small variance are not yet white: the published layer takes 5 on purpose, as a
-    compromise between batch norm and full whitening. Its evaluation iterates on the running covariance.
+    After a few steps, directions of small variance are not yet white; the published layer takes 5 on purpose, as a
+    compromise between batch norm and full whitening. Evaluation applies the same steps to the running covariance.
 
     Args:
         num_features: C, channels of the input.
         groups, eps, momentum, affine, track_running_stats, running, sync, method, relative, process_group, device,
             dtype: have the meaning that they have in :class:`DecorrelatedBatchNorm2d`; ``method`` is ``"zca"`` or
             ``"pca"``.
-        steps: of the iteration.
-        solver: not to be given; the error says what to write instead.
+        steps: number of iterations.
+        solver: must not be given; the error says what to write instead.
 
     Shape: (N, C, H, W) to the same, in the same dtype and memory format; half precision is computed in float32.
 

@@ -39,12 +39,12 @@ class SpectralLayer(SpectralModule):
     """f(P + εI) of the covariance P of features, one matrix per leading index.
 
     Args:
-        function: ``"sqrt"``, ``"invsqrt"``, ``"log"``, ``"power"`` (with ``exponent``), ``"exp"``, or a callable that
-            takes a covariance (..., d, d) to a tensor of your own.
+        function: ``"sqrt"``, ``"invsqrt"``, ``"log"``, ``"power"`` (with ``exponent``), ``"exp"``, or a callable
+            on covariances (..., d, d).
         takes: ``"features"`` (..., d, n) or ``"covariance"`` (..., d, d).
-        eps: ε ≥ 0, added to the eigenvalues; the inverse root, the logarithm and negative powers want it positive. Of
-            features, roots (by eigendecomposition), logarithm and powers take the factor form: it works on the smaller
-            side, and the gradient of the square root is bounded at any condition number.
+        eps: ε ≥ 0, added to the eigenvalues; should be positive for the inverse root, the logarithm and negative
+            powers. For features, roots (by eigendecomposition), logarithm and powers take the factor form: it works on
+            the smaller side, and the gradient of the square root is bounded at any condition number.
         solver: of the two roots, a name of :data:`wellcond.linalg.SOLVERS` (``"svd:taylor"`` with a variant),
             ``"auto"`` or a solver object.
         exponent: of ``"power"``, any finite number, or a :class:`torch.nn.Parameter` of no dimension that is learned
@@ -97,7 +97,7 @@ class SpectralLayer(SpectralModule):
             raise TypeError("an exponent that is learned must be a torch.nn.Parameter, got a tensor that is none")
         if function not in ROOTS and solver != "auto":
             raise ValueError(f"solver={solver!r} is for {' and '.join(ROOTS)}, not {function!r}")
-        choose_solver(solver)  # an unknown one is refused here, not in the first step
+        choose_solver(solver)  # raises here, and not in the first step, if unknown
         self.function, self.eps, self.solver = function, eps, solver
         self.takes: Takes = takes
         self.normalisation: Normalisation | None = normalisation

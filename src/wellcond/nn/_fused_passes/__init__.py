@@ -8,14 +8,15 @@ ordinary autograd, W and b are made of μ and P. Backward, with M = N·L and g =
 in one pass (two products) that writes the gradient once. For W = S it is S g + D (x − μ) − S ḡ (Huang et al., CVPR
 2018).
 
-``layout`` says how activations lie in memory, ``pieces`` works on them in parts that fit the cache, ``batch_moments``
-takes the moments. ``passes`` makes a pair of autograd functions of that, for whatever happens on the small matrices
-between them; ``whole_layer`` makes a single one of the usual case, and ``plain`` has the pair in ordinary operations.
+``layout`` describes how activations lie in memory, ``geometry`` cuts them into pieces that fit the cache, ``samples``
+reads the pieces and ``products`` multiplies them; ``batch_moments`` computes the moments. ``passes`` is a pair of
+autograd functions, with any function of the small matrices between them; ``whole_layer`` is a single one for the usual
+case, and ``plain`` the pair in ordinary operations.
 """
 
 from .batch_moments import Moments, measure
+from .geometry import geometry_of
 from .passes import PassContext, affine_map, moments
-from .pieces import geometry_of
 from .plain import needs_plain_operations
 from .whole_layer import Whitening, whiten
 

@@ -1,9 +1,9 @@
-"""The moments of a batch, accurate whatever its mean, and the few numbers that say what else is to be done.
+"""The moments of a batch, accurate for any mean, and the extreme values that reveal special cases.
 
-Σ x xᵀ − M μ μᵀ loses the digits of 1 + (μ/σ)². On the CPU the variances are read, and x is centred before the product
-only where that is much, or the batch so small that a copy costs less than the question. Elsewhere nothing is read and x
-is always centred, by a mean that Welford's updates keep exact for constant channels (Chan, Golub and LeVeque, The
-American Statistician, 1983).
+Σ x xᵀ − M μ μᵀ loses as many digits as 1 + (μ/σ)² has. On the CPU the variances are read, and x is centred before the
+product only if that is too many, or if the batch is so small that a copy costs less than the check. Elsewhere nothing
+is read and x is always centred, by a mean that Welford's updates keep exact for constant channels (Chan, Golub and
+LeVeque, The American Statistician, 1983).
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .pieces import Geometry, Samples, sum_of_products
+from .geometry import Geometry
+from .products import sum_of_products
+from .samples import Samples
 
-# Up to this (μ/σ)² the loss is left to rounding.
+# The largest (μ/σ)² whose loss is accepted.
 HARMLESS_RATIO = 4.0
-# And up to this the rounding of the mean of samples that are read minus it.
+# The same for samples centred by a rounded mean.
 HARMLESS_RATIO_CENTRED = 1e4
-# Samples from which that is guessed at first; the covariance itself shows afterwards whether the guess was right.
+# Number of samples for a first estimate of it; the covariance shows afterwards whether that was right.
 SAMPLED = 1024
 
 
@@ -34,13 +36,13 @@ class Numbers(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of activations in G groups of d channels.
+    """The moments of activations in G groups of d channels.
 
     Attributes:
         mean, cov: (G, d, 1) and (G, d, d), divided by the number of samples; both zero for none.
         away: the mean of the samples as they are read, or None for 0.
-        numbers: what was read of them, None where that is not asked for.
-        samples: the activations, read minus the origin that is best.
+        numbers: the values that were read, None if none.
+        samples: the activations, to be read minus a suitable origin.
     """
 
     mean: Tensor
@@ -70,7 +72,7 @@ def measure(x: Tensor, geometry: Geometry, *, reading: bool) -> Moments:
         found = Moments(mean, cov, mean, _numbers(mean, cov) if reading else None, samples)
         if not _cancels(found, HARMLESS_RATIO):
             return found
-    # The sum of many values of one sign has rounded; that of the differences hardly does.
+    # The sum of many values of one sign is rounded; that of the differences hardly is.
     return _about(mean + Samples(x, geometry, mean).mean(), None, x, geometry, reading=reading)
 
 
@@ -79,13 +81,13 @@ def _centred_elsewhere(x: Tensor, geometry: Geometry, *, reading: bool) -> Momen
     if x.dtype == geometry.dtype:
         mean = torch.var_mean(samples.blocks, (0, 3), correction=0)[1].unsqueeze(-1)
         return _about(mean, None, x, geometry, reading=reading)
-    # Those of half precision would give their mean in it.
+    # Of half precision, var_mean returns a mean in half precision.
     origin = samples.mean()
     return _about(origin, Samples(x, geometry, origin).mean(), x, geometry, reading=reading)
 
 
 def _about(origin: Tensor, away: Tensor | None, x: Tensor, geometry: Geometry, *, reading: bool) -> Moments:
-    """The moments by way of x − origin, of which the mean is known."""
+    """The moments computed from x − origin, whose mean is ``away`` (None for 0)."""
     samples = Samples(x, geometry, origin)
     cov, mean = sum_of_products(samples, samples, 1 / geometry.count), origin
     if away is not None:
@@ -95,16 +97,16 @@ def _about(origin: Tensor, away: Tensor | None, x: Tensor, geometry: Geometry, *
 
 
 def _numbers(mean: Tensor, cov: Tensor) -> Numbers:
-    # A list and its extrema in Python take less than two reductions, and a reading of each.
+    # A list and its extrema in Python are faster than two reductions that are read.
     variances = list(chain.from_iterable(cov.diagonal(dim1=-2, dim2=-1).tolist()))
     means = mean.flatten().tolist()
-    if not isfinite(sum(variances)):  # of which the extrema may not know
+    if not isfinite(sum(variances)):  # min and max may miss a NaN
         return Numbers(nan, nan, nan)
     return Numbers(min(variances), max(variances), max(max(means), -min(means)))
 
 
 def _cancels_at_first(mean: Tensor, blocks: Tensor) -> bool:
-    """A guess at what :func:`_cancels` will say, by the first samples."""
+    """An estimate of :func:`_cancels` from the first samples."""
     first = blocks[:1, :, :, :SAMPLED]
     return _exceeds(mean, (first - mean).square_().mean((0, 3)), HARMLESS_RATIO)
 

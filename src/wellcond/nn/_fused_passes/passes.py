@@ -12,9 +12,11 @@ from wellcond._shared.precision import full_precision, working_dtype
 from wellcond._shared.torch_internals import along_many_directions, apply_directly
 
 from .batch_moments import measure
+from .geometry import Geometry, geometry_of
 from .layout import as_blocks, channels_last, from_blocks
-from .pieces import Geometry, Samples, affine, geometry_of, sum_of_products
 from .plain import needs_plain_operations, plain_affine_map, plain_moments
+from .products import affine, sum_of_products
+from .samples import Samples
 
 
 @dataclass
@@ -23,12 +25,12 @@ class PassContext:
 
     Attributes:
         groups, last: how the activations lie in memory, see :mod:`.layout`.
-        dtype: of the work.
-        geometry: how they are worked on, once that is known.
+        dtype: of the computation.
+        geometry: how they are processed, once that is known.
         origin: (G, d, 1) subtracted from the activations as they are read, or None where that is not needed.
-        aliases_of_x: two views of x, outputs of the first function and inputs of the second. As the gradient of one the
-            second hands ∂l/∂y back as it is, and the first, which runs last, writes ∂l/∂x in a single pass. Through the
-            other go derivatives of higher order, which are whole. (Not through x itself: of a tensor with two
+        aliases_of_x: two views of x, outputs of the first function and inputs of the second. As the gradient of one of
+            them the second returns ∂l/∂y unchanged, and the first, whose backward runs last, writes ∂l/∂x in a single
+            pass. The other carries complete gradients for higher derivatives. (Not x itself: of a tensor with two
             consumers, compiled autograd cannot add the None of one to the gradient of the other.)
         deferred_weight: the W by whose transpose that ∂l/∂y is still to be multiplied.
     """

@@ -17,8 +17,8 @@ from wellcond._shared.torch_internals import (
 
 
 def needs_plain_operations(x: Tensor) -> bool:
-    """Whether this is being traced, or transformed in a way that our autograd functions have no rule for."""
-    # What is on "meta" alone is traced by nobody: it goes the way of a device.
+    """Whether x is being traced, or transformed in a way for which our autograd functions have no rule."""
+    # Tensors on "meta" outside a trace are computed as on an accelerator.
     traced = is_compiling() or torch.jit.is_tracing() or (is_shape_only(x) and not x.is_meta)
     return traced or under_functorch() or under_forward_mode()
 
@@ -27,7 +27,7 @@ def plain_moments(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (G, d, 1) and covariance (G, d, d) of (K, G, d, n); zero for no samples."""
     count = max(blocks.shape[0] * blocks.shape[-1], 1)
     mean = blocks.sum((0, 3)).unsqueeze(-1) / count
-    # The sum of many values of one sign has rounded; that of the differences hardly does.
+    # The sum of many values of one sign is rounded; that of the differences hardly is.
     mean = mean + (blocks - mean).sum((0, 3)).unsqueeze(-1) / count
     centred = blocks - mean
     return mean, torch.einsum("kgin,kgjn->gij", centred, centred) / count

@@ -5,8 +5,8 @@ In the notation of :mod:`wellcond.nn._fused_passes`, Z the activations as they a
     A = Σ g Zᵀ − (Σ g) mᵀ,   ∂l/∂γ = the row sums of A ∘ S,   ∂l/∂β = Σ g,   ∂l/∂S = γ A,
     ∂l/∂x = Wᵀ g + D (Z − m) − Wᵀ (Σ g)/M,   D = (2/M) ∂l/∂P.
 
-It is what autograd makes of the moments, the inverse root and the affine map, without what autograd needs between them.
-Where it is to be differentiated again, that chain is run instead.
+This is the derivative of the chain of moments, inverse root and affine map, without the nodes in between. For higher
+derivatives the chain is run instead.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from wellcond._shared.torch_internals import apply_directly
 
 from .batch_moments import Moments
 from .passes import in_plain_operations
-from .pieces import Samples, affine, sum_of_products
+from .products import affine, sum_of_products
+from .samples import Samples
 
 Saved = tuple[Tensor | None, ...]
-# ∂l/∂S to a matrix and a factor whose product is ∂l/∂P.
+# From the saved tensors and ∂l/∂S to a matrix and a number whose product is ∂l/∂P.
 Adjoint = Callable[[Saved, Tensor], tuple[Tensor, float]]
 
 
@@ -36,9 +37,9 @@ class Whitening:
 
     Attributes:
         root: S (G, d, d).
-        saved, adjoint: what its adjoint is a function of, and the adjoint.
-        varying: (G, d, d) by which the covariance was multiplied, if it was.
-        again: y of x, γ and β by operations that can be differentiated again.
+        saved, adjoint: the adjoint of its derivative, and the tensors that it needs.
+        varying: the mask (G, d, d) that the covariance was multiplied by, if any.
+        again: y of x, γ and β by operations that can be differentiated twice.
     """
 
     root: Tensor
@@ -49,7 +50,7 @@ class Whitening:
 
 
 def whiten(x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Moments, whitening: Whitening) -> Tensor:
-    """y of x, given its moments and the whitening matrix that was made of them."""
+    """y of x, given its moments and the whitening matrix computed from them."""
     return apply_directly(_Whiten, x, weight, bias, moments, whitening)
 
 
@@ -73,7 +74,7 @@ class _Whiten(torch.autograd.Function):
         samples = moments.samples
         y = affine(b, (W, samples))
         ctx.save_for_backward(x, weight, W, S, away, samples.origin, whitening.varying, *whitening.saved)
-        # Its values are not needed again: it may be changed before the backward pass.
+        # Not saved for backward, which does not need its values: it may be modified in place before.
         ctx.bias = bias
         ctx.geometry, ctx.adjoint, ctx.again = geometry, whitening.adjoint, whitening.again
         return y
@@ -134,7 +135,7 @@ def _again(ctx: Any, grad_y: Tensor, *inputs: Tensor | None) -> tuple[Tensor | N
     """The same by a chain of operations that autograd differentiates."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), full_precision(grad_y):
-        # Views of them: the hooks of the inputs themselves run where the gradients of this function arrive.
+        # Views, so that hooks on the inputs run once, on the gradients that this function returns.
         views = [None if x is None else x.view_as(x) for x in inputs]
         wanted = [x for x, needed in zip(views, ctx.needs_input_grad, strict=False) if needed and x is not None]
         y = ctx.again(*views)

@@ -24,7 +24,7 @@ Method = Literal["zca", "cholesky"]
 
 
 class Samples(NamedTuple):
-    """What counts of an image, and its statistics.
+    """The selected positions of an image, and their statistics.
 
     Attributes:
         x: (N, groups, C/groups, n), without N for one image; in float32 or better.
@@ -111,7 +111,7 @@ def whitening_coloring(
 
 
 def require_options(eps: float, alpha: float, method: str, groups: int) -> None:
-    """Refuse values that no content and style could go with."""
+    """Raise for options that are invalid for any content and style."""
     require_known(method, get_args(Method), "method")
     if method == "cholesky":
         refuse_in_onnx("Cholesky decomposition")

@@ -1,0 +1,142 @@
+"""The affine map of decorrelated batch norm: its whitening matrix, and the one derived from the running statistics."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wellcond._shared.checks import readable, require_finite
+from wellcond._shared.errors import NonFiniteMatrixError
+from wellcond._shared.torch_internals import has_values, is_compiling, under_functorch
+from wellcond.linalg import Solver, WhiteningMethod, recording, value_checks, whitening_matrix
+
+from ._derived import Derived
+from ._minimum_ridge import with_ridge, without_constants
+from ._range import leaves_range, unit_of_covariances
+from ._running_statistics import RunningStatistics
+
+
+class EvaluationMap(RunningStatistics):
+    """y = W x + b with W = γ S and b = β − W μ, of given or running statistics.
+
+    In evaluation S is computed from the running covariance once, and again when the statistics or options change.
+    Graphs (compiled, exported, traced, captured) read it from the buffer ``evaluation_whitening``.
+    """
+
+    solver: str | Solver
+    method: WhiteningMethod
+    relative: bool
+    _dims: tuple[int, ...] = ()
+    _derived: Derived
+
+    def _whitening(self, cov: Tensor) -> Tensor:
+        """The whitening matrices of covariances (G, d, d); errors name the layer."""
+        unit = None
+        if self.relative and leaves_range(cov):
+            unit = unit_of_covariances(cov)
+            cov = unit * cov * unit
+        cov, eps = with_ridge(cov, self.eps, relative=self.relative)
+        with self._recording(self.solver):
+            W = whitening_matrix(cov, eps=eps, method=self.method, relative=self.relative, solver=self.solver)
+        return W if unit is None else W * unit
+
+    def _affine(
+        self, whitening: Tensor, mean: Tensor, dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """W (G, d, d) and b (G, d, 1) with y = W x + b."""
+        W, mean = whitening.to(dtype), mean.to(dtype)
+        if weight is not None:
+            W = weight.to(dtype).view(self.groups, -1, 1) * W
+        if bias is None:
+            return W, -(W @ mean)
+        return W, torch.baddbmm(bias.to(dtype).view(self.groups, -1, 1), W, mean, alpha=-1)
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if not mode:
+            self._statistics_changed()
+        return self
+
+    def evaluation_map(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """The layer in evaluation as a convolution of kernel 1: its weight (C, C/groups, 1, …) and bias (C).
+
+        Args:
+            dtype: of both; None for that of the running statistics, in which the whitening matrix is computed.
+
+        Raises:
+            RuntimeError: the layer keeps no running statistics.
+        """
+        if self.running_mean is None:
+            raise RuntimeError(f"{self.describe()} keeps no running statistics: its output depends on the batch")
+        W, b = self._running_affine(dtype or self.running_mean.dtype)
+        return W.flatten(0, 1).view(self.num_features, -1, *(1,) * (self._dims[-1] - 2)), b.flatten()
+
+    def _running_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W and b of evaluation, see :meth:`_affine`."""
+        mean = self.running_mean
+        assert mean is not None
+        return self._affine(self._running_whitening(), mean.view(self.groups, -1, 1), dtype, self.weight, self.bias)
+
+    def _running_whitening(self) -> Tensor:
+        """S (G, d, d) of evaluation; in a graph the buffer, as it is when the graph runs."""
+        if self.running_whitening is not None:
+            return self.running_whitening
+        mean, cov = self.running_mean, self.running_cov
+        assert mean is not None and cov is not None and self.evaluation_whitening is not None
+        if is_compiling() or torch.jit.is_tracing() or not has_values(cov):
+            return self.evaluation_whitening
+        if under_functorch():
+            return self._whitening_of_average(mean, cov)
+        # Solvers are compared by their attributes, which may be changed in place.
+        settings = {
+            k: v for k, v in getattr(self.solver, "__dict__", {}).items() if k not in ("has_warned", "times_checked")
+        }
+        options = self.eps, self.relative, self.method, self.solver, str(settings)
+        whitening = self._derived.of((mean, cov), options, self._whitening_of_average)
+        self._write_buffer(whitening)
+        return whitening
+
+    def _write_buffer(self, whitening: Tensor) -> None:
+        """Copy S to the buffer that graphs read, unless it is there."""
+        buffer = self.evaluation_whitening
+        assert buffer is not None
+        if self._derived.is_written(whitening, buffer):
+            return
+        if buffer.shape == whitening.shape and buffer.dtype == whitening.dtype and not buffer.is_inference():
+            if not torch.equal(buffer, whitening):
+                with torch.no_grad():
+                    buffer.copy_(whitening)
+        else:
+            self.evaluation_whitening = buffer = whitening.clone()
+        self._derived.remember_written(whitening, buffer)
+
+    def _statistics_changed(self) -> None:
+        """Recompute S of evaluation and its buffer."""
+        cov = self.running_cov
+        if cov is None or self.running_mean is None or not has_values(cov):
+            return
+        self._derived.forget_written()  # a write into the buffer's ``.data`` does not change its version
+        try:
+            self._running_whitening()
+        except NonFiniteMatrixError:  # raised again by a forward pass; a model that diverged can still be loaded
+            self._write_buffer(torch.full_like(cov, torch.nan))
+
+    def _whitening_of_average(self, mean: Tensor, cov: Tensor) -> Tensor:
+        with self._accepting_rounding(cov):
+            return self._whitening(without_constants(cov, mean.view(self.groups, -1, 1)))
+
+    def _accepting_rounding(self, cov: Tensor) -> AbstractContextManager[None]:
+        """A context in which negative eigenvalues of a running covariance count as 0.
+
+        An average of covariances has negative eigenvalues by rounding alone, but possibly by rounding in a lower
+        precision than its present one (a model trained in single precision and evaluated in double). ε outweighs them.
+        """
+        if self.method == "cholesky":  # decomposes P + εI, so that only this check would notice a failure
+            return nullcontext()
+        if readable(cov):
+            with recording(self.solver_events, self.describe):
+                require_finite(cov, "running_cov")
+        return value_checks(False)
