@@ -9,8 +9,8 @@ from typing import Any
 
 try:
     from accelerate import Accelerator
-except ImportError as error:
-    raise ImportError("wellcond.accelerate needs Accelerate: pip install 'wellcond[huggingface]'") from error
+except ImportError as _error:
+    raise ImportError("wellcond.accelerate needs Accelerate: pip install 'wellcond[huggingface]'") from _error
 from torch import nn
 from torch.optim import Optimizer
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 try:
     from torchmetrics import Metric
-except ImportError as error:
-    raise ImportError("wellcond.metrics needs torchmetrics: pip install 'wellcond[metrics]'") from error
+except ImportError as _error:
+    raise ImportError("wellcond.metrics needs torchmetrics: pip install 'wellcond[metrics]'") from _error
 
 from wellcond._shared.checks import require_nonnegative
 from wellcond._shared.moments import Moments
@@ -27,8 +27,8 @@ __all__ = ["ConditionNumber", "EffectiveRank"]
 class _OfTheCovariance(Metric):
     """Number, mean and scatter of the features as states that are merged, not added, over processes."""
 
-    is_differentiable = False
-    full_state_update = True
+    is_differentiable: bool | None = False
+    full_state_update: bool | None = True
     samples: Tensor
     mean: Tensor
     scatter: Tensor
@@ -120,7 +120,7 @@ class ConditionNumber(_OfTheCovariance):
         tensor(9., dtype=torch.float64)
     """
 
-    higher_is_better = False
+    higher_is_better: bool | None = False
 
     def __init__(self, num_features: int, *, eps: float = 0.0, **kwargs: Any) -> None:
         super().__init__(num_features, **kwargs)
@@ -153,7 +153,7 @@ class EffectiveRank(_OfTheCovariance):
         tensor(2., dtype=torch.float64)
     """
 
-    higher_is_better = True
+    higher_is_better: bool | None = True
 
     def compute(self) -> Tensor:
         return self.spectrum().effective_rank.to(self.samples.device)

@@ -12,8 +12,8 @@ try:
     from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
     from sklearn.utils._param_validation import Interval, StrOptions
     from sklearn.utils.validation import check_array, check_is_fitted, validate_data
-except ImportError as error:
-    raise ImportError("wellcond.sklearn needs scikit-learn 1.6 or later: pip install 'wellcond[sklearn]'") from error
+except ImportError as _error:
+    raise ImportError("wellcond.sklearn needs scikit-learn 1.6 or later: pip install 'wellcond[sklearn]'") from _error
 
 from wellcond._shared.moments import Moments
 from wellcond.linalg import whitening_matrix
@@ -61,6 +61,11 @@ class Whitening(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         "eps": [Interval(Real, 0, None, closed="left")],
         "relative": ["boolean"],
     }
+    n_samples_seen_: int
+    mean_: np.ndarray
+    covariance_: np.ndarray
+    whitening_: np.ndarray
+    coloring_: np.ndarray
 
     def __init__(self, method: str = "zca", *, eps: float = 0.0, relative: bool = False) -> None:
         self.method = method

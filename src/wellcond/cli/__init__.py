@@ -11,11 +11,11 @@ import sys
 
 try:
     from wellcond.cli.commands import app
-except ModuleNotFoundError as missing:
-    if (missing.name or "").split(".")[0] == "wellcond":
+except ModuleNotFoundError as _missing:
+    if (_missing.name or "").split(".")[0] == "wellcond":
         raise
     print(
-        f"error: the command wellcond needs the package '{missing.name}', which is not installed: "
+        f"error: the command wellcond needs the package '{_missing.name}', which is not installed: "
         'pip install "wellcond[train]"',
         file=sys.stderr,
     )

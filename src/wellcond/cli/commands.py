@@ -16,7 +16,7 @@ from wellcond.cli.report import report
 from wellcond.cli.reporting import say
 from wellcond.cli.train import train
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     help="Spectral layers that stay well-conditioned: train, measure and compare.",
     no_args_is_help=True,
     add_completion=False,
@@ -33,5 +33,5 @@ def common(
         raise typer.Exit
 
 
-for command in (train, compare, recipes, data, inspect, report, bench):
-    app.command()(command)
+for _command in (train, compare, recipes, data, inspect, report, bench):
+    app.command()(_command)

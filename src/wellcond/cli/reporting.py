@@ -15,8 +15,8 @@ from rich.console import Console
 
 from wellcond.experiments.errors import RunError, Terminated
 
-console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun only rank 0 prints
-stderr = Console(stderr=True)
+console: Console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun only rank 0 prints
+stderr: Console = Console(stderr=True)
 
 
 def say(line: str, to: Console = console) -> None:

@@ -46,7 +46,7 @@ from wellcond.experiments.run.run_folder import MADE as MADE_BY_RUN
 from wellcond.experiments.show.curves import columns
 from wellcond.experiments.show.figures import condition_figure, save_figure
 
-log = logging.getLogger("wellcond")
+log: logging.Logger = logging.getLogger("wellcond")
 
 FIGURE = "condition"
 MADE = (

@@ -2,8 +2,8 @@
 
 try:
     import lightning.pytorch  # noqa: F401
-except ImportError as error:
-    raise ImportError("wellcond.lightning needs Lightning: pip install 'wellcond[train]'") from error
+except ImportError as _error:
+    raise ImportError("wellcond.lightning needs Lightning: pip install 'wellcond[train]'") from _error
 
 from ._monitor import ConditionMonitorCallback
 from ._treatment import TreatmentCallback

@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from wellcond._shared.models import is_spectral
+from wellcond.orthogonality import Treatment
 from wellcond.orthogonality.callbacks import TreatmentInStages, of_layers
 
 from ._stateful import StatefulCallback, launches_processes
@@ -56,6 +57,9 @@ class TreatmentCallback(TreatmentInStages, StatefulCallback):
         >>> from wellcond.lightning import TreatmentCallback
         >>> callback = TreatmentCallback("nog+olr")  # Trainer(callbacks=[callback])
     """
+
+    put_on: dict[str, nn.Module]
+    handles: dict[Optimizer, Treatment]
 
     def __init__(self, treatments: str, **options: Any) -> None:
         super().__init__(treatments, **options)

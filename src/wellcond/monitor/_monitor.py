@@ -22,7 +22,7 @@ from ._history import ConditionHistory
 from ._probe import Hook, attach, observed, solver_counts, watched_layers
 from ._record import FIELDS, ConditionRecord, alarms, measure, records_of
 from ._rotation import Turning, pending_of, turnings
-from ._writers import as_writers, deliver
+from ._writers import Writer, as_writers, deliver
 
 
 def _have_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -80,6 +80,14 @@ class ConditionMonitor(ConditionHistory):
         >>> monitor.records[0].numerical_rank
         4
     """
+
+    every: int
+    max_matrices: int
+    kappa_above: float
+    on_alarm: Callable[[ConditionRecord, str], None] | None
+    writers: list[Writer]
+    step: int
+    layers: dict[str, nn.Module]
 
     def __init__(
         self,

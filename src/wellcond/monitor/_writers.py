@@ -24,6 +24,7 @@ class _FileWriter:
     """A text file with one line per record."""
 
     header = ""
+    path: Path
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)

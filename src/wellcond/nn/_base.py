@@ -86,6 +86,7 @@ class SpectralModule(nn.Module):
     """
 
     is_spectral_layer = True
+    solver_events: SolverEvents
 
     def __init__(self) -> None:
         super().__init__()

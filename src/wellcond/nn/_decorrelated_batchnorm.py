@@ -50,6 +50,20 @@ class _DecorrelatedBatchNorm(EvaluationMap):
     """
 
     batchnorm_eps: float = 1e-5  # of the batch norm that it replaced, for to_plain
+    num_features: int
+    groups: int
+    eps: float
+    momentum: float | None
+    affine: bool
+    track_running_stats: bool
+    solver: str | Solver
+    running: Running
+    method: WhiteningMethod
+    relative: bool
+    sync: bool
+    process_group: Any
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -83,7 +97,7 @@ class _DecorrelatedBatchNorm(EvaluationMap):
         self.num_features, self.groups, self.eps, self.momentum = num_features, groups, eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
         self.solver, self.running, self.relative = solver, running, relative
-        self.method: WhiteningMethod = method
+        self.method = method
         self.sync, self.process_group = sync, process_group
         self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
         self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None

@@ -30,6 +30,7 @@ class EvaluationMap(RunningStatistics):
     method: WhiteningMethod
     relative: bool
     _dims: tuple[int, ...] = ()
+    evaluation_whitening: Tensor | None
     _derived: Derived
 
     def _whitening(self, cov: Tensor) -> Tensor:

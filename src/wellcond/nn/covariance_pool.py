@@ -24,6 +24,13 @@ class _CovariancePool(nn.Module):
 
     upper: Tensor | None
     diagonal: Tensor | None
+    in_channels: int
+    channels: int
+    triu: bool
+    isometric: bool
+    out_features: int
+    spectral: SpectralLayer
+    reduction: nn.Module
 
     def __init__(
         self,

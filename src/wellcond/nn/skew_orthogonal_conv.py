@@ -68,6 +68,17 @@ class SkewOrthogonalConv2d(SelfDescribing):
         True
     """
 
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: int
+    padding: tuple[int, int]
+    padding_mode: str
+    terms: int
+    max_norm: float
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_channels: int,

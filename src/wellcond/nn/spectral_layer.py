@@ -70,6 +70,10 @@ class SpectralLayer(SpectralModule):
         torch.Size([2, 16, 16])
     """
 
+    function: str | Callable[[Tensor], Tensor]
+    eps: float
+    solver: str | Solver
+
     def __init__(
         self,
         function: str | Callable[[Tensor], Tensor] = "sqrt",

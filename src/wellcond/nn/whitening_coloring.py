@@ -33,6 +33,11 @@ class WhiteningColoring(SpectralModule):
         torch.Size([2, 8, 16, 16])
     """
 
+    eps: float
+    alpha: float
+    groups: int
+    relative: bool
+
     def __init__(
         self, eps: float, alpha: float = 1.0, method: Method = "zca", groups: int = 1, *, relative: bool = False
     ) -> None:

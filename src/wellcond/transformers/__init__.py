@@ -2,8 +2,8 @@
 
 try:
     import transformers  # noqa: F401
-except ImportError as error:
-    raise ImportError("wellcond.transformers needs transformers: pip install 'wellcond[huggingface]'") from error
+except ImportError as _error:
+    raise ImportError("wellcond.transformers needs transformers: pip install 'wellcond[huggingface]'") from _error
 
 from ._monitor import ConditionMonitorCallback
 from ._treatment import TreatmentCallback

@@ -24,6 +24,8 @@ class BatchAugmentation(nn.Module):
 
     mean: Tensor
     std: Tensor
+    flip: bool
+    border: bool
 
     def __init__(self, mean: Tensor, std: Tensor, *, flip: bool, border: bool = True) -> None:
         super().__init__()

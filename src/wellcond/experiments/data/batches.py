@@ -37,6 +37,15 @@ class ImageDataModule(pl.LightningDataModule):
         DataError: the batch is larger than the training set.
     """
 
+    data: ImageData
+    batch_size: int
+    augment: bool
+    seed: int
+    workers: int
+    memory_format: torch.memory_format
+    areas: bool
+    augmentation: BatchAugmentation
+
     def __init__(
         self,
         data: ImageData,

@@ -71,6 +71,9 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         labels: (N,) int64.
     """
 
+    images: Tensor | EncodedImages | Areas
+    labels: Tensor
+
     def __init__(self, images: Tensor | EncodedImages | Areas, labels: Tensor) -> None:
         self.images, self.labels = images, labels
 

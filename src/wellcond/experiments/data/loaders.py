@@ -40,6 +40,10 @@ class EpochSampler(DistributedSampler[int]):
     With ``keyed`` it yields epoch · N + index instead of the index, so that workers know the epoch.
     """
 
+    length: int
+    keyed: bool
+    skipped: tuple[int, int]
+
     def __init__(
         self, images: ImageSet, *, train: bool, seed: int, ranks: int = 1, rank: int = 0, keyed: bool = False
     ) -> None:
@@ -77,6 +81,10 @@ class Batches(Dataset[Any]):
     Args:
         slots: batches in the shared memory of each of the ``workers``.
     """
+
+    images: ImageSet
+    seed: int | None
+    shared: Tensor | None
 
     def __init__(
         self, images: ImageSet, *, batch_size: int, workers: int = 0, slots: int = 0, seed: int | None = None
@@ -130,6 +138,9 @@ class BatchLoader(DataLoader[Any]):
         DataError: an image cannot be read, in any process.
         RunError: a worker was killed, for example because memory ran out.
     """
+
+    batches: Batches
+    epoch_sampler: EpochSampler
 
     def __init__(
         self,

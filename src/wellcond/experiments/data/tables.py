@@ -20,7 +20,7 @@ from wellcond.experiments.errors import DataError
 if TYPE_CHECKING:
     import datasets
 
-COLUMNS = {
+COLUMNS: dict[str, tuple[str, ...]] = {
     "image": ("image", "img", "images"),
     "label": ("label", "labels", "fine_label", "target", "class"),
 }

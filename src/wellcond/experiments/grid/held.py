@@ -15,7 +15,7 @@ from wellcond.experiments.run.checkpoints import DAMAGED
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.result import EARLIER_RESULT, RunResult, load_result
 
-log = logging.getLogger("wellcond")
+log: logging.Logger = logging.getLogger("wellcond")
 
 
 def held_results(out: Path, places: Mapping[RunConfig, Path]) -> dict[RunConfig, RunResult]:

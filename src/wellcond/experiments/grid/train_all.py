@@ -13,7 +13,7 @@ from wellcond.experiments.results.parquet import ResultTables
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.result import RunResult, load_result
 
-log = logging.getLogger("wellcond")
+log: logging.Logger = logging.getLogger("wellcond")
 
 
 def train_all(

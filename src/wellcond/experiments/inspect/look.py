@@ -22,7 +22,7 @@ from wellcond.experiments.run.training import spectral_layers
 from wellcond.monitor import ConditionMonitor, as_writers
 from wellcond.orthogonality import pre_spectral_layers, weight_matrices
 
-log = logging.getLogger("wellcond")
+log: logging.Logger = logging.getLogger("wellcond")
 
 LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
 NORMS = (

@@ -22,7 +22,7 @@ from wellcond.experiments.run.run_folder import CHECKPOINTS, KIND
 from wellcond.experiments.run.train import observed_layers
 from wellcond.experiments.run.training import Classifier
 
-log = logging.getLogger("wellcond")
+log: logging.Logger = logging.getLogger("wellcond")
 
 
 def newest_run(places: tuple[Path, ...]) -> Path | None:

@@ -19,7 +19,14 @@ RECIPE_KEYS: dict[str, Any] = {
 }
 ROW_KEYS: dict[str, Any] = {"name": str, "options": dict, "against": str, "paper": dict}
 PAPER_KEYS: dict[str, Any] = dict.fromkeys(PaperFigures._fields, (int, float))
-KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table", list: "a list"}
+KINDS: dict[type, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "a table",
+    list: "a list",
+}
 
 
 def require_keys(values: Any, kinds: Mapping[str, Any], where: str) -> None:

@@ -112,6 +112,9 @@ def _result(row: Mapping[str, Any], out: Path) -> RunResult:
 class ResultTables:
     """The two tables of a comparison in ``out``, rewritten after every run; the records of a run are read once."""
 
+    out: Path
+    label: Callable[[RunConfig], str]
+
     def __init__(self, out: Path, label: Callable[[RunConfig], str]) -> None:
         self.out, self.label, self._conditions = out, label, dict[str, Any]()
 

@@ -133,6 +133,9 @@ def newest_readable(folder: Path) -> tuple[Path, dict[str, Any], dict[Path, str]
 class BestAndLast(Checkpoint):
     """Saves `last.ckpt` after every epoch, and `best.ckpt` when validation accuracy has improved."""
 
+    best_accuracy: float
+    best_epoch: int
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.best_accuracy, self.best_epoch = -1.0, -1  # accuracy as a fraction, epochs counted from 0

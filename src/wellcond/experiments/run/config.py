@@ -25,7 +25,7 @@ ALSO_CALLED = {
     **dict.fromkeys(("bf16", "bfloat16"), "bf16-mixed"),
     **dict.fromkeys(("16", "fp16", "float16", "half"), "16-mixed"),
 }
-CHOICES = {
+CHOICES: dict[str, tuple[str, ...]] = {
     "precision": PRECISIONS,
     "running": ("covariance", "whitening"),
     "ow_map": ("exp", "cayley", "householder", "soc"),
@@ -38,7 +38,7 @@ CHOICES = {
 
 NO_TREATMENT = "none"
 
-BEFORE = {
+BEFORE: dict[str, Any] = {
     "image_size": None,
     "solver": None,
     "running": "covariance",

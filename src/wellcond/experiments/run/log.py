@@ -25,7 +25,7 @@ COLUMNS = (
 )
 """Columns of `metrics.csv`. `seconds` is per epoch, `seconds_total` cumulative; throughput is of training only."""
 
-log = logging.getLogger("wellcond")
+log: logging.Logger = logging.getLogger("wellcond")
 
 
 class Pace:
@@ -63,6 +63,13 @@ class Pace:
 
 
 class RunLog(pl.Callback):
+    """Writes the line of every epoch to ``metrics.csv`` and to the log, and keeps the time that training took."""
+
+    path: Path
+    seconds: float
+    recent: deque[float]
+    pace: Pace
+
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS
         self.seconds, self.recent = 0.0, deque[float](maxlen=1000)

@@ -28,6 +28,12 @@ class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut around them."""
 
     expansion = 1
+    conv1: nn.Conv2d
+    bn1: nn.BatchNorm2d
+    conv2: nn.Conv2d
+    bn2: nn.BatchNorm2d
+    shortcut: nn.Module
+    relu: nn.ReLU
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -46,6 +52,14 @@ class Bottleneck(nn.Module):
     """1×1, 3×3 (with the stride) and 1×1 convolutions, the last to four times the channels, and a shortcut."""
 
     expansion = 4
+    conv1: nn.Conv2d
+    bn1: nn.BatchNorm2d
+    conv2: nn.Conv2d
+    bn2: nn.BatchNorm2d
+    conv3: nn.Conv2d
+    bn3: nn.BatchNorm2d
+    shortcut: nn.Module
+    relu: nn.ReLU
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ Start = tuple[Path | None, int]
 """The checkpoint to continue from and its number of steps."""
 BEGINNING: Start = (None, 0)
 
-log = logging.getLogger("wellcond")
+log: logging.Logger = logging.getLogger("wellcond")
 
 
 def _has_checkpoint(folder: Path) -> bool:

@@ -23,7 +23,7 @@ from wellcond.experiments.run.config import NO_TREATMENT, RunConfig
 from wellcond.experiments.run.models import build_model
 from wellcond.experiments.run.schedule import Schedule
 from wellcond.linalg import DecompositionError, NonFiniteMatrixError, SolverEvents
-from wellcond.orthogonality import treat
+from wellcond.orthogonality import Treatment, treat
 
 with needs_train_extra():
     import lightning.pytorch as pl
@@ -52,6 +52,10 @@ class Classifier(pl.LightningModule):
     Optimizer and treatments are created here and not in `configure_optimizers`: Lightning restores the weights of a
     checkpoint before calling that, and a parametrised weight has its own names in the state dict.
     """
+
+    model: nn.Sequential
+    sgd: torch.optim.SGD
+    treatment: Treatment | None
 
     def __init__(self, config: RunConfig, *, num_classes: int, in_channels: int) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 # A small network for 8 × 8 images. With a 5 × 5 stem the covariance has rank up to 25, so that 16 channels can have
 # full rank; with 3 × 3 it would be 9. A second thread saves 10 % on two idle cores, but on busy ones its busy waiting
 # in every small operation makes a step 10 to 40 times slower.
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "resnet8",
     "width": 16,
     "stem_kernel": 5,
