@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,6 @@ from ._minimum_ridge import mean_ridge, varying, without_constants
 from ._range import by_channel, leaves_range, require_squares, unit_of_features
 from ._running_statistics import Running
 from ._sync import joined_moments, processes
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 SHOWN = "groups", "eps", "momentum", "affine", "track_running_stats", "solver", "running", "sync", "method", "relative"
 

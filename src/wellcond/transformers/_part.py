@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class PartOfTrainer(TrainerCallback, ExportableState):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
+import tomllib
 from pathlib import Path
 from typing import Any
 
 from wellcond._shared.names import choices, require_known
-from wellcond.experiments.errors import ConfigError, needs_train_extra
+from wellcond.experiments.errors import ConfigError
 from wellcond.experiments.recipes.checks import RECIPE_KEYS, checked_row, require_keys, require_options
 from wellcond.experiments.recipes.recipe import Recipe, Row
 
@@ -58,8 +57,6 @@ def _path(source: str, beside: Path) -> Path:
 
 
 def _parsed(path: Path, where: str) -> dict[str, Any]:
-    with needs_train_extra():
-        tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
         found = tomllib.loads(recipe_text(str(path)))
     except tomllib.TOMLDecodeError as error:
