@@ -44,6 +44,8 @@ def fold(model: Model, example_input: Any = None) -> Model:
     Without an example the layers are found by symbolic tracing (``torch.fx``) of the modules that contain a
     decorrelated batch norm. If one cannot be traced, a warning says so, and every norm becomes a 1 × 1 convolution.
 
+    Complexity: O(C²/groups) times the kernel entries of a channel, for each norm; one forward pass with an example.
+
     Example:
         >>> import torch
         >>> from wellcond.nn import DecorrelatedBatchNorm2d

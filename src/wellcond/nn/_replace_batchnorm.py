@@ -56,6 +56,9 @@ def replace_batchnorm(
 
     With ``"all"`` norms that cannot be replaced are named in a warning.
 
+    Complexity: O(C²/groups) memory for each norm; one forward pass with an ``example_input``.
+    Source: Song, Sebe and Wang, ECCV 2022, sect. 6.1, for replacing the first norm; Huang et al., CVPR 2018.
+
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU())

@@ -37,7 +37,7 @@ def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch
     Raises:
         ValueError: there are norms but no batches; the statistics are not changed.
 
-    Complexity: one forward pass a batch.
+    Complexity: one forward pass per batch. Source: Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021.
 
     Example:
         >>> import torch

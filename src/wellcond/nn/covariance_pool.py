@@ -176,7 +176,8 @@ class GlobalCovariancePool2d(_GridCovariancePool):
             function that takes none; ``isometric`` without ``triu``; a covariance of which the function does not exist,
             NaN or infinity in the input (checked on the CPU by default).
 
-    Complexity: O(d n min(d, n)) per image with n = H·W; no n × n centring matrix is formed.
+    Complexity: O(d n min(d, n)) per image with n = H·W; no n × n centring matrix is formed. Source: Li et al., MPN-COV,
+    ICCV 2017, and iSQRT-COV, CVPR 2018; Song, Sebe and Wang, ECCV 2022, sect. 6.2.
 
     Example:
         >>> import torch

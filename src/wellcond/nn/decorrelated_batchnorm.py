@@ -18,9 +18,21 @@ from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 
 
 class DecorrelatedBatchNorm1d(_DecorrelatedBatchNorm):
-    """:class:`DecorrelatedBatchNorm2d` for inputs (N, C) or (N, C, L), given out in the same shape.
+    """Whiten the channels of vectors or sequences: :class:`DecorrelatedBatchNorm2d` for inputs (N, C) or (N, C, L).
 
-    Arguments, errors and complexity are those of that class.
+    The arguments are those of that class.
+
+    Shape: (N, C) or (N, C, L) to the same, in the same dtype; half precision and autocast are computed in float32.
+
+    Raises:
+        TypeError: ``groups`` is no integer; input of no real floating dtype.
+        ValueError: groups not dividing num_features; arguments that do not go together; wrong number of dimensions or
+            channels; fewer than two values per channel in training; NaN or infinity in the input (checked on the CPU by
+            default).
+        DecompositionError: the covariance could not be decomposed by any step of the fall-back chain.
+
+    Complexity: two products of C × C/groups by C × N·L forward and three backward, with L positions per sample, and
+    O(C³/groups²) for the decomposition. Source: Huang et al., Decorrelated Batch Normalization, CVPR 2018.
 
     Example:
         >>> import torch
@@ -108,9 +120,22 @@ class DecorrelatedBatchNorm2d(_DecorrelatedBatchNorm):
 
 
 class DecorrelatedBatchNorm3d(_DecorrelatedBatchNorm):
-    """:class:`DecorrelatedBatchNorm2d` for inputs (N, C, D, H, W), given out in the same shape.
+    """Whiten the channels of volumes: :class:`DecorrelatedBatchNorm2d` for inputs (N, C, D, H, W).
 
-    Arguments, errors and complexity are those of that class.
+    The arguments are those of that class.
+
+    Shape: (N, C, D, H, W) to the same, in the same dtype and memory format; half precision and autocast are computed in
+    float32.
+
+    Raises:
+        TypeError: ``groups`` is no integer; input of no real floating dtype.
+        ValueError: groups not dividing num_features; arguments that do not go together; wrong number of dimensions or
+            channels; fewer than two values per channel in training; NaN or infinity in the input (checked on the CPU by
+            default).
+        DecompositionError: the covariance could not be decomposed by any step of the fall-back chain.
+
+    Complexity: two products of C × C/groups by C × N·L forward and three backward, with L positions per sample, and
+    O(C³/groups²) for the decomposition. Source: Huang et al., Decorrelated Batch Normalization, CVPR 2018.
 
     Example:
         >>> import torch
@@ -132,7 +157,7 @@ def convert_sync(module: nn.Module, process_group: Any = None, *, batchnorm: boo
             ``Trainer(sync_batchnorm=True)`` of Lightning, stops at a decorrelated one.)
 
     Returns:
-        The module.
+        The module; a new one if it is itself a batch norm of torch and ``batchnorm`` is set.
 
     Example:
         >>> from torch import nn

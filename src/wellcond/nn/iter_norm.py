@@ -40,9 +40,19 @@ class _Iterated(_DecorrelatedBatchNorm):
 
 
 class IterNorm1d(_Iterated, DecorrelatedBatchNorm1d):
-    """:class:`IterNorm2d` for inputs (N, C) or (N, C, L), given out in the same shape.
+    """Whiten the channels of vectors or sequences by Newton–Schulz steps: :class:`IterNorm2d` for (N, C) or (N, C, L).
 
-    Arguments, errors and complexity are those of that class.
+    The arguments are those of that class.
+
+    Shape: (N, C) or (N, C, L) to the same, in the same dtype; half precision and autocast are computed in float32.
+
+    Raises:
+        TypeError: ``groups`` is no integer; input of no real floating dtype.
+        ValueError: a ``solver``; groups not dividing num_features; wrong number of dimensions or channels; fewer than
+            two values per channel in training; NaN or infinity in the input (checked on the CPU by default).
+
+    Complexity: two products of C × C/groups by C × N·L forward and three backward, with L positions per sample, and 3
+    ``steps`` products of (C/groups)³. Source: Huang et al., Iterative Normalization, CVPR 2019.
 
     Example:
         >>> import torch
@@ -83,9 +93,20 @@ class IterNorm2d(_Iterated, DecorrelatedBatchNorm2d):
 
 
 class IterNorm3d(_Iterated, DecorrelatedBatchNorm3d):
-    """:class:`IterNorm2d` for inputs (N, C, D, H, W), given out in the same shape.
+    """Whiten the channels of volumes by Newton–Schulz steps: :class:`IterNorm2d` for (N, C, D, H, W).
 
-    Arguments, errors and complexity are those of that class.
+    The arguments are those of that class.
+
+    Shape: (N, C, D, H, W) to the same, in the same dtype and memory format; half precision and autocast are computed in
+    float32.
+
+    Raises:
+        TypeError: ``groups`` is no integer; input of no real floating dtype.
+        ValueError: a ``solver``; groups not dividing num_features; wrong number of dimensions or channels; fewer than
+            two values per channel in training; NaN or infinity in the input (checked on the CPU by default).
+
+    Complexity: two products of C × C/groups by C × N·L forward and three backward, with L positions per sample, and 3
+    ``steps`` products of (C/groups)³. Source: Huang et al., Iterative Normalization, CVPR 2019.
 
     Example:
         >>> import torch

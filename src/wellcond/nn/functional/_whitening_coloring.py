@@ -83,6 +83,7 @@ def whitening_coloring(
             that chooses nothing, NaN or infinity, a singular covariance for Cholesky (read on the CPU by default).
 
     Complexity: O(C² n/groups) for statistics and result, O(C³/groups²) for the decompositions.
+    Source: Li et al., Universal Style Transfer via Feature Transforms, NeurIPS 2017.
 
     Example:
         >>> import torch
