@@ -17,9 +17,11 @@ from test_cli import call, one_line
 from wellcond.experiments.compare import compare
 from wellcond.experiments.errors import FolderError, RunError
 from wellcond.experiments.files import read_csv, write_json
+from wellcond.experiments.folders import read_config
 from wellcond.experiments.report import report
-from wellcond.experiments.results.parquet import ResultTables, read_results
-from wellcond.experiments.results.summary import SHORT
+from wellcond.experiments.results.experiment import Experiment
+from wellcond.experiments.results.parquet import ResultTables, read_comparison, read_results
+from wellcond.experiments.results.summary import SHORT, configs_in
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.result import load_result
 from wellcond.experiments.run.training import Classifier
@@ -144,6 +146,14 @@ def test_a_report_needs_the_tables_only(done, alone, tmp_path):
     one, other = ((tmp_path / name / "report.html").read_text() for name in ("report", "whole"))
     tables = [text[text.index("<table") : text.index("</table>")] for text in (one, other)]
     assert tables[0] == tables[1]  # of the configurations
+    texts = [(tmp_path / name / "report.md").read_text().split("![")[0] for name in ("report", "whole")]
+    assert texts[0] == texts[1]  # title, rows and differences
+    held = read_comparison(alone / "results.parquet")
+    assert held is not None
+    experiment = Experiment.from_dict(held["experiment"], configs_in(held))
+    marked = read_config(done, "comparison")
+    assert experiment == Experiment.from_dict(marked["experiment"], configs_in(marked))
+    assert experiment.against  # the baseline of a row, which the columns do not have
     svgs = [(tmp_path / name / "condition.svg").read_bytes() for name in ("report", "whole")]
     assert svgs[0] == svgs[1]
     report([alone], tmp_path / "of the folder")

@@ -122,7 +122,7 @@ def compare(
         else:
             folders.prepare(out, COMPARISON, grid, MADE)
         _warn_of_untreated(configs)
-        tables = ResultTables(out, experiment.label)
+        tables = ResultTables(out, experiment.label, grid)
         results = train_all(places, tables, done, parallel or in_this_process(data, progress), finished)
         return _write(experiment, results, out)
 

@@ -20,6 +20,7 @@ from wellcond.experiments import folders
 from wellcond.experiments.files import write_atomically
 from wellcond.experiments.results.difference_tables import conditioning_table, differences_table
 from wellcond.experiments.results.experiment import Experiment
+from wellcond.experiments.results.parquet import read_comparison
 from wellcond.experiments.results.summary import COMPARISON, by_label, collect, configs_in, summarise
 from wellcond.experiments.results.tables import comparison_table, configuration_table, runs_table
 from wellcond.experiments.run.command_line import command
@@ -63,11 +64,14 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
 
 def _experiment(runs: Sequence[str | os.PathLike[str]], results: Sequence[RunResult]) -> Experiment:
     """The experiment of a comparison; otherwise one row per configuration, without a baseline."""
-    configs = [result.config for result in results]
-    if len(runs) == 1 and folders.kind_of(Path(runs[0])) == COMPARISON:
-        held = folders.read_config(Path(runs[0]), COMPARISON)
-        return Experiment.from_dict(held.get("experiment"), configs_in(held))
-    return replace(Experiment.of_grid(configs), against={})
+    only, held = Path(runs[0]), None
+    if len(runs) == 1 and folders.kind_of(only) == COMPARISON:
+        held = folders.read_config(only, COMPARISON)
+    elif len(runs) == 1 and only.suffix == ".parquet":
+        held = read_comparison(only)
+    if held is None:
+        return replace(Experiment.of_grid([result.config for result in results]), against={})
+    return Experiment.from_dict(held.get("experiment"), configs_in(held))
 
 
 def _write(results: Sequence[RunResult], notes: Sequence[str], experiment: Experiment, out: Path) -> Path:

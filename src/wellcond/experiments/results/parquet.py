@@ -5,11 +5,13 @@
 
 Units are in the column names (``_percent``, ``_fraction``, ``_seconds``) and in the metadata of the fields (``unit``).
 The conditioning of the first observed layer has its own columns; that of all layers is in the list ``layers``. All
-digits are kept, so that `read_results` restores the results from the file alone.
+digits are kept, so that `read_results` restores the results from the file alone. The metadata of the first table has
+the comparison's ``config.json``, with the rows and baselines of a recipe.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +28,8 @@ with needs_train_extra():
     import pyarrow.parquet as pq
 
 RESULTS_TABLE = "results.parquet"
+COMPARED = b"wellcond.comparison"
+"""The key of the metadata."""
 ENVIRONMENT = "environment_"
 COUNTS = ("threads", "cores")  # integers in the environment
 RENAMED = {"seconds": "training_seconds"}
@@ -93,6 +97,20 @@ def read_results(path: Path) -> list[RunResult]:
         raise RunError(f"'{path}' is not a table of results that can be read: {why}") from error
 
 
+def read_comparison(path: Path) -> dict[str, Any] | None:
+    """The ``config.json`` of the comparison in the metadata of a ``results.parquet``; None in files of older versions.
+
+    Raises:
+        RunError: the file cannot be read, or the metadata is not JSON.
+    """
+    try:
+        kept = (pq.read_schema(path).metadata or {}).get(COMPARED)
+        return None if kept is None else json.loads(kept)
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise RunError(f"'{path}' is not a table of results that can be read: {why}") from error
+
+
 def _result(row: Mapping[str, Any], out: Path) -> RunResult:
     folder = str(out / row["folder"])  # first, as every table of ours has it
     environment = {
@@ -115,8 +133,11 @@ class ResultTables:
     out: Path
     label: Callable[[RunConfig], str]
 
-    def __init__(self, out: Path, label: Callable[[RunConfig], str]) -> None:
+    def __init__(
+        self, out: Path, label: Callable[[RunConfig], str], comparison: Mapping[str, Any] | None = None
+    ) -> None:
         self.out, self.label, self._conditions = out, label, dict[str, Any]()
+        self._metadata = {} if comparison is None else {COMPARED: json.dumps(comparison)}
 
     def write(self, results: Iterable[RunResult]) -> None:
         """Write both, each atomically."""
@@ -127,4 +148,5 @@ class ResultTables:
         if results:
             recorded = pa.concat_tables([self._conditions[result.folder] for result in results])
             write_table(self.out / CONDITION_TABLE, recorded)  # first, so that runs in the other table have records
-            write_table(self.out / RESULTS_TABLE, results_table(results, self.out, self.label))
+            table = results_table(results, self.out, self.label).replace_schema_metadata(self._metadata)
+            write_table(self.out / RESULTS_TABLE, table)
