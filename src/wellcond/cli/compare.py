@@ -35,6 +35,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="output folder; default comparison, or the recipe's name")] = None,
     jobs: Annotated[int | None, typer.Option(help="parallel runs, each in its own process; default 1")] = None,
     executor: Annotated[str | None, typer.Option(help="ray or ray://HOST:PORT, to run on a cluster")] = None,
+    reuse: Annotated[list[Path] | None, typer.Option(help="copy finished runs of this comparison (repeat)")] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -73,6 +74,7 @@ def compare(
             progress=console.is_terminal,
             jobs=jobs,
             executor=executor,
+            reuse=reuse or (),
             experiment=experiment,
             finished=finished,
         )

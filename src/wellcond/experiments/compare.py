@@ -24,6 +24,7 @@ from wellcond.experiments.errors import ConfigError, FolderError
 from wellcond.experiments.files import write_csv, write_json
 from wellcond.experiments.grid.attempt import Executor, in_this_process, same_images
 from wellcond.experiments.grid.held import held_results, refuse_another_version, with_threads
+from wellcond.experiments.grid.reuse import copy_runs, finished_in
 from wellcond.experiments.grid.train_all import train_all
 from wellcond.experiments.results.condition import CONDITION_TABLE
 from wellcond.experiments.results.experiment import Experiment
@@ -65,6 +66,7 @@ def compare(
     progress: bool = False,
     jobs: int | None = None,
     executor: str | None = None,
+    reuse: Sequence[str | os.PathLike[str]] = (),
     experiment: Experiment | None = None,
     finished: Callable[[int, RunResult], None] = lambda index, result: None,
 ) -> list[Any]:
@@ -80,6 +82,7 @@ def compare(
             and one CPU thread unless configured otherwise. With the same number of threads a run is bit for bit the
             same in either case.
         executor: None for this machine, ``ray``, or ``ray://HOST:PORT`` (`grid.ray_cluster`).
+        reuse: other comparisons, of which finished runs with one of these configurations are copied.
         experiment: the names of the rows and their baselines; by default each configuration is a row.
         finished: called with the index and the result of every finished run, in the order of completion.
 
@@ -108,6 +111,7 @@ def compare(
         raise ConfigError("two rows have names that differ only in punctuation and would share a folder")
     with folders.claimed(out, lambda: _check(out, configs, resume, overwrite, experiment)):
         done = held_results(out, places) if resume else {}
+        found = finished_in([Path(other) for other in reuse], [config for config in configs if config not in done])
         if resume and len(done) < len(configs):
             refuse_another_version(out, marked.get("version"), list(done.values()))
         data = load(configs[0])
@@ -121,6 +125,7 @@ def compare(
             folders.mark(out, COMPARISON, grid)
         else:
             folders.prepare(out, COMPARISON, grid, MADE)
+        done |= copy_runs(found, places)
         _warn_of_untreated(configs)
         tables = ResultTables(out, experiment.label, grid)
         results = train_all(places, tables, done, parallel or in_this_process(data, progress), finished)

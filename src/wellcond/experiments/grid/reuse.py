@@ -1,0 +1,61 @@
+"""Finished runs of another comparison, so that recipes which share rows train them once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from wellcond.experiments import folders
+from wellcond.experiments.errors import FolderError
+from wellcond.experiments.files import write_csv
+from wellcond.experiments.grid.held import held_results, refuse_another_version
+from wellcond.experiments.results.condition import RECORDED, condition_rows
+from wellcond.experiments.results.summary import COMPARISON, RUNS, configs_in, run_folders
+from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.result import CONDITION, EARLIER_RESULT, RESULT, RunResult, load_result
+from wellcond.experiments.run.run_folder import CHECKPOINTS, KIND
+
+LEFT_OUT = (CHECKPOINTS, RESULT, EARLIER_RESULT.format("*"), ".*")
+
+
+def finished_in(comparisons: Sequence[Path], wanted: Sequence[RunConfig]) -> dict[RunConfig, RunResult]:
+    """The finished runs in these comparisons that have one of the ``wanted`` configurations. Writes nothing.
+
+    Raises:
+        FolderError: a folder without a comparison, one without such a run, or results of another version.
+    """
+    found: dict[RunConfig, RunResult] = {}
+    for other in comparisons:
+        if folders.kind_of(other) != COMPARISON:
+            raise FolderError(f"'{other}' holds no comparison from which runs could be reused")
+        marked = folders.read_config(other, COMPARISON)
+        names = zip(configs_in(marked), run_folders(marked), strict=True)
+        places = {config: other / RUNS / name for config, name in names if config in wanted}
+        held = held_results(other, places)
+        if not held:
+            raise FolderError(f"'{other}' holds no finished run of a configuration that is compared here")
+        refuse_another_version(other, marked.get("version"), list(held.values()))
+        found = held | found
+    return found
+
+
+def copy_runs(found: Mapping[RunConfig, RunResult], places: Mapping[RunConfig, Path]) -> dict[RunConfig, RunResult]:
+    """Copy these runs to their places, without checkpoints; the results of the copies.
+
+    Of a run whose folder is gone, or was extended since, the result and the condition numbers are restored.
+    """
+    copies = {}
+    for config, result in found.items():
+        source, target = Path(result.folder), places[config]
+        target.mkdir(parents=True, exist_ok=True)
+        if load_result(source) == result:
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
+        else:
+            folders.mark(target, KIND, config.to_dict())
+            rows = [row for row in condition_rows(result) if int(row["step"]) < result.steps]
+            write_csv(target / CONDITION, list(RECORDED), rows)
+        copies[config] = replace(result, folder=str(target))
+        copies[config].save()  # last, as it marks the run as finished
+    return copies
