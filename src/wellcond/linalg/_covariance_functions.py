@@ -14,11 +14,11 @@ from wellcond._shared.precision import full_precision, wide_dtype, widened, work
 from wellcond._shared.torch_internals import in_onnx_export
 
 from ._covariance import centred_factor, require_features
-from ._divided_differences import Log, Power, ScalarFunction
-from ._factor import FactorFunction, Options
+from ._factor_function import FactorFunction, Options
 from ._functions import expm, require_exponent
-from ._rank import on_kept_eigenvalues, require_rank_policy
+from ._rank import require_rank_policy
 from ._roots import invsqrtm, sqrtm
+from .derivatives import Log, Power, ScalarFunction, on_kept_eigenvalues
 from .solvers import Eigh, Solver, choose_solver
 
 FactorRank = Literal["ridge", "pinv", "raise"]

@@ -12,9 +12,8 @@ from wellcond._shared.checks import readable, require_matrix, require_nonnegativ
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond._shared.torch_internals import under_forward_mode, under_functorch
 
-from ._daleckii_krein import apply_function
-from ._divided_differences import Exp, Log, Power, ScalarFunction
-from ._rank import Rank, Shift, eigenpairs, of_matrix, on_kept_eigenvalues, require_rank_policy
+from ._rank import Rank, Shift, eigenpairs, require_rank_policy
+from .derivatives import Exp, Log, Power, ScalarFunction, apply_function, on_kept_eigenvalues, under_policy
 
 
 def powm(P: Tensor, exponent: float | Tensor, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:
@@ -158,4 +157,4 @@ def functions_of(
     with full_precision(P):
         work = P.to(working_dtype(P.dtype))
         pairs = eigenpairs(work, Shift(float(eps), rank, invertible))
-        return tuple(apply_function(work, of_matrix(f, rank, eps), *pairs).to(P.dtype) for f in functions)
+        return tuple(apply_function(work, under_policy(f, rank, eps), *pairs).to(P.dtype) for f in functions)

@@ -2,37 +2,27 @@
 
 Its derivative truly contains 1/(σi + σj) (and 1/σj out of the range): it is a whitening. Directions in which A vanishes
 get the value and the derivative 0 there, so the factor of a zero matrix is zero.
-
-From matrix products alone it comes by odd polynomials that take every singular value to 1: X ← X (a I + b XᴴX + c
-(XᴴX)²) keeps the singular vectors of a tall X and maps σ to σ (a + b σ² + c σ⁴). With minimax polynomials the
-composition is the best that so many steps can do (Amsel, Persson, Musco and Gower, The Polar Express, 2025). With the
-one polynomial of Muon (Jordan et al., 2024), five times, singular values end anywhere between 0.68 and 1.14: cheap, and
-not the polar factor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wellcond._shared.autograd import BatchedFunction, differentiated_again, once
-from wellcond._shared.checks import checks_values, hermitian_part, readable, require_finite, require_matrix
+from wellcond._shared.autograd import BatchedFunction, differentiated_again
+from wellcond._shared.checks import checks_values, hermitian_part, require_finite, require_matrix
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond._shared.products import identity, plus_product, positive_or_one, product
-from wellcond._shared.torch_internals import along_many_directions, is_compiling
+from wellcond._shared.torch_internals import along_many_directions
 
-from ._divided_differences import reciprocal_or_zero, reciprocal_or_zero_
-from ._sylvester import sylvester
+from ._polar_by_products import polar_by_products
+from .derivatives import reciprocal_or_zero, reciprocal_or_zero_, sylvester
 from .lapack import thin_svd
-from .solvers import Coefficients, Minimax, completed_square, largest_entry
+from .solvers import Minimax, largest_entry
 
 POLAR_SOLVERS = ("auto", "svd", "minimax", "muon")
-MUON: tuple[Coefficients, ...] = ((3.4445, -4.7750, 2.0315),) * 5
-# Singular values down to 1e-5 of the largest; of XᴴX that is the square.
-KAPPA = 1e10
 
 
 def polar(G: Tensor, *, solver: str | Minimax = "auto") -> Tensor:
@@ -82,50 +72,8 @@ def polar(G: Tensor, *, solver: str | Minimax = "auto") -> Tensor:
             cut = torch.finfo(A.dtype).eps * A.shape[-2]
             W, *_ = Polar.call(A, cut, None, "G")
         else:
-            W = _by_products(A, solver)
+            W = polar_by_products(A, solver)
         return (W if tall else W.mH.resolve_conj()).to(G.dtype)
-
-
-def _by_products(A: Tensor, solver: str | Minimax) -> Tensor:
-    """Values only: autograd through the products would multiply rounding by the slopes of all polynomials."""
-    message = f"polar with solver={solver!r} has no derivative; take solver='svd', or give it G.detach()"
-    if is_compiling():
-        if A.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(message)
-        return _iterated(A, solver)
-    if readable(A):
-        require_finite(A, "G")
-    return once(_iterated(A.detach(), solver), message, A)
-
-
-def _iterated(A: Tensor, solver: str | Minimax) -> Tensor:
-    """W ≈ U Vᴴ of a tall A by ``"muon"``, ``"minimax"`` or a configured :class:`Minimax`."""
-    if solver == "muon":
-        X, _ = _normalised(A)
-        return _compose(X, MUON)
-    minimax = solver if isinstance(solver, Minimax) else Minimax(kappa=KAPPA)
-    X, gram = _normalised(A)
-    # σmax ≤ ‖XᴴX‖_F^{1/2} ≤ r^{1/4} σmax, four times sharper than ‖X‖_F at r = 256.
-    size = torch.linalg.matrix_norm(gram, keepdim=True).sqrt()
-    return _compose(X / positive_or_one(size), minimax.polynomials_for(A.dtype))
-
-
-def _normalised(A: Tensor) -> tuple[Tensor, Tensor]:
-    """A by its Frobenius norm, by its largest entry first so that no square leaves the range, and its Gram matrix."""
-    if A.numel() == 0:
-        return A, A.mH @ A
-    X = A / positive_or_one(largest_entry(A))
-    X = X / positive_or_one(torch.linalg.matrix_norm(X, keepdim=True))
-    return X, product(X.mH, X)
-
-
-def _compose(X: Tensor, polynomials: Iterable[Coefficients]) -> Tensor:
-    eye = identity(X)
-    for polynomial in polynomials:
-        shift, constant, c = completed_square(polynomial)
-        M = plus_product(eye, X.mH, X, beta=shift)
-        X = product(X, plus_product(eye, M, M, beta=constant, alpha=c))
-    return X
 
 
 class Polar(BatchedFunction):

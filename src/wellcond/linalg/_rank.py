@@ -37,7 +37,6 @@ from wellcond._shared.events import place
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import working_dtype
 
-from ._divided_differences import Power, ScalarFunction, SpectralMap, pairs, triples
 from .lapack import eigh
 
 Rank = Literal["ridge", "pinv", "floor", "raise"]
@@ -132,89 +131,6 @@ def _require_semidefinite(eigvals: Tensor) -> None:
             f"{lowest.min().item():.3e} to {largest.max().item():.3e}, and the negative ones are larger than "
             "rounding; a covariance has none"
         )
-
-
-class Truncated(SpectralMap):
-    """f with the eigenvalues that are rounding mapped to f(tolerance) ("floor") or to 0 ("pinv").
-
-    Where the null space is the same for all matrices in question (``fixed_range``) nothing couples it to the range.
-    """
-
-    def __init__(self, f: ScalarFunction, rank: Rank, *, fixed_range: bool = False) -> None:
-        self.f, self.floor, self.fixed_range = f, rank == "floor", fixed_range
-
-    def _split(self, eigvals: Tensor) -> tuple[Tensor, Tensor]:
-        """Which eigenvalues are kept, and the spectrum with a harmless value in place of the others."""
-        # For "pinv" what is rounding was set to zero, by whichever tolerance is the right one.
-        cut = matrix_tolerance(eigvals) if self.floor else torch.zeros_like(eigvals[..., :1])
-        kept = eigvals > cut
-        return kept, torch.where(kept, eigvals, torch.where(cut > 0, cut, 1.0))
-
-    def values(self, eigvals: Tensor) -> Tensor:
-        kept, safe = self._split(eigvals)
-        values = self.f.value(safe)
-        # A zero matrix has no scale to take a floor from: like the pseudo-inverse, it maps to zero.
-        return torch.where(kept | (self.floor & kept.any(-1, keepdim=True)), values, 0.0)
-
-    def differences(self, eigvals: Tensor) -> Tensor:
-        kept, safe = self._split(eigvals)
-        (ki, kj), (si, sj) = pairs(kept), pairs(safe)
-        return self._mixed(self.f.first(si, sj), (ki & kj), (ki | kj), *pairs(eigvals), *pairs(self.values(eigvals)))
-
-    def second_differences(self, eigvals: Tensor) -> Tensor:
-        kept, safe = self._split(eigvals)
-        ki, kj, kk = triples(kept)
-        lam = torch.stack(torch.broadcast_tensors(*triples(eigvals)))
-        lam, order = lam.sort(0)
-        values = torch.stack(torch.broadcast_tensors(*triples(self.values(eigvals)))).gather(0, order)
-        keep = torch.stack(torch.broadcast_tensors(ki, kj, kk)).gather(0, order)
-        safe3 = torch.stack(torch.broadcast_tensors(*triples(safe))).gather(0, order)
-
-        def first(i: int, j: int) -> Tensor:
-            inner = self.f.first(safe3[i], safe3[j])
-            return self._mixed(inner, keep[i] & keep[j], keep[i] | keep[j], lam[i], lam[j], values[i], values[j])
-
-        return self._mixed(
-            self.f.second(*triples(safe)), ki & kj & kk, ki | kj | kk, lam[2], lam[0], first(2, 1), first(1, 0)
-        )
-
-    def _mixed(
-        self, whole: Tensor, every: Tensor, some: Tensor, a: Tensor, b: Tensor, fa: Tensor, fb: Tensor
-    ) -> Tensor:
-        """f's own difference where all are kept, 0 where none is, and the quotient across the cut."""
-        if self.fixed_range:
-            return torch.where(every, whole, 0.0)
-        gap = torch.where(a == b, 1.0, a - b)
-        return torch.where(every, whole, torch.where(some, (fa - fb) / gap, 0.0))
-
-
-class RootAtZero(SpectralMap):
-    """A fractional power at its zeros: the value is that of every eigenvalue, the derivative, which does not exist at
-    zero, that of the eigenvalues which are more than noise."""
-
-    def __init__(self, f: Power) -> None:
-        self.f = f
-
-    def values(self, eigvals: Tensor) -> Tensor:
-        return self.f.values(eigvals)
-
-    def differences(self, eigvals: Tensor) -> Tensor:
-        return self.f.differences(without_noise(eigvals))
-
-    def second_differences(self, eigvals: Tensor) -> Tensor:
-        return self.f.second_differences(without_noise(eigvals))
-
-
-def of_matrix(f: ScalarFunction, rank: Rank, eps: float) -> SpectralMap:
-    """The function that a rank policy makes of f, at the eigenvalues of a given matrix."""
-    if rank == "ridge" and eps == 0.0 and isinstance(f, Power) and 0.0 < f.exponent < 1.0:
-        return RootAtZero(f)
-    return on_kept_eigenvalues(f, rank)
-
-
-def on_kept_eigenvalues(f: ScalarFunction, rank: Rank) -> SpectralMap:
-    """The function that a rank policy makes of f."""
-    return Truncated(f, rank) if rank in ("pinv", "floor") else f
 
 
 class Shift(NamedTuple):

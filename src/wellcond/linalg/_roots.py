@@ -8,9 +8,9 @@ from wellcond._shared.checks import require_matrix, require_nonnegative
 from wellcond._shared.precision import HALF, full_precision
 from wellcond._shared.torch_internals import in_onnx_export, is_compiling
 
-from ._divided_differences import Power
 from ._functions import functions_of
 from ._rank import Rank, require_rank_policy
+from .derivatives import Power
 from .solvers import Eigh, Root, Solved, Solver, Traced, choose_solver, in_reach_of_products
 
 

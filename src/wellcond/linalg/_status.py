@@ -16,8 +16,7 @@ from wellcond._shared.precision import working_dtype
 
 from ._roots import invsqrtm, sqrtm
 from .lapack import nan_for_failures
-from .solvers import Root, Solver
-from .solvers._solver import relative_residual
+from .solvers import Root, Solver, relative_residual
 
 OK, NOT_FINITE, NOT_ACCURATE = 0, 1, 2
 

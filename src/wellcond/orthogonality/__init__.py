@@ -16,7 +16,8 @@ from ._pre_spectral import pre_spectral_layers
 from ._registry import TREATMENTS, parse_treatments
 from ._saved_weight import treat_like
 from ._step_treatment import StepTreatment
-from ._treat import Treatment, treat
+from ._treat import treat
+from ._treatment import Treatment
 from ._weight_treatment import WeightTreatment
 
 __all__ = [

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wellcond._shared.autograd import differentiated_again
 from wellcond._shared.precision import full_precision
+from wellcond._shared.products import plus_product
 from wellcond._shared.torch_internals import is_compiling, under_forward_mode, under_functorch
 from wellcond.linalg.lapack import solve
 
@@ -24,13 +25,6 @@ from wellcond.linalg.lapack import solve
 def squarings(dtype: torch.dtype) -> int:
     """s, by which angles up to 250 in float32, 1,000 in float64, are exact to rounding."""
     return 16 if dtype == torch.float64 else 9
-
-
-def add_product(C: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """beta·C + alpha·A B in one operation, which ``vmap`` does not know for a C of another batch than A and B."""
-    if C.ndim != 3 or under_functorch():
-        return beta * C + alpha * (A @ B)
-    return torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
 
 
 def exponential_less_identity(A: Tensor) -> Tensor:
@@ -49,7 +43,7 @@ def _levels(A: Tensor) -> list[Tensor]:
     levels = [solve(B, T)]
     for _ in range(squarings(A.dtype)):
         D = levels[-1]
-        levels.append(add_product(D, D, D, beta=2))
+        levels.append(plus_product(D, D, D, beta=2))
     return levels
 
 
@@ -60,7 +54,7 @@ def _pade(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     unit = 2.0 ** squarings(A.dtype)
     A2 = A @ A
-    T = add_product(A, A, A2, beta=10 * unit, alpha=1 / (6 * unit))
+    T = plus_product(A, A, A2, beta=10 * unit, alpha=1 / (6 * unit))
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     return A2, T, torch.add(torch.sub(A2, T, alpha=0.5), eye, alpha=10 * unit**2)
 
@@ -71,7 +65,7 @@ class _Exponential(torch.autograd.Function):
         A2, T, B = _pade(A)
         levels = [solve(B, T)]
         for _ in range(squarings(A.dtype)):
-            levels.append(add_product(levels[-1], levels[-1], levels[-1], beta=2))
+            levels.append(plus_product(levels[-1], levels[-1], levels[-1], beta=2))
         *below, D = levels
         ctx.save_for_backward(A, A2, B, *below)
         return D
@@ -89,11 +83,11 @@ class _Exponential(torch.autograd.Function):
 def _adjoint(A: Tensor, A2: Tensor, B: Tensor, below: list[Tensor], G: Tensor) -> Tensor:
     """The adjoint of the derivative at A, of G, from the levels below the last."""
     for D in reversed(below):
-        G = add_product(add_product(G, D.mT, G, beta=2), G, D.mT)
+        G = plus_product(plus_product(G, D.mT, G, beta=2), G, D.mT)
     unit = 2.0 ** squarings(A.dtype)
     H = solve(B.mT, G)
     minus_of_B = H @ below[0].mT
     of_T = torch.add(H, minus_of_B, alpha=0.5)
-    of_A2 = add_product(minus_of_B, A.mT, of_T, beta=-1, alpha=1 / (6 * unit))
-    of_A = add_product(of_T, of_T, A2.mT, beta=10 * unit, alpha=1 / (6 * unit))
-    return add_product(add_product(of_A, of_A2, A.mT), A.mT, of_A2)
+    of_A2 = plus_product(minus_of_B, A.mT, of_T, beta=-1, alpha=1 / (6 * unit))
+    of_A = plus_product(of_T, of_T, A2.mT, beta=10 * unit, alpha=1 / (6 * unit))
+    return plus_product(plus_product(of_A, of_A2, A.mT), A.mT, of_A2)

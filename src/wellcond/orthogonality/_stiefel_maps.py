@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.autograd import BatchedFunction
+from wellcond._shared.products import plus_product
 from wellcond._shared.torch_internals import is_compiling, is_shape_only
 from wellcond.linalg.lapack import solve
 
-from ._skew_exponential import add_product, exponential_less_identity
+from ._skew_exponential import exponential_less_identity
 
 DENSE = 64
 """Up to so many rows, as up to 2k, the n × n exponential costs no more than the 2k × 2k one with what surrounds it."""
@@ -39,17 +40,17 @@ def exponential_map(V: Tensor, F: Tensor) -> Tensor:
     batch, V, F = V.shape[:-2], V.reshape(-1, n, k), F.reshape(-1, n, k)
     if n <= max(DENSE, 2 * k):
         P = V @ F.mT
-        W = add_product(F, exponential_less_identity(P - P.mT), F)
+        W = plus_product(F, exponential_less_identity(P - P.mT), F)
     else:
         A = F.mT @ V
-        X = add_product(V, F, A, alpha=-1)
+        X = plus_product(V, F, A, alpha=-1)
         # The balance of the two halves leaves the result unchanged, and M near to a skew matrix when V is large.
         v = (torch.linalg.vector_norm(X.detach(), dim=(-2, -1), keepdim=True) / k**0.5).clamp_min(1)
         Y = X / v
         eye = torch.eye(k, dtype=F.dtype, device=F.device)
         lower = torch.cat([v * eye, torch.zeros_like(A)], -1)
         D = exponential_less_identity(torch.cat([torch.cat([A - A.mT, -(X.mT @ Y)], -1), lower], -2))[..., :k]
-        W = add_product(F, torch.cat([F, Y], -1), D)
+        W = plus_product(F, torch.cat([F, Y], -1), D)
     return W.reshape(*batch, n, k)
 
 
@@ -114,7 +115,7 @@ MAPS = {"exp": exponential_map, "cayley": cayley_map, "householder": householder
 class _Polished(BatchedFunction):
     @staticmethod
     def forward(W: Tensor) -> Tensor:
-        return add_product(W, W, W.mT @ W, beta=1.5, alpha=-0.5)
+        return plus_product(W, W, W.mT @ W, beta=1.5, alpha=-0.5)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -18,8 +18,9 @@ from wellcond._shared.models import Layers, as_given, layers_by_name
 from ._pre_spectral import pre_spectral_layers
 from ._registry import Options, in_order, options_of, parse_treatments
 from ._restorer import Restorer
-from ._treat import Treatment, treat
+from ._treat import treat
 from ._treatable import require_treatable
+from ._treatment import Treatment
 from ._weight_treatment import WeightTreatment
 
 

@@ -11,7 +11,9 @@ from wellcond._shared.torch_internals import is_compiling
 
 from ._auto import auto_solver, in_reach_of_products
 from ._minimax_polynomials import Coefficients, completed_square
-from ._solver import SOLVERS, Done, LyapunovSolver, Root, Solved, Solver, Traced, largest_entry
+from ._residuals import largest_entry, relative_residual
+from ._solved import Solved, Traced
+from ._solver import SOLVERS, Done, LyapunovSolver, Root, Solver
 from .eigh import Eigh
 from .minimax import Minimax
 from .minimax_or_eigh import MinimaxOrEigh
@@ -41,6 +43,7 @@ __all__ = [
     "completed_square",
     "in_reach_of_products",
     "largest_entry",
+    "relative_residual",
 ]
 
 

@@ -27,7 +27,8 @@ from wellcond._shared.checks import require_matrix
 from wellcond._shared.precision import widened, working_dtype
 from wellcond._shared.torch_internals import in_onnx_export
 
-from ._solver import Solver, frobenius_norm
+from ._residuals import frobenius_norm
+from ._solver import Solver
 from .eigh import Eigh
 from .minimax import Minimax
 from .minimax_or_eigh import MinimaxOrEigh

@@ -15,7 +15,7 @@ from wellcond._shared.products import flat, positive_or_one
 from wellcond._shared.torch_internals import along_many_directions, is_compiling
 
 from ._minimax_polynomials import Coefficients, completed_square
-from ._solver import frobenius_norm
+from ._residuals import frobenius_norm
 
 
 def lyapunov_iteration(Q: Tensor, G: Tensor, polynomials: Sequence[Coefficients], norm: Tensor | None = None) -> Tensor:

@@ -13,7 +13,8 @@ from wellcond._shared.products import identity, plus_product, positive_or_one
 
 from ._lyapunov_iteration import lyapunov_iteration
 from ._minimax_polynomials import NEWTON_SCHULZ
-from ._solver import Done, LyapunovSolver, Root, Tensors, frobenius_norm, require_scale
+from ._residuals import frobenius_norm, require_scale
+from ._solver import Done, LyapunovSolver, Root, Tensors
 
 
 class SeriesSolver(LyapunovSolver):

@@ -37,7 +37,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._divided_differences import pairs
+from ..derivatives import pairs
 from ._solver import Done
 
 

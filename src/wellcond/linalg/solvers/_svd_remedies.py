@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wellcond._shared.names import listed, require_known
 
-from .._divided_differences import reciprocal_or_zero
+from ..derivatives import reciprocal_or_zero
 from ._solver import Done
 from ._svd_gradients import Analytic, Remedy
 from .newton_schulz import NewtonSchulz

@@ -13,9 +13,8 @@ from wellcond._shared.autograd import differentiated_again
 from wellcond._shared.products import product
 from wellcond._shared.torch_internals import along_many_directions
 
-from .._divided_differences import reciprocal_or_zero, reciprocal_or_zero_
 from .._rank import clear_of_zero, noise, shifted_spectrum
-from .._sylvester import sylvester
+from ..derivatives import reciprocal_or_zero, reciprocal_or_zero_, sylvester
 from ..lapack import eigh
 from ._solver import Done, LyapunovSolver, Root, Tensors
 

@@ -14,7 +14,8 @@ from wellcond._shared.products import identity, plus_product, positive_or_one, p
 
 from ._lyapunov_iteration import lyapunov_iteration
 from ._minimax_polynomials import Coefficients, completed_square, polynomials_from
-from ._solver import Done, LyapunovSolver, Root, Tensors, largest_entry, require_scale
+from ._residuals import largest_entry, require_scale
+from ._solver import Done, LyapunovSolver, Root, Tensors
 
 
 class Minimax(LyapunovSolver):

@@ -22,7 +22,8 @@ from wellcond._shared.products import identity, plus_product, positive_or_one, p
 from wellcond._shared.torch_internals import along_many_directions, is_compiling, under_functorch
 
 from ._newton_schulz_derivative import along_the_iteration, inner, trace
-from ._solver import Done, Root, Solver, Tensors, require_scale
+from ._residuals import require_scale
+from ._solver import Done, Root, Solver, Tensors
 
 
 class NewtonSchulz(Solver):

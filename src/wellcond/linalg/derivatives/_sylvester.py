@@ -17,8 +17,8 @@ from wellcond._shared.checks import hermitian_part, require_matrix
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond._shared.products import plus_product, product
 
+from .._rank import eigenpairs
 from ._divided_differences import reciprocal_or_zero_
-from ._rank import eigenpairs
 
 
 def in_eigenbasis(U: Tensor, K: Tensor, G: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from wellcond._shared.autograd import BatchedFunction
 from wellcond._shared.checks import hermitian_part
 from wellcond._shared.precision import full_precision
 
+from .._rank import without_noise
 from ._divided_differences import Power, SpectralMap, reciprocal_or_zero
-from ._rank import RootAtZero, Truncated, without_noise
 from ._sylvester import in_eigenbasis, sylvester
+from ._truncated import RootAtZero, Truncated
 
 
 def apply_function(P: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
