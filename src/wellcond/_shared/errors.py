@@ -1,23 +1,23 @@
-"""The named errors of spectral functions. Each message holds the offending value and what to do."""
+"""Errors of spectral functions; each message states the offending value and what to do."""
 
 from __future__ import annotations
 
 
 class NonFiniteMatrixError(ValueError):
-    """A matrix or feature holds NaN or infinity."""
+    """A matrix or feature tensor contains NaN or infinity."""
 
 
 class NotSymmetricError(ValueError):
-    """A matrix that must be symmetric (Hermitian) is not, beyond rounding."""
+    """A matrix that must be symmetric (Hermitian) is not so within rounding."""
 
 
 class NotPositiveSemidefiniteError(ValueError):
-    """A matrix that must be positive (semi)definite has an eigenvalue that is too small for the function."""
+    """A matrix that must be positive (semi)definite has an eigenvalue too small for the function."""
 
 
 class DecompositionError(RuntimeError):
-    """Every step of the fall-back chain failed to decompose a finite matrix."""
+    """Every step of the fall-back chain failed on a finite matrix."""
 
 
 class ApproximateRootWarning(UserWarning):
-    """An iterative or truncated solver left a larger residual than its tolerance."""
+    """The residual of an iterative or truncated solver is larger than its tolerance."""

@@ -1,4 +1,4 @@
-"""Square root, powers and logarithm of a covariance straight from the features: the factor form of ``_factor``."""
+"""Square root, powers and logarithm of a covariance straight from its features, by the factor form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from wellcond._shared.precision import full_precision, wide_dtype, widened, work
 from wellcond._shared.torch_internals import in_onnx_export
 
 from ._covariance import centred_factor, require_features
-from ._factor_function import FactorFunction, Options
+from ._factor_derivatives import Options
+from ._factor_function import FactorFunction
 from ._functions import expm, require_exponent
 from ._rank import require_rank_policy
 from ._roots import invsqrtm, sqrtm

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wellcond._shared.checks import require_matrix, value_checks
 from wellcond._shared.precision import working_dtype
+from wellcond._shared.products import identity
 
 from ._roots import invsqrtm, sqrtm
 from .lapack import nan_for_failures
@@ -105,10 +106,9 @@ def _with_status(P: Tensor, which: Root, eps: float, solver: str | Solver, toler
     if tolerance is None:
         tolerance = 10 * P.shape[-1] * torch.finfo(dtype).eps
     finite = torch.isfinite(P).all(-1).all(-1)
-    eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
     with value_checks(False), nan_for_failures():
         root = (sqrtm if which == "sqrt" else invsqrtm)(
-            torch.where(finite[..., None, None], P, eye), eps=eps, solver=solver
+            torch.where(finite[..., None, None], P, identity(P)), eps=eps, solver=solver
         )
     with torch.no_grad():
         residual = relative_residual(P.to(dtype), root.to(dtype), which, eps)

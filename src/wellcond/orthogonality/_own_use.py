@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from wellcond._shared.models import bare_name, unwrapped
 
-from ._symbolic_walk import _ELEMENTWISE, _graphs
+from ._symbolic_walk import ELEMENTWISE, graphs_of
 
 
 def require_called(model: nn.Module, layers: Mapping[str, nn.Module], treatment: str) -> None:
@@ -22,7 +22,7 @@ def require_called(model: nn.Module, layers: Mapping[str, nn.Module], treatment:
     inner = unwrapped(model)
     modules = {bare_name(name): module for name, module in inner.named_modules()}
     try:
-        graphs = _graphs(inner, None)
+        graphs = graphs_of(inner, None)
     except ValueError:
         return
     for graph in graphs:
@@ -36,7 +36,7 @@ def require_called(model: nn.Module, layers: Mapping[str, nn.Module], treatment:
                 continue
             with_data.add(node)
             used = [name for name, layer in layers.items() if any(modules.get(path) is layer for path in paths)]
-            if used and getattr(node.target, "__name__", node.target) not in _ELEMENTWISE:
+            if used and getattr(node.target, "__name__", node.target) not in ELEMENTWISE:
                 raise ValueError(
                     f"{treatment} computes the output of layer '{used[0]}', but the forward function of "
                     f"{type(inner).__name__} takes its weight instead of calling it; call the layer, or choose "

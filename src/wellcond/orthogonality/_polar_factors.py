@@ -65,12 +65,6 @@ def _new(tiny: float, dtype: torch.dtype, device: str) -> Tensor:
 _remembered = lru_cache(maxsize=32)(_new)
 
 
-def nearest_orthogonal(matrix: Tensor, solver: str | Minimax = "auto") -> tuple[Tensor, Tensor]:
-    """:func:`polar_factors` in the dtype of ``matrix``, which stays where it has none, and their ``kind``."""
-    factor, kind, work = polar_factors(matrix, solver)
-    return torch.where(kind == 1, factor, work).to(matrix.dtype), kind
-
-
 def norm_ratio(matrix: Tensor, factor: Tensor) -> Tensor:
     """‖G‖_F/‖R‖_F (..., 1, 1) of matrices and their factors, in double precision."""
     if matrix.dtype == torch.float64:  # whose large entries have squares out of range

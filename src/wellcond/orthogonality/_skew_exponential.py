@@ -33,15 +33,15 @@ def exponential_less_identity(A: Tensor) -> Tensor:
     Complexity: 11 products and one LU solution in float32, 24 and one in its derivative.
     """
     if is_compiling() or under_functorch() or under_forward_mode():
-        return _levels(A)[-1]
+        _, T, B = _pade(A)
+        return _levels(T, B)[-1]
     return _Exponential.apply(A)  # pyright: ignore[reportReturnType]
 
 
-def _levels(A: Tensor) -> list[Tensor]:
+def _levels(T: Tensor, B: Tensor) -> list[Tensor]:
     """D after 0, 1, …, s squarings."""
-    _, T, B = _pade(A)
     levels = [solve(B, T)]
-    for _ in range(squarings(A.dtype)):
+    for _ in range(squarings(T.dtype)):
         D = levels[-1]
         levels.append(plus_product(D, D, D, beta=2))
     return levels
@@ -63,10 +63,7 @@ class _Exponential(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, A: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         A2, T, B = _pade(A)
-        levels = [solve(B, T)]
-        for _ in range(squarings(A.dtype)):
-            levels.append(plus_product(levels[-1], levels[-1], levels[-1], beta=2))
-        *below, D = levels
+        *below, D = _levels(T, B)
         ctx.save_for_backward(A, A2, B, *below)
         return D
 
@@ -75,8 +72,8 @@ class _Exponential(torch.autograd.Function):
         A, A2, B, *below = ctx.saved_tensors
         with full_precision(A):
             if differentiated_again():  # what was kept is without its history
-                A2, _, B = _pade(A)
-                below = _levels(A)[:-1]
+                A2, T, B = _pade(A)
+                below = _levels(T, B)[:-1]
             return _adjoint(A, A2, B, below, grad)
 
 

@@ -18,7 +18,7 @@ from wellcond._shared.precision import full_precision
 from ._convolution_spectrum import layer_grid, transfer_matrices
 from ._largest_eigenvalue import largest_singular_value, naming
 from ._matrix import Target
-from ._unit_norm import of_unit_norm
+from ._unit_norm import divided, of_unit_norm
 from ._weight_treatment import WeightTreatment
 
 
@@ -45,9 +45,7 @@ class SpectralNorm(WeightTreatment, name="sn", about="spectral norm of the weigh
     def _divided(self, weight: Tensor) -> Tensor:
         if self.grid is None:
             return self.view.tensor(of_unit_norm(self.view.matrix(weight)), weight.shape)
-        norm = largest_singular_value(transfer_matrices(weight, self.grid)).amax()
-        # Of a zero weight small and positive, so that the weight stays zero.
-        return weight / torch.where(norm == 0, torch.finfo(norm.dtype).tiny ** 0.5, norm)
+        return divided(weight, largest_singular_value(transfer_matrices(weight, self.grid)).amax())
 
     def extra_repr(self) -> str:
         grid = f"of='operator' on {self.grid.size}" if self.grid is not None else ""

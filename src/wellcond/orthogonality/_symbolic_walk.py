@@ -21,7 +21,7 @@ from ._walk_back import GIVE_EXAMPLE, first_layers, raw_parameter
 
 _MOST_TRACES = 64
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_ELEMENTWISE = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "div", "cat", "concat", "where"}
+ELEMENTWISE = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "div", "cat", "concat", "where"}
 
 
 class _Tracer(fx.Tracer):
@@ -61,7 +61,7 @@ def layers_by_tracing(model: nn.Module, of: nn.Module | None = None) -> set[nn.M
 
     Those before all spectral layers, or before the layer ``of``, whatever it is.
     """
-    answers = [_nearest(model, graph, of) for graph in _graphs(model, of)]
+    answers = [_nearest(model, graph, of) for graph in graphs_of(model, of)]
     if any(answer != answers[0] for answer in answers):
         raise ValueError(
             f"which layer comes before the spectral layer of {type(model).__name__} depends on its data; {GIVE_EXAMPLE}"
@@ -69,7 +69,7 @@ def layers_by_tracing(model: nn.Module, of: nn.Module | None = None) -> set[nn.M
     return answers[0]
 
 
-def _graphs(model: nn.Module, of: nn.Module | None) -> list[fx.Graph]:
+def graphs_of(model: nn.Module, of: nn.Module | None) -> list[fx.Graph]:
     """One graph for every outcome of the questions that the forward function asks about its data."""
     graphs: list[fx.Graph] = []
     scripts: list[list[bool]] = [[]]
@@ -160,7 +160,7 @@ def _nearest(model: nn.Module, graph: fx.Graph, of: nn.Module | None) -> set[nn.
                 f"tracing does not see which of them is used last; {GIVE_EXAMPLE}"
             )
         # a function is known by its name, a method by the node's target
-        if module is not None or getattr(node.target, "__name__", node.target) in _ELEMENTWISE:
+        if module is not None or getattr(node.target, "__name__", node.target) in ELEMENTWISE:
             return [], before
         # a weight used as a function: F.conv2d(x, self.weight)
         return [o for i in node.all_input_nodes if i not in from_input for o in _weights_in(model, i)], before

@@ -37,8 +37,11 @@ def of_unit_norm(W: Tensor) -> Tensor:
 
 def _composed(W: Tensor) -> Tensor:
     """The same by operations that are differentiable in all modes."""
-    norm = largest_singular_value(W).amax()
-    # Of a zero weight small and positive, so that the weight stays zero.
+    return divided(W, largest_singular_value(W).amax())
+
+
+def divided(W: Tensor, norm: Tensor) -> Tensor:
+    """W/norm; a zero weight stays zero."""
     return W / torch.where(norm == 0, torch.finfo(norm.dtype).tiny ** 0.5, norm)
 
 
