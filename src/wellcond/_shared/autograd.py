@@ -23,7 +23,7 @@ class BatchedFunction(torch.autograd.Function):
             out = cls.apply(*front)
             return out, (0,) * len(out) if isinstance(out, tuple) else 0
 
-        # ``apply`` binds its arguments to the signature in every call; without this cache it would also inspect it anew.
+        # ``apply`` binds its arguments to the signature in every call; this saves inspecting it every time.
         cls.forward.__signature__ = inspect.signature(cls.forward)  # pyright: ignore[reportFunctionMemberAccess]
         cls.vmap = staticmethod(vmap)  # pyright: ignore[reportAttributeAccessIssue]
 

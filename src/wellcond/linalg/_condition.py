@@ -16,15 +16,18 @@ def spectrum(X_or_P: Tensor, *, features: bool | None = None) -> Spectrum:
 
     Args:
         X_or_P: (..., d, n) features or (..., d, d) covariances, any floating or complex dtype; float64 work.
-        features: which of the two; ``None`` takes a square Hermitian tensor for covariances, all else for features.
+        features: which of the two; ``None`` takes square Hermitian tensors for covariances, all others for features.
 
     Returns:
         A :class:`Spectrum`: (..., d) eigenvalues in float64 on the CPU, detached, and (...,) tolerances.
 
     Raises:
-        TypeError, ValueError: what is given is not floating, not a matrix, empty, or not finite.
+        TypeError: X_or_P is not a floating or complex tensor.
+        ValueError: fewer than two dimensions, no channel or sample, or NaN or infinity in X_or_P (checked on the CPU
+            by default).
 
-    Complexity: that of :func:`covariance_spectrum`, or of :func:`matrix_spectrum`.
+    Complexity: that of :func:`covariance_spectrum`, or of :func:`matrix_spectrum`. Source: Golub and Van Loan, Matrix
+    Computations, 4th ed., sect. 2.4.
 
     Example:
         >>> import torch
@@ -39,8 +42,8 @@ def spectrum(X_or_P: Tensor, *, features: bool | None = None) -> Spectrum:
 
 
 def _spectrum_and_unit(X_or_P: Tensor, features: bool | None) -> tuple[Spectrum, Tensor | float]:
-    """The spectrum in a unit u, λ = u² eigvals: squares of double features beyond 1e154 or below 1e-154 are none, and
-    what is read off a spectrum are ratios."""
+    """The spectrum in units of u², λ = u² eigvals, since squares of double-precision features beyond 1e154 or below
+    1e-154 are not representable; what is computed from it are ratios."""
     require_matrix(X_or_P, "X_or_P")
     require_entries(X_or_P, "X_or_P")
     if features is None:
@@ -71,9 +74,11 @@ def condition_number(X_or_P: Tensor, *, eps: float = 0.0, features: bool | None 
         (...,) float64, detached.
 
     Raises:
-        TypeError, ValueError: what is given is not floating, not a matrix, empty, or not finite; a negative eps.
+        TypeError: X_or_P is not a floating or complex tensor.
+        ValueError: fewer than two dimensions, no channel or sample, NaN or infinity in X_or_P (checked on the CPU by
+            default), or a negative eps.
 
-    Values are read: give it the batch itself, not one matrix at a time under ``torch.func.vmap``.
+    Reads values: pass the whole batch rather than single matrices under ``torch.func.vmap``.
 
     Complexity: O(d n min(d, n)); see :func:`covariance_spectrum`. Source: eq. (1) of Song, Sebe and Wang, ECCV 2022.
 
@@ -90,8 +95,9 @@ def condition_number(X_or_P: Tensor, *, eps: float = 0.0, features: bool | None 
 
 
 def effective_rank(X_or_P: Tensor, *, features: bool | None = None) -> Tensor:
-    """The participation ratio (tr P)²/tr P² of covariances or of the covariance of features: d for P = I, 1 for rank
-    one.
+    """The participation ratio (tr P)²/tr P² of a covariance, given itself or by features.
+
+    It is d for P = I and 1 for rank one.
 
     Args:
         X_or_P: (..., d, n) features or (..., d, d) covariances, any floating or complex dtype; float64 work.
@@ -101,7 +107,9 @@ def effective_rank(X_or_P: Tensor, *, features: bool | None = None) -> Tensor:
         (...,) float64, detached; 0 for P = 0.
 
     Raises:
-        TypeError, ValueError: what is given is not floating, not a matrix, empty, or not finite.
+        TypeError: X_or_P is not a floating or complex tensor.
+        ValueError: fewer than two dimensions, no channel or sample, or NaN or infinity in X_or_P (checked on the CPU
+            by default).
 
     Complexity: that of :func:`condition_number`. Source: Roy and Vetterli, EUSIPCO 2007, with the Rényi entropy of
     order 2.
@@ -125,9 +133,11 @@ def numerical_rank(X_or_P: Tensor, *, features: bool | None = None) -> Tensor:
         (...,) int64, detached.
 
     Raises:
-        TypeError, ValueError: what is given is not floating, not a matrix, empty, or not finite.
+        TypeError: X_or_P is not a floating or complex tensor.
+        ValueError: fewer than two dimensions, no channel or sample, or NaN or infinity in X_or_P (checked on the CPU
+            by default).
 
-    Complexity: that of :func:`condition_number`.
+    Complexity: that of :func:`condition_number`. Source: Golub and Van Loan, Matrix Computations, 4th ed., sect. 5.4.
 
     Example:
         >>> import torch

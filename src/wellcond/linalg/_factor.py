@@ -23,9 +23,9 @@ class Factor(NamedTuple):
     """P = U λ Uᴴ and A = U √λ Vᴴ, in double precision.
 
     Attributes:
-        eigvals: (..., r), r = min(d, n); exactly 0 where they are rounding.
+        eigvals: (..., r), r = min(d, n); exactly 0 where they are rounding errors.
         U: (..., d, r).
-        V: (..., n, r); without entries where it would be another copy of the features and A is at hand for less.
+        V: (..., n, r); empty where it would be another copy of the features and can be recomputed cheaply from A.
     """
 
     eigvals: Tensor
@@ -34,11 +34,11 @@ class Factor(NamedTuple):
 
 
 def factorise(X: Tensor, correction: int) -> Factor:
-    """The factor of features (..., d, n) of the working dtype.
+    """The factor of features (..., d, n) in the working dtype.
 
-    Single precision takes the eigenpairs of the smaller float64 Gram matrix, which resolves σ down to
-    √eps64 ≈ 1.5e-8 of the largest. Double precision, and what the Gram matrix does not resolve (where that can be
-    read), takes the singular value decomposition.
+    In single precision, from the eigenpairs of the smaller float64 Gram matrix, which resolves σ down to
+    √eps64 ≈ 1.5e-8 of the largest. In double precision, and where the Gram matrix does not resolve σ (if values can be
+    read), from the singular value decomposition.
     """
     d, n = X.shape[-2:]
     divisor = n - correction

@@ -1,13 +1,12 @@
-"""The factor form: a function of a covariance from its features, differentiated through them and not through P.
+"""The factor form: a function of a covariance from its features, and its derivatives without going through P.
 
-With the thin SVD A = U Σ Vᴴ of the factor A = (X − mean)/√n the covariance P = A Aᴴ vanishes outside the range of U, so
-f(P + εI) is f(ε) I + U (f(Σ² + ε) − f(ε)) Uᴴ. Its derivative along P is L = Ũ (f[λi, λj] ∘ ŨᴴGŨ) Ũᴴ over a full basis
-Ũ (Daleckii and Krein 1965), and the gradient in A is 2 L A, of which only the columns in the range of A are needed:
+f(P + εI) = f(ε) I + U (f(Σ² + ε) − f(ε)) Uᴴ. Its derivative along P is L = Ũ (f[λi, λj] ∘ ŨᴴGŨ) Ũᴴ over a full basis
+Ũ (Daleckii and Krein 1965), and the gradient in A is 2 L A, which needs only the columns in the range of A:
 
     ∂l/∂A = 2 [U ((K − 1 kᵀ) ∘ UᴴGU) + G U diag(k)] Σ Vᴴ,   K_ij = f[σi² + ε, σj² + ε],  k_j = f[σj² + ε, ε].
 
-For the square root every coefficient K_ij σj = σj/(σi + σj) lies in [0, 1]: its first derivative is bounded by
-√2 ‖G‖ at any condition number (Araki and Yamagami 1981). Going through P in the dtype of A loses that.
+For the square root all coefficients K_ij σj = σj/(σi + σj) lie in [0, 1], so the gradient is bounded by √2 ‖G‖ at any
+condition number (Araki and Yamagami 1981). Going through P in the dtype of A loses this bound.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from .derivatives import (
 
 
 class Options(NamedTuple):
-    """What is computed: f(P + εI) of the covariance with this divisor correction."""
+    """What to compute: f(P + εI) of the covariance with this correction of the divisor."""
 
     f: SpectralMap
     eps: float
@@ -50,30 +49,30 @@ def is_basis(U: Tensor) -> bool:
 
 
 def is_bounded(f: SpectralMap) -> bool:
-    """Whether all coefficients of the gradient lie in [0, 1]."""
+    """Whether all coefficients of the gradient lie in [0, 1], as for the square root."""
     return root_exponent(f) == 0.5
 
 
 def vanishes_at_zero(options: Options) -> bool:
-    """Whether f(ε) = 0, so that nothing is added outside the range."""
+    """Whether f(ε) = 0, so that f(P + εI) vanishes outside the range."""
     f, eps, _, _ = options
     return eps == 0.0 and (isinstance(f, Truncated) or (isinstance(f, Power) and f.exponent > 0.0))
 
 
 def with_null(eigvals: Tensor) -> Tensor:
-    """The spectrum with one more eigenvalue 0, which stands for all directions outside the range."""
+    """The spectrum with an additional eigenvalue 0 that stands for all directions outside the range."""
     return torch.nn.functional.pad(eigvals, (0, 1))
 
 
 def gradient(X: Tensor, G: Tensor, options: Options, factor: Factor) -> Tensor:
-    """∂l/∂X. The rows of V sum to zero like those of A, and so do those of the gradient: it is centred already."""
+    """∂l/∂X. The rows of V sum to zero like those of A, so the gradient is centred already."""
     f, eps, correction, _ = options
     eigvals, U, V = factor
     divisor = X.shape[-1] - correction
     G = G.to(U.dtype)
     if not V.numel():
-        # K grows like 1/σ² at most, and A shrinks as much: in float64 the product keeps eps64 σ_max/σ_min of its
-        # digits, beyond the rounding of single precision for every σ that the Gram matrix resolves.
+        # K grows at most like 1/σ², and A shrinks as σ: in float64 the product keeps eps64 σ_max/σ_min of its digits,
+        # which exceeds single precision for every σ that the Gram matrix resolves.
         return times_centred(in_eigenbasis(U, f.differences(eigvals + eps).mul_(2 / divisor), G), X)
     C, c = _coefficients(options, factor, divisor)
     GU = product(G, U)
@@ -84,7 +83,7 @@ def gradient(X: Tensor, G: Tensor, options: Options, factor: Factor) -> Tensor:
 
 
 def change(dX: Tensor, options: Options, factor: Factor) -> Tensor:
-    """The change of f along dX: the adjoint of :func:`gradient`, with the same coefficients."""
+    """The derivative of f along dX, the adjoint of :func:`gradient`, with the same coefficients."""
     _, U, V = factor
     C, c = _coefficients(options, factor, dX.shape[-1] - options.correction)
     dXV = (dX.to(U.dtype) - dX.to(U.dtype).mean(-1, keepdim=True)) @ V
@@ -95,7 +94,7 @@ def change(dX: Tensor, options: Options, factor: Factor) -> Tensor:
 
 
 def _coefficients(options: Options, factor: Factor, divisor: int) -> tuple[Tensor, Tensor | None]:
-    """2 (K − 1 kᵀ) σ/√(n − correction) and 2 kᵀ σ/√(n − correction), which is not needed over a full basis."""
+    """2 (K − 1 kᵀ) σ/√(n − correction) and 2 kᵀ σ/√(n − correction); the latter is None for a full basis."""
     f, eps, _, _ = options
     eigvals, U, _ = factor
     right = (eigvals * (4 / divisor)).sqrt_().unsqueeze(-2)
@@ -122,10 +121,10 @@ def differentiable_gradient(X: Tensor, G: Tensor, options: Options, factor: Fact
 
 
 def inner_power(A: Tensor, options: Options, factor: Factor) -> Any:
-    """S = M^{p−1} on the range of M = Aᴴ A and its derivative, where (A Aᴴ)^p = A S Aᴴ is the better way.
+    """S = M^{p−1} on the range of M = Aᴴ A and its derivative, where (A Aᴴ)^p is best computed as A S Aᴴ; else None.
 
-    That is where P has null directions for want of samples (of which centring takes one), and without ε: smooth in A
-    where they turn.
+    This is so without ε, where P has null directions because samples are few (centring takes one): the expression is
+    smooth in A when those directions turn.
     """
     f, eps, _, _ = options
     inner = f.f if isinstance(f, Truncated) else f
@@ -145,7 +144,7 @@ def along(A: Tensor, E: Tensor, options: Options, factor: Factor) -> Tensor:
     eigvals, basis = factor.eigvals, widened(factor.U)
     if not is_basis(basis):
         found, basis = eigenpairs(P)
-        # As many as the features have; the others, first in ascending order, are those outside the range.
+        # The features determine the largest ones; the remaining, first in ascending order, lie outside the range.
         known = eigvals.sort(-1).values
         eigvals = torch.cat([torch.zeros_like(found[..., known.shape[-1] :]), known], -1)
     return derivative_along(P, E, options.f, eigvals + options.eps, basis)

@@ -32,7 +32,7 @@ from ._factor_derivatives import (
 
 
 class FactorFunction(BatchedFunction):
-    """f(A Aᴴ + εI) with the factor A of features X of the working dtype, differentiated in X."""
+    """f(A Aᴴ + εI) with the factor A of features X in the working dtype, differentiable in X."""
 
     @staticmethod
     def forward(X: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -42,7 +42,7 @@ class FactorFunction(BatchedFunction):
         eigvals, U, V = factorise(X, options.correction)
         if options.singular_is_error:
             _refuse_singular(X, eigvals)
-        if is_bounded(f) and V.numel():  # no product amplifies what rounding leaves: the working dtype will do
+        if is_bounded(f) and V.numel():  # nothing amplifies rounding errors: the working dtype is enough
             U, V = U.to(X.dtype), V.to(X.dtype)
         if is_basis(U) or vanishes_at_zero(options):
             values = f.values(eigvals + eps if eps else eigvals).to(U.real.dtype)
@@ -70,7 +70,7 @@ class FactorFunction(BatchedFunction):
             G = hermitian_part(grad)
             exact = gradient(X, G, ctx.options, Factor(*factor))
             if differentiated_again():
-                # The same as a differentiable expression of X and G, which keeps the one above as its value.
+                # The same as a differentiable expression of X and G, with the more accurate value from above.
                 again = differentiable_gradient(X, G, ctx.options, Factor(*factor))
                 exact = again + (exact - again).detach()
             return exact, None
@@ -88,7 +88,7 @@ class FactorFunction(BatchedFunction):
             else:
                 half = dA @ A.mH
                 moved = along(A, half + half.mH, options, factor)
-            if factor.V.numel():  # the bounded form for the value, as in backward
+            if factor.V.numel():  # use the bounded form for the value, as in backward
                 moved = moved + (change(dX.detach(), options, factor) - moved).detach()
             return moved.to(X.dtype), None, None, None
 

@@ -1,7 +1,7 @@
 """The polar factor U Vᴴ of A = U Σ Vᴴ: the nearest (semi-)orthogonal matrix, eq. (14)–(17).
 
-Its derivative truly contains 1/(σi + σj) (and 1/σj out of the range): it is a whitening. Directions in which A vanishes
-get the value and the derivative 0 there, so the factor of a zero matrix is zero.
+Its derivative contains 1/(σi + σj) (and 1/σj outside the range), as that of any whitening does. Value and derivative
+are 0 in directions in which A vanishes, so the factor of a zero matrix is zero.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def polar(G: Tensor, *, solver: str | Minimax = "auto") -> Tensor:
         tall = A.shape[-2] >= A.shape[-1]
         A = A if tall else A.mH
         if solver in ("auto", "svd"):
-            # The usual rank tolerance on singular values.
+            # The usual rank tolerance for singular values.
             cut = torch.finfo(A.dtype).eps * A.shape[-2]
             W, *_ = Polar.call(A, cut, None, "G")
         else:
@@ -77,10 +77,10 @@ def polar(G: Tensor, *, solver: str | Minimax = "auto") -> Tensor:
 
 
 class Polar(BatchedFunction):
-    """W = U Vᴴ of a tall A, its singular values and V; differentiated in A.
+    """W = U Vᴴ of a tall A, its singular values and V; differentiable in A.
 
-    Singular values at or below ``cut`` of the largest, or the absolute ``floor`` (..., 1), count as zero. ``name`` is
-    what the caller's argument is called.
+    Singular values up to ``cut`` of the largest, or up to the absolute ``floor`` (..., 1), count as zero. Messages call
+    the argument ``name``.
     """
 
     @staticmethod
@@ -95,7 +95,7 @@ class Polar(BatchedFunction):
             )
         scale = positive_or_one(largest_entry(A))
         U, sigma, Vh = thin_svd(A / scale)
-        if floor is None and _all_above(sigma, cut):  # the usual case, where it is read
+        if floor is None and _all_above(sigma, cut):  # the usual case, if values can be read
             return product(U, Vh), sigma * scale.squeeze(-1), Vh.mH
         kept = sigma > cut * sigma[..., :1]
         sigma = sigma * scale.squeeze(-1)
@@ -121,7 +121,7 @@ class Polar(BatchedFunction):
 
 
 def _all_above(sigma: Tensor, cut: float) -> bool:
-    """Whether falling singular values are read and all more than ``cut`` of the largest."""
+    """Whether descending singular values can be read and all exceed ``cut`` times the largest."""
     if not checks_values(sigma):
         return False
     if sigma.ndim == 1:
@@ -131,7 +131,7 @@ def _all_above(sigma: Tensor, cut: float) -> bool:
 
 
 def _derivative(E: Tensor, A: Tensor, W: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
-    """The derivative of W along E, which is its own adjoint; differentiable in E, A and W."""
+    """The derivative of W along E, which is self-adjoint; differentiable in E, A and W."""
     with full_precision(A):
         if not differentiated_again() and not along_many_directions(E):
             return _value_of_derivative(E, W, sigma, V)
@@ -143,7 +143,7 @@ def _derivative(E: Tensor, A: Tensor, W: Tensor, sigma: Tensor, V: Tensor) -> Te
 
 
 def _value_of_derivative(E: Tensor, W: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
-    """The same where no further derivative is wanted, in the basis of the singular vectors.
+    """The same derivative, not differentiable again, in the basis of the singular vectors.
 
     With M = Uᴴ E V and U = W V it is [U (K ∘ (M − Mᴴ) − M Σ⁻¹) + E V Σ⁻¹] Vᴴ, K_ij = 1/(σi + σj).
     """

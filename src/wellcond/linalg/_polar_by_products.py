@@ -26,7 +26,7 @@ KAPPA = 1e10
 
 
 def polar_by_products(A: Tensor, solver: str | Minimax) -> Tensor:
-    """Values only: autograd through the products would multiply rounding by the slopes of all polynomials."""
+    """Values only: autograd would multiply rounding errors by the slopes of all polynomials."""
     message = f"polar with solver={solver!r} has no derivative; take solver='svd', or give it G.detach()"
     if is_compiling():
         if A.requires_grad and torch.is_grad_enabled():
@@ -50,7 +50,7 @@ def _iterated(A: Tensor, solver: str | Minimax) -> Tensor:
 
 
 def _normalised(A: Tensor) -> tuple[Tensor, Tensor]:
-    """A by its Frobenius norm, by its largest entry first so that no square leaves the range, and its Gram matrix."""
+    """A divided by its Frobenius norm (first by its largest entry: no square leaves the range), and its Gram matrix."""
     if A.numel() == 0:
         return A, A.mH @ A
     X = A / positive_or_one(largest_entry(A))

@@ -1,12 +1,12 @@
-"""The spectrum of a covariance in float64, with what it can be trusted to, and the figures that are read off it.
+"""The spectrum of a covariance in float64, how far it can be trusted, and the numbers derived from it.
 
-Three that are never to be mixed (and all needed): κ(P) of eq. (1) without ε, infinite where the rank is short;
-κ(P + εI), what a solver sees; and the effective rank (tr P)²/tr P².
+Three numbers must not be confused: κ(P) of eq. (1) without ε, infinite if P is rank deficient;
+κ(P + εI), which a solver sees; and the effective rank (tr P)²/tr P².
 
 κ(P) = λ_max/λ_min is the square of the condition number of the factor A (Golub and Van Loan, Matrix Computations,
-4th ed., sect. 2.4). One float64 product settles almost every case: it is off by a few √d·eps64·λ_max, for float32
-features no more than their own rounding, since eps32² = 64 eps64. A decomposition of A itself is made only where an
-eigenvalue lies above the tolerance but below what the Gram matrix resolves.
+4th ed., sect. 2.4). One float64 product is enough in almost every case: its error is a few √d·eps64·λ_max, for float32
+features no more than their own rounding, since eps32² = 64 eps64. A itself is decomposed only if an eigenvalue lies
+above the tolerance but below what the Gram matrix resolves.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .lapack import eigh
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues of covariances in float64 and what they can be trusted to.
+    """Eigenvalues of covariances in float64 and how far they can be trusted.
 
     Attributes:
-        eigvals: (..., d) in descending order, never negative.
-        tolerance: (...,) eigenvalues at or below it are rounding.
+        eigvals: (..., d) float64 in descending order, never negative.
+        tolerance: (...,) float64; eigenvalues up to it may be rounding errors.
 
     Example:
         >>> import torch
@@ -54,7 +54,7 @@ class Spectrum(NamedTuple):
         return ratio.sum(-1).square() / ratio.square().sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
 
     def condition_number(self, eps: float | Tensor = 0.0) -> Tensor:
-        """(...,) κ(P + εI), ε one number or one a matrix; without ε infinite where P is numerically rank deficient."""
+        """(...,) κ(P + εI), with one ε or one per matrix; infinite for ε = 0 and a numerically rank-deficient P."""
         largest, smallest = self.eigvals[..., 0], self.eigvals[..., -1]
         if isinstance(eps, Tensor) or eps > 0.0:
             return (largest + eps) / (smallest + eps)
@@ -62,24 +62,29 @@ class Spectrum(NamedTuple):
         return torch.where(smallest > self.tolerance, kappa, torch.inf)
 
     def range_condition_number(self) -> Tensor:
-        """(...,) κ over the numerical range: the largest eigenvalue by the smallest above the tolerance (1 if none)."""
+        """(...,) κ over the numerical range: the largest eigenvalue over the smallest above the tolerance, else 1."""
         above = torch.where(self.eigvals > self.tolerance.unsqueeze(-1), self.eigvals, torch.inf).amin(-1)
         return torch.where(torch.isfinite(above), self.eigvals[..., 0] / above, 1.0)
 
 
 def matrix_spectrum(P: Tensor) -> Spectrum:
-    """The spectrum of given covariances P (..., d, d), in float64; the tolerance is eps·d of the largest eigenvalue.
+    """The spectrum of covariances P, in float64, with the tolerance d·eps of the largest eigenvalue.
 
-    A covariance formed in a dtype of precision eps can show κ up to 1/eps at best; from the features
-    :func:`covariance_spectrum` sees its square.
+    A covariance formed in precision eps resolves κ up to 1/eps; :func:`covariance_spectrum` resolves its square, from
+    the features.
 
     Args:
         P: (..., d, d) Hermitian, any floating or complex dtype.
 
-    Raises:
-        TypeError, ValueError: P is not a square floating or complex matrix, not finite or not Hermitian.
+    Returns:
+        A :class:`Spectrum`: (..., d) eigenvalues in float64 and (...,) tolerances, on the device of P.
 
-    Complexity: one eigendecomposition, O(d³) a matrix.
+    Raises:
+        TypeError: P is not a floating or complex tensor.
+        ValueError: P is not square, is empty, or not finite or not Hermitian (both checked on the CPU by default).
+
+    Complexity: one eigendecomposition, O(d³) per matrix. Source, for the tolerance: Higham, Accuracy and Stability of
+    Numerical Algorithms, 2002, ch. 3.
 
     Example:
         >>> import torch
@@ -100,14 +105,16 @@ def covariance_spectrum(features: Tensor) -> Spectrum:
         features: (..., d, n), any floating or complex dtype.
 
     Returns:
-        A :class:`Spectrum`, NaN for a matrix whose features are not finite. The device is waited for when the small
-        matrices are fetched, and only then.
+        A :class:`Spectrum`: (..., d) eigenvalues and (...,) tolerances in float64, NaN where features are not finite.
+        The host waits for the device only to fetch the small matrices.
 
     Raises:
-        TypeError, ValueError: no floating or complex tensor of at least two dimensions; no channel or no sample.
+        TypeError: ``features`` is not a floating or complex tensor.
+        ValueError: fewer than two dimensions, no channel or no sample.
 
-    Complexity: one float64 product of d n min(d, n) multiplications a matrix and O(min(d, n)³), and about twice that
-    again in the rare case that needs a decomposition of the features themselves.
+    Complexity: one float64 product of d n min(d, n) multiplications per matrix and O(min(d, n)³), and about twice as
+    much again in the rare case that the features themselves have to be decomposed. Source: Golub and Van Loan, Matrix
+    Computations, 4th ed., sect. 2.4.
 
     Example:
         >>> import torch
@@ -135,9 +142,8 @@ def covariance_spectrum(features: Tensor) -> Spectrum:
 
 
 def unresolved(eigvals: Tensor, tolerance: Tensor, wanted: float = 0.01) -> Tensor:
-    """Which eigenvalues (..., r) are above the tolerance (...,), or nearly, and not resolved by a float64 Gram matrix.
-
-    That is to the relative accuracy ``wanted`` (and, to as much in radians, their eigenvectors).
+    """Which eigenvalues (..., r) are above, or almost above, the tolerance (...,), but not resolved by a float64 Gram
+    matrix to the relative accuracy ``wanted`` (their eigenvectors to as many radians).
     """
     error = 4 * eigvals.shape[-1] ** 0.5 * torch.finfo(torch.float64).eps * eigvals.amax(-1, keepdim=True)
     return (eigvals + error > tolerance.unsqueeze(-1)) & (eigvals < error / wanted)

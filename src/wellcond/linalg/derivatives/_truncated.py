@@ -1,4 +1,4 @@
-"""What a rank policy makes of a function: the functions of a spectrum of which some eigenvalues are rounding."""
+"""Functions of a spectrum in which a rank policy replaces the eigenvalues that are rounding errors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ._divided_differences import Power, ScalarFunction, SpectralMap, pairs, tri
 
 
 class Truncated(SpectralMap):
-    """f with the eigenvalues that are rounding mapped to f(tolerance) ("floor") or to 0 ("pinv").
+    """f, with eigenvalues that are rounding errors mapped to f(tolerance) ("floor") or to 0 ("pinv").
 
-    Where the null space is the same for all matrices in question (``fixed_range``) nothing couples it to the range.
+    With ``fixed_range`` the null space is the same for all matrices in question, so nothing couples it to the range.
     """
 
     def __init__(self, f: ScalarFunction, rank: Rank, *, fixed_range: bool = False) -> None:
@@ -20,7 +20,7 @@ class Truncated(SpectralMap):
 
     def _split(self, eigvals: Tensor) -> tuple[Tensor, Tensor]:
         """Which eigenvalues are kept, and the spectrum with a harmless value in place of the others."""
-        # For "pinv" what is rounding was set to zero, by whichever tolerance is the right one.
+        # For "pinv" these eigenvalues have been set to zero already, by the tolerance that applies.
         cut = matrix_tolerance(eigvals) if self.floor else torch.zeros_like(eigvals[..., :1])
         kept = eigvals > cut
         return kept, torch.where(kept, eigvals, torch.where(cut > 0, cut, 1.0))
@@ -28,7 +28,7 @@ class Truncated(SpectralMap):
     def values(self, eigvals: Tensor) -> Tensor:
         kept, safe = self._split(eigvals)
         values = self.f.value(safe)
-        # A zero matrix has no scale to take a floor from: like the pseudo-inverse, it maps to zero.
+        # A zero matrix has no scale for a floor: it maps to zero, as under the pseudo-inverse.
         return torch.where(kept | (self.floor & kept.any(-1, keepdim=True)), values, 0.0)
 
     def differences(self, eigvals: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Truncated(SpectralMap):
     def _mixed(
         self, whole: Tensor, every: Tensor, some: Tensor, a: Tensor, b: Tensor, fa: Tensor, fb: Tensor
     ) -> Tensor:
-        """f's own difference where all are kept, 0 where none is, and the quotient across the cut."""
+        """f's divided difference where all are kept, 0 where none is, and the quotient across the cut."""
         if self.fixed_range:
             return torch.where(every, whole, 0.0)
         gap = torch.where(a == b, 1.0, a - b)
@@ -64,8 +64,8 @@ class Truncated(SpectralMap):
 
 
 class RootAtZero(SpectralMap):
-    """A fractional power at its zeros: the value is that of every eigenvalue, the derivative, which does not exist at
-    zero, that of the eigenvalues which are more than noise."""
+    """A fractional power of a matrix that may be singular: its value uses every eigenvalue; its derivative, which does
+    not exist at zero, only those above the noise."""
 
     def __init__(self, f: Power) -> None:
         self.f = f
@@ -81,12 +81,12 @@ class RootAtZero(SpectralMap):
 
 
 def under_policy(f: ScalarFunction, rank: Rank, eps: float) -> SpectralMap:
-    """The function that a rank policy makes of f, at the eigenvalues of a given matrix."""
+    """f under a rank policy, for the eigenvalues of a given matrix."""
     if rank == "ridge" and eps == 0.0 and isinstance(f, Power) and 0.0 < f.exponent < 1.0:
         return RootAtZero(f)
     return on_kept_eigenvalues(f, rank)
 
 
 def on_kept_eigenvalues(f: ScalarFunction, rank: Rank) -> SpectralMap:
-    """The function that a rank policy makes of f."""
+    """f under a rank policy, for eigenvalues in which rounding errors are already zero under "pinv"."""
     return Truncated(f, rank) if rank in ("pinv", "floor") else f

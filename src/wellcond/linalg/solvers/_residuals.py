@@ -1,4 +1,4 @@
-"""How large a matrix is and how far a computed root is from the root: norms, residuals, and the warning."""
+"""Norms of matrices, residuals of computed roots, and the warning when they are large."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ._solver import Root, Solver, Tensors
 
 
 def require_scale(scale: Tensor, roots: tuple[Root, ...]) -> None:
-    """Refuse the inverse root of a zero matrix in the solvers that see no eigenvalues."""
+    """Raise for the inverse root of a zero matrix, in solvers that do not see the eigenvalues."""
     if "invsqrt" not in roots or is_compiling() or not checks_values(scale):
         return
     if (scale <= 0).any():
@@ -29,7 +29,7 @@ def require_scale(scale: Tensor, roots: tuple[Root, ...]) -> None:
 
 
 def frobenius_norm(P: Tensor) -> Tensor:
-    """‖P‖_F as (..., 1, 1), of whatever size: squares of entries beyond 1e19 or below 1e-19 leave float32."""
+    """‖P‖_F as (..., 1, 1) without overflow: squares of entries beyond 1e19 or below 1e-19 leave float32."""
     if P.shape[-1] == 0:
         return P.real.new_zeros(*P.shape[:-2], 1, 1)
     largest = positive_or_one(largest_entry(P.detach()))
@@ -42,7 +42,7 @@ def largest_entry(P: Tensor) -> Tensor:
 
 
 def relative_residual(P: Tensor, root: Tensor, which: Root, eps: float) -> Tensor:
-    """(...,) ‖Q² − P‖/‖P‖ of a square root Q, ‖S P S − I‖/‖I‖ of an inverse one; P + εI for P, Frobenius norms."""
+    """(...,) ‖Q² − P‖/‖P‖ of a square root Q, ‖S P S − I‖/‖I‖ of an inverse one; Frobenius norms, P + εI for P."""
     eye = identity(P)
     if eps:
         P = torch.add(P, eye, alpha=eps)
@@ -53,11 +53,11 @@ def relative_residual(P: Tensor, root: Tensor, which: Root, eps: float) -> Tenso
 
 
 def error_along_eigenvectors(P: Tensor, root: Tensor, which: Root, eps: float) -> Tensor:
-    """(...,) max_i |uᵢᴴ Q uᵢ/√λᵢ − 1| of a square root Q of P + εI, over the eigenvalues that are not rounding; with
-    1/√λᵢ of an inverse one.
+    """(...,) max_i |uᵢᴴ Q uᵢ/√λᵢ − 1| of a square root Q of P + εI over eigenvalues that are not rounding errors; with
+    1/√λᵢ for an inverse root.
 
-    A small eigenvalue hardly weighs in ‖Q² − P‖/‖P‖: Q may be a thousand times too large along its eigenvector, or
-    zero, and leave a residual of a few percent.
+    Small eigenvalues hardly contribute to ‖Q² − P‖/‖P‖: Q may be a thousand times too large along their eigenvectors,
+    or zero, with a residual of a few percent.
     """
     eigvals, U = torch.linalg.eigh(widened(P))
     eigvals = eigvals + eps
@@ -71,7 +71,7 @@ def warn_if_far(solver: Solver, P: Tensor, outputs: Tensors, roots: tuple[Root, 
     assert solver.tolerance is not None
     solver.times_checked += 1
     measures = {"left a relative residual of {:.2g}": relative_residual}
-    if solver.times_checked.bit_count() == 1:  # the 1st, 2nd, 4th, 8th, … time, for it costs an eigendecomposition
+    if solver.times_checked.bit_count() == 1:  # in the 1st, 2nd, 4th, 8th, … check, as it takes an eigendecomposition
         measures["is off by {:.2g} of itself along an eigenvector"] = error_along_eigenvectors
     for text, measure in measures.items():
         worst = max(measure(P, out, which, eps).max().item() for out, which in zip(outputs, roots, strict=True))

@@ -1,4 +1,4 @@
-"""What the solvers that expand √(1 − x) on P/‖P‖ share: the normalisation, and the derivative by Lyapunov iteration."""
+"""Solvers that expand √(1 − x) at P/‖P‖: their normalisation, and their derivative by Lyapunov iteration."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class SeriesSolver(LyapunovSolver):
 
     Args:
         order: of the expansion.
-        backward_steps: Newton–Schulz steps of the Lyapunov equation in the derivative.
-        tolerance: warn where the relative residual is larger, and in the 1st, 2nd, 4th, 8th, … call the relative error
-            along an eigenvector (``None``: never); checked with the values.
+        backward_steps: Newton–Schulz steps for the Lyapunov equation of the derivative.
+        tolerance: warn once if the relative residual exceeds it, or, in the 1st, 2nd, 4th, 8th, … call, the relative
+            error along an eigenvector (``None``: never); checked when values are.
     """
 
     default_order: ClassVar[int]

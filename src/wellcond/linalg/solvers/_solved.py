@@ -16,7 +16,7 @@ from ._solver import Done, Root, Solver, Tensors
 
 
 class Solved(BatchedFunction):
-    """Roots of a matrix by any solver, as an autograd function: it saves the roots, the residuals and P if wanted."""
+    """Roots of a matrix by any solver. Saves the roots, the residuals, and P if the solver asks for it."""
 
     @staticmethod
     def forward(P: Tensor, solver: Solver, roots: tuple[Root, ...], eps: float) -> Tensors:
@@ -53,7 +53,7 @@ class Solved(BatchedFunction):
 
 
 class Traced(torch.autograd.Function):
-    """:class:`Solved` as the compiler can trace it, which it cannot with a jvp and a vmap rule; values are not read."""
+    """:class:`Solved` without jvp and vmap rule, which the compiler cannot trace; reads no values."""
 
     @staticmethod
     def forward(P: Tensor, solver: Solver, roots: tuple[Root, ...], eps: float) -> Tensors:

@@ -1,8 +1,8 @@
-"""What a solver is: a way to compute matrix roots and their derivative.
+"""The interface of solvers, which compute matrix roots and their derivatives.
 
-Adding one means adding one file beside this, and importing it in ``__init__``. It has two methods: ``forward``, and
-``lyapunov`` (:class:`LyapunovSolver`) or, where the derivative is another, ``backward``. ``_solved`` makes an autograd
-function of them, with vmap, forward mode and higher derivatives.
+To add one, add a file to this folder and import it in ``__init__``. A solver has two methods: ``forward``, and
+``lyapunov`` (:class:`LyapunovSolver`) or, if its derivative is of another kind, ``backward``. ``_solved`` makes an
+autograd function of them, with vmap, forward mode and higher derivatives.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Tensors = tuple[Tensor, ...]
 
 
 class Done(NamedTuple):
-    """What is known of a finished forward pass when it is differentiated."""
+    """What ``backward`` and ``jvp`` know of the forward pass."""
 
     roots: tuple[Root, ...]
     eps: float
@@ -30,20 +30,27 @@ class Done(NamedTuple):
 
 
 class Solver(ABC):
-    """One way to compute P^{1/2} and P^{-1/2} of Hermitian positive (semi)definite matrices.
+    """A way to compute P^{1/2} and P^{-1/2} of Hermitian positive (semi)definite matrices (..., d, d).
 
-    A subclass with a ``name`` is known by it as soon as it is defined.
+    A subclass with a ``name`` is registered under it by its definition.
 
     Attributes:
-        name: the word by which users choose it.
-        variants: words that the first argument of its constructor takes; ``"NAME:VARIANT"`` chooses one.
-        keeps_input: whether :meth:`backward` wants P (it is saved only then).
+        name: by which users select it.
+        variants: values of the first constructor argument; ``"NAME:VARIANT"`` selects one.
+        keeps_input: whether :meth:`backward` needs P, which is saved only then.
         traceable: whether forward and backward are tensor operations that read no values, so that ``torch.compile``
-            takes them whole (``fullgraph=True``).
-        tolerance: of an approximate solver, the relative residual above which it warns, once (checked with the values);
-            in the 1st, 2nd, 4th, 8th, … check also the relative error along an eigenvector.
-        has_warned: whether it did; then nothing is checked any more.
-        times_checked: how often it was.
+            captures them whole (``fullgraph=True``).
+        tolerance: an approximate solver warns once if its relative residual exceeds it, or, in the 1st, 2nd, 4th, 8th,
+            … check, its relative error along an eigenvector; checked when values are.
+        has_warned: whether it has warned; nothing is checked after that.
+        times_checked: how often it was checked.
+
+    Example:
+        >>> import torch
+        >>> from wellcond.linalg import SOLVERS, Solver, sqrtm
+        >>> solver = SOLVERS["newton_schulz"](steps=20)
+        >>> isinstance(solver, Solver), sqrtm(torch.eye(2), solver=solver).trace().round().item()
+        (True, 2.0)
     """
 
     name: ClassVar[str]
@@ -63,12 +70,12 @@ class Solver(ABC):
 
     @abstractmethod
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
-        """The roots of P + εI, one tensor each, and the residuals that the derivative wants to see again."""
+        """The roots of P + εI, one tensor each, and the tensors that the derivative needs besides them."""
 
     @abstractmethod
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
-        """The gradient of P (Hermitian), from those of the roots (None: that root has none), in operations that can be
-        differentiated again."""
+        """The Hermitian gradient of P from those of the roots (None for a root without one), by differentiable
+        operations."""
 
     def jvp(self, done: Done, dP: Tensor) -> Tensors:
         """The change of every root along the Hermitian direction dP."""
@@ -80,17 +87,17 @@ SOLVERS: dict[str, type[Solver]] = {}
 
 
 class LyapunovSolver(Solver):
-    """A solver whose derivative solves the Lyapunov equation of its roots: it says how, and the rest follows.
+    """A solver whose derivative solves the Lyapunov equation of its roots, which is all that it has to implement.
 
-    Where the roots are not exact, neither is that derivative (as in the published layers of ``pade`` and ``taylor``).
+    If the roots are not exact, neither is this derivative (as in the published layers of ``pade`` and ``taylor``).
     """
 
     @abstractmethod
     def lyapunov(self, Q: Tensor, G: Tensor, root: Root, done: Done) -> Tensor:
-        """X with QX + XQ = G, G Hermitian and Q a root that :meth:`forward` gave, in differentiable operations."""
+        """X with QX + XQ = G, for Hermitian G and a root Q from :meth:`forward`, by differentiable operations."""
 
     def derivative(self, root: Root, output: Tensor, direction: Tensor, done: Done) -> Tensor:
-        """The derivative of a root along a Hermitian direction, which is its own adjoint (Higham 2008, ch. 6).
+        """The derivative of a root along a Hermitian direction, which is self-adjoint (Higham 2008, ch. 6).
 
         From Q Q = P: Q dQ + dQ Q = dP. From S P S = I: dS = −S Y S with S Y + Y S = S dP S.
         """
@@ -100,7 +107,7 @@ class LyapunovSolver(Solver):
         return hermitian_part(plus_product(output, product(output, inside), output, beta=0.0, alpha=-1.0))
 
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
-        """The gradient of P (Hermitian), from those of the roots (None: that root has none)."""
+        """The Hermitian gradient of P from those of the roots (None for a root without one)."""
         terms = [
             self.derivative(root, output, hermitian_part(grad), done)
             for root, output, grad in zip(done.roots, done.outputs, grads, strict=True)

@@ -24,7 +24,7 @@ from ._matrix import WhiteningMethod
 def white_factor(
     X: Tensor, A: Tensor, scale: Tensor | float, method: WhiteningMethod, eps: float, rank: Rank
 ) -> Tensor:
-    """The whitened A = (X − mean)/(√n · scale), without its covariance."""
+    """The whitened A = (X − mean)/(√n · scale), without forming its covariance."""
     d, n = A.shape[-2:]
     sigma = floor = None
     if eps == 0.0:
@@ -36,13 +36,13 @@ def white_factor(
         if readable(A):
             require_finite(A, "X")
         Q, R = torch.linalg.qr(_with_ridge(A.mH, eps))
-        # LAPACK leaves the signs of the diagonal open.
+        # LAPACK does not fix the signs of the diagonal.
         white = (Q[..., :n, :] * R.diagonal(dim1=-2, dim2=-1).detach().sgn().unsqueeze(-2)).mH
         if floor is not None and n > d and readable(R):
             sigma = torch.linalg.svdvals(R.detach())
     else:
         T = A if n < d else A.mH
-        # A ridge leaves no singular value of B below √ε: nothing is cut then.
+        # With a ridge no singular value of B is below √ε, so nothing is cut.
         cut = floor.unsqueeze(-1) if floor is not None and rank == "pinv" else None
         W, sigma, _ = Polar.call(_with_ridge(T, eps), 0.0, cut, "X")
         W = W[..., : T.shape[-2], :]
@@ -60,7 +60,7 @@ def _with_ridge(T: Tensor, eps: float) -> Tensor:
 
 
 def require_samples(A: Tensor) -> None:
-    """Refuse too few samples for a covariance of full rank: centred features have at most n − 1 directions."""
+    """Raise if samples are too few for a covariance of full rank: centred features span at most n − 1 directions."""
     if A.shape[-1] <= A.shape[-2]:
         if readable(A):
             require_finite(A, "X")
@@ -71,7 +71,7 @@ def require_samples(A: Tensor) -> None:
 
 
 def _require_full_rank(A: Tensor, sigma: Tensor | None, floor: Tensor) -> None:
-    """Refuse a covariance that is singular up to the rounding of the features."""
+    """Raise if the covariance is singular up to the rounding of the features."""
     require_samples(A)
     if sigma is None or not readable(A):
         return

@@ -46,22 +46,23 @@ def whitening_matrix(
             in float32.
         eps: ε ≥ 0, added to every eigenvalue.
         method: ``"zca"``, ``"pca"`` or ``"cholesky"``.
-        relative: take ε in units of the mean eigenvalue tr P/d.
-        rank: as in :func:`invsqrtm`; ZCA only.
-        solver: of the inverse root of ZCA, as in :func:`sqrtm`.
+        relative: whether ε is in units of the mean eigenvalue tr P/d.
+        rank: as in :func:`invsqrtm`; for ZCA only.
+        solver: for the inverse root of ZCA and PCA, as in :func:`sqrtm`.
 
     Returns:
-        (..., d, d) in the dtype of P: (P + εI)^{-1/2} for ``"zca"``, eigenvectors in rows by falling eigenvalue over
-        the roots of their eigenvalues for ``"pca"``, lower triangular for ``"cholesky"``.
+        (..., d, d) in the dtype of P: (P + εI)^{-1/2} for ``"zca"``; for ``"pca"`` the eigenvectors as rows, by
+        descending eigenvalue, divided by the square roots of their eigenvalues; lower triangular for ``"cholesky"``.
 
     Raises:
         TypeError: P is not a floating or complex tensor.
-        ValueError: P is not square, finite, Hermitian or positive definite (read on the CPU by default); an unknown
-            method, solver or policy, or ones that do not go together.
+        ValueError: P is not square, finite, Hermitian or positive definite (checked on the CPU by default); an unknown
+            method, solver or policy, or a combination that is not possible.
         DecompositionError: every step of the fall-back chain failed.
 
     Complexity: O(d³) per matrix. ZCA and Cholesky differentiate to every order at any spectrum; PCA once, and only
-    where the eigenvalues are simple (tied pairs contribute 0).
+    where the eigenvalues are simple (tied pairs contribute 0). Source: Kessy, Lewin and Strimmer, The American
+    Statistician, 2018.
 
     Example:
         >>> import torch
@@ -83,7 +84,7 @@ def whitening_matrix(
 
 
 def require_options(method: str, eps: float, rank: str, solver: str | Solver) -> None:
-    """Refuse an unknown method, and options that the method would not use."""
+    """Raise for an unknown method, and for options that the method would ignore."""
     require_known(method, get_args(WhiteningMethod), "whitening method")
     require_nonnegative(eps, "eps")
     require_rank_policy(rank, eps)
@@ -103,7 +104,7 @@ def matrix_of(P: Tensor, method: WhiteningMethod, eps: float, rank: Rank, solver
     eye = identity(P)
     L, info = torch.linalg.cholesky_ex(torch.add(P, eye, alpha=eps) if eps else P)
     W = torch.linalg.solve_triangular(L, eye, upper=False)
-    if readable(P):  # not under torch.func, where values are not read
+    if readable(P):
         singular = info != 0
         if eps == 0.0:
             singular |= _singular(P.detach(), W.detach())
@@ -116,9 +117,9 @@ def matrix_of(P: Tensor, method: WhiteningMethod, eps: float, rank: Rank, solver
 
 
 def _singular(P: Tensor, W: Tensor) -> Tensor:
-    """(...,) whether the smallest eigenvalue of P is rounding, given P^{-1} = Wᴴ W.
+    """(...,) whether the smallest eigenvalue of P is a rounding error, given P^{-1} = Wᴴ W.
 
-    It is not below 1/tr P^{-1}; only where that does not settle it, the eigenvalues are computed.
+    It is at least 1/tr P^{-1}; the eigenvalues are computed only if this bound does not settle the question.
     """
     bound = P.shape[-1] * torch.finfo(P.dtype).eps * P.diagonal(dim1=-2, dim2=-1).real.sum(-1)
     if (bound * W.abs().square().sum((-2, -1)) < 1.0).all():
@@ -128,7 +129,7 @@ def _singular(P: Tensor, W: Tensor) -> Tensor:
 
 
 def _principal_axes(P: Tensor) -> Tensor:
-    """Eigenvectors in columns by falling eigenvalue, each with its largest entry positive.
+    """Eigenvectors as columns by descending eigenvalue, each with a positive largest entry.
 
     Their first derivative is dU = U (F ∘ (Uᴴ dP U)) with F_ij = 1/(λj − λi), and 0 for pairs tied up to rounding.
     """
@@ -138,6 +139,6 @@ def _principal_axes(P: Tensor) -> Tensor:
     F = reciprocal_or_zero(torch.where(gap.abs() > matrix_tolerance(eigvals).unsqueeze(-1), gap, 0.0))
     inside = U.mH @ P @ U
     axes = U + U @ (F * (inside - inside.detach()))
-    # The phase is a function of P too.
+    # The phase depends on P too.
     top = axes.gather(-2, U.abs().argmax(-2, keepdim=True))
     return axes * (top.conj() / top.abs())

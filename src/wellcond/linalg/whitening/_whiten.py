@@ -19,7 +19,7 @@ from ..solvers import Solver
 from ._factor import require_samples, white_factor
 from ._matrix import WhiteningMethod, matrix_of, require_options
 
-# Rows up to which Python looks at them faster than as many operations do.
+# Up to this many rows, reading them in Python is faster than more tensor operations.
 FEW_ROWS = 64
 
 Via = Literal["auto", "factor", "covariance"]
@@ -36,37 +36,36 @@ def whiten(
     solver: str | Solver = "auto",
     via: Via = "auto",
 ) -> Tensor:
-    """Features with zero mean and the identity for covariance: W (X − mean) with W (P + εI) Wᴴ = I.
+    """Features with mean zero and the identity as covariance: W (X − mean) with W (P + εI) Wᴴ = I.
 
     Args:
         X: (..., d, n) features, n samples of d channels; any floating or complex dtype, half precision is computed
             in float32.
-        eps: ε ≥ 0; singular covariances (n ≤ d among them) need it positive, or another ``rank`` policy.
-        method: ``"zca"``, ``"pca"`` (rows in the order of falling eigenvalues, the largest entry of each eigenvector
-            positive) or ``"cholesky"`` (lower triangular W).
-        relative: take ε in units of the mean eigenvalue tr P/d, so that ``whiten(c * X) == whiten(X)``.
-        rank: as in :func:`invsqrtm`; ZCA only.
+        eps: ε ≥ 0; singular covariances (such as those with n ≤ d) need ε > 0 or another ``rank`` policy.
+        method: ``"zca"``, ``"pca"`` (rows by descending eigenvalue, each eigenvector with a positive largest entry) or
+            ``"cholesky"`` (lower triangular W).
+        relative: whether ε is in units of the mean eigenvalue tr P/d, so that ``whiten(c * X) == whiten(X)``.
+        rank: as in :func:`invsqrtm`; for ZCA only.
         correction: as in :func:`covariance`.
-        solver: of the inverse root of ZCA, as in :func:`sqrtm`.
-        via: ``"covariance"`` forms P = A Aᴴ, of which the dtype resolves κ(P) up to 1/eps; ``"factor"`` decomposes
-            the features themselves, which resolves κ(P) up to 1/eps² (ZCA and Cholesky, with ``rank="ridge"`` or
-            ``"pinv"``). ``"auto"`` takes the factor for a regularised ZCA of at least twice as many channels as
-            samples, where it is faster too, and for ``rank="pinv"``; P elsewhere, where the factor takes 1.3 to 4 times
-            as long.
+        solver: for the inverse root of ZCA and PCA, as in :func:`sqrtm`.
+        via: ``"covariance"`` forms P = A Aᴴ, which resolves κ(P) up to 1/eps of the dtype; ``"factor"`` decomposes the
+            features themselves, which resolves κ(P) up to 1/eps² (ZCA and Cholesky, with ``rank="ridge"`` or
+            ``"pinv"``). ``"auto"`` uses the factor for a regularised ZCA of at least twice as many channels as samples,
+            where it is also faster, and for ``rank="pinv"``; otherwise P, where the factor takes 1.3 to 4 times as
+            long.
 
-    Returns:
         (..., d, n) in the dtype of X.
 
     Raises:
         TypeError: X is not a floating or complex tensor.
-        ValueError: fewer than two dimensions, n ≤ correction, NaN or infinity, a covariance that is singular without ε
-            or a policy (both read on the CPU by default); an unknown method, solver or policy, or ones that do not go
-            together.
+        ValueError: fewer than two dimensions, n ≤ correction, NaN or infinity, a singular covariance without ε or a
+            policy (both checked on the CPU by default); an unknown method, solver or policy, or a combination that is
+            not possible.
         DecompositionError: every step of the fall-back chain failed.
 
     Complexity: two products of d × d by d × n and O(d³); with the factor, O(d n min(d, n)). ZCA and Cholesky
-    differentiate to every order at any spectrum; PCA is differentiable only where the eigenvalues are simple (tied
-    pairs contribute 0), and once.
+    differentiate to every order at any spectrum; PCA once, and only where the eigenvalues are simple (tied pairs
+    contribute 0). Source: Kessy, Lewin and Strimmer, The American Statistician, 2018.
 
     Example:
         >>> import torch
@@ -80,13 +79,13 @@ def whiten(
     if X.numel() == 0:
         return X.clone()
     with full_precision(X):
-        # The features themselves are asked for their rank only without a ridge, and in double precision.
+        # Double precision where the rank of the features matters, which is only so without a ridge.
         A = centred_factor(widened(X) if by_factor and eps == 0.0 else X, correction)
         root_n = (X.shape[-1] - correction) ** 0.5
         A = _without_constants(X, A, root_n)
         scale: Tensor | float = 1.0
         if relative or eps == 0.0:
-            # Nothing changes when the features are scaled, so any scale will do that keeps P in the range of the dtype.
+            # The result does not depend on the scale of the features: choose one that keeps P in range.
             largest = torch.linalg.vector_norm(A.detach(), float("inf"), dim=(-2, -1), keepdim=True)
             scale = positive_or_one(largest)
             if relative and eps:
@@ -106,7 +105,7 @@ def whiten(
 
 
 def _goes_by_factor(X: Tensor, via: str, method: WhiteningMethod, eps: float, rank: Rank, solver: str | Solver) -> bool:
-    """Whether the covariance is not formed; refuses what cannot do without it."""
+    """Whether to whiten without forming the covariance; raises if that is asked for and not possible."""
     require_known(via, get_args(Via), "way to whiten")
     taken = {
         "method": (method, method in ("zca", "cholesky")),
@@ -119,15 +118,15 @@ def _goes_by_factor(X: Tensor, via: str, method: WhiteningMethod, eps: float, ra
                 raise ValueError(f"{name}={value!r} needs the covariance: take via='covariance' or 'auto'")
         return True
     # Where the factor was measured to be faster: benchmarks/when_does_the_factor_pay.py.
-    # The rank of the features is theirs to say: of a constant, P shows the rounding of the mean.
+    # The rank is decided on the features: the P of a constant channel shows only the rounding of the mean.
     few = rank == "pinv" or (2 * X.shape[-1] <= X.shape[-2] and eps > 0.0 and not in_onnx_export())
     return via == "auto" and few and method == "zca" and all(fits for _, fits in taken.values())
 
 
 def _without_constants(X: Tensor, A: Tensor, root_n: float) -> Tensor:
-    """A with 0 for the channels whose variance is less than (eps·mean)², which is the rounding of their samples.
+    """A with 0 for channels whose variance is below (eps·mean)², the rounding of their samples.
 
-    Of a constant the rounded mean leaves a difference, the same everywhere, which is no variance either.
+    The rounded mean of a constant channel leaves a difference that is the same everywhere: no variance either.
     """
     rows = A.detach()
     reads = readable(X)
@@ -135,7 +134,7 @@ def _without_constants(X: Tensor, A: Tensor, root_n: float) -> Tensor:
         return A
     mean = (X[..., :1].detach() - rows[..., :1] * root_n).abs()
     rounding = torch.finfo(working_dtype(X.dtype)).eps * mean
-    # With that difference, at most some ten times the rounding, and at half the cost of the deviation.
+    # A cheaper test that includes this difference, which is at most some ten times the rounding.
     if reads and not (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) <= 16 * rounding).any():
         return A
     unit = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True)  # squares of tiny ones would vanish
@@ -144,8 +143,8 @@ def _without_constants(X: Tensor, A: Tensor, root_n: float) -> Tensor:
 
 
 def _near_a_constant(X: Tensor, rows: Tensor, root_n: float) -> bool:
-    """Whether some channel may be one, by a bound on its mean and in as few operations as it takes to read them."""
+    """Whether some channel may be constant, by a bound on its mean and in as few operations as possible."""
     eps = torch.finfo(working_dtype(X.dtype)).eps
     sizes, first = torch.linalg.vector_norm(rows, dim=-1).flatten().tolist(), X[..., 0].flatten().tolist()
-    # |mean| is at most the first sample and its deviation, which is below the norm of all.
+    # |mean| is at most |first sample| plus its deviation, which is at most the norm of all deviations.
     return not all(size > 16 * eps * (abs(x) + root_n * size) for size, x in zip(sizes, first, strict=True))
