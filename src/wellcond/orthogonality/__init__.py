@@ -1,11 +1,11 @@
-"""What is done to the layer before a spectral layer: its weight, its gradient, its learning rate, the loss."""
+"""Treatments of the layer before a spectral layer: of its weight, its gradient, its learning rate, or the loss."""
 
-# The treatments, in the order of the paper's tables; importing its file registers it.
+# The treatments in the order of the paper's tables; importing a file registers its treatment.
 # isort: off
 from ._spectral_norm import spectral_norm
 from ._orthogonal_loss import LossTreatment, OrthogonalLoss
 from ._orthogonal_weight import orthogonal_weight
-from . import _skew_orthogonal_weight  # noqa: F401 - a map of it
+from . import _skew_orthogonal_weight  # noqa: F401 - registers its map
 from ._nearest_orthogonal_gradient import NearestOrthogonalGradient
 from ._optimal_learning_rate import OptimalLearningRate
 

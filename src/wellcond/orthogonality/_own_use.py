@@ -1,6 +1,6 @@
-"""Weights that a model's forward function computes with itself, as ``F.conv2d(x, self.conv.weight)``.
+"""Weights that a model's forward function uses directly, as in ``F.conv2d(x, self.conv.weight)``.
 
-A treatment that computes the layer's output, not only its weight, would be passed over there.
+A treatment that computes the layer's output, and not just its weight, would be bypassed there.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from ._symbolic_walk import ELEMENTWISE, graphs_of
 
 
 def require_called(model: nn.Module, layers: Mapping[str, nn.Module], treatment: str) -> None:
-    """Refuse ``layers`` whose weight meets the data outside of the layer; unseen where the model cannot be traced.
+    """Raise for ``layers`` whose weight meets the data outside of the layer; undetected if the model cannot be traced.
 
-    Adding up is no such use: so a term of the weight comes into a loss.
+    Elementwise sums do not count: this is how a function of the weight enters a loss.
     """
     inner = unwrapped(model)
     modules = {bare_name(name): module for name, module in inner.named_modules()}

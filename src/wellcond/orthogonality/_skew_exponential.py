@@ -1,11 +1,11 @@
-"""exp(A) − I of matrices A similar to skew ones, in few products, that never makes the host wait.
+"""exp(A) − I for matrices A similar to skew-symmetric ones, in few products, without making the host wait.
 
-The [3/3] Padé approximant r of the exponential, at A/σ with σ = 2^s, and s squarings, always as many (Higham, Functions
-of Matrices, 2008, ch. 10). What is squared is D = r − I, by (I + D)² − I = 2D + D²: one product, and as D is small
-where A is, nothing is lost in the subtraction. |r| = 1 on the imaginary axis, so that exp(A) is orthogonal at any size
-of a skew A; its angles are off by (θ/σ)⁶/100800 of themselves, and relatively exact up to θ = 250 (float64: 1,000).
+The [3/3] Padé approximant r of the exponential at A/σ, σ = 2^s, followed by a fixed number s of squarings (Higham,
+Functions of Matrices, 2008, ch. 10). What is squared is D = r − I, by (I + D)² − I = 2D + D²: one product, without
+cancellation since D is small where A is. |r| = 1 on the imaginary axis, so exp(A) is orthogonal for skew-symmetric A of
+any size; its angles θ have the relative error (θ/σ)⁶/100800, below rounding up to θ = 250 (float64: 1,000).
 
-The derivative is written out: autograd's own takes three times as many operations.
+The derivative is written out, as autograd's takes three times as many operations.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from wellcond.linalg.lapack import solve
 
 
 def squarings(dtype: torch.dtype) -> int:
-    """s, by which angles up to 250 in float32, 1,000 in float64, are exact to rounding."""
+    """s, such that angles up to 250 in float32, and 1,000 in float64, are exact to rounding."""
     return 16 if dtype == torch.float64 else 9
 
 
 def exponential_less_identity(A: Tensor) -> Tensor:
-    """exp(A) − I for A (batch, d, d) similar to a skew matrix; differentiable in all modes.
+    """exp(A) − I for A (batch, d, d) similar to a skew-symmetric matrix; differentiable in all modes.
 
-    Complexity: 11 products and one LU solution in float32, 24 and one in its derivative.
+    Complexity: 11 products and one LU solve in float32; 24 and one for its derivative.
     """
     if is_compiling() or under_functorch() or under_forward_mode():
         _, T, B = _pade(A)
@@ -50,7 +50,7 @@ def _levels(T: Tensor, B: Tensor) -> list[Tensor]:
 def _pade(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A², T and B with r(A/σ) − I = B⁻¹T: T = 10σ A + A³/(6σ), B = 10σ² I + A² − T/2.
 
-    B has no zero on the imaginary axis, so no check is needed.
+    B is regular for eigenvalues on the imaginary axis, so no check is needed.
     """
     unit = 2.0 ** squarings(A.dtype)
     A2 = A @ A
@@ -71,14 +71,14 @@ class _Exponential(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         A, A2, B, *below = ctx.saved_tensors
         with full_precision(A):
-            if differentiated_again():  # what was kept is without its history
+            if differentiated_again():  # the saved tensors have no graph
                 A2, T, B = _pade(A)
                 below = _levels(T, B)[:-1]
             return _adjoint(A, A2, B, below, grad)
 
 
 def _adjoint(A: Tensor, A2: Tensor, B: Tensor, below: list[Tensor], G: Tensor) -> Tensor:
-    """The adjoint of the derivative at A, of G, from the levels below the last."""
+    """The adjoint of the derivative at A, applied to G, from all levels but the last."""
     for D in reversed(below):
         G = plus_product(plus_product(G, D.mT, G, beta=2), G, D.mT)
     unit = 2.0 ** squarings(A.dtype)

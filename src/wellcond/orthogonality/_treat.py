@@ -27,32 +27,37 @@ def treat(
 ) -> Treatment:
     """Treat the layers before the spectral layers of a model; the training loop does not change.
 
-    The order of the names does not matter: the weight is treated first (``ow``, then ``sn``), then at every optimizer
-    step the gradient (``nog``), then the learning rate (``olr``, which sees the treated gradient). The ``ol`` term is
-    added to the loss by the user, from :meth:`Treatment.loss`. With ``ow`` or ``sn``, ``nog`` and ``olr`` act on the
-    stored tensor that the optimizer moves, as in the authors' code, not on the weight computed from it. The optimizer
-    forgets its state (momentum) of a weight that ``{"ow": {"map": "soc"}}`` changes, a filter of another shape then; a
-    loss from before refuses to go backward.
+    The order of the names does not matter. The weight is treated first (``ow``, then ``sn``), then in every optimizer
+    step the gradient (``nog``) and the learning rate (``olr``, which sees the treated gradient). The user adds the
+    ``ol`` term to the loss, from :meth:`Treatment.loss`. With ``ow`` or ``sn``, ``nog`` and ``olr`` act on the stored
+    tensor that the optimizer updates, as in the authors' code, not on the weight computed from it. For a weight that
+    ``{"ow": {"map": "soc"}}`` turns into a filter of another shape, the optimizer discards its state (momentum), and a
+    loss computed before can no longer go backward.
 
     Args:
         model: any module, also compiled or inside DDP (treat the bare model before wrapping it, or the wrapped one), or
-            sharded by ``fully_shard``: the weight is then gathered in every step, and :func:`orthogonal_weight` or
-            :func:`spectral_norm` have to be put on before sharding, as ``ow`` and ``sn`` come too late here.
-        optimizer: holds the weights of those layers; changed in place, its state and its groups stay.
+            sharded by ``fully_shard``: the weight is then gathered in every step. Apply :func:`orthogonal_weight` or
+            :func:`spectral_norm` before sharding; ``ow`` and ``sn`` are refused afterwards.
+        optimizer: holds the weights of those layers; changed in place, keeping its state and groups.
         treatments: names joined by ``+``: ``sn``, ``ol``, ``ow``, ``nog``, ``olr``, or those of your own classes, which
-            join when the class is made (see :class:`StepTreatment`).
-        layers: names in ``model.named_modules()`` or modules; without them :func:`pre_spectral_layers` finds them.
-        example_input: for that search, as there.
+            are available once the class is defined (see :class:`StepTreatment`).
+        layers: names in ``model.named_modules()`` or modules; by default those that :func:`pre_spectral_layers` finds.
+        example_input: for that search, as in :func:`pre_spectral_layers`.
         options: keyword arguments by treatment, such as ``{"olr": {"rule": "exact"}, "ol": {"form": "srip"}}``.
 
+    Returns:
+        A :class:`Treatment`, the handle to report on, save and remove the treatments.
+
     Raises:
-        ValueError: an unknown or repeated name; no spectral layer; a layer that is unknown, without a matrix-like
-            weight, not held by the optimizer, or already treated so; an optimizer that ``olr`` does not know; with
-            ``map="soc"`` a layer that :func:`orthogonal_weight` refuses, or whose weight the model's forward function
-            takes without calling it, or a model inside DDP already. Nothing is changed then.
+        ValueError: an unknown or repeated name; no spectral layer; a layer that is unknown, has no matrix-like weight,
+            is not held by the optimizer, or already has the treatment; an optimizer that ``olr`` does not support; with
+            ``map="soc"`` a layer that :func:`orthogonal_weight` refuses or whose weight the model's forward function
+            uses without calling the layer, or a model already inside DDP. Nothing has changed then.
 
     To resume, treat model and optimizer in the same way, then load the three state dicts (model, optimizer, treatment).
     Make averaged copies (EMA) of the model after treating it.
+
+    Complexity: per step, that of each treatment. Source: sections 4 and 5 of Song, Sebe and Wang, ECCV 2022.
 
     Example:
         >>> import torch
@@ -70,7 +75,7 @@ def treat(
     names = parse_treatments(treatments)
     options = options_of(names, options)
     optimizer = unwrapped_optimizer(optimizer)
-    # By the names of the bare model: a state saved under DDP or torch.compile loads without them, and the other way.
+    # Named as in the bare model, so that states load with and without DDP or torch.compile.
     found = layers_by_name(model, pre_spectral_layers(model, example_input).values() if layers is None else layers)
     targets = require_treatable(model, found, names, options)
     for target in targets.values():

@@ -1,4 +1,4 @@
-"""The handle of treatments that are in place: what acts where, what it reports, and how to undo it."""
+"""The handle of treatments in place: what acts where, what it reports, and how to remove it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,24 @@ from ._weight_treatment import WeightTreatment
 
 
 class Treatment:
-    """What :func:`treat` did, how to see it, and how to undo it.
+    """The handle that :func:`treat` returns: it reports on the treatments, saves them and removes them.
 
     Attributes:
         layers: the treated layers by name.
-        treatments: what acts on them.
+        treatments: the names of the treatments.
         nog: the :class:`NearestOrthogonalGradient` in place, or None.
         olr: the :class:`OptimalLearningRate` in place, or None.
         ol: the :class:`OrthogonalLoss` in place, or None. Treatments of your own are found by their names too.
+
+    Example:
+        >>> import torch
+        >>> from wellcond.orthogonality import treat
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> treatment = treat(model, optimizer, "nog+olr", layers="0")
+        >>> treatment, treatment.ol is None
+        (Treatment(nog+olr on 0), True)
+        >>> treatment.remove()
     """
 
     def __init__(
@@ -61,7 +71,7 @@ class Treatment:
         return self._parts.get(name)
 
     def loss(self) -> Tensor:
-        """The ``ol`` term to add to the loss; a zero without ``ol``, so that a training loop may always add it."""
+        """The ``ol`` term to add to the loss; zero without ``ol``, so that a training loop can always add it."""
         terms = [term for part in self._parts.values() if (term := part.loss()) is not None]
         if terms:
             return sum(terms[1:], terms[0])
@@ -69,16 +79,16 @@ class Treatment:
         return torch.zeros((), device=parameter.device)
 
     def add_loss_gradient(self, scale: Tensor | float | None = None) -> None:
-        """Add the gradient of :meth:`loss` to that of the weights, once in a step, instead of the term to the loss.
+        """Add the gradient of :meth:`loss` to that of the weights, once per step, instead of adding it to the loss.
 
         Args:
-            scale: the factor that is still on the gradients; by default the one that a fused optimizer under
-                ``GradScaler`` is about to divide by, if any.
+            scale: the factor still on the gradients; by default that which a fused optimizer under ``GradScaler`` will
+                divide by, if any.
         """
         scale = gradient_scale(self._optimizer) if scale is None else scale
         with torch.enable_grad():
             loss = self.loss()
-            if not loss.requires_grad:  # there is no term, or the weights are frozen, or toggled off in this step
+            if not loss.requires_grad:  # no term, or the weights are frozen, or toggled off in this step
                 return
             weights = [p for layer in self.layers.values() for p in layer.parameters() if p.requires_grad]
             with full_precision(loss):
@@ -89,23 +99,24 @@ class Treatment:
                 weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
 
     def rates(self) -> dict[str, Tensor]:
-        """The rate of each layer in the last step, as :meth:`OptimalLearningRate.rates`; empty without ``olr``."""
+        """The rate of each layer in the last step, from :meth:`OptimalLearningRate.rates`; empty without ``olr``."""
         return {name: rate for part in self._parts.values() for name, rate in part.rates().items()}
 
     def scalars(self) -> dict[str, Tensor]:
-        """What the last step has to log, by its names in every log: ``rate/LAYER``, the rates of ``olr``."""
+        """What to log for the last step, by name in every log: ``rate/LAYER``, the rates of ``olr``."""
         return {name: value for part in self._parts.values() for name, value in part.scalars().items()}
 
     def remove(self) -> None:
-        """Take everything off; later steps are the optimizer's own. May be called twice.
+        """Remove all treatments; later steps are the optimizer's own. May be called twice.
 
-        Classes and parameters of the model, their order and identity are as before. A layer that had its weight treated
-        keeps the weight in use, or, when no step has moved the stored tensor, gets its own back bit for bit.
+        Classes and parameters of the model, their order and identity are as before. A layer with a treated weight keeps
+        the weight in use, or, if no step has changed the stored tensor, gets its own back bit for bit.
 
         Raises:
-            RuntimeError: a layer cannot go back (sharded since, or ``map="soc"`` that has learnt); all stays on.
+            RuntimeError: a layer cannot go back (it was sharded since, or ``map="soc"`` has been trained); all
+                treatments stay.
         """
-        for one in self._restorers:  # all are asked before any is changed
+        for one in self._restorers:  # check all before changing any
             one.check()
         while self._restorers:
             self._restorers.pop().restore()

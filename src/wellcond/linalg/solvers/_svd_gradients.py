@@ -6,8 +6,8 @@ covariance pooling?", ICCV 2021, arXiv 2105.02498) compare them; the defaults ar
 Most of them write K_ij = 1/λi · 1/(1 − x) for λi > λj, with x = λj/λi and K antisymmetric, and replace the second
 factor by some r(x). In the gradient of a root this multiplies the contribution of the pair (i, j) to the exact gradient
 by φ = r(x) (1 − x). Ideally φ is 1 for well-separated eigenvalues and 0 at repeated ones, where the contribution
-depends on the arbitrary basis of the eigenspace. Where 0 ≤ φ ≤ 1 the gradient is at most as large as the exact one; the bound
-on K limits the amplification of rounding errors:
+depends on the arbitrary basis of the eigenspace. Where 0 ≤ φ ≤ 1 the gradient is at most as large as the exact one; the
+bound on K limits the amplification of rounding errors:
 
 =================  ===========================================  ======================  ============
 gradient           r(x), or what it is                          φ                       |K_ij| ≤
