@@ -69,7 +69,7 @@ def test_batches_are_one_by_one_and_kinds_tell_which_have_a_factor():
     G[4, 0, 0] = tiny / 4
     for solver in ("poles", "svd", "minimax"):
         factor, kind, work = polar_factors(G, solver)
-        found = torch.where(kind == 1, factor, work)
+        found = torch.where(kind == 1, factor, work).to(G.dtype)
         assert [KINDS[k] for k in kind.flatten().tolist()] == [
             "treated", "zero", "nonfinite", "nonfinite", "zero", "treated",
         ]  # fmt: skip

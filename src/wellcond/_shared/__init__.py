@@ -1,5 +1,6 @@
-"""What every other package builds on, none of it mathematics.
+"""What every other package builds on.
 
 Argument checks and their messages, errors, solver events, precision, "did you mean", unwrapping of models, the meaning
-of saved states, and all uses of PyTorch's private API. Imports nothing else of wellcond.
+of saved states, products and convolutions that several packages need, and all uses of PyTorch's private API. Imports
+nothing else of wellcond.
 """

@@ -75,8 +75,9 @@ def skew_half(M: Tensor) -> Tensor:
 def skew_orthogonal_convolution(
     x: Tensor, L: Tensor, *, out_channels: int, stride: int, terms: int, padding_mode: str
 ) -> Tensor:
-    """exp(J) x of x (N, in, H, W): (N, out, H/stride, W/stride). Blocks of s × s pixels become s² channels; missing
-    channels are zero.
+    """exp(J) x of x (N, in, H, W), as (N, out, H/stride, W/stride).
+
+    Blocks of s × s pixels become s² channels; missing channels are zero.
 
     Raises:
         ValueError: ``stride`` does not divide the height or width.

@@ -31,6 +31,7 @@ class RootStatus(NamedTuple):
         info: (...,) int32: 0 good; 1 the matrix contains NaN or infinity, or could not be decomposed; 2 the residual
             exceeds the tolerance: the matrix is not Hermitian, indefinite or too ill-conditioned, or the solver is
             approximate.
+
     Example:
         >>> import torch
         >>> root, residual, info = sqrtm_ex(torch.eye(3))

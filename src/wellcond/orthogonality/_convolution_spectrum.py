@@ -82,6 +82,7 @@ def convolution_singular_values(layer: nn.Module | Tensor, input_size: int | Seq
             weight in use), or a weight (out, in, *kernel) of stride 1; real floating dtype.
         input_size: spatial size of the layer's input in pixels, one integer or one per dimension; a multiple of the
             stride.
+
     Returns:
         All min(inputs, outputs) singular values, with multiplicity, as a vector in the dtype of the weight (float32 for
         half precision). Differentiable where they are distinct.

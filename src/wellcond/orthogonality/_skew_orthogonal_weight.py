@@ -50,6 +50,7 @@ class SkewOrthogonalWeight(OrthogonalWeight):
 
     Attributes:
         plain_shape: the shape (out, in, kh, kw) of the original weight.
+        skew_orthogonal: the options of the equivalent ``wellcond.nn.SkewOrthogonalConv2d``.
     """
 
     computes_layer = True

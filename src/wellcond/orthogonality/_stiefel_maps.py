@@ -2,7 +2,7 @@
 
 The first two move F by a function of the skew matrix
 
-    S = V Fᵀ − F Vᵀ,    exp(S) F  or  (I − S/2)⁻¹ (I + S/2) F,
+    S = V Fᵀ − F Vᵀ,    exp(S) F  or  (I − S/2)⁻¹ (I + S/2) F.
 
 The first is eq. (13) with W = V Fᵀ. S runs through the horizontal space of the Stiefel manifold at F, so
 exp(S) F is its geodesic from F and reaches every matrix with orthonormal columns (with the determinant's sign, if

@@ -1,4 +1,4 @@
-"""Detecting that a treatment of the step does not run: a weight that another optimizer updates raises a warning.
+"""Detecting that a treatment of the step does not run: a warning if another optimizer updates the weight.
 
 A deep copy of an optimizer has no hooks, and neither has a new one. So the weight itself records its treatments, in an
 attribute of plain types that survives copying and pickling, and every step of any optimizer checks it. Manual updates

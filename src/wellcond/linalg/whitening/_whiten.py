@@ -54,6 +54,7 @@ def whiten(
             where it is also faster, and for ``rank="pinv"``; otherwise P, where the factor takes 1.3 to 4 times as
             long.
 
+    Returns:
         (..., d, n) in the dtype of X.
 
     Raises:
