@@ -28,7 +28,7 @@ FactorRank = Literal["ridge", "pinv", "raise"]
 def covariance_sqrtm(
     X: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank: FactorRank = "ridge", correction: int = 0
 ) -> Tensor:
-    """The square root (P + εI)^{1/2} of the covariance of features, as global covariance pooling takes it.
+    """The square root (P + εI)^{1/2} of the covariance of features, as used by global covariance pooling.
 
     The gradient is bounded by √2 times the incoming one whatever the condition number, also at rank deficiency. The
     work is done on the smaller side of the features: the n × n one for a 7 × 7 map of 256 channels, else the d × d one.

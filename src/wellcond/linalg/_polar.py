@@ -31,7 +31,7 @@ def polar(G: Tensor, *, solver: str | Minimax = "auto") -> Tensor:
     Args:
         G: (..., m, n); any floating or complex dtype, half precision is computed in float32. Each matrix is scaled
             by its largest entry first, so ``polar(c * G) == polar(G)`` for any c > 0 that the dtype can hold.
-        solver: ``"auto"`` or ``"svd"``, the thin singular value decomposition; ``"minimax"``, matrix products alone,
+        solver: ``"auto"`` or ``"svd"``, the thin singular value decomposition; ``"minimax"``, matrix products only,
             for singular values down to 1e-5 of the largest (smaller ones end between 0 and 1), or
             ``Minimax(kappa=k)`` for those down to k^{-1/2}; ``"muon"``, the five products-only steps of that
             optimizer, which leave singular values between 0.68 and 1.14.
@@ -39,7 +39,7 @@ def polar(G: Tensor, *, solver: str | Minimax = "auto") -> Tensor:
     Returns:
         (..., m, n) in the dtype of G: U Vᴴ over the singular values above eps · max(m, n) of the largest. A
         rank-deficient G therefore gives a partial isometry, and a zero G gives zero. ``"minimax"`` is within
-        10 eps κ(G) of it, as ``"svd"`` is, but cuts nothing off.
+        10 eps κ(G) of it, as ``"svd"`` is, but has no cut-off.
 
     Raises:
         TypeError: G is not a floating or complex tensor.
@@ -47,8 +47,8 @@ def polar(G: Tensor, *, solver: str | Minimax = "auto") -> Tensor:
         DecompositionError: no singular value decomposition converged.
 
     Complexity: one thin SVD, O(m n min(m, n)) per matrix; two products of m × n by n × n and one of n × n (n ≤ m) in
-    each of the 12 steps of ``"minimax"`` (13 in double precision), which ``torch.compile(fullgraph=True)`` takes
-    whole. Derivatives of every order exist at full rank, for ``"svd"``; the others refuse to be differentiated.
+    each of the 12 steps of ``"minimax"`` (13 in double precision), which ``torch.compile(fullgraph=True)`` captures
+    whole. With ``"svd"``, derivatives of every order exist at full rank; the others have none, and raise.
     Source: Higham, Functions of Matrices, 2008, ch. 8; eq. (14)–(17) of Song, Sebe and Wang, ECCV 2022.
 
     Example:

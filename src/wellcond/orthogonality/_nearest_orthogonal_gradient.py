@@ -16,10 +16,11 @@ from wellcond._shared.names import require_known
 from wellcond.linalg import Minimax
 
 from ._matrix import Target, Treatables, parametrisations
+from ._optimizers import decoupled_decay, gradient_scale, require_linear_in_lr
 from ._orthogonal_weight import OrthogonalWeight
 from ._polar_factors import KINDS, SOLVERS, norm_ratio, polar_factors
 from ._registry import on_the_host
-from ._step_treatment import StepTreatment, decoupled_decay, gradient_scale, require_linear_in_lr
+from ._step_treatment import StepTreatment
 
 _COUNTS = ("treated", "zero", "nonfinite")
 _SHOWN = [KINDS.index(name) for name in _COUNTS]

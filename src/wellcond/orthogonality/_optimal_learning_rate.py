@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from wellcond._shared.names import require_known
 
 from ._matrix import Target, Treatables
+from ._optimizers import gradient_scale, require_linear_in_lr
 from ._rates import RULES
 from ._registry import on_the_host
-from ._step_treatment import StepTreatment, gradient_scale, require_linear_in_lr
+from ._step_treatment import StepTreatment
 
 
 class _Counts(dict):

@@ -62,11 +62,11 @@ class TreatmentClass:
     """0 for the weight, 1 for the loss, 2 for the step: the order in which treatments are applied."""
     order: ClassVar[int] = 0  # among those of the same place
     name: ClassVar[str]  # as in "nog+ow" and in the paper's tables
-    treatment: ClassVar[str]  # what messages call it
+    treatment: ClassVar[str]  # its name in messages
 
     def __init_subclass__(cls, *, name: str = "", about: str = "", order: int = 0, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not name:  # a base of others
+        if not name:  # a base class
             return
         if name != name.strip().lower() or "+" in name:
             raise ValueError(f"the name of a treatment is lower case, without '+' and blanks, got '{name}'")

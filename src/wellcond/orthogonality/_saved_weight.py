@@ -47,7 +47,7 @@ def prepare(layer: nn.Module, state: dict[str, Any], prefix: str, errors: list[s
 
 
 def _treated(chain: Any, weight: Tensor, stored: str) -> dict[str, Any]:
-    """The state of ``chain`` (under the prefix ``stored``) if it were put on ``weight``."""
+    """The state of ``chain`` (under the prefix ``stored``) if it were applied to ``weight``."""
     shape = getattr(chain[0], "plain_shape", chain.original.shape)
     if weight.shape != shape:
         raise ValueError(f"its saved shape is {tuple(weight.shape)}, here it is {tuple(shape)}")

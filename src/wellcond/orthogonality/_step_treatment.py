@@ -2,7 +2,7 @@
 
 With ``step(closure)`` the gradients exist only after the closure has run, so the closure is wrapped; Lightning's
 automatic optimisation steps in this way. With a fused optimizer under ``GradScaler`` the gradients are still scaled
-when the step begins, by :func:`gradient_scale`. ``before`` and ``after`` see a sharded weight as a whole.
+when the step begins, by ``_optimizers.gradient_scale``. ``before`` and ``after`` see a sharded weight as a whole.
 """
 
 from __future__ import annotations
@@ -12,65 +12,21 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from wellcond._shared.models import unwrapped_optimizer
 
 from ._matrix import Target, Treatables, stored_tensor, targets
+from ._optimizers import require_held
 from ._registry import Applied, TreatmentClass
 from ._sharded import gathered
 from ._watch import HOOKS, marks_of, unwatch, watch
 
 
-def _of_this_torch(names: str) -> tuple[type[Optimizer], ...]:
-    return tuple(getattr(torch.optim, name) for name in names.split() if hasattr(torch.optim, name))
-
-
-LINEAR_IN_LR = _of_this_torch("SGD Adam AdamW NAdam RAdam Adamax RMSprop Adagrad Adadelta Muon")
-"""Optimizers whose step is lr times a direction, and whose state depends neither on lr nor on the actual step."""
-_DECOUPLED = _of_this_torch("AdamW Muon")
-
-
-def gradient_scale(optimizer: Optimizer) -> Tensor | None:
-    """The factor still on the gradients if a fused optimizer unscales them itself, else None."""
-    return getattr(optimizer, "grad_scale", None)
-
-
-def decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Any:
-    """The fraction by which AdamW and Muon shrink the weight separately from the update: lr · weight_decay.
-
-    Zero in a step that a fused optimizer skips itself under ``GradScaler``, which leaves all weights unchanged.
-    """
-    if not (isinstance(optimizer, _DECOUPLED) or group.get("decoupled_weight_decay")):
-        return 0.0
-    share = group["lr"] * group["weight_decay"]
-    found_inf = getattr(optimizer, "found_inf", None)
-    return share if found_inf is None else torch.where(found_inf == 0, share, 0.0)
-
-
 def _active(optimizer: Optimizer) -> list[StepTreatment]:
     """The active treatments of ``optimizer``, stored in it (a copy of the optimizer has neither hooks nor list)."""
     return optimizer.__dict__.setdefault(HOOKS, [])
-
-
-def require_held(optimizer: Optimizer, target: Target, treatment: str) -> None:
-    """Raise for a parameter that the optimizer does not update."""
-    if not any(p is target.parameter for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(
-            f"{treatment} of {target.where}: the optimizer does not hold its weight; add it with "
-            "optimizer.add_param_group, or build the optimizer from model.parameters()"
-        )
-
-
-def require_linear_in_lr(optimizer: Optimizer, treatment: str, target: Target) -> None:
-    """Raise for an optimizer whose update direction cannot be derived from its step."""
-    if not isinstance(optimizer, LINEAR_IN_LR):
-        known = ", ".join(cls.__name__ for cls in LINEAR_IN_LR)
-        raise ValueError(
-            f"{treatment} of {target.where}: the update direction of {type(optimizer).__name__} is unknown, because "
-            f"its step is not known to be proportional to the learning rate; use one of {known}"
-        )
 
 
 class StepTreatment(Applied, TreatmentClass):

@@ -9,9 +9,9 @@ from torch.optim import Optimizer
 
 from wellcond._shared.models import Layers, layers_by_name, unwrapped_optimizer
 
+from ._optimizers import require_held
 from ._pre_spectral import pre_spectral_layers
 from ._registry import TREATMENTS, Options, options_of, parse_treatments
-from ._step_treatment import require_held
 from ._treatable import require_treatable
 from ._treatment import Treatment
 

@@ -13,9 +13,9 @@ from wellcond._shared.names import aligned
 from wellcond._shared.precision import full_precision
 
 from ._matrix import Target
+from ._optimizers import gradient_scale
 from ._registry import TREATMENTS, Applied, Options, in_order, listed_options
 from ._restorer import Restorer
-from ._step_treatment import gradient_scale
 from ._weight_treatment import WeightTreatment
 
 

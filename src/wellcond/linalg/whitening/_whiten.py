@@ -139,7 +139,7 @@ def _without_constants(X: Tensor, A: Tensor, root_n: float) -> Tensor:
     if reads and not (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) <= 16 * rounding).any():
         return A
     unit = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True)  # squares of tiny ones would vanish
-    deviation = (rows / unit).std(-1, correction=0, keepdim=True) * unit * root_n  # NaN of zeros, which stay
+    deviation = (rows / unit).std(-1, correction=0, keepdim=True) * unit * root_n  # NaN for rows of zeros, which stay
     return A.masked_fill(deviation < rounding, 0.0)
 
 
