@@ -19,12 +19,13 @@ def spectrum(X_or_P: Tensor, *, features: bool | None = None) -> Spectrum:
         features: which of the two; ``None`` takes square Hermitian tensors for covariances, all others for features.
 
     Returns:
-        A :class:`Spectrum`: (..., d) eigenvalues in float64 on the CPU, detached, and (...,) tolerances.
+        A :class:`Spectrum`: (..., d) eigenvalues and (...,) tolerances in float64, detached; on the CPU for features,
+        on the device of P for covariances.
 
     Raises:
         TypeError: X_or_P is not a floating or complex tensor.
-        ValueError: fewer than two dimensions, no channel or sample, or NaN or infinity in X_or_P (checked on the CPU
-            by default).
+        ValueError: fewer than two dimensions, no channel or sample, NaN or infinity, or, with ``features=False``, a
+            matrix that is not Hermitian (both checked on the CPU by default).
 
     Complexity: that of :func:`covariance_spectrum`, or of :func:`matrix_spectrum`. Source: Golub and Van Loan, Matrix
     Computations, 4th ed., sect. 2.4.
@@ -75,8 +76,8 @@ def condition_number(X_or_P: Tensor, *, eps: float = 0.0, features: bool | None 
 
     Raises:
         TypeError: X_or_P is not a floating or complex tensor.
-        ValueError: fewer than two dimensions, no channel or sample, NaN or infinity in X_or_P (checked on the CPU by
-            default), or a negative eps.
+        ValueError: fewer than two dimensions, no channel or sample, NaN or infinity, or, with ``features=False``, a
+            matrix that is not Hermitian (both checked on the CPU by default); a negative eps.
 
     Reads values: pass the whole batch rather than single matrices under ``torch.func.vmap``.
 
@@ -108,8 +109,8 @@ def effective_rank(X_or_P: Tensor, *, features: bool | None = None) -> Tensor:
 
     Raises:
         TypeError: X_or_P is not a floating or complex tensor.
-        ValueError: fewer than two dimensions, no channel or sample, or NaN or infinity in X_or_P (checked on the CPU
-            by default).
+        ValueError: fewer than two dimensions, no channel or sample, NaN or infinity, or, with ``features=False``, a
+            matrix that is not Hermitian (both checked on the CPU by default).
 
     Complexity: that of :func:`condition_number`. Source: Roy and Vetterli, EUSIPCO 2007, with the Rényi entropy of
     order 2.
@@ -134,8 +135,8 @@ def numerical_rank(X_or_P: Tensor, *, features: bool | None = None) -> Tensor:
 
     Raises:
         TypeError: X_or_P is not a floating or complex tensor.
-        ValueError: fewer than two dimensions, no channel or sample, or NaN or infinity in X_or_P (checked on the CPU
-            by default).
+        ValueError: fewer than two dimensions, no channel or sample, NaN or infinity, or, with ``features=False``, a
+            matrix that is not Hermitian (both checked on the CPU by default).
 
     Complexity: that of :func:`condition_number`. Source: Golub and Van Loan, Matrix Computations, 4th ed., sect. 5.4.
 

@@ -89,7 +89,7 @@ def covariance_powm(
         (..., d, d) Hermitian, in the dtype of X.
 
     Raises:
-        TypeError: X is not a floating or complex tensor, or the exponent a complex one.
+        TypeError: X is not a floating or complex tensor, or the exponent is complex.
         ValueError: fewer than two dimensions, n ≤ correction, NaN or infinity in X (checked on the CPU by default); a
             non-finite exponent; a singular P with a negative exponent and neither ε nor ``"pinv"``; a solver without
             such a power, an unknown solver or policy.
