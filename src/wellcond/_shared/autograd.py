@@ -17,6 +17,8 @@ class BatchedFunction(torch.autograd.Function):
     Tensors that are not mapped are expanded before the call, so that autograd sums their gradients.
     """
 
+    vmap: Any
+
     def __init_subclass__(cls) -> None:
         def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
             front = [_to_front(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)]

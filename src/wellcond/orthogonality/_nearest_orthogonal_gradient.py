@@ -102,6 +102,9 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
     """
 
     treatment = "nearest orthogonal gradient"
+    on: str
+    scale: str
+    solver: str | Minimax
 
     def __init__(
         self,

@@ -104,6 +104,8 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
     """
 
     treatment = "optimal learning rate"
+    rule: str
+    direction: str
 
     def __init__(
         self, optimizer: Optimizer, params: Treatables, *, rule: str = "paper", direction: str = "gradient"

@@ -47,6 +47,7 @@ class LossTreatment(Applied, TreatmentClass):
 
     place: ClassVar[int] = 1
     _treated: ClassVar[WeakSet[nn.Module]]
+    targets: list[Target]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -149,6 +150,8 @@ class OrthogonalLoss(LossTreatment, name="ol", about="orthogonal loss, eq. (12)"
     """
 
     treatment = "orthogonal loss"
+    form: str
+    coefficient: float
 
     def __init__(self, layers: Treatables, *, form: str = "soft", coefficient: float = 1.0) -> None:
         require_known(form, _FORMS, "form of the orthogonal loss")

@@ -63,6 +63,8 @@ class StepTreatment(Applied, TreatmentClass):
     """
 
     place: ClassVar[int] = 2
+    optimizer: Optimizer
+    targets: list[Target]
 
     def __init__(self, optimizer: Optimizer, params: Treatables) -> None:
         self.optimizer = unwrapped_optimizer(optimizer)

@@ -40,6 +40,9 @@ class Treatment:
         >>> treatment.remove()
     """
 
+    layers: dict[str, nn.Module]
+    treatments: tuple[str, ...]
+
     def __init__(
         self,
         optimizer: Optimizer,

@@ -20,7 +20,7 @@ from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.models import described
 
 from ._exchange import exchange, require_free, start_afresh
-from ._matrix import Target, layer_target, parametrisations
+from ._matrix import MatrixView, Target, layer_target, parametrisations
 from ._registry import Applied, TreatmentClass
 from ._restorer import bared
 from ._saved_weight import prepare
@@ -55,6 +55,8 @@ class WeightTreatment(SelfDescribing, TreatmentClass):
     computes_layer: ClassVar[bool] = False
     """Whether :meth:`layer_forward` replaces that of the layer; the stored tensor may then have any shape."""
     _options: Mapping[str, Any] = MappingProxyType({})
+    view: MatrixView
+    where: str
 
     def __init__(self, target: Target) -> None:
         super().__init__()

@@ -27,6 +27,8 @@ from ._weight_treatment import WeightTreatment
 class TreatmentInStages:
     """Base class of the callbacks, with the arguments of :func:`wellcond.orthogonality.treat`."""
 
+    treatments: tuple[str, ...]
+
     def __init__(
         self,
         treatments: str,

@@ -15,6 +15,10 @@ class Truncated(SpectralMap):
     With ``fixed_range`` the null space is the same for all matrices in question, so nothing couples it to the range.
     """
 
+    f: ScalarFunction
+    floor: bool
+    fixed_range: bool
+
     def __init__(self, f: ScalarFunction, rank: Rank, *, fixed_range: bool = False) -> None:
         self.f, self.floor, self.fixed_range = f, rank == "floor", fixed_range
 

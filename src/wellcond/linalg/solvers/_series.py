@@ -29,6 +29,9 @@ class SeriesSolver(LyapunovSolver):
 
     default_order: ClassVar[int]
     traceable = True
+    order: int
+    backward_steps: int
+    tolerance: float | None
 
     def __init__(self, order: int | None = None, backward_steps: int = 8, tolerance: float | None = 0.1) -> None:
         order = self.default_order if order is None else order

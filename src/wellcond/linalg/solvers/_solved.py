@@ -60,8 +60,8 @@ class Traced(torch.autograd.Function):
         outputs, residuals = solver.forward(hermitian_part(P), roots, eps)
         return (*outputs, *residuals)
 
-    setup_context = Solved.setup_context
-    backward = Solved.backward
+    setup_context: Any = Solved.setup_context
+    backward: Any = Solved.backward
 
 
 def _done(ctx: Any) -> Done:

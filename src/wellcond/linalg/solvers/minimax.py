@@ -45,6 +45,8 @@ class Minimax(LyapunovSolver):
 
     name = "minimax"
     traceable = True
+    kappa: float
+    tolerance: float | None
 
     def __init__(self, kappa: float = 1e6, tolerance: float | None = 0.1) -> None:
         if not 1.0 < kappa < float("inf"):

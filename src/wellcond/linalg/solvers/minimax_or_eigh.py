@@ -47,6 +47,8 @@ class MinimaxOrEigh(LyapunovSolver):
     """
 
     name = "minimax_or_eigh"
+    minimax: Minimax
+    eigh: Eigh
 
     def __init__(self, kappa: float = 1e6, tolerated: float = 0.1) -> None:
         self.tolerated = tolerated

@@ -55,6 +55,10 @@ class NewtonSchulz(Solver):
 
     name = "newton_schulz"
     keeps_input = True
+    steps: int
+    tolerance: float | None
+    adaptive: bool
+    traceable: bool
 
     def __init__(self, steps: int = 5, tolerance: float | None = 0.1, *, adaptive: bool = False) -> None:
         if not isinstance(steps, int) or steps < 1:

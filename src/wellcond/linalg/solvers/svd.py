@@ -8,6 +8,7 @@ are here too, for comparison. For other purposes use ``eigh``.
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from wellcond._shared.torch_internals import outside_the_compiler
 from .._rank import shifted_spectrum
 from ..lapack import eigh, in_threads
 from ._solver import Done, Root, Solver, Tensors
+from ._svd_gradients import Analytic
 from ._svd_remedies import GRADIENTS, gradient_named
 
 
@@ -83,8 +85,9 @@ class Svd(Solver):
     """
 
     name = "svd"
-    variants = tuple(GRADIENTS)
+    variants: ClassVar[tuple[str, ...]] = tuple(GRADIENTS)
     keeps_input = True
+    gradient: Analytic
 
     def __init__(self, gradient: str = "analytic", **options: float | None) -> None:
         self.gradient = gradient_named(gradient, options)
