@@ -14,6 +14,8 @@ def product(A: Tensor, B: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 def plus_product(C: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
     """β C + α A B in one operation; A and B have the same batch shape, C that shape or a single matrix."""
+    if A.ndim == 3:
+        return torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
     if A.ndim == 2:
         return torch.addmm(C, A, B, beta=beta, alpha=alpha)
     shape = (*A.shape[:-1], B.shape[-1])
