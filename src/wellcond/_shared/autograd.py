@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .torch_internals import apply_directly, is_compiling, is_exporting, under_forward_mode, under_functorch
+from .torch_internals import (
+    apply_directly,
+    as_written,
+    is_compiling,
+    is_exporting,
+    under_forward_mode,
+    under_functorch,
+)
 
 
 class BatchedFunction(torch.autograd.Function):
@@ -35,9 +42,15 @@ class BatchedFunction(torch.autograd.Function):
         """``apply`` without its binding of defaults and search for wrappers, which cost what a small product does."""
         if is_exporting():  # a graph holds operations alone
             return cls.forward(*args)
-        if is_compiling() or under_functorch():
+        if is_compiling():  # it knows no function with a rule for the forward mode
+            return as_written(_apply, cls, *args)
+        if under_functorch():
             return cls.apply(*args)
         return apply_directly(cls, *args)
+
+
+def _apply(function: type[BatchedFunction], *args: Any) -> Any:
+    return function.apply(*args)
 
 
 class _Once(BatchedFunction):

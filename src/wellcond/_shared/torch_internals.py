@@ -80,6 +80,14 @@ def apply_directly(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+# Unlike torch.compiler.disable it loads the compiler at the first call: that takes longer than all of this library. And
+# done within a function that is being compiled, disabling would be a break of the graph by itself.
+@torch._disable_dynamo  # pyright: ignore[reportAttributeAccessIssue]
+def as_written(function: Callable, *args: Any) -> Any:
+    """``function(*args)``, run by Python where the compiler meets it, with one break of the graph for all of it."""
+    return function(*args)
+
+
 def outside_the_compiler(function: F) -> F:
     """``function``, run as it is written when the compiler meets it.
 
@@ -87,16 +95,9 @@ def outside_the_compiler(function: F) -> F:
     call: the fall-back chain would be skipped and nothing counted. So the compiler is made to break the graph there. An
     exported graph cannot break and runs without Python: it holds the operation itself.
     """
-    disabled: Any = None
 
     @wraps(function)
     def call(*args: Any) -> Any:
-        nonlocal disabled
-        if not is_compiling() or is_exporting():
-            return function(*args)
-        if disabled is None:
-            # On first use: disabling loads the compiler, which takes longer than all of this library.
-            disabled = torch.compiler.disable(function)
-        return disabled(*args)
+        return as_written(function, *args) if is_compiling() and not is_exporting() else function(*args)
 
     return cast(F, call)

@@ -117,6 +117,15 @@ class SpectralModule(nn.Module):
         # The layer before this one is the one that is treated, and mostly loaded by now.
         refuse_treated(*args[-3:])
 
+    def breaks_graph(self) -> bool:
+        """Whether the compiler, which is at work, would break its graph in this layer, and often: at every event, read
+        value and decomposition. ``as_written`` breaks it once, and runs the layer as it does without a compiler."""
+        return is_compiling() and not is_exporting() and not self._is_traceable()
+
+    def _is_traceable(self) -> bool:
+        """Whether a forward pass is products and other operations that read no value."""
+        return False
+
     def _recording(self, solver: str | Solver | None = None) -> AbstractContextManager[Any]:
         """Counts and names the events of this block; not where a graph stays whole without: of a traceable ``solver``,
         and in what the compiler exports."""

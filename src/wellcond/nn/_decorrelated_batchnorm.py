@@ -18,7 +18,14 @@ from wellcond._shared.errors import NonFiniteMatrixError
 from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import HALF, full_precision, working_dtype
-from wellcond._shared.torch_internals import called_by, has_values, is_compiling, is_exporting, under_functorch
+from wellcond._shared.torch_internals import (
+    as_written,
+    called_by,
+    has_values,
+    is_compiling,
+    is_exporting,
+    under_functorch,
+)
 from wellcond.linalg import NewtonSchulz, Solver, WhiteningMethod, recording, value_checks, whitening_matrix
 from wellcond.linalg.solvers import choose_solver
 
@@ -152,6 +159,8 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if (node := symbolic_call(self, x)) is not None:
             return node
+        if self.breaks_graph():
+            return as_written(_DecorrelatedBatchNorm.forward, self, x)
         self._check_input(x)
         with full_precision(x):
             if self.training or self.running_mean is None:
@@ -159,6 +168,10 @@ class _DecorrelatedBatchNorm(SelfDescribing, BatchNorm, SpectralModule):
             mean = self.running_mean.view(self.groups, -1, 1)
             W, b = self._affine(self._running_whitening(), mean, working_dtype(x.dtype), self.weight, self.bias)
             return affine_map(x, W, b)
+
+    def _is_traceable(self) -> bool:
+        by_products = self.method == "zca" and choose_solver(self.solver).traceable
+        return by_products or not (self.training or self.running_mean is None)
 
     def _by_batch_statistics(self, x: Tensor) -> Tensor:
         count = x.shape[0] * math.prod(x.shape[2:])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from wellcond._shared.torch_internals import as_written
 from wellcond.linalg import Solver
 
 from ._base import naming_options_of, require_input
@@ -100,6 +101,8 @@ class _GridCovariancePool(_CovariancePool):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.spectral.breaks_graph():
+            return as_written(_GridCovariancePool.forward, self, x)
         require_input(x, (self._dim + 2,), self.in_channels)
         return self._pool(self.reduction(x).flatten(2))
 
@@ -254,6 +257,8 @@ class TokenCovariancePool(_CovariancePool):
         return nn.Linear(self.in_channels, channels, bias=False, **kind)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.spectral.breaks_graph():
+            return as_written(TokenCovariancePool.forward, self, x)
         if not isinstance(x, fx.Proxy):
             self._check_tokens(x)
         return self._pool(self.reduction(x).transpose(1, 2))
