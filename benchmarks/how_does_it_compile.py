@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from wellcond.bench.gauges import take_turns
 from wellcond.bench.ratios import add_ratios_option, write_ratios
-from wellcond.linalg import Minimax, NewtonSchulz, Pade, Taylor
+from wellcond.linalg import Minimax, NewtonSchulz, Pade, Taylor, covariance_sqrtm, whiten
 from wellcond.nn import (
     DecorrelatedBatchNorm1d,
     DecorrelatedBatchNorm2d,
@@ -55,6 +56,17 @@ class Sandwich(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(*self.view(self.convolution(x))).sin()
+
+
+class Function(nn.Module):
+    """A function in the place of a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 @dataclass(frozen=True)
@@ -154,6 +166,9 @@ CASES: dict[str, Case] = {
         lambda _: SpectralLayer("invsqrt", "covariance", solver=STEPS), view=of_positive_matrices
     ),
     "WhiteningColoring": Case(lambda _: WhiteningColoring(1e-3), lapack=True, view=with_style),
+    "whiten": Case(lambda _: Function(partial(whiten, eps=0.1)), lapack=True, view=flat),
+    "whiten, newton_schulz": Case(lambda _: Function(partial(whiten, eps=0.1, solver=STEPS)), view=flat),
+    "covariance_sqrtm": Case(lambda _: Function(covariance_sqrtm), lapack=True, view=flat),
     "SkewOrthogonalConv2d": Case(lambda C: SkewOrthogonalConv2d(C, C)),
     "BatchNorm2d, treated sn": Case(nn.BatchNorm2d, treatments="sn"),
     "BatchNorm2d, treated ow": Case(nn.BatchNorm2d, treatments="ow"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import NonFiniteMatrixError, NotSymmetricError
 from .events import place
-from .torch_internals import has_values, in_onnx_export, is_exporting, under_functorch
+from .torch_internals import has_values, in_onnx_export, is_compiling, is_exporting, under_functorch
 
 _value_checks: ContextVar[bool | None] = ContextVar("value_checks", default=None)
 
@@ -41,8 +41,10 @@ def value_checks(enabled: bool) -> Iterator[None]:
 
 
 def checks_values(x: Tensor) -> bool:
-    """Whether the entries of ``x`` are to be read and checked; never while it is exported, when it has none."""
-    if is_exporting():
+    """Whether the entries of ``x`` are to be read and checked; never while it is exported, when it has none, nor in
+    what is compiled whole, where reading breaks the graph. (LAPACK is called outside of it, and checks its matrices.)
+    """
+    if is_exporting() or is_compiling():
         return False
     enabled = _value_checks.get()
     if enabled is None:
