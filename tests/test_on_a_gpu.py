@@ -189,8 +189,8 @@ def test_the_command_survives_a_section_that_hangs_and_one_that_crashes(script, 
     assert states == {"norms": "stopped at its time limit", "solvers": "ended with status 139", "steps": "done"}
     assert all(section["rows"] == [{"what": name, "function": "none"}] for name, section in saved["sections"].items())
     # The last one may have all that is left, less the start of its process.
-    assert limits["steps"][0] == pytest.approx(8.5 * 60 - script.OVERHEAD, abs=30)
-    assert sum(seconds for seconds, _ in list(limits.values())[:1]) < 0.5 * 8.5 * 60
+    assert limits["steps"][0] == pytest.approx(8.3 * 60 - script.OVERHEAD, abs=30)
+    assert sum(seconds for seconds, _ in list(limits.values())[:1]) < 0.5 * 8.3 * 60
     with pytest.raises(SystemExit) as ended:
         script.main()
     assert ended.value.code == 2 and "--resume" in capsys.readouterr().err
