@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .torch_internals import apply_directly, is_compiling, is_exporting, under_forward_mode, under_functorch
+from .torch_internals import (
+    apply_directly,
+    is_compiling,
+    is_exporting,
+    run_in_python,
+    under_forward_mode,
+    under_functorch,
+)
 
 
 class BatchedFunction(torch.autograd.Function):
@@ -34,9 +41,15 @@ class BatchedFunction(torch.autograd.Function):
         """``apply`` without binding defaults and looking for transforms, which costs as much as a small product."""
         if is_exporting():  # an exported graph holds plain operations only
             return cls.forward(*args)
-        if is_compiling() or under_functorch():
+        if is_compiling():  # it knows no function with a rule for the forward mode
+            return run_in_python(_apply, cls, *args)
+        if under_functorch():
             return cls.apply(*args)
         return apply_directly(cls, *args)
+
+
+def _apply(function: type[BatchedFunction], *args: Any) -> Any:
+    return function.apply(*args)
 
 
 class _Once(BatchedFunction):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import NonFiniteMatrixError, NotSymmetricError
 from .events import place
-from .torch_internals import has_values, in_onnx_export, is_exporting, under_functorch
+from .torch_internals import has_values, in_onnx_export, is_compiling, is_exporting, under_functorch
 
 _value_checks: ContextVar[bool | None] = ContextVar("value_checks", default=None)
 
@@ -46,8 +46,10 @@ def value_checks(enabled: bool) -> Iterator[None]:
 
 
 def checks_values(x: Tensor) -> bool:
-    """Whether to read and check the entries of ``x``; never during export, when there are none."""
-    if is_exporting():
+    """Whether to read and check the entries of ``x``: never during export, when there are none, nor while compiling,
+    where reading breaks the graph. (LAPACK runs outside the graph, and its matrices are checked there.)
+    """
+    if is_exporting() or is_compiling():
         return False
     enabled = _value_checks.get()
     if enabled is None:

@@ -80,6 +80,14 @@ def apply_directly(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+# Unlike torch.compiler.disable it imports the compiler only on first use, which takes longer than importing all of
+# wellcond; and torch.compiler.disable, called in a function that is being compiled, would break the graph itself.
+@torch._disable_dynamo  # pyright: ignore[reportAttributeAccessIssue]
+def run_in_python(function: Callable, *args: Any) -> Any:
+    """``function(*args)`` in Python also in code that is compiled, with a single graph break."""
+    return function(*args)
+
+
 def outside_the_compiler(function: F) -> F:
     """``function``, always run in Python, also in code that is compiled.
 
@@ -87,16 +95,9 @@ def outside_the_compiler(function: F) -> F:
     would be skipped and nothing counted. So the compiler has to break its graph here. An exported graph cannot break
     and runs without Python; it contains the operation itself.
     """
-    disabled: Any = None
 
     @wraps(function)
     def call(*args: Any) -> Any:
-        nonlocal disabled
-        if not is_compiling() or is_exporting():
-            return function(*args)
-        if disabled is None:
-            # Only on first use: this imports the compiler, which takes longer than importing all of wellcond.
-            disabled = torch.compiler.disable(function)
-        return disabled(*args)
+        return run_in_python(function, *args) if is_compiling() and not is_exporting() else function(*args)
 
     return cast(F, call)
