@@ -11,7 +11,7 @@ from wellcond._shared.errors import (
 from wellcond._shared.events import SolverEvents, recording
 
 from ._condition import condition_number, effective_rank, numerical_rank, spectrum
-from ._covariance import covariance
+from ._covariance import covariance, cross_covariance
 from ._covariance_functions import covariance_logm, covariance_powm, covariance_sqrtm
 from ._functions import expm, logm, powm
 from ._polar import polar
@@ -49,6 +49,7 @@ __all__ = [
     "covariance_powm",
     "covariance_spectrum",
     "covariance_sqrtm",
+    "cross_covariance",
     "effective_rank",
     "expm",
     "invsqrtm",

@@ -48,6 +48,47 @@ def covariance(X: Tensor, *, correction: int = 0) -> Tensor:
         return hermitian_part(P).to(X.dtype)
 
 
+def cross_covariance(X: Tensor, Y: Tensor, *, correction: int = 0) -> Tensor:
+    """The covariance C = X J Yᴴ between two sets of features of the same samples, with J = (I − 11ᵀ/n)/n.
+
+    Of standardised features it is the cross-correlation, which Barlow Twins brings to the identity.
+
+    Args:
+        X: (..., d, n) features, n samples of d channels; any floating or complex dtype. Half precision is computed
+            in float32, under autocast too.
+        Y: (..., e, n) features of the same n samples; batch dimensions broadcast.
+        correction: the divisor is n − correction, as in :func:`covariance`.
+
+    Returns:
+        (..., d, e), row i and column j the covariance of channel i of X with channel j of Y, in the dtype that those of
+        X and Y promote to. ``cross_covariance(X, X)`` is ``covariance(X)``.
+
+    Raises:
+        TypeError: X or Y is not a floating or complex tensor.
+        ValueError: fewer than two dimensions, different numbers of samples, or n ≤ correction.
+
+    Complexity: one product of d × n by n × e. Source: Zbontar et al., Barlow Twins, ICML 2021, eq. (2), before its
+    normalisation.
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.tensor([[1.0, -1.0, 1.0, -1.0]]), torch.tensor([[2.0, -2.0, 2.0, -2.0], [1.0, 1.0, 0.0, 0.0]])
+        >>> cross_covariance(X, Y)
+        tensor([[2., 0.]])
+    """
+    require_features(X, correction)
+    require_matrix(Y, "Y")
+    if X.shape[-1] != Y.shape[-1]:
+        raise ValueError(
+            f"X of shape {tuple(X.shape)} and Y of shape {tuple(Y.shape)} must have the same samples in their last "
+            f"dimension, got {X.shape[-1]} and {Y.shape[-1]}"
+        )
+    dtype = torch.promote_types(X.dtype, Y.dtype)
+    with full_precision(X):
+        A, B = (centred_factor(features.to(working_dtype(dtype)), correction) for features in (X, Y))
+        return (A @ B.mH).to(dtype)
+
+
 def centred_factor(X: Tensor, correction: int = 0) -> Tensor:
     """A = (X − mean)/√(n − correction), so that P = A Aᴴ; in the working dtype."""
     X = X.to(working_dtype(X.dtype))
