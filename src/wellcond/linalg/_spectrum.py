@@ -33,6 +33,7 @@ class Spectrum(NamedTuple):
 
     Example:
         >>> import torch
+        >>> from wellcond.linalg import spectrum
         >>> seen = spectrum(torch.diag(torch.tensor([4.0, 1.0])))
         >>> seen.condition_number().item(), seen.condition_number(eps=2.0).item(), seen.numerical_rank.item()
         (4.0, 2.0, 2)
