@@ -83,9 +83,14 @@ def apply_directly(function: type[torch.autograd.Function], *args: Any) -> Any:
 # Unlike torch.compiler.disable it loads the compiler at the first call: that takes longer than all of this library. And
 # done within a function that is being compiled, disabling would be a break of the graph by itself.
 @torch._disable_dynamo  # pyright: ignore[reportAttributeAccessIssue]
-def as_written(function: Callable, *args: Any) -> Any:
-    """``function(*args)``, run by Python where the compiler meets it, with one break of the graph for all of it."""
-    return function(*args)
+def as_written(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)``, run by Python where the compiler meets it: its graph breaks once for all of it."""
+    return function(*args, **kwargs)
+
+
+def in_a_graph_that_breaks() -> bool:
+    """Whether the compiler is at work, whose graph can break (an exported one cannot)."""
+    return is_compiling() and not is_exporting()
 
 
 def outside_the_compiler(function: F) -> F:
@@ -98,6 +103,6 @@ def outside_the_compiler(function: F) -> F:
 
     @wraps(function)
     def call(*args: Any) -> Any:
-        return as_written(function, *args) if is_compiling() and not is_exporting() else function(*args)
+        return as_written(function, *args) if in_a_graph_that_breaks() else function(*args)
 
     return cast(F, call)

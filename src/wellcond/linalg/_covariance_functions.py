@@ -11,7 +11,7 @@ from torch import Tensor
 from wellcond._shared.checks import require_nonnegative
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, wide_dtype, widened, working_dtype
-from wellcond._shared.torch_internals import in_onnx_export
+from wellcond._shared.torch_internals import as_written, in_a_graph_that_breaks, in_onnx_export
 
 from ._covariance import centred_factor, require_features
 from ._divided_differences import Log, Power, ScalarFunction
@@ -150,6 +150,8 @@ def _from_features(
     require_known(rank, get_args(FactorRank), "rank policy for features")
     require_rank_policy(rank, eps)
     by_factor = isinstance(choose_solver(solver), Eigh)
+    if by_factor and in_a_graph_that_breaks():
+        return as_written(_from_features, X, f, eps, solver, rank, correction)
     root = {0.5: sqrtm, -0.5: invsqrtm}.get(f.exponent) if isinstance(f, Power) else None
     if root is None and not by_factor:
         raise ValueError(f"solver={solver!r} computes the roots ±1/2 only; take solver='auto' here")

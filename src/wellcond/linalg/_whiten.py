@@ -32,7 +32,7 @@ from wellcond._shared.events import place
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, widened, working_dtype
 from wellcond._shared.products import identity, positive_or_one
-from wellcond._shared.torch_internals import in_onnx_export
+from wellcond._shared.torch_internals import as_written, in_a_graph_that_breaks, in_onnx_export
 
 from ._covariance import centred_factor, require_features
 from ._divided_differences import reciprocal_or_zero
@@ -99,6 +99,9 @@ def whiten(
     """
     _require_options(method, eps, rank, solver)
     require_features(X, correction)
+    if in_a_graph_that_breaks() and not (method == "zca" and choose_solver(solver).traceable):
+        given = {"eps": eps, "method": method, "relative": relative, "rank": rank, "correction": correction}
+        return as_written(whiten, X, **given, solver=solver, via=via)
     by_factor = _goes_by_factor(X, via, method, eps, rank, solver)
     if X.numel() == 0:
         return X.clone()

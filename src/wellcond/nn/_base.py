@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from wellcond._shared.checks import refuse_by_tracing_to_onnx
 from wellcond._shared.meaning import refuse_treated
-from wellcond._shared.torch_internals import is_compiling, is_exporting
+from wellcond._shared.torch_internals import in_a_graph_that_breaks, is_compiling, is_exporting
 from wellcond.linalg import Solver, SolverEvents, recording
 from wellcond.linalg.solvers import choose_solver
 
@@ -120,7 +120,7 @@ class SpectralModule(nn.Module):
     def breaks_graph(self) -> bool:
         """Whether the compiler, which is at work, would break its graph in this layer, and often: at every event, read
         value and decomposition. ``as_written`` breaks it once, and runs the layer as it does without a compiler."""
-        return is_compiling() and not is_exporting() and not self._is_traceable()
+        return in_a_graph_that_breaks() and not self._is_traceable()
 
     def _is_traceable(self) -> bool:
         """Whether a forward pass is products and other operations that read no value."""
