@@ -29,6 +29,8 @@ HELD = (
     "TokenCovariancePool",
     "SpectralLayer, invsqrt",
     "WhiteningColoring",
+    "whiten",
+    "covariance_sqrtm",
     "DecorrelatedBatchNorm2d, treated nog+ow+olr",
 )
 

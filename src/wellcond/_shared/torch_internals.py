@@ -83,9 +83,14 @@ def apply_directly(function: type[torch.autograd.Function], *args: Any) -> Any:
 # Unlike torch.compiler.disable it imports the compiler only on first use, which takes longer than importing all of
 # wellcond; and torch.compiler.disable, called in a function that is being compiled, would break the graph itself.
 @torch._disable_dynamo  # pyright: ignore[reportAttributeAccessIssue]
-def run_in_python(function: Callable, *args: Any) -> Any:
-    """``function(*args)`` in Python also in code that is compiled, with a single graph break."""
-    return function(*args)
+def run_in_python(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)`` in Python also in code that is compiled, with a single graph break."""
+    return function(*args, **kwargs)
+
+
+def in_breakable_graph() -> bool:
+    """Whether this is being compiled to a graph that can break (an exported one cannot)."""
+    return is_compiling() and not is_exporting()
 
 
 def outside_the_compiler(function: F) -> F:
@@ -98,6 +103,6 @@ def outside_the_compiler(function: F) -> F:
 
     @wraps(function)
     def call(*args: Any) -> Any:
-        return run_in_python(function, *args) if is_compiling() and not is_exporting() else function(*args)
+        return run_in_python(function, *args) if in_breakable_graph() else function(*args)
 
     return cast(F, call)

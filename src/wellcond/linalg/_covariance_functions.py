@@ -11,7 +11,7 @@ from torch import Tensor
 from wellcond._shared.checks import require_nonnegative
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, wide_dtype, widened, working_dtype
-from wellcond._shared.torch_internals import in_onnx_export
+from wellcond._shared.torch_internals import in_breakable_graph, in_onnx_export, run_in_python
 
 from ._covariance import centred_factor, require_features
 from ._factor_derivatives import Options
@@ -156,6 +156,8 @@ def _from_features(
     require_known(rank, get_args(FactorRank), "rank policy for features")
     require_rank_policy(rank, eps)
     by_factor = isinstance(choose_solver(solver), Eigh)
+    if by_factor and in_breakable_graph():
+        return run_in_python(_from_features, X, f, eps, solver, rank, correction)
     root = {0.5: sqrtm, -0.5: invsqrtm}.get(f.exponent) if isinstance(f, Power) else None
     if root is None and not by_factor:
         raise ValueError(f"solver={solver!r} computes the roots ±1/2 only; take solver='auto' here")

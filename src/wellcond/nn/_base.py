@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from wellcond._shared.checks import refuse_by_tracing_to_onnx
 from wellcond._shared.meaning import refuse_treated
-from wellcond._shared.torch_internals import is_compiling, is_exporting
+from wellcond._shared.torch_internals import in_breakable_graph, is_compiling, is_exporting
 from wellcond.linalg import Solver, SolverEvents, recording
 from wellcond.linalg.solvers import choose_solver
 
@@ -121,7 +121,7 @@ class SpectralModule(nn.Module):
     def _breaks_graph(self) -> bool:
         """Whether a compiled graph would break in this layer, and often: at every solver event, value that is read and
         decomposition. ``run_in_python`` breaks it once, and runs the layer as in eager mode."""
-        return is_compiling() and not is_exporting() and not self._is_traceable()
+        return in_breakable_graph() and not self._is_traceable()
 
     def _is_traceable(self) -> bool:
         """Whether a forward pass reads no value and calls no decomposition."""

@@ -11,11 +11,11 @@ from wellcond._shared.checks import readable
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, widened, working_dtype
 from wellcond._shared.products import positive_or_one
-from wellcond._shared.torch_internals import in_onnx_export
+from wellcond._shared.torch_internals import in_breakable_graph, in_onnx_export, run_in_python
 
 from .._covariance import centred_factor, require_features
 from .._rank import Rank
-from ..solvers import Solver
+from ..solvers import Solver, choose_solver
 from ._factor import require_samples, white_factor
 from ._matrix import WhiteningMethod, matrix_of, require_options
 
@@ -76,6 +76,9 @@ def whiten(
     """
     require_options(method, eps, rank, solver)
     require_features(X, correction)
+    if in_breakable_graph() and not (method == "zca" and choose_solver(solver).traceable):
+        given = {"eps": eps, "method": method, "relative": relative, "rank": rank, "correction": correction}
+        return run_in_python(whiten, X, **given, solver=solver, via=via)
     by_factor = _goes_by_factor(X, via, method, eps, rank, solver)
     if X.numel() == 0:
         return X.clone()
