@@ -1,7 +1,9 @@
 """The treatments in a loop of Hugging Face Accelerate, with a checkpoint that holds them.
 
-pip install "wellcond[huggingface]"
-python examples/accelerate_training.py
+Both attach to the prepared model and optimizer, and count optimizer steps, of which there is one for two batches here.
+
+    pip install "wellcond[huggingface]"
+    python examples/accelerate_training.py
 """
 
 from __future__ import annotations

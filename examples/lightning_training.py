@@ -1,7 +1,10 @@
 """The treatments in Lightning: two callbacks, and a module that knows nothing of them.
 
-pip install "wellcond[train]"
-python examples/lightning_training.py
+`TreatmentCallback` finds the layer before the decorrelated batch norm when the fit begins, and its state is in
+Lightning's checkpoints. `ConditionMonitorCallback` keeps the records, and logs them where there is a logger.
+
+    pip install "wellcond[train]"
+    python examples/lightning_training.py
 """
 
 from __future__ import annotations
