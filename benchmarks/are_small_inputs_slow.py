@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.bench.gauges import take_turns
+from wellcond.bench.ratios import add_ratios_option, write_ratios
 from wellcond.nn import DecorrelatedBatchNorm2d, IterNorm2d
 
 SHAPES = [(8, 16, 8, 8), (16, 64, 7, 7), (64, 32, 8, 8), (32, 256, 7, 7)]
@@ -58,7 +59,7 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
     torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
 
 
-def compare(shape: tuple[int, ...], options: argparse.Namespace) -> None:
+def compare(shape: tuple[int, ...], options: argparse.Namespace) -> dict[str, float]:
     x, grad = torch.randn(shape).requires_grad_(), torch.randn(shape)
     layers = {
         "ours": DecorrelatedBatchNorm2d(shape[1]),
@@ -73,6 +74,7 @@ def compare(shape: tuple[int, ...], options: argparse.Namespace) -> None:
     ms = [1e3 * times[name].minimum for name in calls]
     numbers = [f"{ms[0]:.3f}", f"{ms[0] / ms[2]:.2f}", f"{ms[0] / ms[3]:.1f}", f"{ms[1] / ms[2]:.2f}"]
     print(f"| {shape} | {' | '.join(numbers)} |", flush=True)
+    return {f"{shape} of plain": ms[0] / ms[2], f"{shape} IterNorm, of plain": ms[1] / ms[2]}
 
 
 def profile(shape: tuple[int, ...]) -> None:
@@ -88,6 +90,8 @@ def profile(shape: tuple[int, ...]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=5.0, help="for each shape")
+    parser.add_argument("--quick", action="store_true", help="half a second for each shape")
+    add_ratios_option(parser)
     parser.add_argument("--profile", type=int, nargs=4, metavar=("N", "C", "H", "W"))
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -97,8 +101,12 @@ def main() -> None:
         return
     print("| (N, C, H, W) | ours, ms | of plain autograd | of batch norm | IterNorm, of plain |")
     print("|---|---:|---:|---:|---:|")
+    if options.quick:
+        options.seconds = min(options.seconds, 0.5)
+    ratios: dict[str, float] = {}
     for shape in SHAPES:
-        compare(shape, options)
+        ratios |= compare(shape, options)
+    write_ratios(options.ratios, ratios)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from wellcond.bench import report
 from wellcond.bench.cases import FEATURE_SHAPES, MATRIX_SHAPES, QUICK_SHAPES, cases
 from wellcond.bench.contestants import AUTO, ISQRT, REFERENCE
 from wellcond.bench.measure import measure_case
+from wellcond.bench.ratios import add_ratios_option, write_ratios
 from wellcond.experiments.results.table import Table
 from wellcond.experiments.show.render import for_markdown
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer shapes and timings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_ratios_option(parser)
     options = parser.parse_args()
     shapes = QUICK_SHAPES if options.quick else (*MATRIX_SHAPES, *FEATURE_SHAPES)
     names = (REFERENCE, AUTO, ISQRT)
@@ -61,6 +63,8 @@ def main() -> None:
         overhead = f"{over[where]:+.0%}" if where in over else "—"
         rows.append([*where.split(), report.ratio(eigh[where]), report.ratio(isqrt[where]), overhead])
     print(for_markdown(Table(heads, rows)), "\n")
+    ratios = {f"{where}, of eigh": 1 / speed for where, speed in eigh.items() if speed}
+    write_ratios(options.ratios, ratios | {f"{where}, of the limit": 1 + value for where, value in over.items()})
     batches = {f"{r.case.task} {r.case.size}" for r in results if r.case.task in ON_MATRICES and r.case.shape[0] > 1}
     pooling = {f"{task} {'×'.join(map(str, POOLING_SHAPE))}" for task in ("covariance_sqrt", "pooling_layer")}
     print(verdict("times as fast as autograd through eigh", eigh, 1.0, at_least=True))

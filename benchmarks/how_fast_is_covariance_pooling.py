@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from wellcond.bench.gauges import take_turns
+from wellcond.bench.ratios import add_ratios_option, write_ratios
 from wellcond.nn import GlobalCovariancePool2d
 
 
@@ -61,7 +62,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="three rounds of the first shape")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_ratios_option(parser)
     options = parser.parse_args()
+    ratios: dict[str, float] = {}
     rounds = 3 if options.quick else options.rounds
     shapes = [(32, 256, 7, 7), (32, 64, 7, 7), (16, 256, 14, 14), (16, 128, 28, 28)]
     torch.manual_seed(0)
@@ -72,9 +75,11 @@ def main() -> None:
         calls = {name: partial(gradient, head, x, direction) for name, head in heads.items()}
         times = take_turns(calls, x.device, seconds=0.0, rounds=(rounds, rounds))
         least = {name: time.minimum for name, time in times.items()}
+        ratios[f"{shape}, of iSQRT-COV"] = least["ours"] / least["iSQRT-COV"]
         errors = {name: gradient_error(head, x) for name, head in heads.items()}
         columns = ", ".join(f"{name} {1e3 * least[name]:.1f} ms (gradient off by {errors[name]:.0e})" for name in heads)
         print(f"{shape}: {columns}; ratio {least['iSQRT-COV'] / least['ours']:.1f}", flush=True)
+    write_ratios(options.ratios, ratios)
 
 
 if __name__ == "__main__":

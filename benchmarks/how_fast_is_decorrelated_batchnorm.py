@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.bench.gauges import Call, peak_bytes, take_turns
+from wellcond.bench.ratios import add_ratios_option, write_ratios
 from wellcond.nn import DecorrelatedBatchNorm2d
 
 SHAPES = [(128, 64, 32, 32), (256, 256, 14, 14)]
@@ -83,7 +84,7 @@ def minimum(calls: dict[str, Call], rounds: int, device: torch.device) -> dict[s
     }
 
 
-def compare(shape: tuple[int, ...], dtype: torch.dtype, options: argparse.Namespace) -> None:
+def compare(shape: tuple[int, ...], dtype: torch.dtype, options: argparse.Namespace) -> dict[str, float]:
     device, C = torch.device(options.device), shape[1]
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     x, grad = (torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout) for _ in range(2))
@@ -115,6 +116,13 @@ def compare(shape: tuple[int, ...], dtype: torch.dtype, options: argparse.Namesp
         f" peak memory {peaks[0]:.2f} x the input (batch norm {peaks[1]:.2f}, SVD {peaks[2]:.2f})",
         flush=True,
     )
+    where = f"{shape} {str(dtype).removeprefix('torch.')}"
+    return {
+        f"{where}, of batch norm": seconds["ours"] / seconds["batch norm"],
+        f"{where}, of autograd through the SVD": plain["ours"] / plain["svd"],
+        f"{where}, evaluation, of a convolution": still["ours"] / still["convolution"],
+        f"{where}, peak memory, of the input": peaks[0],
+    }
 
 
 def main() -> None:
@@ -126,6 +134,7 @@ def main() -> None:
     parser.add_argument("--mean", type=float, default=0.0, help="of the activations, in deviations")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_ratios_option(parser)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -133,9 +142,11 @@ def main() -> None:
         options.rounds = 5
     torch.manual_seed(0)
     print(torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads")
+    ratios: dict[str, float] = {}
     for batch, *rest in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
-            compare((batch // 4 if options.quick else batch, *rest), dtype, options)
+            ratios |= compare((batch // 4 if options.quick else batch, *rest), dtype, options)
+    write_ratios(options.ratios, ratios)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 import wellcond.linalg as wl
 from wellcond import nn as spectral
+from wellcond.bench.ratios import add_ratios_option, write_ratios
 from wellcond.orthogonality import treat
 
 Made = tuple[Callable[..., Any], tuple[Tensor, ...]]
@@ -263,6 +264,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="as the other scripts have it; this one always is")
     parser.add_argument("--json", type=Path, help="write the counts to this file")
     parser.add_argument("--before", type=Path, help="counts of another version, as --json writes them")
+    add_ratios_option(parser)
     options = parser.parse_args()
     before = json.loads(options.before.read_text()) if options.before else {}
     found = {name: case for name, case in CASES.items() if not options.names or any(n in name for n in options.names)}
@@ -279,6 +281,8 @@ def main() -> None:
         if options.list:
             print("  forward:", *counted.forward, "\n  backward:", *counted.backward)
     print("\nThe last of them on the CPU with its checks of values. *: an accelerator's way, counted on the CPU.")
+    unit = count_case(CASES["BatchNorm2d"]).both
+    write_ratios(options.ratios, {f"{name}, of BatchNorm2d": n["both"] / unit for name, n in counts.items()})
     if options.json:
         options.json.write_text(json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
 

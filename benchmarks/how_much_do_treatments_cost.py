@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from wellcond.bench.gauges import Call, take_turns
+from wellcond.bench.ratios import add_ratios_option, write_ratios
 from wellcond.experiments.run.models import build_model
 from wellcond.orthogonality import treat
 
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="resnet8, batch 32")
+    add_ratios_option(parser)
     options = parser.parse_args()
     if options.quick:
         options.model, options.batch = "resnet8", 32
@@ -95,8 +97,11 @@ def main() -> None:
     works = [weight_step(copy.deepcopy(layer), names) for names in (None, *TREATMENTS)]
     plain, *others = minimum(works, 200, device)
     print(f"the weight alone, untreated: {1e3 * plain:.3f} ms")
+    ratios = {"a whole step, of the untreated": treated / untreated}
     for names, seconds in zip(TREATMENTS, others, strict=True):
+        ratios[f"the weight alone, {names}, of the untreated"] = seconds / plain
         print(f"{names:<12} {1e3 * (seconds - plain):+.3f} ms, {(seconds - plain) / untreated:.3%} of a step")
+    write_ratios(options.ratios, ratios)
 
 
 if __name__ == "__main__":

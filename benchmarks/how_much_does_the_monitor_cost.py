@@ -19,6 +19,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from wellcond.bench.ratios import add_ratios_option, write_ratios
 from wellcond.experiments.run.models import build_model
 from wellcond.monitor import ConditionMonitor
 
@@ -60,16 +61,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--width", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="two rounds of the narrower network")
+    add_ratios_option(parser)
     options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.width = 2, options.width[:1]
     torch.set_num_threads(1)
+    ratios: dict[str, float] = {}
     for width in options.width:
         times = measure(width, options.rounds, options.device)
         share = ((options.every - 1) * times["between"] + times["record"]) / (options.every * times["unwatched"]) - 1
+        ratios[f"{width} channels, of a step unwatched"] = 1 + share
         steps = ", ".join(f"{kind} {1e3 * time_:.1f} ms" for kind, time_ in times.items())
         print(
             f"{width} channels, {options.device}: {steps}; every {options.every} steps: {share:+.2%} of a step",
             flush=True,
         )
+    write_ratios(options.ratios, ratios)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 
 from wellcond.bench.cases import Case, make_input
 from wellcond.bench.gauges import take_turns
+from wellcond.bench.ratios import add_ratios_option, write_ratios
 from wellcond.experiments.results.table import Table
 from wellcond.experiments.show.render import for_markdown
 from wellcond.linalg.lapack import _batches
@@ -38,7 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer sizes and timings")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    add_ratios_option(parser)
     options = parser.parse_args()
+    ratios: dict[str, float] = {}
     sizes = (16, 64, 256) if options.quick else (8, 16, 32, 64, 128, 256, 384, 512)
     batches = (2, 16, 128) if options.quick else (2, 4, 8, 16, 64, 256)
     cells: list[list[str]] = []
@@ -54,9 +57,12 @@ def main() -> None:
             starred = _batches.chunk_count(P) > 1
             row.append(f"{faster:.2f}{'*' if starred else ''}")
             cut += [faster] if starred else []
+            if starred:
+                ratios[f"{batch}x{d}x{d}, in threads"] = 1 / faster
         cells.append(row)
     print(f"{options.dtype}, {torch.get_num_threads()} threads: times as fast in threads; * is cut by the library\n")
     print(for_markdown(Table(["size", *(f"batch {batch}" for batch in batches)], cells)))
+    write_ratios(options.ratios, ratios)
     if cut:
         print(f"\nminimum and maximum gain where it is cut: {min(cut):.2f}, {max(cut):.2f}")
 

@@ -14,6 +14,7 @@ import torch
 
 import wellcond.linalg as wl
 from wellcond.bench.gauges import take_turns
+from wellcond.bench.ratios import add_ratios_option, write_ratios
 
 SHAPES = [(d, max(d * share // 8, 1)) for d in (64, 256) for share in (1, 2, 4, 6, 8, 32)]
 
@@ -24,7 +25,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="three rounds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_ratios_option(parser)
     options = parser.parse_args()
+    ratios: dict[str, float] = {}
     for d, n in SHAPES:
         X = torch.randn(options.batch, d, n, device=options.device, requires_grad=True)
         G = torch.randn_like(X)
@@ -35,11 +38,13 @@ def main() -> None:
         rounds = 3 if options.quick else options.rounds
         least = {via: t.minimum for via, t in take_turns(calls, X.device, seconds=0.0, rounds=(rounds, rounds)).items()}
         ratio = least["covariance"] / least["factor"]
+        ratios[f"{options.batch}x{d}x{n}, factor of covariance"] = 1 / ratio
         print(
             f"{options.batch} x {d} x {n}: covariance {1e3 * least['covariance']:.2f} ms, "
             f"factor {1e3 * least['factor']:.2f} ms, {ratio:.2f} times as fast",
             flush=True,
         )
+    write_ratios(options.ratios, ratios)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 
 from wellcond.bench.cases import MATRIX_SHAPES, Case, make_input
 from wellcond.bench.gauges import Time, take_turns
+from wellcond.bench.ratios import add_ratios_option, write_ratios
 from wellcond.experiments.results.table import Table
 from wellcond.experiments.show.render import for_markdown
 from wellcond.linalg import auto_solver, sqrtm
@@ -41,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer sizes and timings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_ratios_option(parser)
     options = parser.parse_args()
     device = torch.device(options.device)
     seconds = 0.2 if options.quick else 1.5
@@ -61,14 +63,17 @@ def main() -> None:
     shapes = MATRIX_SHAPES[:3] if options.quick else MATRIX_SHAPES
     cells = []
     worst = 0.0
+    best: dict[str, float] = {}
     for shape in shapes:
         t = times(shape, device, seconds)
         taken = auto_solver(torch.empty(shape, device=device)).name
         # Auto and the solver it takes are the same code: what differs between the two is the noise of the machine.
         lost = min(t["auto"].minimum, t[taken].minimum) / min(time.minimum for time in t.values())
         worst = max(worst, lost)
+        best[f"{'×'.join(map(str, shape))}, auto of the best"] = lost
         cells.append(["×".join(map(str, shape)), taken, f"{lost:.2f}"])
     print(for_markdown(Table(["shape", "auto takes", "auto / best"], cells)))
+    write_ratios(options.ratios, best)
     print(f"\nauto is within {worst:.2f} of the best (to keep: 1.2)")
 
 

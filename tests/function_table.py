@@ -129,6 +129,8 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "covariance": Function(wl.covariance, features, power(1.0)),
     "covariance-unbiased": Function(partial(wl.covariance, correction=1), features, lambda v: v * 3 / 2),
+    "cross_covariance": Function(lambda X: wl.cross_covariance(X, X), features, power(1.0)),
+    "cross_covariance-others": Function(lambda X: wl.cross_covariance(X, 2 * X), features, lambda v: 2 * v),
     "covariance_sqrtm": Function(wl.covariance_sqrtm, features, power(0.5), ALL),
     "covariance_sqrtm-few": Function(wl.covariance_sqrtm, few_samples, power(0.5), spectra=FEW),
     "covariance_logm": Function(

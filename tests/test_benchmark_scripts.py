@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -15,9 +16,14 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = [
     FOLDER / f"{name}.py"
     for name in (
+        "are_small_inputs_slow",
         "are_we_faster_than_autograd",
         "how_do_peers_compare",
+        "how_does_it_compile",
+        "how_much_does_every_norm_cost",
+        "on_a_gpu",
         "remake_the_page",
+        "run_all",
         "svd_gradients",
         "streaming",
         "when_do_threads_pay",
@@ -53,8 +59,15 @@ def test_each_asks_a_question_and_says_how_it_is_run(path):
     assert re.search(rf"^    python benchmarks/{path.stem}\.py", text, re.MULTILINE)
 
 
-def test_faster_than_autograd(run):
-    printed = run("are_we_faster_than_autograd", "--device", "cpu", QUICK_SHAPES=((2, 4, 4), (2, 4, 3, 3)))
+def test_faster_than_autograd(run, tmp_path):
+    path = tmp_path / "ratios.json"
+    options = ("--device", "cpu", "--ratios", str(path))
+    printed = run("are_we_faster_than_autograd", *options, QUICK_SHAPES=((2, 4, 4), (2, 4, 3, 3)))
+    ratios = json.loads(path.read_text())
+    speeds = re.findall(r"^\| (\w+) \| ([\d×]+) \| ([\d.]+) \|", printed, re.MULTILINE)
+    assert len(speeds) == 5
+    for task, size, speed in speeds:  # what is twice as fast takes half the time, to the two digits shown
+        assert 1 / ratios[f"{task} {size}, of eigh"] == pytest.approx(float(speed), rel=0.06)
     assert "| sqrt | 2×4×4 |" in printed and "| whitening_layer | 2×4×3×3 |" in printed
     verdicts = re.findall(r"^- .*: (-?[\d.]+) at worst \(.*\), wanted ([\d.]+): (met|missed)$", printed, re.MULTILINE)
     assert [float(wanted) for _, wanted, _ in verdicts] == [1.0, 1.7, 0.15]
@@ -64,8 +77,11 @@ def test_faster_than_autograd(run):
     assert "iSQRT-COV, 5 steps: not measured on these shapes" in printed
 
 
-def test_where_auto_crosses_over(run):
-    printed = run("where_does_auto_cross_over", "--device", "cpu", MATRIX_SHAPES=((1, 3, 3), (4, 5, 5)))
+def test_where_auto_crosses_over(run, tmp_path):
+    path = tmp_path / "ratios.json"
+    options = ("--device", "cpu", "--ratios", str(path))
+    printed = run("where_does_auto_cross_over", *options, MATRIX_SHAPES=((1, 3, 3), (4, 5, 5)))
+    assert all(ratio >= 1 for ratio in json.loads(path.read_text()).values())
     rows = re.findall(r"^\| (16|64|256) \| ([\d.]+) \| ([\d.]+|—) \|$", printed, re.MULTILINE)
     assert [size for size, *_ in rows] == ["16", "64", "256"] and all(float(ratio) > 0 for _, ratio, _ in rows)
     assert "| 4×5×5 | eigh |" in printed
@@ -101,3 +117,45 @@ def test_streaming(run):
     assert re.search(r"^images a second: decoding alone \d+, the loader \d+$", printed, re.MULTILINE)
     ratio, verdict = re.search(r"^ratio ([\d.]+) .*: (met|missed)$", printed, re.MULTILINE).groups()
     assert verdict == ("met" if float(ratio) >= 0.9 else "missed") or ratio == "0.90"
+
+
+def test_small_inputs(run, tmp_path):
+    path = tmp_path / "ratios.json"
+    printed = run("are_small_inputs_slow", "--ratios", str(path), "--seconds", "0", SHAPES=[(4, 4, 3, 3)])
+    of_plain, iterated = re.search(
+        r"^\| \(4, 4, 3, 3\) \| .* \| ([\d.]+) \| .* \| ([\d.]+) \|$", printed, re.M
+    ).groups()
+    assert list(json.loads(path.read_text()).values()) == pytest.approx([float(of_plain), float(iterated)], abs=0.005)
+
+
+@pytest.mark.filterwarnings("ignore:.*values per channel")
+def test_every_norm(run, tmp_path):
+    path = tmp_path / "ratios.json"
+    small = ("--device", "cpu", "--width", "4", "--batch", "4", "--size", "8", "--threads", "1", "--ratios", str(path))
+    printed = run("how_much_does_every_norm_cost", *small)
+    rows = re.findall(r"^\| (.+?) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| (.*) \|$", printed, re.MULTILINE)
+    # The stem, two in each of three blocks, and those of the two shortcuts that change the shape.
+    assert [(name, int(count)) for name, count, *_ in rows] == [
+        ("batch norm", 0),
+        ("groups of 16", 9),
+        ("groups of 64", 9),
+        ("IterNorm, groups of 16", 9),
+        ("IterNorm, groups of 64", 9),
+    ]
+    ratios = json.loads(path.read_text())
+    assert len(ratios) == 4
+    for name, _, ms, ratio, verdict in rows[1:]:
+        assert float(ms) / float(rows[0][2]) == pytest.approx(ratios[f"{name}, of batch norm"], rel=0.1)
+        assert float(ratio) == pytest.approx(ratios[f"{name}, of batch norm"], abs=0.006)
+        wanted = re.match(r"≤ ([\d.]+): (met|missed)", verdict)
+        assert (wanted is None) == name.startswith("IterNorm")
+        if wanted:
+            assert wanted[2] == ("met" if ratios[f"{name}, of batch norm"] <= float(wanted[1]) else "missed")
+
+
+def test_how_it_compiles(run, tmp_path, fresh_compiler):
+    path = tmp_path / "ratios.json"
+    printed = run("how_does_it_compile", "BatchNorm2d, 2 groups", "--device", "cpu", "--ratios", str(path))
+    (row,) = re.findall(r"^\| DecorrelatedBatchNorm2d, 2 groups \| (\d) \| ≤ 1 \| (\d) of 3 \|", printed, re.MULTILINE)
+    assert row == ("1", "1")
+    assert json.loads(path.read_text()) == {"DecorrelatedBatchNorm2d, 2 groups, graphs": 2}

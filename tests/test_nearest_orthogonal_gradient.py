@@ -15,7 +15,7 @@ from torch import nn
 import treatment_models
 from treatment_models import LAYERS, batches, matrices, polar_reference, same, sgd, small_net, train
 from wellcond.orthogonality import NearestOrthogonalGradient
-from wellcond.orthogonality._polar_factors import nearest_orthogonal
+from wellcond.orthogonality._polar_factors import polar_factors
 
 EPS = torch.finfo(torch.float32).eps
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -39,7 +39,7 @@ def stepped(layer: nn.Module, gradient: torch.Tensor, **options) -> torch.Tensor
 def test_it_is_the_nearest(shape, seed):
     """No random orthogonal matrix is nearer, and the distance is the known minimum √Σ(σ − 1)²."""
     G = gaussian(*shape, seed=seed, dtype=torch.float64)
-    R = nearest_orthogonal(G)[0].numpy()
+    R = polar_factors(G)[0].numpy()
     distance = np.linalg.norm(G.numpy() - R)
     sigma = np.linalg.svd(G, compute_uv=False)
     # float64 rounding only: the factor of a random matrix is known to eps·κ, and the distance to its square.
@@ -55,7 +55,7 @@ def test_it_keeps_singular_vectors(shape, seed):
     """R = U Vᵀ has uᵢᵀ R vᵢ = 1 for every singular pair of G: only the step size in each direction changes."""
     G = gaussian(*shape, seed=seed, dtype=torch.float64)
     U, sigma, Vh = np.linalg.svd(G.numpy(), full_matrices=False)
-    R = nearest_orthogonal(G)[0].numpy()
+    R = polar_factors(G)[0].numpy()
     gap = np.abs(U.T @ R @ Vh.T - np.eye(min(shape))).max()
     assert gap <= 100 * np.finfo(np.float64).eps * sigma[0] / sigma[-1]  # the condition of the polar factor
 
@@ -122,7 +122,7 @@ def test_one_bad_group_leaves_the_others_treated():
 
 def test_directions_in_which_the_gradient_vanishes_are_not_invented():
     G = gaussian(8, 2) @ gaussian(2, 5, seed=1)
-    R = nearest_orthogonal(G)[0]
+    R = polar_factors(G)[0]
     assert np.allclose(np.linalg.svd(R, compute_uv=False), [1, 1, 0, 0, 0], atol=1e-5)
 
 
@@ -154,7 +154,7 @@ def test_a_step_equals_replacing_the_gradient_by_hand(optimizer, options):
             stepper.zero_grad()
             nn.functional.cross_entropy(net(x), y).backward()
             if net is twin:
-                twin[0].weight.grad.copy_(nearest_orthogonal(twin[0].weight.grad.flatten(1))[0].view(8, 3, 3, 3))
+                twin[0].weight.grad.copy_(polar_factors(twin[0].weight.grad.flatten(1))[0].view(8, 3, 3, 3))
             stepper.step()
     assert same(model, twin)
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from treatment_models import LAYERS, batches, gaussian, matrices, same, small_net, train
 from wellcond.orthogonality import NearestOrthogonalGradient, OptimalLearningRate
+from wellcond.orthogonality._optimizers import LINEAR_IN_LR
 from wellcond.orthogonality._rates import exact_rate, paper_rate
-from wellcond.orthogonality._step_treatment import LINEAR_IN_LR
 
 seeds = st.integers(0, 2**32 - 1)
 shapes = st.tuples(st.integers(1, 8), st.integers(1, 8))

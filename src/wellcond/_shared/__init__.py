@@ -1,5 +1,6 @@
-"""The ground floor: what every package of the library stands on, and that is no mathematics.
+"""What every other package builds on.
 
-Checks at the public door and their messages, errors, solver events, precisions, names and what they were meant to be,
-models inside their wrappers, and everything that PyTorch has no public name for. It imports nothing else of ours.
+Argument checks and their messages, errors, solver events, precision, "did you mean", unwrapping of models, the meaning
+of saved states, products and convolutions that several packages need, and all uses of PyTorch's private API. Imports
+nothing else of wellcond.
 """

@@ -1,7 +1,4 @@
-"""What our autograd functions share: one rule for ``torch.func.vmap``, and whether one is differentiated again.
-
-They all batch over leading dimensions already, so vmap adds one more in front.
-"""
+"""Shared by all autograd functions: a vmap rule, and the question whether a result is differentiated again."""
 
 from __future__ import annotations
 
@@ -11,14 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .torch_internals import apply_directly, is_compiling, is_exporting, under_forward_mode, under_functorch
+from .torch_internals import (
+    apply_directly,
+    is_compiling,
+    is_exporting,
+    run_in_python,
+    under_forward_mode,
+    under_functorch,
+)
 
 
 class BatchedFunction(torch.autograd.Function):
     """An autograd function whose operations broadcast over leading dimensions, so that vmap adds one more in front.
 
-    The tensors are really expanded before they enter: autograd then sums the gradient of one that was not mapped.
+    Tensors that are not mapped are expanded before the call, so that autograd sums their gradients.
     """
+
+    vmap: Any
 
     def __init_subclass__(cls) -> None:
         def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -26,18 +32,24 @@ class BatchedFunction(torch.autograd.Function):
             out = cls.apply(*front)
             return out, (0,) * len(out) if isinstance(out, tuple) else 0
 
-        # ``apply`` binds its arguments to the signature at every call, and inspects it again unless it is cached here.
+        # ``apply`` binds its arguments to the signature in every call; this saves inspecting it every time.
         cls.forward.__signature__ = inspect.signature(cls.forward)  # pyright: ignore[reportFunctionMemberAccess]
         cls.vmap = staticmethod(vmap)  # pyright: ignore[reportAttributeAccessIssue]
 
     @classmethod
     def call(cls, *args: Any) -> Any:
-        """``apply`` without its binding of defaults and search for wrappers, which cost what a small product does."""
-        if is_exporting():  # a graph holds operations alone
+        """``apply`` without binding defaults and looking for transforms, which costs as much as a small product."""
+        if is_exporting():  # an exported graph holds plain operations only
             return cls.forward(*args)
-        if is_compiling() or under_functorch():
+        if is_compiling():  # it knows no function with a rule for the forward mode
+            return run_in_python(_apply, cls, *args)
+        if under_functorch():
             return cls.apply(*args)
         return apply_directly(cls, *args)
+
+
+def _apply(function: type[BatchedFunction], *args: Any) -> Any:
+    return function.apply(*args)
 
 
 class _Once(BatchedFunction):
@@ -61,12 +73,12 @@ class _Once(BatchedFunction):
 
 
 def once(value: Tensor, message: str, *sources: Tensor) -> Tensor:
-    """``value``, refusing a further derivative with respect to ``sources`` instead of giving a wrong one."""
+    """``value``; differentiating it again with respect to ``sources`` raises instead of giving a wrong result."""
     return _Once.apply(value.detach(), message, *sources)  # pyright: ignore[reportReturnType]
 
 
 def differentiated_again() -> bool:
-    """Whether what is computed now may itself be differentiated, in any mode."""
+    """Whether the current computation may itself be differentiated, in any mode."""
     return torch.is_grad_enabled() or under_forward_mode() or under_functorch()
 
 

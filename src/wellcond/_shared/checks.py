@@ -1,7 +1,7 @@
-"""The public door: shapes, dtypes and values are checked here once; what is inside trusts them.
+"""Argument checks of the public functions; the code behind them trusts its inputs.
 
-Shape and dtype checks are free and always on. Value checks (finite, symmetric, definite) read the tensor: on an
-accelerator that would make the host wait, so they are on for CPU tensors and off elsewhere unless
+Checks of shape and dtype are free and always on. Checks of values (finite, symmetric, definite) read the tensor, for
+which the host would have to wait for an accelerator: they are on for CPU tensors and off elsewhere, unless
 :func:`value_checks` says otherwise.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import NonFiniteMatrixError, NotSymmetricError
 from .events import place
-from .torch_internals import has_values, in_onnx_export, is_exporting, under_functorch
+from .torch_internals import has_values, in_onnx_export, is_compiling, is_exporting, under_functorch
 
 _value_checks: ContextVar[bool | None] = ContextVar("value_checks", default=None)
 
@@ -26,7 +26,12 @@ _value_checks: ContextVar[bool | None] = ContextVar("value_checks", default=None
 def value_checks(enabled: bool) -> Iterator[None]:
     """Turn the checks that read matrix entries on or off in this block, on every device.
 
-    Without it they are on for CPU tensors and off for accelerators, where they cost a synchronisation.
+    By default they are on for CPU tensors and off for accelerators, where they cost a synchronisation.
+
+    Args:
+        enabled: whether values are checked. Checks of shape and dtype stay on.
+
+    Complexity: O(1). The setting is a context variable: it applies to the current thread or task.
 
     Example:
         >>> import torch, wellcond.linalg as wl
@@ -41,8 +46,10 @@ def value_checks(enabled: bool) -> Iterator[None]:
 
 
 def checks_values(x: Tensor) -> bool:
-    """Whether the entries of ``x`` are to be read and checked; never while it is exported, when it has none."""
-    if is_exporting():
+    """Whether to read and check the entries of ``x``: never during export, when there are none, nor while compiling,
+    where reading breaks the graph. (LAPACK runs outside the graph, and its matrices are checked there.)
+    """
+    if is_exporting() or is_compiling():
         return False
     enabled = _value_checks.get()
     if enabled is None:
@@ -51,12 +58,12 @@ def checks_values(x: Tensor) -> bool:
 
 
 def readable(x: Tensor) -> bool:
-    """:func:`checks_values`, where an autograd function does not unwrap them: under ``torch.func`` there are none."""
+    """As :func:`checks_values`, for use outside of autograd functions, where ``torch.func`` hides the values."""
     return not under_functorch() and checks_values(x)
 
 
 def require_matrix(x: Tensor, name: str, *, square: bool = False) -> None:
-    """Refuse what is not a (..., m, n) floating or complex tensor."""
+    """Raise unless ``x`` is a (..., m, n) floating or complex tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if not (x.is_floating_point() or x.is_complex()):
@@ -80,19 +87,19 @@ BY_PRODUCTS = (
 
 
 def refuse_in_onnx(operation: str, way_out: str = BY_PRODUCTS) -> None:
-    """Refuse what ONNX has no operator for, while it is exported to."""
+    """Raise during ONNX export, for an operation that ONNX lacks."""
     if in_onnx_export():
         raise NotImplementedError(f"ONNX has no {operation}{place()}: {way_out}")
 
 
 def refuse_by_tracing_to_onnx(layer: str) -> None:
-    """Refuse the older of the two ONNX exporters, which lacks the operators of matrix work."""
+    """Raise in the older ONNX exporter (tracing), which lacks the operators of matrix work."""
     if torch.jit.is_tracing() and in_onnx_export():
         raise NotImplementedError(f"{layer} exports to ONNX by torch.onnx.export(..., dynamo=True) alone")
 
 
 def require_nonnegative(value: float, name: str) -> None:
-    """Refuse a negative or non-finite number, and a tensor whose gradient would be lost."""
+    """Raise for a negative or non-finite number, and for a tensor that would lose its gradient."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(
             f"{name} must be a number, got a tensor that requires a gradient, which it would not get; to learn a "
@@ -103,7 +110,7 @@ def require_nonnegative(value: float, name: str) -> None:
 
 
 def bad_indices(bad: Tensor) -> str:
-    """The places where a batch of flags is set, as text: ``batch index (3,), (5,)``; empty for no batch."""
+    """Where a batch of flags is set, as text: `` at batch index (3,), (5,)``; empty without batch dimensions."""
     if bad.ndim == 0:
         return ""
     places = [tuple(i) for i in bad.nonzero()[:4].tolist()]
@@ -112,8 +119,8 @@ def bad_indices(bad: Tensor) -> str:
 
 
 def require_finite(x: Tensor, name: str) -> None:
-    """Refuse NaN and infinity, naming the matrices of the batch that hold them."""
-    # One pass settles the usual case; a sum may overflow, which only costs the closer look.
+    """Raise for NaN and infinity, naming the matrices of the batch that contain them."""
+    # One pass is enough in the usual case; an overflowing sum only leads to the closer look.
     if math.isfinite(abs(x.sum().item())):
         return
     finite = torch.isfinite(x)
@@ -125,10 +132,10 @@ def require_finite(x: Tensor, name: str) -> None:
         )
 
 
-def require_symmetric(P: Tensor, name: str, unit: float = 0.0) -> None:
-    """Refuse a matrix further from Hermitian than √eps of its largest entry, which rounding stays far below.
+def require_symmetric(P: Tensor, unit: float = 0.0) -> None:
+    """Raise for a matrix further from Hermitian than √eps of its largest entry, far beyond rounding.
 
-    Of a small matrix that stands beside another of size ``unit``, also the rounding of that one counts, 10·d·eps.
+    If P is small beside another matrix of size ``unit``, the rounding of that one, 10·d·eps, is allowed too.
     """
     eps = torch.finfo(P.dtype).eps
     gap = (P - P.mH).abs().amax((-2, -1))
@@ -137,24 +144,24 @@ def require_symmetric(P: Tensor, name: str, unit: float = 0.0) -> None:
     if bad.any():
         worst = (gap / size.clamp_min(torch.finfo(P.dtype).tiny)).max().item()
         raise NotSymmetricError(
-            f"{name} of shape {tuple(P.shape)} is not symmetric{bad_indices(bad)}{place()}: |P - Pᴴ| is {worst:.1e} "
-            f"of its largest entry; symmetrise it with ({name} + {name}.mH) / 2 if that is what you mean"
+            f"P of shape {tuple(P.shape)} is not symmetric{bad_indices(bad)}{place()}: |P - Pᴴ| is {worst:.1e} of its "
+            "largest entry; symmetrise it with (P + P.mH) / 2 if that is what you mean"
         )
 
 
-def hermitian(P: Tensor, name: str = "P", unit: float = 0.0) -> Tensor:
-    """The Hermitian part of P, after the value checks where they are on; see :func:`require_symmetric`."""
+def hermitian(P: Tensor, unit: float = 0.0) -> Tensor:
+    """The Hermitian part of P, after the value checks if they are on; see :func:`require_symmetric` for ``unit``."""
     if not checks_values(P):
         return hermitian_part(P)
-    # Two passes without a temporary settle the usual case: exactly Hermitian (NaN equals nothing) and a finite sum.
+    # Two passes without a temporary are enough in the usual case: exactly Hermitian (NaN equals nothing), finite sum.
     if torch.equal(P, P.mH):
-        require_finite(P, name)
+        require_finite(P, "P")
         return P
-    require_finite(P, name)
-    require_symmetric(P, name, unit)
+    require_finite(P, "P")
+    require_symmetric(P, unit)
     return hermitian_part(P)
 
 
 def hermitian_part(P: Tensor) -> Tensor:
-    """(P + Pᴴ)/2 in one operation: Hermitian to the rounding of each entry, and exactly where P is nearly so."""
+    """(P + Pᴴ)/2 in one operation: Hermitian up to the rounding of each entry, exactly so if P nearly is."""
     return torch.lerp(P, P.mH, 0.5)

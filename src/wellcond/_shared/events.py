@@ -1,8 +1,7 @@
-"""Counting what happens to decompositions: the "failure times" of the paper's Table 5, layer by layer.
+"""Counts of decompositions and their failures: the "failure times" of the paper's Table 5, layer by layer.
 
-A layer opens :func:`recording` around its spectral work; whatever is decomposed inside is counted in its
-:class:`SolverEvents`, and errors raised inside name the layer. The recording is a context variable, so
-threads and nested layers do not mix.
+A layer opens :func:`recording` around its spectral work: its :class:`SolverEvents` count what is decomposed inside, and
+errors raised inside name the layer. The recording is a context variable, so threads and nested layers do not mix.
 """
 
 from __future__ import annotations
@@ -17,12 +16,16 @@ from .torch_internals import is_compiling
 
 @dataclass
 class SolverEvents:
-    """Counts of decompositions and of what went wrong in them, since the start (or the last ``reset()``).
+    """Counts of decompositions and of their failures, since the start (or the last ``reset()``).
 
     Attributes:
-        calls: batches of matrices handed to a decomposition.
+        calls: batches of matrices that were decomposed.
         failures: matrices whose first decomposition did not converge or was not finite.
-        rescues: for each step of the fall-back chain, the matrices that it saved.
+        rescues: by step of the fall-back chain, how many matrices it rescued.
+
+    Example:
+        >>> SolverEvents(calls=3, failures=2, rescues={"float64": 2}).retries
+        2
     """
 
     calls: int = 0
@@ -31,7 +34,7 @@ class SolverEvents:
 
     @property
     def retries(self) -> int:
-        """Matrices that a step of the fall-back chain saved."""
+        """Matrices that a step of the fall-back chain rescued."""
         return sum(self.rescues.values())
 
     def reset(self) -> None:
@@ -48,10 +51,10 @@ def recording(events: SolverEvents, describe: Callable[[], str]) -> Iterator[Sol
     """Count the decompositions of this block in ``events``; ``describe()`` names the place in errors.
 
     Args:
-        events: what is counted into, and given back by ``with``.
-        describe: called where an error is raised, for the end of its message.
+        events: the counters; ``with`` returns them.
+        describe: called when an error is raised; its result ends the message.
 
-    Complexity: O(1). The block is that of a thread or task, as context variables are; the innermost one counts.
+    Complexity: O(1). The recording applies to the current thread or task; the innermost one counts.
 
     Example:
         >>> import torch
@@ -69,7 +72,7 @@ def recording(events: SolverEvents, describe: Callable[[], str]) -> Iterator[Sol
 
 
 def count_call() -> None:
-    """Note that a batch is about to be decomposed (not in a compiled graph of products, which runs without us)."""
+    """Count a batch that is about to be decomposed (not in a compiled graph of products, where no Python runs)."""
     if is_compiling():
         return
     if (current := _current.get()) is not None:
@@ -77,7 +80,7 @@ def count_call() -> None:
 
 
 def count_failure(rescued_by: str | None) -> None:
-    """Note one matrix whose first decomposition failed, and the step that saved it (None: none did)."""
+    """Count one matrix whose first decomposition failed, and the step that rescued it (None: no step did)."""
     if (current := _current.get()) is not None:
         events = current[0]
         events.failures += 1
@@ -86,6 +89,6 @@ def count_failure(rescued_by: str | None) -> None:
 
 
 def place() -> str:
-    """`` in layer 'x'`` when a recording is open, else an empty string: the tail of an error message."""
+    """`` in layer 'x'`` inside a recording, else an empty string: the end of an error message."""
     current = _current.get()
     return f" in {current[1]()}" if current is not None else ""

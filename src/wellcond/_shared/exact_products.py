@@ -1,9 +1,9 @@
-"""Spectral work in the full precision of float32, whatever the user has chosen for products of float32 matrices.
+"""Spectral work in full float32 precision, whatever precision the user has chosen for float32 matrix products.
 
-``torch.set_float32_matmul_precision("high")`` rounds what is multiplied to TF32 on CUDA, some 1e-3, and "medium" to
-bfloat16: enough for a linear layer, and the end of an orthogonal matrix. The setting is the whole process's, so it is
-changed for the length of the work alone; with several threads the first to come changes it and the last to leave sets
-it back.
+``torch.set_float32_matmul_precision("high")`` rounds the factors to TF32 on CUDA, to about 1e-3, and "medium" to
+bfloat16: good enough for a linear layer, but it ruins an orthogonal matrix. The setting is global, so it is changed
+only for the duration of the work. With several threads, the first to enter changes it and the last to leave restores
+it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def products_are_rounded() -> bool:
     """Whether products of float32 matrices are computed in less than float32."""
     try:
         return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # since torch 2.9, where the newer names were used and this one knows nothing of it
+    except RuntimeError:  # since torch 2.9, if precision was set through the newer names
         return any(backend.fp32_precision in _ROUNDED for backend in _backends())
 
 
-# The compiler, which cannot look into it, takes the answer for good, and compiles again when the setting changes.
+# The compiler cannot trace this; it treats the answer as a constant and recompiles when the setting changes.
 products_are_rounded._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -40,7 +40,7 @@ def _backends() -> tuple[Any, ...]:
 
 
 def _make_products_exact() -> Callable[[], None] | None:
-    """What sets it back, where anything was changed."""
+    """Returns a function that restores the setting, or None if nothing had to change."""
     if not products_are_rounded():
         return None
     newer = [(backend, backend.fp32_precision) for backend in _backends() if hasattr(backend, "fp32_precision")]
@@ -63,13 +63,13 @@ def _make_products_exact() -> Callable[[], None] | None:
 
 
 def _make_convolutions_exact() -> Callable[[], None] | None:
-    """The same for convolutions on CUDA, which are in TF32 unless the user says otherwise."""
+    """The same for convolutions on CUDA, which use TF32 unless the user disables it."""
     cudnn: Any = torch.backends.cudnn
     try:
         if not cudnn.allow_tf32:
             return None
         cudnn.allow_tf32 = False
-        # Which leaves it to torch.backends.fp32_precision, where that is set.
+        # The line above leaves convolutions to torch.backends.fp32_precision, if that is set.
         if hasattr(cudnn, "conv") and cudnn.conv.fp32_precision in _ROUNDED:
             cudnn.conv.fp32_precision = "ieee"
         return lambda: setattr(cudnn, "allow_tf32", True)
@@ -79,7 +79,7 @@ def _make_convolutions_exact() -> Callable[[], None] | None:
 
 
 class _Shared:
-    """One setting of the process, held by any number of threads."""
+    """One global setting, held by any number of threads."""
 
     def __init__(self, change: Callable[[], Callable[[], None] | None]) -> None:
         self._change, self._lock, self._holders = change, Lock(), 0
@@ -105,7 +105,7 @@ _products, _convolutions = _Shared(_make_products_exact), _Shared(_make_convolut
 
 
 def _user_rounds() -> bool:
-    """`products_are_rounded`, also while another thread has them exact for its own work."""
+    """:func:`products_are_rounded` as the user set it, even while another thread holds the products exact."""
     return _products._back is not None or products_are_rounded()
 
 
@@ -116,7 +116,7 @@ _user_rounds._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMem
 def exact_products(*, convolutions: bool = False) -> Iterator[None]:
     """A context in which products of float32 matrices, and convolutions if asked for, are computed in float32.
 
-    Compiled code has the setting that it was compiled with, and is left alone.
+    Does nothing in compiled code, which keeps the setting that it was compiled with.
     """
     if is_compiling():
         yield
@@ -130,9 +130,9 @@ def exact_products(*, convolutions: bool = False) -> Iterator[None]:
 
 
 def exactly(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``function(*inputs)`` with exact products, there and in the backward pass, where others run the operations.
+    """``function(*inputs)`` with exact products, in the forward and the backward pass.
 
-    In compiled code and in the transforms of ``torch.func`` the same is had by double precision.
+    Compiled code and the transforms of ``torch.func`` use double precision instead.
     """
     if not _user_rounds() or inputs[0].dtype == torch.float64:
         return function(*inputs)
@@ -142,12 +142,12 @@ def exactly(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 class _Exactly(torch.autograd.Function):
-    """A function whose graph is kept inside, and gone through under the guard."""
+    """A function that keeps its graph, and differentiates it with exact products."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         own = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        # Not for the hooks of others, such as checkpoint's, who count what a forward pass saves.
+        # Hide the inner graph from saved-tensor hooks of others, such as checkpointing, which count saved tensors.
         untouched = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
         with exact_products(), untouched, torch.set_grad_enabled(any(ctx.needs_input_grad)):
             result = function(*own)
@@ -162,7 +162,7 @@ class _Exactly(torch.autograd.Function):
         with exact_products():
             if again:
                 with torch.enable_grad():
-                    own = [x.view_as(x) for x in inputs]  # the hooks of the inputs themselves are not to run here
+                    own = [x.view_as(x) for x in inputs]  # so that hooks on the inputs do not run here
                     result = ctx.function(*own)
             asked = [x for x, needed in zip(own, ctx.needs_input_grad[1:], strict=True) if needed]
             found = iter(torch.autograd.grad(result, asked, grad, retain_graph=True, create_graph=again))

@@ -1,4 +1,4 @@
-"""The processor of this machine by name."""
+"""The name of this machine's processor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @functools.cache
 def cpu_model() -> str:
-    """As the system has it, such as `Intel(R) Xeon(R) Gold 6338`; the architecture where it does not say."""
+    """Such as `Intel(R) Xeon(R) Gold 6338`; the architecture if the system does not report a model."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

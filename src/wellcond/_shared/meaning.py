@@ -1,7 +1,7 @@
-"""Options that change what a saved state means travel in the state: PyTorch's extra state, as a tensor of text.
+"""Options that change the meaning of a saved state are stored with it: PyTorch's extra state, as a tensor of text.
 
-A tensor, since safetensors and distributed checkpoints take nothing else, and a floating one, since averages of state
-dicts are made entry by entry. A state without it, of an older version, loads as it always did.
+It is a tensor because safetensors and distributed checkpoints accept nothing else, and a floating one because state
+dicts are averaged entry by entry. A state without it, from an older version, loads as before.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KEY = "_extra_state"  # what PyTorch calls it in state dicts
+KEY = "_extra_state"  # PyTorch's name for it in state dicts
 
 
 def written(meaning: Mapping[str, Any]) -> Tensor:
-    """The options as the codes (n,) of the characters of their JSON, on the CPU."""
+    """The options as JSON, one character code per entry: (n,) float32 on the CPU."""
     text = json.dumps(meaning, sort_keys=True, skipkeys=True, default=_named)
     return torch.tensor(list(text.encode("ascii")), dtype=torch.float32, device="cpu")
 
 
 def _named(value: Any) -> str:
-    """What else than plain types there is, by a name that is the same in every process."""
+    """A name for a value that is not of a plain type, the same in every process."""
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def read(state: Any) -> dict[str, Any]:
-    """The options in an extra state; a ValueError if it is not one of ours or damaged."""
+    """The options in an extra state; raises ValueError if it is damaged or not ours."""
     try:
         found = json.loads(bytes(state.detach().round().int().tolist()).decode("ascii"))
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -39,37 +39,38 @@ def read(state: Any) -> dict[str, Any]:
 
 
 def same(meaning: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two sets of options are one once they are JSON, where tuples are lists."""
+    """Whether two sets of options are equal as JSON, where tuples are lists."""
     return torch.equal(written(meaning), written(other))
 
 
 def listing(meaning: Mapping[str, Any]) -> str:
-    """``method='zca', steps=5``, as a state has them."""
+    """``method='zca', steps=5``, with the values as a state stores them."""
     return ", ".join(f"{name}={value!r}" for name, value in read(written(meaning)).items())
 
 
 class SelfDescribing(nn.Module):
-    """A module whose state dict holds its :meth:`meaning`, and which refuses the state of one with another."""
+    """A module whose state dict contains its :meth:`meaning`; it refuses a state with another meaning."""
 
     def meaning(self) -> dict[str, Any]:
-        """The options, of plain types, under which the tensors of the state are to be read."""
+        """The options that determine how the tensors of the state are to be read, of plain types."""
         raise NotImplementedError
 
     def _say(self, device: torch.device | str | None) -> None:
-        """To be called when the options are there: Accelerate loads entry by entry, each into a tensor of its name."""
-        place = torch.get_default_device() if device is None else device  # that of the other buffers, as DDP wants it
+        """Call once the options are set. Accelerate loads entry by entry, each into a tensor of the same name."""
+        # The device of the other buffers, as DDP requires.
+        place = torch.get_default_device() if device is None else device
         self.register_buffer(KEY, written(self.meaning()).to(place, torch.long), persistent=False)
 
     def get_extra_state(self) -> Tensor:
         return written(self.meaning())
 
     def set_extra_state(self, state: Any) -> None:
-        """Refuse another meaning; of the module nothing changes. A state without values says nothing.
+        """Raise if the meaning differs; the module itself does not change. A state on ``meta`` is accepted.
 
         Raises:
-            ValueError: the state is of other options, or damaged.
+            ValueError: the state has other options, or is damaged.
         """
-        if not isinstance(state, Tensor) or state.is_meta:  # as in what FSDP gives ranks that read no file
+        if not isinstance(state, Tensor) or state.is_meta:  # FSDP gives such states to ranks that read no file
             return
         if not same(theirs := read(state), mine := self.meaning()):
             raise ValueError(
@@ -81,18 +82,18 @@ class SelfDescribing(nn.Module):
         try:
             self.set_extra_state(state_dict.setdefault(prefix + KEY, self.get_extra_state()))
         except ValueError as error:
-            args[-1].append(f"layer '{prefix.rstrip('.')}': {error}")  # to PyTorch's list; nothing is loaded here
+            args[-1].append(f"layer '{prefix.rstrip('.')}': {error}")  # PyTorch's error list; nothing is loaded
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
         mark = self._buffers[KEY]
         if mark is not None and mark.is_meta and (loaded := [t for t in self.state_dict().values() if not t.is_meta]):
-            self._say(loaded[0].device)  # given values by assign=True
+            self._say(loaded[0].device)  # assign=True gave it values
 
 
 def refuse_treated(missing: list[str], unexpected: list[str], errors: list[str]) -> None:
-    """Say how to load the weights of treated layers that are about to be left out; the lists are PyTorch's, of a load.
+    """Say how to load the weights of treated layers that would be skipped; the lists are PyTorch's, of one load.
 
-    Without this a load that is not strict leaves such a layer at random in silence.
+    Without this, a load with ``strict=False`` silently leaves such a layer at its random initialisation.
     """
     for key in unexpected:
         path, found, rest = key.rpartition(".parametrizations.")

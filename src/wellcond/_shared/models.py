@@ -1,4 +1,4 @@
-"""Models as they are inside their wrappers: names of layers, the mark of a spectral layer, and layers by name."""
+"""Models without their wrappers: names of layers, the mark of a spectral layer, and look-up of layers by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:
-    """The ``torch.optim`` optimizer whose ``step`` moves the weights, inside those that call it.
+    """The ``torch.optim`` optimizer whose ``step`` updates the weights, inside any wrappers.
 
     Lightning and Accelerate keep it as ``.optimizer``, SAM and Lookahead as ``.base_optimizer``.
     """
@@ -40,7 +40,7 @@ def unwrapped_optimizer(optimizer: Any) -> Optimizer:
 
 
 def bare_name(name: str) -> str:
-    """The name of a module of an unwrapped model as if no part of it were compiled either."""
+    """The name of a module in an unwrapped model, without the ``_orig_mod`` of compiled parts."""
     return name.replace("._orig_mod", "")
 
 
@@ -50,23 +50,23 @@ def is_spectral(module: nn.Module) -> bool:
 
 
 def described(layer: nn.Module, name: str) -> str:
-    """``layer 'conv1' (Conv2d)``, by the class that the user wrote where a parametrisation has made another."""
+    """``layer 'conv1' (Conv2d)``; a parametrised layer is named by its original class."""
     kind = type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
     return f"layer '{name}' ({kind.__name__})"
 
 
 def as_given(layers: Layers | None) -> list[str | nn.Module] | None:
-    """One layer or several, as a list, which can be read more than once; None for None."""
+    """One or several layers as a list, which unlike an iterator can be read again; None for None."""
     return [layers] if isinstance(layers, (str, nn.Module)) else layers if layers is None else list(layers)
 
 
 def layers_by_name(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
-    """The layers that ``layers`` names or holds, by their bare names, in the order given.
+    """The layers that ``layers`` names or contains, by their names in the unwrapped model, in the given order.
 
-    Names may be those of the wrapped model or of the bare one.
+    Names may be those of the wrapped or of the unwrapped model.
 
     Raises:
-        ValueError: a name or module that is not in the model (with the nearest right name), or none at all.
+        ValueError: a name or module that is not in the model (with the nearest existing name), or no layer at all.
     """
     inner = unwrapped(model)
     found = {bare_name(name): module for name, module in inner.named_modules()}

@@ -1,7 +1,7 @@
-"""Mean and scatter of samples that come in parts: kept in float64, merged without cancellation.
+"""Mean and scatter matrix of samples that arrive in parts: kept in float64, merged without cancellation.
 
-The merge is that of Chan, Golub and LeVeque, Algorithms for computing the sample variance (The American Statistician,
-1983): nothing is subtracted that is of the size of the mean squared.
+The merging formula is that of Chan, Golub and LeVeque, Algorithms for computing the sample variance (The American
+Statistician, 1983): it never subtracts numbers as large as the squared mean.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Of so many samples of d channels.
+    """Number, mean and scatter of samples of d channels.
 
     Attributes:
         samples: () float64, how many.
@@ -27,20 +27,20 @@ class Moments(NamedTuple):
 
     @classmethod
     def empty(cls, d: int) -> Moments:
-        """Of no sample."""
+        """The moments of no sample."""
         zero = torch.zeros((), dtype=torch.float64)
         return cls(zero, zero.expand(d).clone(), zero.expand(d, d).clone())
 
     @classmethod
     def of(cls, X: Tensor) -> Moments:
-        """Of samples in rows, (n, d)."""
+        """The moments of samples in rows, (n, d)."""
         X = X.detach().to(torch.float64)
         mean = X.mean(0) if len(X) else X.new_zeros(X.shape[1])
         centred = X - mean
         return cls(X.new_tensor(float(len(X))), mean, centred.T @ centred)
 
     def merged(self, other: Moments) -> Moments:
-        """Of both sets of samples together."""
+        """The moments of both sets of samples together."""
         samples = self.samples + other.samples
         share = other.samples / samples.clamp_min(1.0)
         step = other.mean - self.mean
@@ -49,6 +49,6 @@ class Moments(NamedTuple):
 
     @property
     def covariance(self) -> Tensor:
-        """(d, d) with the divisor n, symmetric; zero of no sample."""
+        """(d, d) with divisor n, exactly symmetric; zero without samples."""
         P = self.scatter / self.samples.clamp_min(1.0)
         return (P + P.T) / 2

@@ -1,4 +1,4 @@
-"""Choices by name, what a wrong one was probably meant to be, and names and numbers in columns."""
+"""Look-up by name with "did you mean", and tables of text."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def require_known(
     error: type[Exception] = ValueError,
     also_called: Mapping[str, str] | None = None,
 ) -> None:
-    """Refuse a name that is not among ``known`` with an ``error`` that offers the nearest right one.
+    """Raise ``error`` for a name that is not among ``known``, suggesting the nearest.
 
-    ``also_called`` has other names of the known ones, by which they are found but not chosen.
+    ``also_called`` maps aliases to known names: they are used for suggestions, and are not valid names themselves.
     """
     known = list(known)
     if name not in known:
@@ -27,7 +27,7 @@ def require_known(
 
 
 def choices(name: object, known: Iterable[str], also_called: Mapping[str, str] | None = None) -> str:
-    """``; did you mean 'x'? (known: …)``, of very many known names only the nearest."""
+    """``; did you mean 'x'? (known: …)``; of a long list, only the nearest names are shown."""
     known = [k for k in known if k]
     if len(known) <= MOST_SHOWN:
         return f"{did_you_mean(name, known, also_called)} (known: {listed(known)})"
@@ -37,21 +37,21 @@ def choices(name: object, known: Iterable[str], also_called: Mapping[str, str] |
 
 
 def did_you_mean(name: object, known: Iterable[str], also_called: Mapping[str, str] | None = None) -> str:
-    """``; did you mean 'x'?`` with the nearest of the known names, or nothing where none is near."""
+    """``; did you mean 'x'?`` with the nearest known name, or an empty string if none is near."""
     by_lower = {**(also_called or {}), **{k.lower(): k for k in known}}
     near = get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
     return f"; did you mean '{by_lower[near[0]]}'?" if near else ""
 
 
 def listed(names: Iterable[str]) -> str:
-    """The names in a row, the first of them where there are very many."""
+    """The names, separated by commas; of a long list only the first ones."""
     names = [name for name in names if name]
     more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
     return ", ".join(names[:MOST_SHOWN]) + more
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> str:
-    """Rows of cells as text in columns, a rule under the first."""
+    """Rows of cells as aligned columns of text, with a rule below the first row."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

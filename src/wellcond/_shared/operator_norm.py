@@ -1,14 +1,14 @@
-"""Upper bounds of the operator norm of a convolution, in matrix products alone.
+"""Upper bounds of the operator norm of a convolution, by matrix products only.
 
-For a kernel L (out, in, kh, kw) the convolution acts on a wave of frequency (u, v) as Σ L_{kl} e^{i(ku + lv)}, and its
-norm is the largest of these over the frequencies; zero padding only restricts it. Each is one of the four reshapes of L
-(out × in·kh·kw, out·kh·kw × in, out·kh × in·kw, out·kw × in·kh) between two factors of waves, whose norms multiply to
-√(kh·kw): the bound is √(kh·kw) times the smallest of the four spectral norms (Singla and Feizi, Fantastic Four, ICLR
-2021).
+For a kernel L (out, in, kh, kw), the convolution acts on a wave of frequency (u, v) as Σ L_{kl} e^{i(ku + lv)}. Its
+norm is the maximum over the frequencies; zero padding only restricts the map. Each of these matrices is one of the four
+reshapes of L (out × in·kh·kw, out·kh·kw × in, out·kh × in·kw, out·kw × in·kh) between two factors of waves, whose norms
+multiply to √(kh·kw). So the bound is √(kh·kw) times the smallest of the four spectral norms (Singla and Feizi,
+Fantastic Four, ICLR 2021).
 
-The spectral norms themselves are bounded by Schatten norms of high order, ‖A‖ ≤ (tr (AAᵀ)^{2^m})^{1/2^{m+1}}, which is
-m − 1 squarings of a Gram matrix and above ‖A‖ by a factor of at most rank^{1/2^{m+1}} (Delattre et al., Gram iteration,
-ICML 2023). Unlike a power iteration it never underestimates, keeps no state, and has a derivative where norms are tied.
+The spectral norms themselves are bounded by Schatten norms of high order, ‖A‖ ≤ (tr (AAᵀ)^{2^m})^{1/2^{m+1}}. The bound
+takes m − 1 squarings of a Gram matrix and exceeds ‖A‖ by a factor of at most rank^{1/2^{m+1}} (Delattre et al., Gram
+iteration, ICML 2023). Unlike power iteration it never underestimates, has no state, and is differentiable at ties.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def spectral_norm_bound(A: Tensor) -> Tensor:
 
 
 def _composed(A: Tensor) -> Tensor:
-    """The bound by operations that are differentiable in all modes."""
+    """The same bound from operations that can be differentiated in all modes."""
     # The bound is homogeneous, so this scale needs no derivative of its own.
-    scale = A.detach().abs().amax((-2, -1))  # ONNX wants its dimensions named
+    scale = A.detach().abs().amax((-2, -1))  # ONNX needs explicit dimensions
     scale = torch.where(scale > 0, scale, 1.0)
     A = A / scale
     gram = A @ A.mT if A.shape[-2] <= A.shape[-1] else A.mT @ A
@@ -44,11 +44,11 @@ def _composed(A: Tensor) -> Tensor:
     size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     nonzero = size > 0
     for step in range(SQUARINGS):
-        # Divided by its trace before each squaring, so that no power leaves the range of the dtype.
+        # Dividing by the trace before each squaring keeps all powers in the range of the dtype.
         size = torch.where(nonzero, size, 1.0)
         gram = gram / size
         log, weight = log + weight * size.log(), weight / 2
-        # The trace of a square is the sum of squares: the last one is not formed.
+        # The trace of a square is the sum of squares, so the last square is not formed.
         size = gram.square().sum((-2, -1))
         if step < SQUARINGS - 1:
             gram = gram @ gram
@@ -57,7 +57,7 @@ def _composed(A: Tensor) -> Tensor:
 
 
 class _SpectralNormBound(torch.autograd.Function):
-    """b = (tr G^32)^{1/64} of G = AAᵀ, with db = b tr(G^31 dA Aᵀ)/tr G^32, in a fifth of the operations."""
+    """b = (tr G^32)^{1/64} with G = AAᵀ, and db = b tr(G^31 dA Aᵀ)/tr G^32, in a fifth of the operations."""
 
     @staticmethod
     def forward(ctx: Any, A: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -65,7 +65,7 @@ class _SpectralNormBound(torch.autograd.Function):
         scale = A.abs().amax().clamp_min(tiny)
         B = A / scale
         G = B @ B.mT if A.shape[-2] <= A.shape[-1] else B.mT @ B
-        # Divided by its trace, and again after two squarings, so that no power leaves the range of the dtype.
+        # Dividing by the trace, and again after two squarings, keeps all powers in the range of the dtype.
         trace = G.diagonal().sum().clamp_min(tiny)
         G = G / trace
         G2 = G @ G
@@ -85,7 +85,7 @@ class _SpectralNormBound(torch.autograd.Function):
         with full_precision(A):
             if differentiated_again():
                 with torch.enable_grad():
-                    A = A.view_as(A)  # whose own hooks are not to run here
+                    A = A.view_as(A)  # so that hooks on A do not run here
                     return torch.autograd.grad(_composed(A), A, grad, create_graph=True)[0]
             G31 = G16 @ (G8 @ (G4 @ (G2 @ G)))
             # For a zero matrix the bound, and so the gradient, is zero.
@@ -94,9 +94,9 @@ class _SpectralNormBound(torch.autograd.Function):
 
 
 def skew_convolution_norm_bound(L: Tensor) -> Tensor:
-    """An upper bound of the norm of the convolution by a skew-symmetric kernel (c, c, kh, kw).
+    """An upper bound of the norm of the convolution with a skew-symmetric kernel (c, c, kh, kw).
 
-    Transposing a reshape of such a kernel gives minus the other of its pair, in another order: the four norms are two.
+    The four reshapes of such a kernel are pairwise negative transposes up to order, so two norms are enough.
     """
     c, _, kh, kw = L.shape
     wide = spectral_norm_bound(L.reshape(c, -1))

@@ -1,4 +1,4 @@
-"""The precisions of spectral work: half precision is widened, the working one is the caller's, the wide one double."""
+"""Precisions of spectral work: half precision is widened, other work is in the caller's dtype, or in double."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which spectral work on ``dtype`` is done: float32 for half precision, else the same."""
+    """The dtype of spectral work on ``dtype``: float32 for half precision, otherwise ``dtype`` itself."""
     return torch.float32 if dtype in HALF else dtype
 
 
@@ -29,9 +29,10 @@ def widened(x: Tensor) -> Tensor:
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """A context in which autocast does not touch the matrix products of spectral work on ``x``."""
+    """A context in which autocast leaves the matrix products of spectral work on ``x`` alone."""
     if not any_autocast():
         return _AS_IT_IS
     kind = x.device.type
-    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # there is none of "meta"
+    # Not every device has autocast: "meta" does not.
+    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if active else _AS_IT_IS

@@ -1,4 +1,4 @@
-"""Products of batches of matrices in as few operations as their formula has: each is a kernel launch on a device."""
+"""Products of batches of matrices in as few operations as possible: each is a kernel launch on a device."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from torch import Tensor
 
 
 def product(A: Tensor, B: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """A @ B, without the reshaping that ``matmul`` does even where there is nothing to reshape."""
+    """A @ B without the reshaping that ``matmul`` does even where it is not needed."""
     multiply = torch.bmm if A.ndim == B.ndim == 3 and A.shape[0] == B.shape[0] else torch.matmul
     return multiply(A, B, out=out)
 
 
 def plus_product(C: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """β C + α A B in one operation: A and B of one batch shape, C of the same or a single matrix."""
+    """β C + α A B in one operation; A and B have the same batch shape, C that shape or a single matrix."""
+    if A.ndim == 3:
+        return torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
     if A.ndim == 2:
         return torch.addmm(C, A, B, beta=beta, alpha=alpha)
     shape = (*A.shape[:-1], B.shape[-1])
@@ -32,5 +34,5 @@ def identity(P: Tensor) -> Tensor:
 
 
 def positive_or_one(size: Tensor) -> Tensor:
-    """``size``, and 1 where it is not positive: what a zero matrix is divided by to stay zero."""
+    """``size``, or 1 where it is not positive: a zero matrix divided by it stays zero."""
     return torch.threshold(size, 0.0, 1.0)

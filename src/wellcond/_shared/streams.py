@@ -1,4 +1,4 @@
-"""Standard streams that never end the work behind them: letters that they lack are replaced, a reader may leave."""
+"""Standard streams that never abort the program: unsupported characters are replaced, and the reader may close."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _IN_ASCII = str.maketrans(
 
 
 def _nearest(error: UnicodeError) -> tuple[str, int]:
-    """A handler of encoding errors: `κ` is `k` where there is no Greek, and what has no likeness is an escape."""
+    """Encoding error handler: `κ` becomes `k` where there is no Greek; characters without a substitute are escaped."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     letter = error.object[error.start]
@@ -29,24 +29,24 @@ def _nearest(error: UnicodeError) -> tuple[str, int]:
 
 
 class _Pipe(io.FileIO):
-    """A file that is written on as if nothing were amiss when nobody reads it any more (`| head -1`)."""
+    """A file that discards its output once nobody reads it (`| head -1`)."""
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data) or 0
         except BrokenPipeError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())  # for the processes that are started, too
+            os.dup2(nowhere, self.fileno())  # also for child processes
             os.close(nowhere)
             return len(data)
 
 
 def make_patient() -> None:
-    """Replace `sys.stdout` and `sys.stderr` by streams that raise neither for a letter nor for a closed pipe."""
+    """Replace `sys.stdout` and `sys.stderr` by streams that tolerate unsupported characters and a closed pipe."""
     codecs.register_error("wellcond", _nearest)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if not isinstance(stream, io.TextIOWrapper):  # none, or someone else's
+        if not isinstance(stream, io.TextIOWrapper):  # absent, or replaced by someone else
             continue
         stream.reconfigure(errors="wellcond")
         if not stream.isatty():

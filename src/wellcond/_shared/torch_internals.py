@@ -1,4 +1,4 @@
-"""Everything that is asked of PyTorch under a name that is not public, in one place to look at when PyTorch changes."""
+"""All uses of PyTorch's private API, in one place to check when PyTorch changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambd
 
 def in_onnx_export() -> bool:
     """Whether ``torch.onnx.export`` is running, by either exporter."""
-    # The first of these settles it in a tenth of a microsecond wherever nothing is exported.
+    # The first condition is false unless something is exported, and takes a tenth of a microsecond.
     return (is_exporting() or torch.jit.is_tracing()) and _says_onnx()
 
 
@@ -27,76 +27,77 @@ def _says_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
-# What torch.onnx tries second is the compiler, which takes the answer for no unless it is told to ask.
+# The second strategy of torch.onnx runs the compiler, which would assume the answer is no.
 _says_onnx._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-# Whether autocast is on for some device; yes where PyTorch does not say.
+# Whether autocast is on for any device; assumed to be where PyTorch cannot say.
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def is_shape_only(x: Tensor) -> bool:
-    """Whether ``x`` is on ``meta``, or a fake of the exporter."""
+    """Whether ``x`` has no data: on ``meta``, or a fake tensor of the exporter."""
     return x.is_meta or (type(x) is not Tensor and isinstance(x, torch._subclasses.FakeTensor))
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether ``x`` can be read now; while a CUDA graph is captured nothing can."""
+    """Whether ``x`` can be read now; nothing can while a CUDA graph is captured."""
     return not (is_shape_only(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
 def called_by(name: str) -> bool:
-    """Whether the function that asks was called by one of this name, where PyTorch says in no other way what it is
-    about to do."""
+    """Whether the calling function was itself called by a function of this name; for use where PyTorch does not reveal
+    its intent otherwise."""
     frame = inspect.currentframe()
     caller = frame and frame.f_back and frame.f_back.f_back
     return caller is not None and caller.f_code.co_name == name
 
 
 def under_functorch() -> bool:
-    """Whether a transform of ``torch.func`` is running: tensors then hide their values."""
+    """Whether a ``torch.func`` transform is active; tensors then hide their values."""
     return torch._C._are_functorch_transforms_active()
 
 
 def under_forward_mode() -> bool:
-    """Whether a level of forward-mode differentiation is open."""
+    """Whether forward-mode differentiation is active."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def in_backward_pass() -> bool:
-    """Whether the calling code runs inside a backward pass, as when activation checkpointing repeats a forward one."""
+    """Whether a backward pass is running, as when activation checkpointing repeats a forward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
 def along_many_directions(*grads: Tensor | None) -> bool:
-    """Whether ``autograd.grad(is_grads_batched=True)`` asks: such tensors hide their batch and know no ``out=``."""
+    """Whether this is ``autograd.grad(is_grads_batched=True)``, whose tensors hide their batch and lack ``out=``."""
     batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
     return any(grad is not None and batched(grad) for grad in grads)
 
 
 def apply_directly(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply`` without its binding of defaults and search for transforms, which cost what a small product
-    does; for use where no transform is active."""
+    """``function.apply`` without binding defaults and looking for transforms, which costs as much as a small product;
+    only valid while no transform is active."""
     return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def outside_the_compiler(function: F) -> F:
-    """``function``, run as it is written when the compiler meets it.
+# Unlike torch.compiler.disable it imports the compiler only on first use, which takes longer than importing all of
+# wellcond; and torch.compiler.disable, called in a function that is being compiled, would break the graph itself.
+@torch._disable_dynamo  # pyright: ignore[reportAttributeAccessIssue]
+def run_in_python(function: Callable, *args: Any) -> Any:
+    """``function(*args)`` in Python also in code that is compiled, with a single graph break."""
+    return function(*args)
 
-    A graph that calls LAPACK raises from the middle of compiled code, past the ``except`` that Python has around the
-    call: the fall-back chain would be skipped and nothing counted. So the compiler is made to break the graph there. An
-    exported graph cannot break and runs without Python: it holds the operation itself.
+
+def outside_the_compiler(function: F) -> F:
+    """``function``, always run in Python, also in code that is compiled.
+
+    An error that LAPACK raises inside compiled code does not reach the surrounding ``except``: the fall-back chain
+    would be skipped and nothing counted. So the compiler has to break its graph here. An exported graph cannot break
+    and runs without Python; it contains the operation itself.
     """
-    disabled: Any = None
 
     @wraps(function)
     def call(*args: Any) -> Any:
-        nonlocal disabled
-        if not is_compiling() or is_exporting():
-            return function(*args)
-        if disabled is None:
-            # On first use: disabling loads the compiler, which takes longer than all of this library.
-            disabled = torch.compiler.disable(function)
-        return disabled(*args)
+        return run_in_python(function, *args) if is_compiling() and not is_exporting() else function(*args)
 
     return cast(F, call)

@@ -16,9 +16,9 @@ import os
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ Function = Callable[[Tensor], Tensor]
 # Calls faster than this many seconds are repeated within one timing.
 MIN_SECONDS = 2e-3
 MAX_REPEATS = 50
+# What PyTorch warns of in torch.cuda.set_sync_debug_mode("warn").
+SYNCHRONISED = "called a synchronizing CUDA operation"
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,37 @@ class Time:
 
 
 def seconds_of(call: Call, device: torch.device, repeats: int = 1) -> float:
-    """Seconds per call over ``repeats`` consecutive calls, with the device synchronised before and after."""
-    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
+    """Seconds per call over ``repeats`` consecutive calls: on CUDA between two events, else by the clock."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(repeats):
+                call()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+    began = time.perf_counter()
     for _ in range(repeats):
         call()
-    synchronize()
-    return (time.perf_counter() - start) / repeats
+    return (time.perf_counter() - began) / repeats
+
+
+def host_waits(call: Call, device: torch.device) -> int | None:
+    """How often one call makes the host wait for the device, as CUDA's debug mode for that sees it; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return sum(SYNCHRONISED in str(warning.message) for warning in seen)
 
 
 def take_turns(

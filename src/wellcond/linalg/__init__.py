@@ -10,25 +10,18 @@ from wellcond._shared.errors import (
 )
 from wellcond._shared.events import SolverEvents, recording
 
-from ._covariance import covariance
+from ._condition import condition_number, effective_rank, numerical_rank, spectrum
+from ._covariance import covariance, cross_covariance
 from ._covariance_functions import covariance_logm, covariance_powm, covariance_sqrtm
 from ._functions import expm, logm, powm
 from ._polar import polar
 from ._roots import invsqrtm, sqrtm, sqrtm_invsqrtm
-from ._spectrum import (
-    Spectrum,
-    condition_number,
-    covariance_spectrum,
-    effective_rank,
-    matrix_spectrum,
-    numerical_rank,
-    spectrum,
-)
+from ._spectrum import Spectrum, covariance_spectrum, matrix_spectrum
 from ._status import RootStatus, invsqrtm_ex, sqrtm_ex
-from ._sylvester import lyapunov
-from ._whiten import WhiteningMethod, whiten, whitening_matrix
+from .derivatives import lyapunov
 from .lapack import parallel_batches_enabled, set_parallel_batches
 from .solvers import SOLVERS, Eigh, Minimax, MinimaxOrEigh, NewtonSchulz, Pade, Solver, Svd, Taylor, auto_solver
+from .whitening import WhiteningMethod, whiten, whitening_matrix
 
 __all__ = [
     "SOLVERS",
@@ -56,6 +49,7 @@ __all__ = [
     "covariance_powm",
     "covariance_spectrum",
     "covariance_sqrtm",
+    "cross_covariance",
     "effective_rank",
     "expm",
     "invsqrtm",

@@ -1,4 +1,4 @@
-"""Square root, powers and logarithm of a covariance straight from the features: the factor form of ``_factor``."""
+"""Square root, powers and logarithm of a covariance straight from its features, by the factor form."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from wellcond._shared.precision import full_precision, wide_dtype, widened, work
 from wellcond._shared.torch_internals import in_onnx_export
 
 from ._covariance import centred_factor, require_features
-from ._divided_differences import Log, Power, ScalarFunction
-from ._factor import FactorFunction, Options
+from ._factor_derivatives import Options
+from ._factor_function import FactorFunction
 from ._functions import expm, require_exponent
-from ._rank import on_kept_eigenvalues, require_rank_policy
+from ._rank import require_rank_policy
 from ._roots import invsqrtm, sqrtm
+from .derivatives import Log, Power, ScalarFunction, on_kept_eigenvalues
 from .solvers import Eigh, Solver, choose_solver
 
 FactorRank = Literal["ridge", "pinv", "raise"]
@@ -27,7 +28,7 @@ FactorRank = Literal["ridge", "pinv", "raise"]
 def covariance_sqrtm(
     X: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank: FactorRank = "ridge", correction: int = 0
 ) -> Tensor:
-    """The square root (P + εI)^{1/2} of the covariance of features, as global covariance pooling takes it.
+    """The square root (P + εI)^{1/2} of the covariance of features, as used by global covariance pooling.
 
     The gradient is bounded by √2 times the incoming one whatever the condition number, also at rank deficiency. The
     work is done on the smaller side of the features: the n × n one for a 7 × 7 map of 256 channels, else the d × d one.
@@ -35,11 +36,11 @@ def covariance_sqrtm(
     Args:
         X: (..., d, n) features; any floating or complex dtype, half precision is taken as float32.
         eps: ε ≥ 0, added to every eigenvalue.
-        solver: ``"auto"`` and ``"eigh"`` take the factor form; any other is given the covariance itself, as by
+        solver: ``"auto"`` and ``"eigh"`` use the factor form; any other computes the root of the covariance, as in
             :func:`sqrtm`.
-        rank: what is done to eigenvalues that the rounding of the features can make, up to eps² ‖X‖²_F/n: ``"ridge"``
+        rank: treatment of eigenvalues that may be rounding errors of the features, up to eps² ‖X‖²_F/n: ``"ridge"``
             counts them as 0 and adds ε; ``"pinv"`` takes the function on the rest alone, without ε; ``"raise"``
-            refuses them.
+            raises an error.
         correction: the divisor of the covariance is n − correction.
 
     Returns:
@@ -47,8 +48,8 @@ def covariance_sqrtm(
 
     Raises:
         TypeError: X is not a floating or complex tensor.
-        ValueError: fewer than two dimensions, n ≤ correction, NaN or infinity in X (read on the CPU by default), a
-            covariance that the policy or the solver refuses, an unknown solver or policy.
+        ValueError: fewer than two dimensions, n ≤ correction, NaN or infinity in X (checked on the CPU by default), a
+            covariance that the policy or the solver does not accept, an unknown solver or policy.
         DecompositionError: every step of the fall-back chain failed.
 
     Complexity: O(d n min(d, n) + d² min(d, n)), in float64. Derivatives of every order. Source: Daleckii–Krein on the
@@ -77,10 +78,10 @@ def covariance_powm(
 
     Args:
         X: (..., d, n) features; any floating or complex dtype, half precision is taken as float32.
-        exponent: any finite real number; 1/2 is :func:`covariance_sqrtm`. Or a real tensor, of no dimension or one
-            exponent a matrix, which gets its gradient; P must be positive definite then, or ε positive.
+        exponent: any finite real number; 1/2 is :func:`covariance_sqrtm`. Or a real tensor, a scalar or one exponent
+            per matrix, which gets its gradient; then P must be positive definite, or ε positive.
         eps: ε ≥ 0, added to every eigenvalue; positive for negative exponents where P is singular, as it is for n ≤ d.
-        solver: ``"auto"`` and ``"eigh"`` take the factor form; for exponents ±1/2 any other is given the covariance.
+        solver: ``"auto"`` and ``"eigh"`` use the factor form; any other takes the covariance, for exponents ±1/2 only.
         rank: as in :func:`covariance_sqrtm`: ``"ridge"``, ``"pinv"`` or ``"raise"``.
         correction: the divisor of the covariance is n − correction.
 
@@ -88,9 +89,11 @@ def covariance_powm(
         (..., d, d) Hermitian, in the dtype of X.
 
     Raises:
-        TypeError, ValueError, DecompositionError: as :func:`covariance_sqrtm`; a non-finite exponent; a singular P with
-            a negative exponent and neither ε nor ``"pinv"``; a solver that has no such power.
-
+        TypeError: X is not a floating or complex tensor, or the exponent is complex.
+        ValueError: fewer than two dimensions, n ≤ correction, NaN or infinity in X (checked on the CPU by default); a
+            non-finite exponent; a singular P with a negative exponent and neither ε nor ``"pinv"``; a solver without
+            such a power, an unknown solver or policy.
+        DecompositionError: every step of the fall-back chain failed.
     Complexity: O(d n min(d, n) + d² min(d, n)), also backward, in float64. Exponents ±1/2 differentiate to every order,
     others twice, with O(d³) memory. With ε = 0 the derivative exists at rank deficiency for exponents ≥ 1/2; below,
     null pairs contribute 0. Source: Daleckii–Krein on the factor.
@@ -113,25 +116,28 @@ def covariance_powm(
 def covariance_logm(
     X: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank: FactorRank = "ridge", correction: int = 0
 ) -> Tensor:
-    """The logarithm log(P + εI) of the covariance of features, as the log-Euclidean metric takes it.
+    """The logarithm log(P + εI) of the covariance of features, as used by the log-Euclidean metric.
 
     Args:
         X: (..., d, n) features; any floating or complex dtype, half precision is taken as float32.
-        eps: ε ≥ 0, positive where P is singular, as it is for n ≤ d. The gradient in A is bounded by 1.61/√ε times
-            the incoming one, twice the largest log(1 + σ²/ε)/σ.
-        solver: ``"auto"`` or ``"eigh"``, the factor form; no other has a logarithm.
-        rank: as in :func:`covariance_sqrtm`; ``"pinv"`` is the logarithm on the range of P, and 0 outside.
+        eps: ε ≥ 0; must be positive if P is singular, as it is for n ≤ d. The gradient in A is at most 1.61/√ε times
+            the incoming one, twice the maximum of log(1 + σ²/ε)/σ.
+        solver: ``"auto"`` or ``"eigh"``, the factor form; no other solver has a logarithm.
+        rank: as in :func:`covariance_sqrtm`; with ``"pinv"`` the logarithm acts on the range of P, and is 0 outside.
         correction: the divisor of the covariance is n − correction.
 
     Returns:
         (..., d, d) Hermitian, in the dtype of X.
 
     Raises:
-        TypeError, ValueError, DecompositionError: as :func:`covariance_sqrtm`; a singular P with neither ε nor
-            ``"pinv"``; another solver.
+        TypeError: X is not a floating or complex tensor.
+        ValueError: fewer than two dimensions, n ≤ correction, NaN or infinity in X (checked on the CPU by default); a
+            singular P with neither ε nor ``"pinv"``; another solver, an unknown policy.
+        DecompositionError: every step of the fall-back chain failed.
 
-    Complexity: O(d n min(d, n) + d² min(d, n)), also backward, in float64; second derivatives and forward mode take the
-    d × d side, second derivatives O(d³) memory. Third derivatives are refused. Source: Daleckii–Krein on the factor.
+    Complexity: O(d n min(d, n) + d² min(d, n)), also backward, in float64. Second derivatives and forward mode work on
+    the d × d side, second derivatives with O(d³) memory. There are no third derivatives. Source: Daleckii–Krein on the
+    factor.
 
     Example:
         >>> import torch
@@ -164,7 +170,7 @@ def _from_features(
             return _root_by_products(work, root, eps, correction).to(X.dtype)
         scale: Tensor | float = 1.0
         if isinstance(f, Power) and eps == 0.0 and work.dtype == wide_dtype(work):
-            # Squares of double features may leave the range; a power of P does not see the unit that they are in.
+            # Squares of double-precision features may leave the range; powers of P are equivariant to their unit.
             largest = work.detach().abs().amax((-2, -1), keepdim=True)
             unit = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
             work, scale = work / unit, unit.pow(2 * f.exponent)
@@ -175,7 +181,7 @@ def _from_features(
 
 
 def _root_by_products(X: Tensor, root: Callable[..., Tensor], eps: float, correction: int) -> Tensor:
-    """The root of a covariance in ONNX, in double precision: on the smaller side as A (Aᴴ A)^{-1/2} Aᴴ."""
+    """The root of a covariance for ONNX, in double precision; on the smaller side as A (Aᴴ A)^{-1/2} Aᴴ."""
     A = centred_factor(widened(X), correction)
     if root is sqrtm and eps == 0.0 and X.shape[-1] < X.shape[-2]:
         return A @ invsqrtm(A.mH @ A) @ A.mH

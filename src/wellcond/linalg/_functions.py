@@ -12,9 +12,8 @@ from wellcond._shared.checks import readable, require_matrix, require_nonnegativ
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond._shared.torch_internals import under_forward_mode, under_functorch
 
-from ._daleckii_krein import apply_function
-from ._divided_differences import Exp, Log, Power, ScalarFunction
-from ._rank import Rank, Shift, eigenpairs, of_matrix, on_kept_eigenvalues, require_rank_policy
+from ._rank import Rank, Shift, eigenpairs, require_rank_policy
+from .derivatives import Exp, Log, Power, ScalarFunction, apply_function, on_kept_eigenvalues, under_policy
 
 
 def powm(P: Tensor, exponent: float | Tensor, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:
@@ -24,21 +23,21 @@ def powm(P: Tensor, exponent: float | Tensor, *, eps: float = 0.0, rank: Rank = 
         P: (..., d, d) real symmetric or complex Hermitian; any floating or complex dtype, half precision is computed
             in float32.
         exponent: any finite real number. For ±1/2 :func:`sqrtm` and :func:`invsqrtm` are cheaper to differentiate
-            twice. Or a real tensor, of no dimension or one exponent a matrix (broadcast with the leading dimensions of
-            P), which gets its gradient tr(Gᴴ log(P) P^exponent); P must be positive definite then, or ε positive.
-        eps, rank: what is done to eigenvalues that are zero up to rounding, as in :func:`invsqrtm`; not ``"pinv"`` for
-            a tensor of exponents.
+            twice. Or a real tensor, a scalar or one exponent per matrix (broadcast with the leading dimensions of P),
+            which gets its gradient tr(Gᴴ log(P) P^exponent); then P must be positive definite, or ε positive.
+        eps, rank: treatment of eigenvalues that are zero up to rounding, as in :func:`invsqrtm`; not ``"pinv"`` with a
+            tensor of exponents.
 
     Returns:
         (..., d, d) in the dtype of P.
 
     Raises:
         TypeError: P is not a floating or complex tensor.
-        ValueError: P is not square, finite, Hermitian or positive semidefinite (read on the CPU by default), or
+        ValueError: P is not square, finite, Hermitian or positive semidefinite (checked on the CPU by default), or
             singular for a negative exponent with neither ε nor a policy; a non-finite exponent, an unknown policy.
         DecompositionError: every step of the fall-back chain failed.
 
-    At eigenvalues that are zero up to rounding with ε = 0 the derivative of a power below 1 does not exist; null pairs
+    At eigenvalues that are zero up to rounding, the derivative of a power below 1 does not exist with ε = 0; null pairs
     contribute 0 there.
 
     Complexity: one eigendecomposition and one product; four products backward; O(d³) memory for second derivatives.
@@ -62,15 +61,15 @@ def logm(P: Tensor, *, eps: float = 0.0, rank: Rank = "ridge") -> Tensor:
     Args:
         P: (..., d, d) real symmetric or complex Hermitian; any floating or complex dtype, half precision is computed
             in float32.
-        eps, rank: what is done to eigenvalues that are zero up to rounding, as in :func:`invsqrtm`.
+        eps, rank: treatment of eigenvalues that are zero up to rounding, as in :func:`invsqrtm`.
 
     Returns:
         (..., d, d) in the dtype of P.
 
     Raises:
         TypeError: P is not a floating or complex tensor.
-        ValueError: P is not square, finite, Hermitian or positive definite (read on the CPU by default), an unknown
-            policy.
+        ValueError: P is not square, finite, Hermitian or positive definite (checked on the CPU by default), or the
+            policy is unknown.
         DecompositionError: every step of the fall-back chain failed.
 
     Complexity: one eigendecomposition and one product; four products backward; O(d³) memory for second derivatives.
@@ -89,14 +88,15 @@ def expm(S: Tensor) -> Tensor:
     """The exponential of a Hermitian matrix, which need not be definite: the inverse of :func:`logm`.
 
     Args:
-        S: (..., d, d) real symmetric or complex Hermitian. For other matrices take ``torch.linalg.matrix_exp``.
+        S: (..., d, d) real symmetric or complex Hermitian, any floating or complex dtype; half precision is computed in
+            float32. For other matrices use ``torch.linalg.matrix_exp``.
 
     Returns:
         (..., d, d) Hermitian positive definite, in the dtype of S.
 
     Raises:
         TypeError: S is not a floating or complex tensor.
-        ValueError: S is not square, finite or Hermitian (read on the CPU by default).
+        ValueError: S is not square, finite or Hermitian (checked on the CPU by default).
         DecompositionError: every step of the fall-back chain failed.
 
     Complexity: one eigendecomposition and one product; four products backward; O(d³) memory for second derivatives.
@@ -111,12 +111,12 @@ def expm(S: Tensor) -> Tensor:
     require_matrix(S, "S", square=True)
     with full_precision(S):
         work = S.to(working_dtype(S.dtype))
-        # exp(S) = I + S + …: an asymmetry counts beside 1, not beside a small S (as in a mean that converges).
+        # exp(S) = I + S + …: asymmetry is relative to 1, not to a small S (as in a mean that converges).
         return apply_function(work, Exp(), *eigenpairs(work, unit=1.0)).to(S.dtype)
 
 
 def require_exponent(exponent: float | Tensor, rank: str) -> float | Tensor:
-    """A finite number, or a tensor of exponents where it is one that is differentiated or has several."""
+    """The exponent as a float, unless it is a tensor that is differentiated or has several entries."""
     if not isinstance(exponent, Tensor):
         if not math.isfinite(exponent):
             raise ValueError(f"exponent must be a finite number, got {exponent}")
@@ -133,7 +133,7 @@ def require_exponent(exponent: float | Tensor, rank: str) -> float | Tensor:
 
 
 def _tensor_power(P: Tensor, exponent: Tensor, eps: float, rank: Rank) -> Tensor:
-    """exp(p log P), from one decomposition: the two chains of divided differences multiply to that of the power."""
+    """exp(p log P) from one decomposition: by the chain rule, divided differences multiply to those of the power."""
     require_matrix(P, "P", square=True)
     require_nonnegative(eps, "eps")
     require_rank_policy(rank, eps)
@@ -158,4 +158,4 @@ def functions_of(
     with full_precision(P):
         work = P.to(working_dtype(P.dtype))
         pairs = eigenpairs(work, Shift(float(eps), rank, invertible))
-        return tuple(apply_function(work, of_matrix(f, rank, eps), *pairs).to(P.dtype) for f in functions)
+        return tuple(apply_function(work, under_policy(f, rank, eps), *pairs).to(P.dtype) for f in functions)

@@ -1,38 +1,28 @@
 """The polar factor U Vᴴ of A = U Σ Vᴴ: the nearest (semi-)orthogonal matrix, eq. (14)–(17).
 
-Its derivative truly contains 1/(σi + σj) (and 1/σj out of the range): it is a whitening. Directions in which A vanishes
-get the value and the derivative 0 there, so the factor of a zero matrix is zero.
-
-From matrix products alone it comes by odd polynomials that take every singular value to 1: X ← X (a I + b XᴴX + c
-(XᴴX)²) keeps the singular vectors of a tall X and maps σ to σ (a + b σ² + c σ⁴). With minimax polynomials the
-composition is the best that so many steps can do (Amsel, Persson, Musco and Gower, The Polar Express, 2025). With the
-one polynomial of Muon (Jordan et al., 2024), five times, singular values end anywhere between 0.68 and 1.14: cheap, and
-not the polar factor.
+Its derivative contains 1/(σi + σj) (and 1/σj outside the range), as that of any whitening does. Value and derivative
+are 0 in directions in which A vanishes, so the factor of a zero matrix is zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wellcond._shared.autograd import BatchedFunction, differentiated_again, once
-from wellcond._shared.checks import checks_values, hermitian_part, readable, require_finite, require_matrix
+from wellcond._shared.autograd import BatchedFunction, differentiated_again
+from wellcond._shared.checks import checks_values, hermitian_part, require_finite, require_matrix
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond._shared.products import identity, plus_product, positive_or_one, product
-from wellcond._shared.torch_internals import along_many_directions, is_compiling
+from wellcond._shared.torch_internals import along_many_directions
 
-from ._divided_differences import reciprocal_or_zero, reciprocal_or_zero_
-from ._sylvester import sylvester
+from ._polar_by_products import polar_by_products
+from .derivatives import reciprocal_or_zero, reciprocal_or_zero_, sylvester
 from .lapack import thin_svd
-from .solvers import Coefficients, Minimax, completed_square, largest_entry
+from .solvers import Minimax, largest_entry
 
 POLAR_SOLVERS = ("auto", "svd", "minimax", "muon")
-MUON: tuple[Coefficients, ...] = ((3.4445, -4.7750, 2.0315),) * 5
-# Singular values down to 1e-5 of the largest; of XᴴX that is the square.
-KAPPA = 1e10
 
 
 def polar(G: Tensor, *, solver: str | Minimax = "auto") -> Tensor:
@@ -41,7 +31,7 @@ def polar(G: Tensor, *, solver: str | Minimax = "auto") -> Tensor:
     Args:
         G: (..., m, n); any floating or complex dtype, half precision is computed in float32. Each matrix is scaled
             by its largest entry first, so ``polar(c * G) == polar(G)`` for any c > 0 that the dtype can hold.
-        solver: ``"auto"`` or ``"svd"``, the thin singular value decomposition; ``"minimax"``, matrix products alone,
+        solver: ``"auto"`` or ``"svd"``, the thin singular value decomposition; ``"minimax"``, matrix products only,
             for singular values down to 1e-5 of the largest (smaller ones end between 0 and 1), or
             ``Minimax(kappa=k)`` for those down to k^{-1/2}; ``"muon"``, the five products-only steps of that
             optimizer, which leave singular values between 0.68 and 1.14.
@@ -49,7 +39,7 @@ def polar(G: Tensor, *, solver: str | Minimax = "auto") -> Tensor:
     Returns:
         (..., m, n) in the dtype of G: U Vᴴ over the singular values above eps · max(m, n) of the largest. A
         rank-deficient G therefore gives a partial isometry, and a zero G gives zero. ``"minimax"`` is within
-        10 eps κ(G) of it, as ``"svd"`` is, but cuts nothing off.
+        10 eps κ(G) of it, as ``"svd"`` is, but has no cut-off.
 
     Raises:
         TypeError: G is not a floating or complex tensor.
@@ -57,8 +47,8 @@ def polar(G: Tensor, *, solver: str | Minimax = "auto") -> Tensor:
         DecompositionError: no singular value decomposition converged.
 
     Complexity: one thin SVD, O(m n min(m, n)) per matrix; two products of m × n by n × n and one of n × n (n ≤ m) in
-    each of the 12 steps of ``"minimax"`` (13 in double precision), which ``torch.compile(fullgraph=True)`` takes
-    whole. Derivatives of every order exist at full rank, for ``"svd"``; the others refuse to be differentiated.
+    each of the 12 steps of ``"minimax"`` (13 in double precision), which ``torch.compile(fullgraph=True)`` captures
+    whole. With ``"svd"``, derivatives of every order exist at full rank; the others have none, and raise.
     Source: Higham, Functions of Matrices, 2008, ch. 8; eq. (14)–(17) of Song, Sebe and Wang, ECCV 2022.
 
     Example:
@@ -78,61 +68,19 @@ def polar(G: Tensor, *, solver: str | Minimax = "auto") -> Tensor:
         tall = A.shape[-2] >= A.shape[-1]
         A = A if tall else A.mH
         if solver in ("auto", "svd"):
-            # The usual rank tolerance on singular values.
+            # The usual rank tolerance for singular values.
             cut = torch.finfo(A.dtype).eps * A.shape[-2]
             W, *_ = Polar.call(A, cut, None, "G")
         else:
-            W = _by_products(A, solver)
+            W = polar_by_products(A, solver)
         return (W if tall else W.mH.resolve_conj()).to(G.dtype)
 
 
-def _by_products(A: Tensor, solver: str | Minimax) -> Tensor:
-    """Values only: autograd through the products would multiply rounding by the slopes of all polynomials."""
-    message = f"polar with solver={solver!r} has no derivative; take solver='svd', or give it G.detach()"
-    if is_compiling():
-        if A.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(message)
-        return _iterated(A, solver)
-    if readable(A):
-        require_finite(A, "G")
-    return once(_iterated(A.detach(), solver), message, A)
-
-
-def _iterated(A: Tensor, solver: str | Minimax) -> Tensor:
-    """W ≈ U Vᴴ of a tall A by ``"muon"``, ``"minimax"`` or a configured :class:`Minimax`."""
-    if solver == "muon":
-        X, _ = _normalised(A)
-        return _compose(X, MUON)
-    minimax = solver if isinstance(solver, Minimax) else Minimax(kappa=KAPPA)
-    X, gram = _normalised(A)
-    # σmax ≤ ‖XᴴX‖_F^{1/2} ≤ r^{1/4} σmax, four times sharper than ‖X‖_F at r = 256.
-    size = torch.linalg.matrix_norm(gram, keepdim=True).sqrt()
-    return _compose(X / positive_or_one(size), minimax.polynomials_for(A.dtype))
-
-
-def _normalised(A: Tensor) -> tuple[Tensor, Tensor]:
-    """A by its Frobenius norm, by its largest entry first so that no square leaves the range, and its Gram matrix."""
-    if A.numel() == 0:
-        return A, A.mH @ A
-    X = A / positive_or_one(largest_entry(A))
-    X = X / positive_or_one(torch.linalg.matrix_norm(X, keepdim=True))
-    return X, product(X.mH, X)
-
-
-def _compose(X: Tensor, polynomials: Iterable[Coefficients]) -> Tensor:
-    eye = identity(X)
-    for polynomial in polynomials:
-        shift, constant, c = completed_square(polynomial)
-        M = plus_product(eye, X.mH, X, beta=shift)
-        X = product(X, plus_product(eye, M, M, beta=constant, alpha=c))
-    return X
-
-
 class Polar(BatchedFunction):
-    """W = U Vᴴ of a tall A, its singular values and V; differentiated in A.
+    """W = U Vᴴ of a tall A, its singular values and V; differentiable in A.
 
-    Singular values at or below ``cut`` of the largest, or the absolute ``floor`` (..., 1), count as zero. ``name`` is
-    what the caller's argument is called.
+    Singular values up to ``cut`` of the largest, or up to the absolute ``floor`` (..., 1), count as zero. Messages call
+    the argument ``name``.
     """
 
     @staticmethod
@@ -147,7 +95,7 @@ class Polar(BatchedFunction):
             )
         scale = positive_or_one(largest_entry(A))
         U, sigma, Vh = thin_svd(A / scale)
-        if floor is None and _all_above(sigma, cut):  # the usual case, where it is read
+        if floor is None and _all_above(sigma, cut):  # the usual case, if values can be read
             return product(U, Vh), sigma * scale.squeeze(-1), Vh.mH
         kept = sigma > cut * sigma[..., :1]
         sigma = sigma * scale.squeeze(-1)
@@ -173,7 +121,7 @@ class Polar(BatchedFunction):
 
 
 def _all_above(sigma: Tensor, cut: float) -> bool:
-    """Whether falling singular values are read and all more than ``cut`` of the largest."""
+    """Whether descending singular values can be read and all exceed ``cut`` times the largest."""
     if not checks_values(sigma):
         return False
     if sigma.ndim == 1:
@@ -183,7 +131,7 @@ def _all_above(sigma: Tensor, cut: float) -> bool:
 
 
 def _derivative(E: Tensor, A: Tensor, W: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
-    """The derivative of W along E, which is its own adjoint; differentiable in E, A and W."""
+    """The derivative of W along E, which is self-adjoint; differentiable in E, A and W."""
     with full_precision(A):
         if not differentiated_again() and not along_many_directions(E):
             return _value_of_derivative(E, W, sigma, V)
@@ -195,7 +143,7 @@ def _derivative(E: Tensor, A: Tensor, W: Tensor, sigma: Tensor, V: Tensor) -> Te
 
 
 def _value_of_derivative(E: Tensor, W: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
-    """The same where no further derivative is wanted, in the basis of the singular vectors.
+    """The same derivative, not differentiable again, in the basis of the singular vectors.
 
     With M = Uᴴ E V and U = W V it is [U (K ∘ (M − Mᴴ) − M Σ⁻¹) + E V Σ⁻¹] Vᴴ, K_ij = 1/(σi + σj).
     """

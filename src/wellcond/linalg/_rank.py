@@ -1,26 +1,26 @@
-"""Which directions of a covariance are rounding, and what is done with them: the two tolerances and the rank policies.
+"""Which directions of a covariance are rounding errors, and what is done with them: two tolerances and four policies.
 
-Of a matrix P (..., d, d) eigenvalues at or below d·eps of the largest are rounding: what forming it and decomposing it
-leave behind (Higham, Accuracy and Stability of Numerical Algorithms, 2002, ch. 3; the rule of ``matrix_rank``). A
-singular matrix has them anywhere in that band, on either side of zero, so nothing may depend on where: functions that
-need the inverse refuse them all. The derivative of a root goes on and takes for zero what may be no more than the
-rounding that is met, (4 + 2√d)·eps: the bound would cut off eigenvalues that are known to two digits.
+The eigenvalues of a given matrix P (..., d, d) up to d·eps of the largest may be errors of forming and decomposing it
+(Higham, Accuracy and Stability of Numerical Algorithms, 2002, ch. 3; the rule of ``matrix_rank``). Those of a singular
+matrix lie anywhere in that band, on either side of zero, so nothing may depend on where they are: functions that need
+the inverse refuse them all. The derivative of a root sets to zero only what is within the rounding observed in
+practice, (4 + 2√d)·eps: the bound would also discard eigenvalues that are known to two digits.
 
-Features X (..., d, n) know more. Rounding them to their dtype moves the factor A = (X − mean)/√n by E with
-‖E‖ ≤ eps/2 · ‖X‖_F/√n, so eigenvalues of P = A Aᴴ below eps² ‖X‖²_F/n can be that alone. (The customary max(d,
+Features X (..., d, n) determine more. Rounding them to their dtype perturbs the factor A = (X − mean)/√n by E with
+‖E‖ ≤ eps/2 · ‖X‖_F/√n, so eigenvalues of P = A Aᴴ below eps² ‖X‖²_F/n can be rounding errors. (The customary max(d,
 n)·eps·σ_max would call everything above κ = 4,000 singular at n = 128·32·32 in single precision.) Decomposing A in
-double precision adds min(d, n)·eps64 ‖A‖, which matters for double features only: the larger of the two precisions
+double precision adds min(d, n)·eps64 ‖A‖, which matters for double-precision features only: the larger of the two
 counts.
 
-The policies for what is rounding:
+The policies for these eigenvalues:
 
-- ``"ridge"``: ε is added to every eigenvalue; with ε = 0 a singular matrix is refused where its inverse is needed.
-- ``"pinv"``: f(0) counts as 0, so the function acts on the range alone.
+- ``"ridge"``: ε is added to every eigenvalue; with ε = 0 a singular matrix is an error where its inverse is needed.
+- ``"pinv"``: the function acts on the range only, as if f(0) = 0.
 - ``"floor"``: eigenvalues at or below the tolerance are raised to it.
 - ``"raise"``: an eigenvalue at or below the tolerance is an error.
 
-What was clamped has no gradient of its own; the derivative is that of the function as applied (the divided differences
-of the truncated function), so nothing leaks through.
+Clamped eigenvalues have no gradient of their own: the derivative is that of the truncated function, by its divided
+differences.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from wellcond._shared.events import place
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import working_dtype
 
-from ._divided_differences import Power, ScalarFunction, SpectralMap, pairs, triples
 from .lapack import eigh
 
 Rank = Literal["ridge", "pinv", "floor", "raise"]
@@ -53,24 +52,24 @@ def rounding_floor(d: int, dtype: torch.dtype) -> float:
 
 
 def matrix_tolerance(eigvals: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(..., 1): eigenvalues at or below it are rounding, of a matrix that was formed in ``dtype`` (theirs if None)."""
+    """(..., 1) the largest value that is rounding, for a matrix formed in ``dtype`` (default: that of ``eigvals``)."""
     eps = torch.finfo(dtype or eigvals.dtype).eps
     return eigvals.shape[-1] * eps * eigvals.amax(-1, keepdim=True).clamp_min(0.0)
 
 
 def feature_tolerance(X: Tensor, mean_square: Tensor) -> Tensor:
-    """(...,) eigenvalues of the covariance of X at or below it are rounding.
+    """(...,) eigenvalues of the covariance of X up to this value may be rounding errors.
 
     Args:
-        X: (..., d, n); only its shape and dtype are looked at. Half precision counts as what it is computed in.
-        mean_square: ‖X‖²_F/n, with the mean, in the units of the covariance.
+        X: (..., d, n); only its shape and dtype matter. Half precision counts as float32, in which it is computed.
+        mean_square: ‖X‖²_F/n, including the mean, in the units of the covariance.
     """
     own = torch.finfo(working_dtype(X.dtype)).eps
     return max(own, min(X.shape[-2:]) * torch.finfo(torch.float64).eps) ** 2 * mean_square
 
 
 def require_rank_policy(rank: str, eps: float) -> None:
-    """Refuse an unknown policy, and an ε that the policy would not use."""
+    """Raise for an unknown policy, and for an ε that the policy would ignore."""
     require_known(rank, get_args(Rank), "rank policy")
     if rank != "ridge" and eps != 0.0:
         raise ValueError(f"eps={eps} is the ridge of rank='ridge'; rank={rank!r} takes none")
@@ -79,20 +78,20 @@ def require_rank_policy(rank: str, eps: float) -> None:
 def noise(d: int, dtype: torch.dtype) -> float:
     """How far from zero, relative to the largest, rounding puts a null eigenvalue of a d × d matrix in practice.
 
-    Of Gram matrices of rank d − 1 and d/2 and of rotated projectors, d from 4 to 256, up to 4096 samples, 300 draws
-    each: 7.3 eps at d = 4, 8 at 64, 13.5 at 256.
+    Measured on Gram matrices of rank d − 1 and d/2 and on rotated projectors, d from 4 to 256, up to 4096 samples, 300
+    draws each: 7.3 eps at d = 4, 8 at 64, 13.5 at 256.
     """
     return (4 + 2 * d**0.5) * torch.finfo(dtype).eps
 
 
 def without_noise(eigvals: Tensor) -> Tensor:
-    """Eigenvalues in ascending order, with 0 for those that are no more than noise."""
+    """Ascending eigenvalues, with those within the noise set to 0."""
     return eigvals.masked_fill(eigvals <= noise(eigvals.shape[-1], eigvals.dtype) * eigvals[..., -1:], 0.0)
 
 
 def clear_of_zero(eigvals: Tensor) -> bool:
-    """Whether ascending eigenvalues (..., d) are read, and all above what any rule here takes for rounding: the usual
-    case, in which there is nothing to refuse, to clamp or to cut."""
+    """Whether ascending eigenvalues (..., d) can be read and all exceed every tolerance of this module: the usual case,
+    in which there is nothing to refuse, clamp or cut."""
     if not checks_values(eigvals) or not eigvals.numel():
         return False
     d = eigvals.shape[-1]
@@ -104,8 +103,8 @@ def clear_of_zero(eigvals: Tensor) -> bool:
 
 
 def shifted_spectrum(eigvals: Tensor, eps: float, *, invertible: bool, rank: Rank = "ridge") -> Tensor:
-    """max(λ, 0) + ε, or 0 for all that is rounding ("pinv"); refuses an indefinite matrix and, where its inverse is
-    needed, a singular one."""
+    """max(λ, 0) + ε, or 0 for rounding errors ("pinv"). Raises for an indefinite matrix, and for a singular one where
+    its inverse is needed."""
     refuses_singular = rank == "raise" or (rank == "ridge" and invertible and eps == 0.0)
     if checks_values(eigvals) and eigvals.numel():
         lowest = eigvals.amin(-1)
@@ -134,91 +133,8 @@ def _require_semidefinite(eigvals: Tensor) -> None:
         )
 
 
-class Truncated(SpectralMap):
-    """f with the eigenvalues that are rounding mapped to f(tolerance) ("floor") or to 0 ("pinv").
-
-    Where the null space is the same for all matrices in question (``fixed_range``) nothing couples it to the range.
-    """
-
-    def __init__(self, f: ScalarFunction, rank: Rank, *, fixed_range: bool = False) -> None:
-        self.f, self.floor, self.fixed_range = f, rank == "floor", fixed_range
-
-    def _split(self, eigvals: Tensor) -> tuple[Tensor, Tensor]:
-        """Which eigenvalues are kept, and the spectrum with a harmless value in place of the others."""
-        # For "pinv" what is rounding was set to zero, by whichever tolerance is the right one.
-        cut = matrix_tolerance(eigvals) if self.floor else torch.zeros_like(eigvals[..., :1])
-        kept = eigvals > cut
-        return kept, torch.where(kept, eigvals, torch.where(cut > 0, cut, 1.0))
-
-    def values(self, eigvals: Tensor) -> Tensor:
-        kept, safe = self._split(eigvals)
-        values = self.f.value(safe)
-        # A zero matrix has no scale to take a floor from: like the pseudo-inverse, it maps to zero.
-        return torch.where(kept | (self.floor & kept.any(-1, keepdim=True)), values, 0.0)
-
-    def differences(self, eigvals: Tensor) -> Tensor:
-        kept, safe = self._split(eigvals)
-        (ki, kj), (si, sj) = pairs(kept), pairs(safe)
-        return self._mixed(self.f.first(si, sj), (ki & kj), (ki | kj), *pairs(eigvals), *pairs(self.values(eigvals)))
-
-    def second_differences(self, eigvals: Tensor) -> Tensor:
-        kept, safe = self._split(eigvals)
-        ki, kj, kk = triples(kept)
-        lam = torch.stack(torch.broadcast_tensors(*triples(eigvals)))
-        lam, order = lam.sort(0)
-        values = torch.stack(torch.broadcast_tensors(*triples(self.values(eigvals)))).gather(0, order)
-        keep = torch.stack(torch.broadcast_tensors(ki, kj, kk)).gather(0, order)
-        safe3 = torch.stack(torch.broadcast_tensors(*triples(safe))).gather(0, order)
-
-        def first(i: int, j: int) -> Tensor:
-            inner = self.f.first(safe3[i], safe3[j])
-            return self._mixed(inner, keep[i] & keep[j], keep[i] | keep[j], lam[i], lam[j], values[i], values[j])
-
-        return self._mixed(
-            self.f.second(*triples(safe)), ki & kj & kk, ki | kj | kk, lam[2], lam[0], first(2, 1), first(1, 0)
-        )
-
-    def _mixed(
-        self, whole: Tensor, every: Tensor, some: Tensor, a: Tensor, b: Tensor, fa: Tensor, fb: Tensor
-    ) -> Tensor:
-        """f's own difference where all are kept, 0 where none is, and the quotient across the cut."""
-        if self.fixed_range:
-            return torch.where(every, whole, 0.0)
-        gap = torch.where(a == b, 1.0, a - b)
-        return torch.where(every, whole, torch.where(some, (fa - fb) / gap, 0.0))
-
-
-class RootAtZero(SpectralMap):
-    """A fractional power at its zeros: the value is that of every eigenvalue, the derivative, which does not exist at
-    zero, that of the eigenvalues which are more than noise."""
-
-    def __init__(self, f: Power) -> None:
-        self.f = f
-
-    def values(self, eigvals: Tensor) -> Tensor:
-        return self.f.values(eigvals)
-
-    def differences(self, eigvals: Tensor) -> Tensor:
-        return self.f.differences(without_noise(eigvals))
-
-    def second_differences(self, eigvals: Tensor) -> Tensor:
-        return self.f.second_differences(without_noise(eigvals))
-
-
-def of_matrix(f: ScalarFunction, rank: Rank, eps: float) -> SpectralMap:
-    """The function that a rank policy makes of f, at the eigenvalues of a given matrix."""
-    if rank == "ridge" and eps == 0.0 and isinstance(f, Power) and 0.0 < f.exponent < 1.0:
-        return RootAtZero(f)
-    return on_kept_eigenvalues(f, rank)
-
-
-def on_kept_eigenvalues(f: ScalarFunction, rank: Rank) -> SpectralMap:
-    """The function that a rank policy makes of f."""
-    return Truncated(f, rank) if rank in ("pinv", "floor") else f
-
-
 class Shift(NamedTuple):
-    """How the eigenvalues of a positive semidefinite matrix are made fit for a function."""
+    """How the eigenvalues of a positive semidefinite matrix are prepared for a function."""
 
     eps: float
     rank: Rank
@@ -226,7 +142,7 @@ class Shift(NamedTuple):
 
 
 class _Eigenpairs(BatchedFunction):
-    """Decomposition, checks and policy in one function, so that they see real values under ``torch.func``."""
+    """Decomposition, checks and policy in one function, which sees real values under ``torch.func``."""
 
     @staticmethod
     def forward(P: Tensor, shift: Shift | None, unit: float) -> tuple[Tensor, Tensor]:
@@ -249,5 +165,5 @@ class _Eigenpairs(BatchedFunction):
 
 
 def eigenpairs(P: Tensor, shift: Shift | None = None, unit: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Checked eigenvalues (ascending, shifted if asked) and eigenvectors of Hermitian P, not differentiable."""
+    """Eigenvalues (ascending, shifted if asked) and eigenvectors of Hermitian P, after the checks; no gradient."""
     return _Eigenpairs.call(P, shift, unit)

@@ -8,9 +8,9 @@ from wellcond._shared.checks import require_matrix, require_nonnegative
 from wellcond._shared.precision import HALF, full_precision
 from wellcond._shared.torch_internals import in_onnx_export, is_compiling
 
-from ._divided_differences import Power
 from ._functions import functions_of
 from ._rank import Rank, require_rank_policy
+from .derivatives import Power
 from .solvers import Eigh, Root, Solved, Solver, Traced, choose_solver, in_reach_of_products
 
 
@@ -21,10 +21,10 @@ def sqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank: R
         P: (..., d, d) real symmetric or complex Hermitian, positive semidefinite; any floating or complex dtype.
             Half precision is computed in float32.
         eps: ε ≥ 0, added to every eigenvalue.
-        solver: a name of :data:`wellcond.linalg.SOLVERS`, a configured solver, or ``"auto"``
-            (:func:`auto_solver` says which one that is).
-        rank: what is done to eigenvalues that are zero up to rounding, as in :func:`invsqrtm`. Zero has a root, so
-            ``"ridge"`` with ε = 0 takes a singular P as it is, and counts them as zero in the derivative alone.
+        solver: a name in :data:`wellcond.linalg.SOLVERS`, a configured solver, or ``"auto"``, which
+            :func:`auto_solver` resolves.
+        rank: treatment of eigenvalues that are zero up to rounding, as in :func:`invsqrtm`. Zero has a root, so
+            ``"ridge"`` with ε = 0 accepts a singular P, and sets them to zero in the derivative only.
 
     Returns:
         (..., d, d) in the dtype of P.
@@ -32,12 +32,12 @@ def sqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank: R
     Raises:
         TypeError: P is not a floating or complex tensor.
         ValueError: P is not square, finite, Hermitian or positive semidefinite, each beyond rounding, or the solver is
-            unknown. Values are checked on the CPU, elsewhere inside ``value_checks(True)``; solvers of matrix products
-            alone see no eigenvalues, and so no indefinite P.
+            unknown. Values are checked on the CPU, elsewhere inside ``value_checks(True)``; solvers that only multiply
+            matrices do not see the eigenvalues, and do not detect an indefinite P.
         DecompositionError: every step of the fall-back chain failed.
 
     Complexity: O(d³) per matrix. With the default solver the derivative is exact at repeated eigenvalues, to every
-    order; at eigenvalues that are zero up to rounding with ε = 0, where it does not exist, the null pairs contribute 0.
+    order; at eigenvalues that are zero up to rounding with ε = 0, where it does not exist, null pairs contribute 0.
     Source: Higham, Functions of Matrices, 2008, ch. 6; eq. (3)–(4) of Song, Sebe and Wang, ECCV 2022.
 
     Example:
@@ -56,20 +56,20 @@ def invsqrtm(P: Tensor, *, eps: float = 0.0, solver: str | Solver = "auto", rank
         P: (..., d, d) real symmetric or complex Hermitian, positive definite; any floating or complex dtype. Half
             precision is computed in float32.
         eps: ε ≥ 0, added to every eigenvalue.
-        solver: a name of :data:`wellcond.linalg.SOLVERS`, a configured solver, or ``"auto"``.
-        rank: what is done to eigenvalues that are zero up to rounding (d·eps of the largest): ``"ridge"`` adds ε to
-            all (with ε = 0 they are refused); ``"pinv"`` inverts on the range alone; ``"floor"`` raises them to
-            the tolerance; ``"raise"`` refuses them. What was clamped has no gradient of its own. Policies other than
-            ``"ridge"`` and ``"raise"`` go by eigendecomposition and differentiate twice.
+        solver: a name in :data:`wellcond.linalg.SOLVERS`, a configured solver, or ``"auto"``.
+        rank: treatment of eigenvalues that are zero up to rounding (d·eps of the largest): ``"ridge"`` adds ε to all
+            (with ε = 0 they are an error); ``"pinv"`` inverts on the range only; ``"floor"`` raises them to the
+            tolerance; ``"raise"`` makes them an error. Clamped eigenvalues have no gradient of their own. Policies
+            other than ``"ridge"`` and ``"raise"`` use an eigendecomposition and differentiate twice.
 
     Returns:
         (..., d, d) in the dtype of P.
 
     Raises:
         TypeError: P is not a floating or complex tensor.
-        ValueError: P is not square, finite, Hermitian or positive definite, each beyond rounding (the last four are
-            checked on the CPU; elsewhere inside ``value_checks(True)``); an unknown solver or policy, ε with a policy
-            that takes none.
+        ValueError: P is not square, finite, Hermitian or positive definite, each beyond rounding (the last three are
+            checked on the CPU, elsewhere inside ``value_checks(True)``); an unknown solver or policy, or ε with a
+            policy that does not use it.
         DecompositionError: every step of the fall-back chain failed.
 
     Complexity: O(d³) per matrix. With the default solver derivatives of every order are exact at repeated eigenvalues.
@@ -90,16 +90,24 @@ def sqrtm_invsqrtm(
     """Both (P + εI)^{1/2} and (P + εI)^{-1/2} from one decomposition.
 
     Args:
-        P: (..., d, d) real symmetric or complex Hermitian, positive definite; any floating or complex dtype.
-        eps, solver, rank: as in :func:`invsqrtm`.
+        P: (..., d, d) real symmetric or complex Hermitian, positive definite; any floating or complex dtype. Half
+            precision is computed in float32.
+        eps: ε ≥ 0, added to every eigenvalue.
+        solver: a name in :data:`wellcond.linalg.SOLVERS`, a configured solver, or ``"auto"``.
+        rank: treatment of eigenvalues that are zero up to rounding, as in :func:`invsqrtm`.
 
     Returns:
         Two tensors (..., d, d) in the dtype of P.
 
     Raises:
-        TypeError, ValueError, DecompositionError: what :func:`invsqrtm` refuses.
+        TypeError: P is not a floating or complex tensor.
+        ValueError: P is not square, finite, Hermitian or positive definite, each beyond rounding (the last three are
+            checked on the CPU, elsewhere inside ``value_checks(True)``); an unknown solver or policy, or ε with a
+            policy that does not use it.
+        DecompositionError: every step of the fall-back chain failed.
 
-    Complexity: that of :func:`invsqrtm` and one product.
+    Complexity: that of :func:`invsqrtm` and one product. Source: Higham, Functions of Matrices, 2008, ch. 6; eq.
+    (3)–(4) of Song, Sebe and Wang, ECCV 2022.
 
     Example:
         >>> import torch

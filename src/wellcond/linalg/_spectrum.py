@@ -1,12 +1,12 @@
-"""The spectrum of a covariance in float64, with what it can be trusted to, and the figures that are read off it.
+"""The spectrum of a covariance in float64, how far it can be trusted, and the numbers derived from it.
 
-Three that are never to be mixed (and all needed): κ(P) of eq. (1) without ε, infinite where the rank is short;
-κ(P + εI), what a solver sees; and the effective rank (tr P)²/tr P².
+Three numbers must not be confused: κ(P) of eq. (1) without ε, infinite if P is rank deficient;
+κ(P + εI), which a solver sees; and the effective rank (tr P)²/tr P².
 
 κ(P) = λ_max/λ_min is the square of the condition number of the factor A (Golub and Van Loan, Matrix Computations,
-4th ed., sect. 2.4). One float64 product settles almost every case: it is off by a few √d·eps64·λ_max, for float32
-features no more than their own rounding, since eps32² = 64 eps64. A decomposition of A itself is made only where an
-eigenvalue lies above the tolerance but below what the Gram matrix resolves.
+4th ed., sect. 2.4). One float64 product is enough in almost every case: its error is a few √d·eps64·λ_max, for float32
+features no more than their own rounding, since eps32² = 64 eps64. A itself is decomposed only if an eigenvalue lies
+above the tolerance but below what the Gram matrix resolves.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond._shared.checks import checks_values, hermitian, require_finite, require_matrix, require_nonnegative
-from wellcond._shared.precision import wide_dtype, widened
+from wellcond._shared.checks import hermitian, require_matrix
+from wellcond._shared.precision import widened
 
 from ._covariance import centred_gram
 from ._rank import feature_tolerance, matrix_tolerance
@@ -25,14 +25,15 @@ from .lapack import eigh
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues of covariances in float64 and what they can be trusted to.
+    """Eigenvalues of covariances in float64 and how far they can be trusted.
 
     Attributes:
-        eigvals: (..., d) in descending order, never negative.
-        tolerance: (...,) eigenvalues at or below it are rounding.
+        eigvals: (..., d) float64 in descending order, never negative.
+        tolerance: (...,) float64; eigenvalues up to it may be rounding errors.
 
     Example:
         >>> import torch
+        >>> from wellcond.linalg import spectrum
         >>> seen = spectrum(torch.diag(torch.tensor([4.0, 1.0])))
         >>> seen.condition_number().item(), seen.condition_number(eps=2.0).item(), seen.numerical_rank.item()
         (4.0, 2.0, 2)
@@ -54,7 +55,7 @@ class Spectrum(NamedTuple):
         return ratio.sum(-1).square() / ratio.square().sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
 
     def condition_number(self, eps: float | Tensor = 0.0) -> Tensor:
-        """(...,) κ(P + εI), ε one number or one a matrix; without ε infinite where P is numerically rank deficient."""
+        """(...,) κ(P + εI), with one ε or one per matrix; infinite for ε = 0 and a numerically rank-deficient P."""
         largest, smallest = self.eigvals[..., 0], self.eigvals[..., -1]
         if isinstance(eps, Tensor) or eps > 0.0:
             return (largest + eps) / (smallest + eps)
@@ -62,24 +63,29 @@ class Spectrum(NamedTuple):
         return torch.where(smallest > self.tolerance, kappa, torch.inf)
 
     def range_condition_number(self) -> Tensor:
-        """(...,) κ over the numerical range: the largest eigenvalue by the smallest above the tolerance (1 if none)."""
+        """(...,) κ over the numerical range: the largest eigenvalue over the smallest above the tolerance, else 1."""
         above = torch.where(self.eigvals > self.tolerance.unsqueeze(-1), self.eigvals, torch.inf).amin(-1)
         return torch.where(torch.isfinite(above), self.eigvals[..., 0] / above, 1.0)
 
 
 def matrix_spectrum(P: Tensor) -> Spectrum:
-    """The spectrum of given covariances P (..., d, d), in float64; the tolerance is eps·d of the largest eigenvalue.
+    """The spectrum of covariances P, in float64, with the tolerance d·eps of the largest eigenvalue.
 
-    A covariance formed in a dtype of precision eps can show κ up to 1/eps at best; from the features
-    :func:`covariance_spectrum` sees its square.
+    A covariance formed in precision eps resolves κ up to 1/eps; :func:`covariance_spectrum` resolves its square, from
+    the features.
 
     Args:
         P: (..., d, d) Hermitian, any floating or complex dtype.
 
-    Raises:
-        TypeError, ValueError: P is not a square floating or complex matrix, not finite or not Hermitian.
+    Returns:
+        A :class:`Spectrum`: (..., d) eigenvalues in float64 and (...,) tolerances, on the device of P.
 
-    Complexity: one eigendecomposition, O(d³) a matrix.
+    Raises:
+        TypeError: P is not a floating or complex tensor.
+        ValueError: P is not square, is empty, or not finite or not Hermitian (both checked on the CPU by default).
+
+    Complexity: one eigendecomposition, O(d³) per matrix. Source, for the tolerance: Higham, Accuracy and Stability of
+    Numerical Algorithms, 2002, ch. 3.
 
     Example:
         >>> import torch
@@ -87,7 +93,7 @@ def matrix_spectrum(P: Tensor) -> Spectrum:
         tensor(2)
     """
     require_matrix(P, "P", square=True)
-    _require_entries(P, "P")
+    require_entries(P, "P")
     eigvals = eigh(widened(hermitian(P)))[0].flip(-1).clamp_min(0.0)
     return Spectrum(eigvals, matrix_tolerance(eigvals, P.dtype).squeeze(-1))
 
@@ -100,14 +106,16 @@ def covariance_spectrum(features: Tensor) -> Spectrum:
         features: (..., d, n), any floating or complex dtype.
 
     Returns:
-        A :class:`Spectrum`, NaN for a matrix whose features are not finite. The device is waited for when the small
-        matrices are fetched, and only then.
+        A :class:`Spectrum`: (..., d) eigenvalues and (...,) tolerances in float64, NaN where features are not finite.
+        The host waits for the device only to fetch the small matrices.
 
     Raises:
-        TypeError, ValueError: no floating or complex tensor of at least two dimensions; no channel or no sample.
+        TypeError: ``features`` is not a floating or complex tensor.
+        ValueError: fewer than two dimensions, no channel or no sample.
 
-    Complexity: one float64 product of d n min(d, n) multiplications a matrix and O(min(d, n)³), and about twice that
-    again in the rare case that needs a decomposition of the features themselves.
+    Complexity: one float64 product of d n min(d, n) multiplications per matrix and O(min(d, n)³), and about twice as
+    much again in the rare case that the features themselves have to be decomposed. Source: Golub and Van Loan, Matrix
+    Computations, 4th ed., sect. 2.4.
 
     Example:
         >>> import torch
@@ -115,7 +123,7 @@ def covariance_spectrum(features: Tensor) -> Spectrum:
         tensor(1)
     """
     require_matrix(features, "features")
-    _require_entries(features, "features")
+    require_entries(features, "features")
     d, n = features.shape[-2:]
     if features.device.type == "mps":  # no float64 there
         features = features.cpu()
@@ -135,15 +143,14 @@ def covariance_spectrum(features: Tensor) -> Spectrum:
 
 
 def unresolved(eigvals: Tensor, tolerance: Tensor, wanted: float = 0.01) -> Tensor:
-    """Which eigenvalues (..., r) are above the tolerance (...,), or nearly, and not resolved by a float64 Gram matrix.
-
-    That is to the relative accuracy ``wanted`` (and, to as much in radians, their eigenvectors).
+    """Which eigenvalues (..., r) are above, or almost above, the tolerance (...,), but not resolved by a float64 Gram
+    matrix to the relative accuracy ``wanted`` (their eigenvectors to as many radians).
     """
     error = 4 * eigvals.shape[-1] ** 0.5 * torch.finfo(torch.float64).eps * eigvals.amax(-1, keepdim=True)
     return (eigvals + error > tolerance.unsqueeze(-1)) & (eigvals < error / wanted)
 
 
-def _require_entries(x: Tensor, name: str) -> None:
+def require_entries(x: Tensor, name: str) -> None:
     for size, missing in zip(x.shape[-2:], ("channels", "samples"), strict=True):
         if size == 0:
             raise ValueError(f"{name} of shape {tuple(x.shape)} has no {missing}, and so no spectrum")
@@ -153,129 +160,3 @@ def _squared_singular_values(centred: Tensor) -> Tensor:
     """λ = σ(A)² by QR of the tall side, exact to eps64²·λ_max, from the centred features √n A."""
     tall = centred.mH if centred.shape[-2] <= centred.shape[-1] else centred
     return torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R.cpu()).square() / centred.shape[-1]
-
-
-def spectrum(X_or_P: Tensor, *, features: bool | None = None) -> Spectrum:
-    """The spectrum of the covariance of features, or of a covariance.
-
-    Args:
-        X_or_P: (..., d, n) features or (..., d, d) covariances, any floating or complex dtype; float64 work.
-        features: which of the two; ``None`` takes a square Hermitian tensor for covariances, all else for features.
-
-    Returns:
-        A :class:`Spectrum`: (..., d) eigenvalues in float64 on the CPU, detached, and (...,) tolerances.
-
-    Raises:
-        TypeError, ValueError: what is given is not floating, not a matrix, empty, or not finite.
-
-    Complexity: that of :func:`covariance_spectrum`, or of :func:`matrix_spectrum`.
-
-    Example:
-        >>> import torch
-        >>> spectrum(torch.tensor([[1.0, -1.0], [0.0, 0.0]])).eigvals
-        tensor([1., 0.], dtype=torch.float64)
-    """
-    found, unit = _spectrum_and_unit(X_or_P, features)
-    if not isinstance(unit, Tensor):
-        return found
-    size = unit.square()
-    return Spectrum(found.eigvals * size.unsqueeze(-1), found.tolerance * size)
-
-
-def _spectrum_and_unit(X_or_P: Tensor, features: bool | None) -> tuple[Spectrum, Tensor | float]:
-    """The spectrum in a unit u, λ = u² eigvals: squares of double features beyond 1e154 or below 1e-154 are none, and
-    what is read off a spectrum are ratios."""
-    require_matrix(X_or_P, "X_or_P")
-    _require_entries(X_or_P, "X_or_P")
-    if features is None:
-        square = X_or_P.shape[-1] == X_or_P.shape[-2]
-        features = not (square and torch.allclose(X_or_P, X_or_P.mH, rtol=1e-3, atol=0.0, equal_nan=True))
-    if not features:
-        with torch.no_grad():
-            return matrix_spectrum(X_or_P), 1.0
-    X = X_or_P.detach()
-    if checks_values(X):
-        require_finite(X, "X_or_P")
-    if X.dtype != wide_dtype(X):
-        return covariance_spectrum(X), 1.0
-    largest = X.abs().amax((-2, -1))
-    unit = torch.where(((largest < 1e-100) | (largest > 1e100)) & (largest > 0), largest, 1.0)
-    return covariance_spectrum(X / unit[..., None, None]), unit.cpu()
-
-
-def condition_number(X_or_P: Tensor, *, eps: float = 0.0, features: bool | None = None) -> Tensor:
-    """κ(P + εI) of covariances or of the covariance of features: λmax/λmin of eq. (1).
-
-    Args:
-        X_or_P: (..., d, n) features or (..., d, d) covariances, any floating or complex dtype; float64 work.
-        eps: ε ≥ 0. With 0, a numerically rank-deficient P has κ = inf (not some rounding figure).
-        features: which of the two is given; ``None`` takes a square Hermitian tensor for a covariance.
-
-    Returns:
-        (...,) float64, detached.
-
-    Raises:
-        TypeError, ValueError: what is given is not floating, not a matrix, empty, or not finite; a negative eps.
-
-    Values are read: give it the batch itself, not one matrix at a time under ``torch.func.vmap``.
-
-    Complexity: O(d n min(d, n)); see :func:`covariance_spectrum`. Source: eq. (1) of Song, Sebe and Wang, ECCV 2022.
-
-    Example:
-        >>> import torch
-        >>> condition_number(torch.diag(torch.tensor([100.0, 1.0])))
-        tensor(100., dtype=torch.float64)
-    """
-    require_nonnegative(eps, "eps")
-    found, unit = _spectrum_and_unit(X_or_P, features)
-    if isinstance(unit, Tensor) and eps:
-        return found.condition_number((eps / unit / unit).clamp_max(1e300))
-    return found.condition_number(eps)
-
-
-def effective_rank(X_or_P: Tensor, *, features: bool | None = None) -> Tensor:
-    """The participation ratio (tr P)²/tr P² of covariances or of the covariance of features: d for P = I, 1 for rank
-    one.
-
-    Args:
-        X_or_P: (..., d, n) features or (..., d, d) covariances, any floating or complex dtype; float64 work.
-        features: which of the two is given; ``None`` takes a square Hermitian tensor for a covariance.
-
-    Returns:
-        (...,) float64, detached; 0 for P = 0.
-
-    Raises:
-        TypeError, ValueError: what is given is not floating, not a matrix, empty, or not finite.
-
-    Complexity: that of :func:`condition_number`. Source: Roy and Vetterli, EUSIPCO 2007, with the Rényi entropy of
-    order 2.
-
-    Example:
-        >>> import torch
-        >>> effective_rank(torch.eye(3))
-        tensor(3., dtype=torch.float64)
-    """
-    return _spectrum_and_unit(X_or_P, features)[0].effective_rank
-
-
-def numerical_rank(X_or_P: Tensor, *, features: bool | None = None) -> Tensor:
-    """The number of eigenvalues above the tolerance of :func:`covariance_spectrum` or :func:`matrix_spectrum`.
-
-    Args:
-        X_or_P: (..., d, n) features or (..., d, d) covariances, any floating or complex dtype; float64 work.
-        features: which of the two is given; ``None`` takes a square Hermitian tensor for a covariance.
-
-    Returns:
-        (...,) int64, detached.
-
-    Raises:
-        TypeError, ValueError: what is given is not floating, not a matrix, empty, or not finite.
-
-    Complexity: that of :func:`condition_number`.
-
-    Example:
-        >>> import torch
-        >>> numerical_rank(torch.diag(torch.tensor([1.0, 1e-20])))
-        tensor(1)
-    """
-    return _spectrum_and_unit(X_or_P, features)[0].numerical_rank

@@ -1,7 +1,7 @@
 """Roots with a status for every matrix instead of an exception, without reading a value: the ``_ex`` forms.
 
-With a solver of matrix products alone nothing waits for the device. Decompositions report failures to the host, so
-``torch.linalg.eigh`` always synchronises with an accelerator.
+With solvers that only multiply matrices the host never waits for the device. ``torch.linalg.eigh`` reports failures to
+the host and so always synchronises.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from torch import Tensor
 
 from wellcond._shared.checks import require_matrix, value_checks
 from wellcond._shared.precision import working_dtype
+from wellcond._shared.products import identity
 
 from ._roots import invsqrtm, sqrtm
 from .lapack import nan_for_failures
-from .solvers import Root, Solver
-from .solvers._solver import relative_residual
+from .solvers import Root, Solver, relative_residual
 
 OK, NOT_FINITE, NOT_ACCURATE = 0, 1, 2
 
 
 class RootStatus(NamedTuple):
-    """A root, how good it is, and what was wrong, matrix by matrix.
+    """A root, its residual, and a status code for each matrix.
 
     Attributes:
         root: (..., d, d); NaN, with gradient zero, where the status is 1.
         residual: (...,) ‖Q² − P‖/‖P‖ of a square root, ‖S P S − I‖/‖I‖ of an inverse one (P + εI for P).
-        info: (...,) int32: 0 fine; 1 the matrix holds NaN or infinity, or could not be decomposed; 2 the residual is
-            above the tolerance: the matrix is not Hermitian or indefinite, too ill-conditioned, or the solver
+        info: (...,) int32: 0 good; 1 the matrix contains NaN or infinity, or could not be decomposed; 2 the residual
+            exceeds the tolerance: the matrix is not Hermitian, indefinite or too ill-conditioned, or the solver is
             approximate.
 
     Example:
@@ -50,19 +50,21 @@ def sqrtm_ex(
     """:func:`sqrtm` with a status for every matrix: no value raises, and none is read.
 
     Args:
-        P: (..., d, d) real symmetric or complex Hermitian; any floating or complex dtype.
+        P: (..., d, d) real symmetric or complex Hermitian; any floating or complex dtype, half precision is computed
+            in float32.
         eps: ε ≥ 0, added to every eigenvalue.
-        solver: a name of :data:`SOLVERS`, a configured solver, or ``"auto"``.
-        tolerance: residual above which ``info`` is 2; by default 10·d·eps of the working dtype, what rounding
-            leaves of an exact solver.
+        solver: a name in :data:`SOLVERS`, a configured solver, or ``"auto"``.
+        tolerance: residual above which ``info`` is 2; by default 10·d·eps of the working dtype, the rounding of an
+            exact solver.
 
     Returns:
-        :class:`RootStatus`; the other matrices of a batch are untouched by a bad one.
+        :class:`RootStatus`; a bad matrix does not affect the others of its batch.
 
     Raises:
-        TypeError, ValueError: for dtype, shape and solver only.
+        TypeError: P is not a floating or complex tensor.
+        ValueError: P is not square, or the solver is unknown; values never raise.
 
-    Complexity: :func:`sqrtm` and one product.
+    Complexity: :func:`sqrtm` and one product. Source: Higham, Functions of Matrices, 2008, ch. 6.
 
     Example:
         >>> import torch
@@ -78,19 +80,21 @@ def invsqrtm_ex(
     """:func:`invsqrtm` with a status for every matrix: no value raises, and none is read.
 
     Args:
-        P: (..., d, d) real symmetric or complex Hermitian; any floating or complex dtype.
+        P: (..., d, d) real symmetric or complex Hermitian; any floating or complex dtype, half precision is computed
+            in float32.
         eps: ε ≥ 0, added to every eigenvalue.
-        solver: a name of :data:`SOLVERS`, a configured solver, or ``"auto"``.
-        tolerance: residual above which ``info`` is 2; by default 10·d·eps of the working dtype. It grows with κ: give
-            one for matrices that are not well conditioned.
+        solver: a name in :data:`SOLVERS`, a configured solver, or ``"auto"``.
+        tolerance: residual above which ``info`` is 2; by default 10·d·eps of the working dtype. It grows with κ:
+            choose it larger for ill-conditioned matrices.
 
     Returns:
-        :class:`RootStatus`; the other matrices of a batch are untouched by a bad one.
+        :class:`RootStatus`; a bad matrix does not affect the others of its batch.
 
     Raises:
-        TypeError, ValueError: for dtype, shape and solver only.
+        TypeError: P is not a floating or complex tensor.
+        ValueError: P is not square, or the solver is unknown; values never raise.
 
-    Complexity: :func:`invsqrtm` and two products.
+    Complexity: :func:`invsqrtm` and two products. Source: Higham, Functions of Matrices, 2008, ch. 6.
 
     Example:
         >>> import torch
@@ -106,10 +110,9 @@ def _with_status(P: Tensor, which: Root, eps: float, solver: str | Solver, toler
     if tolerance is None:
         tolerance = 10 * P.shape[-1] * torch.finfo(dtype).eps
     finite = torch.isfinite(P).all(-1).all(-1)
-    eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
     with value_checks(False), nan_for_failures():
         root = (sqrtm if which == "sqrt" else invsqrtm)(
-            torch.where(finite[..., None, None], P, eye), eps=eps, solver=solver
+            torch.where(finite[..., None, None], P, identity(P)), eps=eps, solver=solver
         )
     with torch.no_grad():
         residual = relative_residual(P.to(dtype), root.to(dtype), which, eps)

@@ -118,6 +118,15 @@ class SpectralModule(nn.Module):
         # It is the layer before this one that is treated, and usually it has been loaded by now.
         refuse_treated(*args[-3:])
 
+    def _breaks_graph(self) -> bool:
+        """Whether a compiled graph would break in this layer, and often: at every solver event, value that is read and
+        decomposition. ``run_in_python`` breaks it once, and runs the layer as in eager mode."""
+        return is_compiling() and not is_exporting() and not self._is_traceable()
+
+    def _is_traceable(self) -> bool:
+        """Whether a forward pass reads no value and calls no decomposition."""
+        return False
+
     def _recording(self, solver: str | Solver | None = None) -> AbstractContextManager[Any]:
         """A context that counts the solver events of this layer. It does nothing where it would break a compiled graph:
         with a traceable ``solver``, and under ``torch.export``."""

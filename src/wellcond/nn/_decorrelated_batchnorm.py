@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from wellcond._shared.checks import checks_values, readable
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, working_dtype
-from wellcond._shared.torch_internals import is_exporting
+from wellcond._shared.torch_internals import is_exporting, run_in_python
 from wellcond.linalg import NewtonSchulz, Solver, WhiteningMethod, whitening_matrix
 from wellcond.linalg.solvers import choose_solver
 
@@ -133,12 +133,18 @@ class _DecorrelatedBatchNorm(EvaluationMap):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if (node := symbolic_call(self, x)) is not None:
             return node
+        if self._breaks_graph():
+            return run_in_python(_DecorrelatedBatchNorm.forward, self, x)
         self._check_input(x)
         with full_precision(x):
             if self.training or self.running_mean is None:
                 return self._normalise_by_batch(x)
             W, b = self._running_affine(working_dtype(x.dtype))
             return affine_map(x, W, b)
+
+    def _is_traceable(self) -> bool:
+        by_products = self.method == "zca" and choose_solver(self.solver).traceable
+        return by_products or not (self.training or self.running_mean is None)
 
     def _normalise_by_batch(self, x: Tensor) -> Tensor:
         count = x.shape[0] * math.prod(x.shape[2:])

@@ -12,6 +12,7 @@ from torch import Tensor
 from wellcond._shared.checks import require_nonnegative
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, working_dtype
+from wellcond._shared.torch_internals import run_in_python
 from wellcond.linalg import (
     Solver,
     covariance,
@@ -112,10 +113,15 @@ class SpectralLayer(SpectralModule):
     def forward(self, x: Tensor) -> Tensor:
         if (node := symbolic_call(self, x)) is not None:
             return node
+        if self._breaks_graph():
+            return run_in_python(SpectralLayer.forward, self, x)
         solver = self.solver if self.function in ROOTS else None
         with self._recording(solver), full_precision(x):
             work = _normalised(x.to(working_dtype(x.dtype)), self.takes, self.normalisation)
             return self._apply_function(work).to(x.dtype)
+
+    def _is_traceable(self) -> bool:
+        return self.function in ROOTS and choose_solver(self.solver).traceable
 
     def observed_features(self, x: Tensor) -> Observation:
         """Features of the covariance that the function is taken of; of a given covariance, in its eigenbasis."""

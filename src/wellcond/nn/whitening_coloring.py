@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from wellcond._shared.torch_internals import run_in_python
+
 from ._base import Observation, SpectralModule, symbolic_call
 from .functional._whitening_coloring import Method, mean_eigenvalue, require_options, samples, whitening_coloring
 
@@ -54,6 +56,8 @@ class WhiteningColoring(SpectralModule):
     ) -> Tensor:
         if (node := symbolic_call(self, content, style, content_mask, style_mask)) is not None:
             return node
+        if self._breaks_graph():
+            return run_in_python(WhiteningColoring.forward, self, content, style, content_mask, style_mask)
         with self._recording():
             return whitening_coloring(
                 content,

@@ -1,4 +1,4 @@
-"""Pre-spectral layers from the autograd graph of one real forward pass."""
+"""Pre-spectral layers from the autograd graph of one forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ELEMENTWISE = ("AddBackward", "SubBackward", "MulBackward", "DivBackward", "Cat
 
 
 def layers_by_running(model: nn.Module, spectral: list[nn.Module], example_input: Any) -> set[nn.Module]:
-    """The layers met first on every path back from the inputs that the spectral layers got."""
+    """The first layers on every path back from the inputs of the spectral layers."""
     made_by: dict[Any, nn.Module] = {}
     inputs: list[Tensor] = []
 
@@ -29,9 +29,9 @@ def layers_by_running(model: nn.Module, spectral: list[nn.Module], example_input
 
     weighted = [m for m in model.modules() if "weight" in matrix_names(m)]
     with ExitStack() as stack:
-        for module in model.modules():  # each module's own mode comes back
+        for module in model.modules():  # restore the mode of each module
             stack.callback(setattr, module, "training", module.training)
-        model.eval()  # no statistic moves, no dropout
+        model.eval()  # no updates of running statistics, no dropout
         stack.enter_context(torch.enable_grad())
         for module in weighted:
             stack.callback(module.register_forward_hook(note_output).remove)
@@ -42,7 +42,7 @@ def layers_by_running(model: nn.Module, spectral: list[nn.Module], example_input
                 model(**{name: _tracked(x) for name, x in example_input.items()})
             else:
                 model(*map(_tracked, example_input if isinstance(example_input, tuple) else [example_input]))
-        except Exception as error:  # the model's own code may raise anything
+        except Exception as error:  # the model's code may raise anything
             raise ValueError(
                 f"{type(model).__name__} could not be run on the example input ({type(error).__name__}: {error}); "
                 f"give one that it accepts, or {NAME_LAYERS}"
@@ -62,13 +62,13 @@ def layers_by_running(model: nn.Module, spectral: list[nn.Module], example_input
         for i in used:
             if i not in owners:
                 raise raw_parameter(raw[i])
-        return [owners[i] for i in used], before  # a weight used as a function: F.linear(x, self.weight)
+        return [owners[i] for i in used], before  # a weight used directly: F.linear(x, self.weight)
 
     return first_layers([x.grad_fn for x in inputs if x.grad_fn is not None], look)
 
 
 def _leaf(node: Any) -> Iterator[int]:
-    """The parameter behind a node, if only operations of one argument (transpose, reshape, cast) lie between."""
+    """The parameter behind a node, if only operations with one argument (transpose, reshape, cast) lie between."""
     while len(node.next_functions) == 1 and node.next_functions[0][0] is not None:
         node = node.next_functions[0][0]
     if hasattr(node, "variable"):
@@ -76,5 +76,5 @@ def _leaf(node: Any) -> Iterator[int]:
 
 
 def _tracked(x: Any) -> Any:
-    """A floating tensor of the example with a gradient, so that frozen layers are seen too."""
+    """A floating tensor of the example, made to require a gradient so that frozen layers are found too."""
     return x.detach().clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x

@@ -1,8 +1,8 @@
-"""The singular values of a convolution as the linear map that it is on images, not of its flattened weight.
+"""The singular values of a convolution as a linear map on images, not of its flattened weight.
 
-On a periodic grid the Fourier transform turns a convolution into one small matrix per frequency, and the singular
-values of all of them together are those of the convolution (Sedghi, Gupta and Long, ICLR 2019). A stride is a stride-1
-convolution of the phases of the grid (polyphase form): in·∏stride channels on a grid that much coarser.
+On a periodic grid the Fourier transform turns a convolution into one small matrix per frequency, and its singular
+values are those of all these matrices together (Sedghi, Gupta and Long, ICLR 2019). A convolution of stride s is a
+stride-1 convolution of the phases of the grid (polyphase form), with in·∏stride channels on a grid coarser by s.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from wellcond._shared.precision import full_precision
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the taps of a kernel lie on a periodic grid of ``size`` points."""
+    """The position of the taps of a kernel on a periodic grid of ``size`` points."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -29,7 +29,7 @@ class Grid:
 
 
 def layer_grid(layer: nn.Module | None, input_size: int | Sequence[int], where: str) -> Grid:
-    """The grid of a convolution; of a transposed one that of its output, since it is the adjoint of a convolution."""
+    """The grid of a convolution; of a transposed one the grid of its output, as it is the adjoint of a convolution."""
     if not isinstance(layer, nn.modules.conv._ConvNd):
         raise ValueError(f"{where} is not a convolution; only a convolution is another map on images than its weight")
     size = _size(input_size, len(layer.kernel_size), where)
@@ -50,14 +50,14 @@ def _size(input_size: int | Sequence[int], dimensions: int, where: str) -> tuple
 
 
 def transfer_matrices(weight: Tensor, grid: Grid) -> Tensor:
-    """One matrix per frequency: (groups, *frequencies, out/groups, in/groups · ∏stride), complex.
+    """One complex matrix per frequency: (groups, *frequencies, out/groups, in/groups · ∏stride).
 
-    The last frequency axis is halved, as in ``torch.fft.rfftn``: a real kernel has conjugate matrices in the rest.
+    The last frequency axis is halved as in ``torch.fft.rfftn``: the other half has the conjugate matrices.
     """
     kernel = weight.reshape(grid.groups, weight.shape[0] // grid.groups, *weight.shape[1:])
     dimensions = len(grid.size)
     for axis, (n, dilation) in enumerate(zip(grid.size, grid.dilation, strict=True)):
-        # Taps beyond the grid wrap around; where they begin (the padding) only permutes the input.
+        # Taps beyond the grid wrap around. Their origin (the padding) only permutes the input.
         at = torch.arange(kernel.shape[3 + axis], device=weight.device) * dilation % n
         shape = (*kernel.shape[: 3 + axis], n, *kernel.shape[4 + axis :])
         kernel = kernel.new_zeros(shape).index_add(3 + axis, at, kernel)
@@ -70,27 +70,28 @@ def transfer_matrices(weight: Tensor, grid: Grid) -> Tensor:
 def convolution_singular_values(layer: nn.Module | Tensor, input_size: int | Sequence[int]) -> Tensor:
     """All singular values of a convolution as a map from images to images, largest first.
 
-    The flattened weight has others: the norm of a k × k convolution is at most k σ_max(W), as every pixel is read k²
-    times, and may be anything down to the norm of a single tap of the kernel.
+    Those of the flattened weight W are different: the norm of a k × k convolution is at most k σ_max(W), as every pixel
+    is read k² times, and may be as small as the norm of a single tap of the kernel.
 
-    Assumed is **circular padding** to an output of the input's size divided by the stride, whatever the layer's own
-    padding is. For a stride-1 layer with zero padding the norm is at most that of the circular convolution on a grid
-    larger by the extent of the kernel less one, of which it is a part; the small singular values may differ more.
+    **Circular padding** is assumed, to an output of the input's size divided by the stride, whatever the padding of the
+    layer. With stride 1 and zero padding, the norm is at most that of the circular convolution on a grid enlarged by
+    the extent of the kernel minus one, of which it is a restriction; the small singular values may differ more.
 
     Args:
-        layer: a Conv1d–3d or ConvTranspose1d–3d with its stride, dilation and groups (and its weight in use, if
-            it is parametrised), or a weight (out, in, *kernel) of stride 1.
-        input_size: of the layer's input, one integer or one for each spatial dimension; a multiple of the stride.
+        layer: a Conv1d–3d or ConvTranspose1d–3d with its stride, dilation and groups (and, if it is parametrised, the
+            weight in use), or a weight (out, in, *kernel) of stride 1; real floating dtype.
+        input_size: spatial size of the layer's input in pixels, one integer or one per dimension; a multiple of the
+            stride.
 
     Returns:
-        A vector in the real dtype of the weight (half precision: float32): all min(inputs, outputs) singular
-        values, with multiplicity. Differentiable where they are distinct.
+        All min(inputs, outputs) singular values, with multiplicity, as a vector in the dtype of the weight (float32 for
+        half precision). Differentiable where they are distinct.
 
     Raises:
-        TypeError: neither a layer nor a tensor.
+        TypeError: ``layer`` is neither a layer nor a tensor.
         ValueError: not a convolution, or a size that does not fit.
 
-    Complexity: an FFT of the zero-filled kernel and one SVD of an out × in·∏stride matrix for half of the
+    Complexity: an FFT of the zero-padded kernel and one SVD of an out × in·∏stride matrix for half of the
     frequencies: O(in·out·(log n + min(in, out))·n) for n = ∏input_size, not O(n³).
     Source: Sedghi, Gupta and Long, "The Singular Values of Convolutional Layers", ICLR 2019.
 
@@ -116,5 +117,5 @@ def convolution_singular_values(layer: nn.Module | Tensor, input_size: int | Seq
         T = transfer_matrices(weight.to(torch.promote_types(weight.dtype, torch.float32)), grid)
         sigma = torch.linalg.svdvals(T)
     last, points = len(grid.size), grid.size[-1] // grid.stride[-1]
-    twice = sigma.narrow(last, 1, math.ceil(points / 2) - 1)  # the frequencies whose conjugates rfftn leaves out
+    twice = sigma.narrow(last, 1, math.ceil(points / 2) - 1)  # frequencies whose conjugates rfftn omits
     return torch.cat([sigma.flatten(), twice.flatten()]).sort(descending=True)[0]

@@ -1,4 +1,4 @@
-"""Other values, of any shape, in the same ``Parameter``, so that whoever holds it (an optimizer) holds the new ones."""
+"""Replacing the values of a ``Parameter`` in place, so that its holders (an optimizer) see the new ones."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 
 
 def exchange(parameter: nn.Parameter, values: Tensor) -> None:
-    """Put ``values`` into ``parameter``, whose gradient ends.
+    """Put ``values`` into ``parameter`` and drop its gradient.
 
-    A graph that is still there from before would have autograd ask for gradients of the old shape: in between the
-    parameter is of another dtype, which makes PyTorch forget that. Going backward through that graph is refused by
-    PyTorch ("modified by an inplace operation"), instead of using the new values in silence.
+    A graph from before the exchange would make autograd expect gradients of the old shape; changing the dtype in
+    between makes PyTorch forget that. PyTorch refuses to go backward through that graph ("modified by an inplace
+    operation") instead of silently using the new values.
     """
     parameter.grad = None
     torch.autograd.graph.increment_version(parameter)
@@ -25,10 +25,10 @@ def exchange(parameter: nn.Parameter, values: Tensor) -> None:
 
 
 def start_afresh(optimizer: Optimizer, parameter: nn.Parameter, shape: torch.Size) -> None:
-    """Make ``optimizer`` forget what it knows of a parameter that was of ``shape``.
+    """Discard the state of ``optimizer`` for a parameter that had ``shape``.
 
-    What is nothing but tensors of that shape (momentum) becomes zeros, as the fused SGD wants momentum for all of its
-    parameters or for none. Any other state is made anew by the next step: not all of it begins at zero.
+    A state that consists of tensors of that shape only (momentum) becomes zeros, as the fused SGD needs momentum for
+    all of its parameters or for none. Any other state is recreated by the next step, as not all of it starts at zero.
     """
     known = optimizer.state.pop(parameter, {})
     if known and all(isinstance(value, Tensor) and value.shape == shape for value in known.values()):
@@ -38,9 +38,9 @@ def start_afresh(optimizer: Optimizer, parameter: nn.Parameter, shape: torch.Siz
 
 
 def require_free(parameter: nn.Parameter, what: str) -> None:
-    """Refuse a parameter that ``DistributedDataParallel`` holds, whose processes would part in silence.
+    """Raise for a parameter held by ``DistributedDataParallel``, whose processes would silently diverge.
 
-    It is not seen in a bare model, but it waits for the gradient, as a graph does that is not freed yet.
+    The bare model does not show this, but DDP waits for the gradient, as a graph does that has not been freed.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and parameter.requires_grad and _awaited(parameter):
@@ -51,7 +51,7 @@ def require_free(parameter: nn.Parameter, what: str) -> None:
 
 
 def _awaited(parameter: nn.Parameter) -> bool:
-    """Whether anybody keeps the node that accumulates the gradient: else PyTorch makes a new one each time."""
+    """Whether anything holds the node that accumulates the gradient: otherwise PyTorch creates a new one each time."""
 
     def notes() -> Any:
         return get_gradient_edge(parameter).node.metadata

@@ -1,10 +1,10 @@
-"""The largest eigenvalue of Gram matrices from matrix products alone, so that a device never waits for the host.
+"""The largest eigenvalue of Gram matrices from matrix products only, so that the host never waits for a device.
 
-Eigensolvers of an accelerator report their convergence to the host. Squared k times, and scaled in between, P becomes
-P^m / tr P^m with m = 2^k: weights λ_i^m / Σ λ_j^m on the eigenvectors, in the limit the projector on those of the
-largest eigenvalue over their number. The mean of the eigenvalues under these weights is below the largest by at most
-d/(e·m) of it (of t^m (1 − t) the maximum is below 1/(e·m), and there are d − 1 such terms), and the weights are its
-derivative.
+Eigensolvers on an accelerator report their convergence to the host. Repeated squaring with scaling turns P into
+P^m / tr P^m with m = 2^k. It has the weights λ_i^m / Σ λ_j^m on the eigenvectors, and tends to the projector on those
+of the largest eigenvalue divided by their number. The mean of the eigenvalues with these weights is below the largest
+by at most d/(e·m) of it (the maximum of t^m (1 − t) is below 1/(e·m), and there are d − 1 such terms), and the weights
+are its derivative.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ NOT_FINITE = "the weight holds NaN or infinite entries; the data or the loss bef
 
 
 def decomposes(P: Tensor) -> bool:
-    """Whether an eigendecomposition of P does not make the host wait for a device."""
+    """Whether P can be decomposed without the host waiting for a device."""
     return P.device.type == "cpu"
 
 
 def largest_eigenvalue(P: Tensor) -> Tensor:
-    """λmax (...,) of Hermitian positive semidefinite P (..., d, d); differentiable, also where it is repeated or 0.
+    """λmax (...,) of Hermitian positive semidefinite P (..., d, d); differentiable, also if it is repeated or 0.
 
-    On the CPU from an eigendecomposition, elsewhere by some log2(d/eps) products.
+    By an eigendecomposition on the CPU, elsewhere by some log2(d/eps) products.
     """
     if decomposes(P):
-        # Of NaN LAPACK makes an error, NaN or any number.
+        # For NaN LAPACK gives an error, NaN, or arbitrary numbers.
         if not is_compiling() and readable(P) and not bool(torch.isfinite(P).all()):
             raise NonFiniteMatrixError(NOT_FINITE)
-        # Not eigvalsh, whose routine differs with and without a gradient: training and evaluation must agree.
+        # Not eigvalsh, which uses different routines with and without a gradient: training and evaluation must agree.
         return torch.linalg.eigh(P)[0][..., -1]
     return by_products(P)
 
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """A context in which the refusal of a matrix says whose it is."""
+    """A context in which the error about a matrix names where it comes from."""
     try:
         yield
     except NonFiniteMatrixError as error:
@@ -56,8 +56,8 @@ def naming(what: str) -> Iterator[None]:
 def largest_singular_value(W: Tensor) -> Tensor:
     """σ_max (...,) of W (..., m, n), from the smaller Gram matrix.
 
-    For W = 0 its gradient is zero. By the largest entry first, of which the result is no function: squares beyond 1e19
-    leave single precision.
+    Its gradient is zero at W = 0. W is divided by its largest entry first, on which the result does not depend: squares
+    beyond 1e19 leave single precision.
     """
     size = W.detach().abs().amax((-2, -1), keepdim=True)
     W = W / torch.where(size > 0, size, 1.0)
@@ -66,27 +66,27 @@ def largest_singular_value(W: Tensor) -> Tensor:
 
 
 def by_products(P: Tensor) -> Tensor:
-    """λmax (...,) by repeated squaring, on any device; its derivatives of any order do not wait for the host either."""
+    """λmax (...,) by repeated squaring, on any device; the host does not wait for derivatives of any order either."""
     function = _Traceable if is_compiling() else _ByProducts
     return function.apply(P)[0]  # pyright: ignore[reportOptionalSubscript]
 
 
 class _Traceable(torch.autograd.Function):
-    """λ and M, the projector on its eigenvectors over their number, with dλ = tr(M dP) and dM = S dP M + M dP S.
+    """λ and the projector on its eigenvectors divided by their number, M: dλ = tr(M dP) and dM = S dP M + M dP S.
 
-    S is the pseudo-inverse of λI − P. M is an output so that the derivative of λ is differentiable again.
+    S is the pseudo-inverse of λI − P. M is an output so that the derivative of λ is differentiable in turn.
     """
 
     @staticmethod
     def forward(P: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         trace = _trace(P)
-        # No direction where there is no eigenvalue.
+        # A zero matrix has no direction.
         M = dominant(P).masked_fill(trace == 0, 0.0)
         return _inner(M, P), M
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.set_materialize_grads(False)  # M has no gradient in the first backward pass, which then needs no inverse
+        ctx.set_materialize_grads(False)  # the first backward pass has no gradient for M, and needs no inverse
         ctx.save_for_backward(*inputs, *output)
 
     @staticmethod
@@ -100,7 +100,7 @@ class _Traceable(torch.autograd.Function):
 
 
 class _ByProducts(_Traceable):
-    """The same function, with the forward mode and ``vmap``, which the compiler cannot trace."""
+    """The same function with forward mode and ``vmap``, which the compiler cannot trace."""
 
     generate_vmap_rule = True
 
@@ -121,12 +121,12 @@ def _inner(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _move_of_projector(P: Tensor, value: Tensor, M: Tensor, direction: Tensor) -> Tensor:
-    """S D M + M D S, which is its own adjoint in D; zero where P is."""
-    weight = _inner(M, M)  # one over the number of the eigenvectors
+    """S D M + M D S, which is self-adjoint in D; zero where P is."""
+    weight = _inner(M, M)  # the reciprocal of the number of eigenvectors
     projector = M / torch.where(weight > 0, weight, 1.0)[..., None, None]
     eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
     value = torch.where(value > 0, value, 1.0)[..., None, None]
-    # λI − P is singular on the eigenvectors only, where λ times the projector is added.
+    # λI − P is singular on these eigenvectors only, where λ times the projector is added.
     S = solve(value * (eye + projector) - P, eye - projector)
     half = S @ direction @ M
     return half + M @ direction @ S
@@ -138,10 +138,10 @@ def squarings(d: int, dtype: torch.dtype) -> int:
 
 
 def dominant(P: Tensor, precision: torch.dtype | None = None) -> Tensor:
-    """P^m/tr P^m for the m = 2^k that ``precision`` needs, by default that of P; some matrix of trace 1 for P = 0."""
+    """P^m/tr P^m for the m = 2^k that ``precision`` (by default that of P) needs; some matrix of trace 1 for P = 0."""
     d, tiny = P.shape[-1], torch.finfo(P.dtype).tiny
-    M = P + tiny  # which is nothing beside any other P
-    # With trace 1 the largest eigenvalue is 1/d at least: so often may it be squared before it leaves the range.
+    M = P + tiny  # negligible beside any nonzero P
+    # With trace 1 the largest eigenvalue is at least 1/d, which bounds the number of squarings without underflow.
     within = max(1, int(math.log2(-0.8 * math.log(tiny) / math.log(max(d, 2)))))
     for step in range(squarings(d, precision or P.dtype)):
         if step % within == 0:

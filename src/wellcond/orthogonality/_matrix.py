@@ -1,8 +1,8 @@
-"""The weight of a layer as a matrix W with a row per output channel: (out, in·kh·kw), as in section 4.1 of the paper.
+"""The weight of a layer as a matrix W with one row per output channel: (out, in·kh·kw), as in section 4.1 of the paper.
 
-A grouped convolution is block diagonal, so its weight is one matrix per group; a transposed convolution stores
-(in, out/groups, ...) and is turned round, so that rows are output channels there too. Every tensor of the weight's
-shape (weight, gradient, update) is read by the same view.
+A grouped convolution is block diagonal, so its weight is one matrix per group. A transposed convolution stores
+(in, out/groups, ...) and is rearranged, so that rows are output channels there too. The same view reads every tensor
+shaped like the weight (weight, gradient, update).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from wellcond._shared.names import did_you_mean, listed
 
 @dataclass(frozen=True)
 class MatrixView:
-    """How a weight tensor is read as ``groups`` matrices, and written back."""
+    """How to read a weight tensor as ``groups`` matrices, and how to write them back."""
 
     groups: int = 1
     transposed: bool = False
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """(groups, out/groups, columns) of a tensor shaped as the weight."""
+        """(groups, out/groups, columns) of a tensor shaped like the weight."""
         if not self.transposed:
             return tensor.reshape(self.groups, tensor.shape[0] // self.groups, -1)
         grouped = tensor.reshape(self.groups, tensor.shape[0] // self.groups, tensor.shape[1], -1)
@@ -44,9 +44,9 @@ class MatrixView:
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter to treat: its short name, what messages call it, how it is a matrix, and the layer that it is in.
+    """A parameter to treat: its short name, its name in messages, its matrix view, and the layer that contains it.
 
-    One that cannot be treated as a matrix is refused.
+    Raises ValueError for one that cannot be treated as a matrix.
     """
 
     name: str
@@ -74,15 +74,15 @@ class Target:
 
 
 def parametrisations(layer: nn.Module, name: str = "weight") -> Any:
-    """PyTorch's list of what is on the tensor ``name`` of the layer, first to last; empty where nothing is."""
+    """The parametrisations of the tensor ``name`` of the layer, first to last; empty without any."""
     lists: Any = layer.parametrizations if parametrize.is_parametrized(layer, name) else {name: ()}
     return lists[name]
 
 
 def stored_tensor(layer: nn.Module, name: str = "weight") -> Tensor | None:
-    """The tensor that the optimizer sees: the weight, or what a parametrisation computes it from.
+    """The tensor that the optimizer sees: the weight, or the one that a parametrisation computes it from.
 
-    None where there is no such tensor, or a parametrisation (weight norm) spreads it over several tensors.
+    None if there is no such tensor, or if a parametrisation (weight norm) distributes it over several tensors.
     """
     if chain := parametrisations(layer, name):
         return chain.original if chain.is_tensor else None
@@ -90,14 +90,14 @@ def stored_tensor(layer: nn.Module, name: str = "weight") -> Tensor | None:
 
 
 def matrix_names(layer: nn.Module) -> list[str]:
-    """The tensors of the layer, parametrised or not, that can be read as matrices."""
+    """The names of the layer's tensors, parametrised or not, that can be read as matrices."""
     names = [*layer._parameters, *getattr(layer, "parametrizations", ())]
     tensors = {name: stored_tensor(layer, name) for name in names}
     return [name for name, tensor in tensors.items() if tensor is not None and not is_lazy(tensor) and tensor.ndim > 1]
 
 
 def layer_target(layer: nn.Module, label: str, name: str = "weight") -> Target:
-    """A matrix-like tensor of a layer that messages call ``label``, which is refused if it has none of that name."""
+    """The matrix-like tensor ``name`` of a layer, which messages call ``label``. Raises ValueError if there is none."""
     tensor = stored_tensor(layer, name)
     where = described(layer, label)
     if not isinstance(tensor, nn.Parameter):
@@ -120,17 +120,20 @@ def layer_target(layer: nn.Module, label: str, name: str = "weight") -> Target:
 
 
 def weight_matrices(layer: nn.Module, name: str = "weight") -> Tensor:
-    """The tensor ``name`` of a layer, as it is in use, as the matrices that the treatments act on.
+    """The tensor ``name`` of a layer, as currently in use, as the matrices that the treatments act on.
 
     Args:
-        layer: a layer with a tensor of that name of at least two dimensions, parametrised or not.
-        name: which one.
+        layer: a layer with a tensor of that name with at least two dimensions, parametrised or not.
+        name: the name of the tensor.
 
     Returns:
-        (groups, m, n): a row per output channel, a matrix per group of a convolution; in its dtype, differentiable.
+        (groups, m, n): one row per output channel, one matrix per group of a convolution; in the dtype of the tensor,
+        differentiable.
 
     Raises:
         ValueError: the layer has no such tensor.
+
+    Complexity: O(1), a view where the layout permits. Source: section 4.1 of Song, Sebe and Wang, ECCV 2022.
 
     Example:
         >>> import torch
@@ -145,7 +148,7 @@ Treatables = Treatable | Iterable[Treatable] | Mapping[str, Treatable]
 
 
 def targets(what: Treatables) -> list[Target]:
-    """Layers and raw parameters (read as ``flatten(1)``), given singly, in a list, or by name."""
+    """The targets among layers and raw parameters (read as ``flatten(1)``), given singly, in a list, or by name."""
     if isinstance(what, (nn.Module, nn.Parameter)):
         what = [what]
     named: Any = what if isinstance(what, Mapping) else {str(i): item for i, item in enumerate(what)}

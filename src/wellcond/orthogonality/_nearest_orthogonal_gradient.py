@@ -16,19 +16,20 @@ from wellcond._shared.names import require_known
 from wellcond.linalg import Minimax
 
 from ._matrix import Target, Treatables, parametrisations
+from ._optimizers import decoupled_decay, gradient_scale, require_linear_in_lr
 from ._orthogonal_weight import OrthogonalWeight
 from ._polar_factors import KINDS, SOLVERS, norm_ratio, polar_factors
 from ._registry import on_the_host
-from ._step_treatment import StepTreatment, decoupled_decay, gradient_scale, require_linear_in_lr
+from ._step_treatment import StepTreatment
 
 _COUNTS = ("treated", "zero", "nonfinite")
 _SHOWN = [KINDS.index(name) for name in _COUNTS]
 _Write = Callable[[Tensor, Tensor, Tensor], None]
-"""Of the factor, whether there is one (groups, 1, 1), and the matrices as they came."""
+"""A function of the factor, of whether there is one (groups, 1, 1), and of the original matrices."""
 
 
 class _Waiting(NamedTuple):
-    """A tensor to treat, what is done with its factor, and the unit that is still on it (a loss scale, or lr)."""
+    """A tensor to treat, what to do with its factor, and the unit still on it (a loss scale, or lr)."""
 
     target: Target
     tensor: Tensor
@@ -41,49 +42,53 @@ _SCALES = {
     "rms": lambda m, n: 0.2 * max(m, n) ** 0.5,
     "muon": lambda m, n: max(1.0, m / n) ** 0.5,
 }
-"""By name: the singular value that an m × n matrix gets in every direction."""
+"""By name: the common singular value that an m × n matrix gets."""
 
 
 def _keeps_turning(target: Target) -> bool:
-    """Whether an orthogonal weight is computed from the tensor that turns as far however long the tensor is."""
+    """Whether an orthogonal weight is computed from the tensor by a map under which a long tensor turns as fast."""
     chain = () if target.layer is None else parametrisations(target.layer)
     return any(isinstance(one, OrthogonalWeight) and not one.scale_invariant for one in chain)
 
 
 class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthogonal gradient, eq. (14)-(17)"):
-    """Make the gradient of chosen layers orthogonal in every step of an optimizer; the training loop does not change.
+    """Make the gradient of selected layers orthogonal in every step of an optimizer; the training loop does not change.
 
-    The gradient is replaced in place when the optimizer begins its step: after backward, the all-reduce of DDP,
+    The gradient is replaced in place when the optimizer begins its step: after backward, DDP's all-reduce,
     accumulation, unscaling and clipping (which it undoes for these layers: the norm of U Vᵀ is the square root of the
-    rank; to bound the step, lower the learning rate). Matrices of one shape are decomposed in one batch.
+    rank; to limit the step, lower the learning rate). Matrices of the same shape are decomposed in one batch.
 
     Args:
-        optimizer: any ``torch.optim`` optimizer except LBFGS; a wrapper with an ``.optimizer`` is opened.
-        params: layers (their ``weight``, one matrix per group of a convolution) or raw parameters (as ``flatten(1)``):
-            one, a list, or a dict by name.
-        on: ``"gradient"``, the paper's place, or ``"update"``, Muon's: the step of the optimizer (momentum, Adam's
-            scaling, coupled weight decay) is made orthogonal instead; decoupled weight decay stays outside. The update
-            is read from the move of the weight, so it is known to eps·|w|/lr.
+        optimizer: any ``torch.optim`` optimizer except LBFGS; wrappers with an ``.optimizer`` are unwrapped.
+        params: layers (their ``weight`` as (groups, m, n), one matrix per group of a convolution) or raw parameters (as
+            ``flatten(1)``), of a real floating dtype: one, a list, or a dict by name.
+        on: ``"gradient"``, as in the paper, or ``"update"``, as in Muon: the step of the optimizer (momentum, Adam's
+            scaling, coupled weight decay) is made orthogonal instead; decoupled weight decay is not affected. The
+            update is measured by the change of the weight, so its accuracy is eps·|w|/lr.
         scale: ``"paper"``: all singular values 1; ``"gradient"``: all equal, with the Frobenius norm of the gradient;
-            ``"rms"``: 0.2·√max(m, n), which makes the root mean square entry 0.2 at full rank, the size of an Adam
-            step, so that a rate tuned for Adam fits; ``"muon"``: √max(1, m/n), the scale of the original Muon. The last
-            two are ``match_rms_adamw`` and ``original`` of ``torch.optim.Muon``. ``"auto"``: ``"paper"``, and
-            ``"gradient"`` for the tensor that an orthogonal weight is computed from by the maps of matrices. (Under
-            steps of one length a plain weight before a spectral layer grows, and so does the filter of ``map="soc"``:
-            both turn more and more slowly. Those maps turn the weight by as much in every step.)
+            ``"rms"``: 0.2·√max(m, n), so that the root mean square entry is 0.2 at full rank, the size of an Adam step,
+            and a learning rate tuned for Adam fits; ``"muon"``: √max(1, m/n), the scale of the original Muon. The last
+            two are ``match_rms_adamw`` and ``original`` in ``torch.optim.Muon``. ``"auto"``: ``"paper"``, but
+            ``"gradient"`` for the stored tensor of an orthogonal weight with a map of matrices. (With steps of constant
+            length, a plain weight before a spectral layer grows, as does the filter of ``map="soc"``: both turn more
+            and more slowly. With the maps of matrices, the weight turns by the same angle in every step.)
         solver: as in :func:`wellcond.linalg.polar`, which states the error of each: ``"svd"``; ``"minimax"``, matrix
-            products alone, the same for singular values down to 1e-5 of the largest; ``"muon"``, the five steps of
-            that optimizer, whose singular values are 0.68 to 1.14 instead of 1. Or ``"poles"``, one batch of linear
-            solutions in double precision, as exact as ``"minimax"`` in a quarter of its kernels, for matrices of up to
-            64 rows or columns that are not in double precision themselves (others: ``"minimax"``). ``"auto"``:
-            ``"svd"`` on the CPU, ``"poles"`` elsewhere, where a decomposition makes the host wait.
+            products only, equal for singular values down to 1e-5 of the largest; ``"muon"``, the five steps of that
+            optimizer, whose singular values are 0.68 to 1.14 instead of 1. Or ``"poles"``, one batch of linear solves
+            in double precision, as accurate as ``"minimax"`` in a quarter of its kernels, for matrices with up to 64
+            rows or columns that are not themselves in double precision (others use ``"minimax"``). ``"auto"``:
+            ``"svd"`` on the CPU, ``"poles"`` elsewhere, where the host would wait for a decomposition.
 
     Raises:
-        ValueError: a layer without a matrix-like weight, a weight the optimizer does not hold, the treatment twice on
-            one weight, LBFGS, an unknown option; or, with ``on="update"``, a half-precision weight (whose rounding is
-            as large as the update) or an optimizer whose step is not known to be proportional to its learning rate.
+        ValueError: a layer without a matrix-like weight, a weight that the optimizer does not hold, the treatment twice
+            on one weight, LBFGS, an unknown option; or, with ``on="update"``, a half-precision weight (whose rounding
+            is as large as the update) or an optimizer whose step is not known to be proportional to its learning rate.
 
-    A zero, tiny or non-finite gradient is left unchanged and counted in :meth:`counts`; nothing waits for the device.
+    A zero, tiny or non-finite gradient is left unchanged and counted in :meth:`counts`; the host never waits for the
+    device, except for ``"svd"``.
+
+    Complexity: one polar factor per matrix and step, O(m n min(m, n)). Source: eq. (14)–(17) of Song, Sebe and Wang,
+    ECCV 2022.
 
     Example:
         >>> import torch
@@ -97,6 +102,9 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
     """
 
     treatment = "nearest orthogonal gradient"
+    on: str
+    scale: str
+    solver: str | Minimax
 
     def __init__(
         self,
@@ -141,7 +149,7 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
         scale = gradient_scale(self.optimizer)
 
         def write(factor: Tensor, found: Tensor, work: Tensor) -> None:
-            if scale is not None:  # the fused optimizer is going to divide by it
+            if scale is not None:  # the fused optimizer will divide by it
                 factor = factor * scale.to(factor)
             gradient.copy_(target.view.tensor(torch.where(found, factor, work), gradient.shape))
 
@@ -170,7 +178,7 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
             self._treat(batch)
 
     def _treat(self, batch: list[_Waiting]) -> None:
-        """Matrices of one shape at once: fewer calls, and several cores or one kernel for all of them."""
+        """Treat matrices of the same shape at once: fewer calls, and all cores or one kernel for all of them."""
         matrices = [item.target.view.matrix(item.tensor) for item in batch]
         factors, kinds, work = polar_factors(matrices[0] if len(batch) == 1 else torch.cat(matrices), self.solver)
         found = kinds == 1
@@ -178,7 +186,7 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
             factors = factors * _SCALES[self.scale](*factors.shape[-2:])
         parts = [whole.split([len(matrix) for matrix in matrices]) for whole in (factors, kinds, found, work)]
         for (target, _, write, unit), matrix, factor, kind, one, own in zip(batch, matrices, *parts, strict=True):
-            # On the device: only reading a counter waits for it.
+            # Counted on the device: the host waits only when a counter is read.
             self._counts[target.name].index_add_(0, kind.flatten(), self._ones[target.name])
             if self.scale == "gradient" or (self.scale == "auto" and _keeps_turning(target)):
                 ratio = norm_ratio(matrix, factor)
@@ -186,15 +194,15 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
             write(factor, one, own)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """By layer: how many gradient matrices were ``treated``, left alone as ``zero``, or as ``nonfinite``."""
+        """By layer, the number of gradient matrices ``treated``, or left unchanged as ``zero`` or as ``nonfinite``."""
         read = {name: dict(zip(KINDS, counts.tolist(), strict=True)) for name, counts in self._counts.items()}
         return {name: {kind: of[kind] for kind in _COUNTS} for name, of in read.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts; nothing else outlives a step."""
+        """The counts, the only state that outlives a step."""
         return {"counts": {name: on_the_host(counts)[_SHOWN] for name, counts in self._counts.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the counts of a saved run."""
         for name, counts in self._counts.items():
-            counts.copy_(state["counts"][name][_SHOWN])  # the exchange of the first two is its own inverse
+            counts.copy_(state["counts"][name][_SHOWN])  # swapping the first two is its own inverse

@@ -1,4 +1,4 @@
-"""The optimal learning rate (OLR): the η for which W − ηL is nearest to an orthogonal matrix, one per layer and step.
+"""The optimal learning rate (OLR): the η for which W − ηL is nearest to an orthogonal matrix, per layer and step.
 
 Song, Sebe and Wang, "Improving Covariance Conditioning of the SVD Meta-layer by Orthogonality", ECCV 2022, section 5.2.
 """
@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 from wellcond._shared.names import require_known
 
 from ._matrix import Target, Treatables
+from ._optimizers import gradient_scale, require_linear_in_lr
 from ._rates import RULES
 from ._registry import on_the_host
-from ._step_treatment import StepTreatment, gradient_scale, require_linear_in_lr
+from ._step_treatment import StepTreatment
 
 
 class _Counts(dict):
-    """What was the number ``shortened`` alone before 0.2, and still acts as that, with a warning."""
+    """Counts that still act as the number ``shortened``, which they were before 0.2, with a warning."""
 
     def _shortened(self, stacklevel: int) -> int:
         warnings.warn(
@@ -41,7 +42,7 @@ class _Counts(dict):
     def __eq__(self, other: object) -> bool:
         return self._shortened(3) == other if isinstance(other, int) else super().__eq__(other)
 
-    def __ne__(self, other: object) -> bool:  # that of dict would say that 3 is not 3
+    def __ne__(self, other: object) -> bool:  # dict's own would call 3 and 3 different
         return self._shortened(3) != other if isinstance(other, int) else super().__ne__(other)
 
     def __lt__(self, other: int) -> bool:
@@ -62,30 +63,34 @@ class _Counts(dict):
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 
-# Put on after the nearest orthogonal gradient, which it then sees.
+# Applied after the nearest orthogonal gradient, so that it sees the result.
 class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rate, eq. (18)-(21)", order=1):
-    """Give chosen layers their own learning rate in every step of an optimizer; the training loop does not change.
+    """Give selected layers their own learning rate in every step of an optimizer; the training loop does not change.
 
     The rate of the layer's parameter group is the cap, as in eq. (21): where 0 < η* < lr the step of the layer is
-    shortened to η*, otherwise (and where η* is not finite) it stays. The step of each supported optimizer is lr times a
-    direction, so a step at rate η is p + (η/lr)(p' − p), with p' what the optimizer made of p: no parameter
-    changes its group, learning-rate schedulers and the optimizer's state are not touched, and a step at the cap
-    is the optimizer's own bit for bit.
+    shortened to η*; otherwise, also where η* is not finite, it stays. The step of each supported optimizer is lr times
+    a direction, so a step at rate η is p + (η/lr)(p' − p), with p' the optimizer's result for p. No parameter changes
+    its group, learning-rate schedulers and the optimizer's state are not touched, and a step at the cap is the
+    optimizer's own bit for bit.
 
     Attach it after :class:`NearestOrthogonalGradient`, whose gradients it then sees (``treat`` does).
 
     Args:
-        optimizer: one of SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, Muon; also
-            fused, foreach or capturable; a wrapper with an ``.optimizer`` is opened.
-        params: layers (their ``weight``, one rate for all groups of a convolution) or raw parameters (as
-            ``flatten(1)``): one, a list, or a dict by name. With an orthogonal weight it is the stored tensor.
+        optimizer: one of SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, Muon; also fused, foreach
+            or capturable; wrappers with an ``.optimizer`` are unwrapped.
+        params: layers (their ``weight``, with one rate for all groups of a convolution) or raw parameters (as
+            ``flatten(1)``), of a real floating dtype: one, a list, or a dict by name. With an orthogonal weight, the
+            stored tensor.
         rule: ``"paper"``, eq. (20), or ``"exact"``, the minimiser of eq. (18).
         direction: L is the ``"gradient"``, as in the paper, or the ``"update"``: the direction in which the optimizer
-            really moves the weight, with momentum, Adam's scaling and weight decay.
+            actually moves the weight, with momentum, Adam's scaling and weight decay.
 
     Raises:
-        ValueError: a layer without a matrix-like weight, a weight the optimizer does not hold, the treatment twice on
-            one weight, an unknown option, or an optimizer whose update direction is unknown.
+        ValueError: a layer without a matrix-like weight, a weight that the optimizer does not hold, the treatment twice
+            on one weight, an unknown option, or an optimizer whose update direction is unknown.
+
+    Complexity: O(m n) per step for ``"paper"``, three products of O(m n min(m, n)) in float64 for ``"exact"``. Source:
+    eq. (18)–(21) of Song, Sebe and Wang, ECCV 2022.
 
     Example:
         >>> import torch
@@ -99,6 +104,8 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
     """
 
     treatment = "optimal learning rate"
+    rule: str
+    direction: str
 
     def __init__(
         self, optimizer: Optimizer, params: Treatables, *, rule: str = "paper", direction: str = "gradient"
@@ -121,7 +128,7 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
         if self.direction == "gradient":
             rate = self._optimal(target, target.parameter, -gradient if group.get("maximize") else gradient)
             if (scale := gradient_scale(self.optimizer)) is not None:
-                rate = rate * scale.to(rate)  # L was still multiplied by it
+                rate = rate * scale.to(rate)  # L is still multiplied by it
         self._before[target.name] = target.parameter.detach().clone(), rate
 
     def after(self, target: Target, group: dict[str, Any]) -> None:
@@ -131,7 +138,7 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
         parameter, lr = target.parameter, group["lr"]
         if rate is None:
             rate = self._optimal(target, start, start.double() - parameter.double()) * lr  # L = step / lr
-        # eq. (21), with the positivity it lacks; NaN and what is beyond lr are lr too.
+        # eq. (21), with the positivity that it lacks; NaN, and rates beyond lr, become lr.
         if isinstance(lr, Tensor):
             lr = lr.to(rate)
             chosen = (rate > 0) & (rate < lr)
@@ -154,7 +161,7 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
         return dict(self._rates)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """By layer: in how many steps η* was below the cap and therefore taken, as ``shortened``."""
+        """By layer, as ``shortened``: the number of steps in which η* was below the cap and therefore used."""
         return {name: _Counts(shortened=int(count)) for name, count in self._shortened.items()}
 
     def state_dict(self) -> dict[str, Any]:

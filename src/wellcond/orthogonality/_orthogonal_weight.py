@@ -1,9 +1,9 @@
 """Orthogonal weight (OW): a layer whose weight is exactly orthogonal, exp(W − Wᵀ) of a stored tensor, eq. (13).
 
-A weight is rarely square, so the rotation acts on a frame: F, the orthogonal matrix nearest to the weight the layer had
-(``_stiefel_maps`` has the maps). Then S = 0 for V = that very weight, so the stored parameter keeps its values and the
-layer starts at the nearest orthogonal matrix. The map ``"soc"`` is of the layer, not of this matrix:
-``_skew_orthogonal_weight`` has it.
+A weight is rarely square, so the rotation acts on a frame F, the orthogonal matrix nearest to the original weight
+(``_stiefel_maps`` has the maps). If V is that weight, S = 0: the stored parameter keeps its values, and the layer
+starts at the nearest orthogonal matrix. The map ``"soc"`` concerns the layer rather than this matrix; see
+``_skew_orthogonal_weight``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ._stiefel_maps import MAPS, polished
 from ._weight_treatment import WeightTreatment
 
 LAYER_MAPS: dict[str, type[OrthogonalWeight]] = {}
-"""The maps that make another layer of it, by name."""
+"""The maps that change the layer itself, by name."""
 
 
 class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq. (13)"):
@@ -33,7 +33,7 @@ class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq.
 
     treatment = "orthogonal weight"
     scale_invariant: ClassVar[bool] = False
-    """Whether a longer stored tensor gives the same weight, and so turns more slowly."""
+    """Whether the weight does not depend on the length of the stored tensor, so that a longer one turns more slowly."""
     frame: Tensor
 
     def __init__(self, target: Target, *, map: str = "exp") -> None:
@@ -57,12 +57,12 @@ class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq.
         return options.get("map") in LAYER_MAPS
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Start from ``weight``: its nearest orthogonal matrix becomes the frame, and it is stored as it is."""
+        """Start from ``weight``: its nearest orthogonal matrix becomes the frame, and it is stored unchanged."""
         if has_values(weight) and not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{self.treatment} of {self.where}: its weight holds NaN or infinite entries")
         W = self.view.matrix(weight.detach()).double()
         U, _, Vh = torch.linalg.svd(W if W.shape[-2] >= W.shape[-1] else W.mT, full_matrices=False)
-        # Not wellcond.linalg.polar: the frame must have full rank, also where the weight has not.
+        # Not wellcond.linalg.polar: the frame needs full rank even if the weight has not.
         self.register_buffer("frame", (U @ Vh).to(torch.promote_types(weight.dtype, torch.float32)))
         return weight
 
@@ -74,11 +74,11 @@ class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq.
             return self.view.tensor(W if tall else W.mT, stored.shape).to(stored.dtype)
 
     def _mapped(self, V: Tensor, F: Tensor) -> Tensor:
-        # The map is orthogonal to eps·‖S‖, and S may grow in training.
+        # The map is orthogonal up to eps·‖S‖, and S may grow in training.
         return polished(MAPS[self.map](V, F))
 
     def _apply(self, fn, recurse=True):
-        # A module cast to half precision keeps its frame in float32: rounded, it would not be orthonormal.
+        # In a module cast to half precision the frame stays in float32: rounded, it would not be orthonormal.
         before = self.frame
         super()._apply(fn, recurse)
         if torch.finfo(self.frame.dtype).bits < 32:
@@ -92,36 +92,39 @@ class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq.
 def orthogonal_weight(layer: nn.Module, name: str = "weight", map: str = "exp") -> nn.Module:
     """Keep the weight of ``layer`` orthogonal from now on: WᵀW = I or WWᵀ = I, whichever is possible.
 
-    W is the weight as a matrix (out, in·kh·kw), per group of a convolution; transposed convolutions are turned round.
-    The layer starts at the orthogonal matrix nearest to its present weight. The parameter that the optimizer holds
+    W is the weight as a matrix (out, in·kh·kw), one per group of a convolution; transposed convolutions are rearranged.
+    The layer starts at the orthogonal matrix nearest to its current weight. The parameter that the optimizer holds
     stays the same tensor with the same values (its name becomes ``parametrizations.weight.original``), and so does its
-    optimizer state. Weight decay on it draws the weight back towards the start and never off orthogonality. In a
-    half-precision layer the map is computed in float32 and rounded once. This function sees one layer and no model: it
-    would untie a weight that another layer shares, which :func:`treat` and the callbacks refuse.
+    optimizer state. Weight decay on it pulls the weight back towards its start, never away from orthogonality. In a
+    half-precision layer the map is computed in float32 and rounded once. This function sees one layer and not the
+    model: it would untie a weight that is shared with another layer, which :func:`treat` and the callbacks refuse.
 
     Args:
-        layer: a layer with a matrix-like tensor ``name``; changed in place.
-        name: of the tensor, as in ``torch.nn.utils.parametrizations``: such as ``"weight_hh_l0"`` of ``nn.LSTM`` or
-            ``"in_proj_weight"`` of ``nn.MultiheadAttention``. Others than ``"weight"`` are read as ``flatten(1)``.
+        layer: a layer with a matrix-like tensor ``name`` of a real floating dtype; changed in place.
+        name: of the tensor, as in ``torch.nn.utils.parametrizations``, such as ``"weight_hh_l0"`` of ``nn.LSTM`` or
+            ``"in_proj_weight"`` of ``nn.MultiheadAttention``. Names other than ``"weight"`` are read as ``flatten(1)``.
         map: ``"exp"``, the matrix exponential of eq. (13); or, at about a third of its cost, ``"cayley"``, one linear
             solve, or ``"householder"``, a product of reflections. Or ``"soc"``: the layer becomes orthogonal as a map
             on images, the skew-orthogonal convolution of Singla and Feizi (2021), whatever its channels and stride. It
-            starts from the skew part of its filter. The parameter stays the same object and becomes the filter
-            (c, c, kh, kw), c = max(in·stride², out), so its optimizer must not have moved it yet, nor DDP hold it. The
-            layer is orthogonal when it is called: ``F.conv2d(x, layer.weight)`` in a model is another map, of another
-            size, which :func:`treat` refuses where it can trace the model, and this function cannot see.
+            starts from the skew part of the filter. The parameter remains the same object but becomes the filter
+            (c, c, kh, kw), c = max(in·stride², out), so no optimizer may have updated it yet, nor DDP hold it. The
+            layer is orthogonal only when it is called: ``F.conv2d(x, layer.weight)`` in a model is a different map,
+            which :func:`treat` refuses if it can trace the model, and this function cannot detect.
 
     Returns:
         ``layer``.
 
     Raises:
-        ValueError: no matrix-like tensor of that name (with the nearest right one), NaN or infinity in it, a
-            parametrisation already on it, or an unknown map; for ``"soc"`` another layer than an ``nn.Conv2d`` of odd
-            kernel, padded by half of it with zeros or round, of one group, one stride and no dilation, or one with a
-            forward function of its own.
+        ValueError: no matrix-like tensor of that name (the message suggests the nearest), NaN or infinity in it, a
+            parametrisation on it already, or an unknown map; for ``"soc"`` a layer other than an ``nn.Conv2d`` of odd
+            kernel size with half of it as padding (zeros or circular), one group, one stride and no dilation, or one
+            with its own forward function.
 
-    Take it off with ``torch.nn.utils.parametrize.remove_parametrizations(layer, name)``; not ``"soc"``, which no plain
-    convolution is.
+    Remove it with ``torch.nn.utils.parametrize.remove_parametrizations(layer, name)``; not ``"soc"``, which is not a
+    plain convolution.
+
+    Complexity: for W or Wᵀ of size n × k, n ≥ k, in every forward pass: ``"exp"`` about 11 products of matrices of size
+    min(n, 2k) and a few of O(n k²); the other matrix maps O(n k²). Source: eq. (13) of Song, Sebe and Wang, ECCV 2022.
 
     Example:
         >>> import torch

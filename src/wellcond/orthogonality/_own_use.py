@@ -1,6 +1,6 @@
-"""Weights that a model's forward function computes with itself, as ``F.conv2d(x, self.conv.weight)``.
+"""Weights that a model's forward function uses directly, as in ``F.conv2d(x, self.conv.weight)``.
 
-A treatment that computes the layer's output, not only its weight, would be passed over there.
+A treatment that computes the layer's output, and not just its weight, would be bypassed there.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from torch import fx, nn
 
 from wellcond._shared.models import bare_name, unwrapped
 
-from ._symbolic_walk import _ELEMENTWISE, _graphs
+from ._symbolic_walk import ELEMENTWISE, graphs_of
 
 
 def require_called(model: nn.Module, layers: Mapping[str, nn.Module], treatment: str) -> None:
-    """Refuse ``layers`` whose weight meets the data outside of the layer; unseen where the model cannot be traced.
+    """Raise for ``layers`` whose weight meets the data outside of the layer; undetected if the model cannot be traced.
 
-    Adding up is no such use: so a term of the weight comes into a loss.
+    Elementwise sums do not count: this is how a function of the weight enters a loss.
     """
     inner = unwrapped(model)
     modules = {bare_name(name): module for name, module in inner.named_modules()}
     try:
-        graphs = _graphs(inner, None)
+        graphs = graphs_of(inner, None)
     except ValueError:
         return
     for graph in graphs:
@@ -36,7 +36,7 @@ def require_called(model: nn.Module, layers: Mapping[str, nn.Module], treatment:
                 continue
             with_data.add(node)
             used = [name for name, layer in layers.items() if any(modules.get(path) is layer for path in paths)]
-            if used and getattr(node.target, "__name__", node.target) not in _ELEMENTWISE:
+            if used and getattr(node.target, "__name__", node.target) not in ELEMENTWISE:
                 raise ValueError(
                     f"{treatment} computes the output of layer '{used[0]}', but the forward function of "
                     f"{type(inner).__name__} takes its weight instead of calling it; call the layer, or choose "

@@ -1,10 +1,10 @@
-"""The polar factor by one batch of linear solutions: as few kernels as can be, none of which makes the host wait.
+"""The polar factor by one batch of linear solves: very few kernels, none of which makes the host wait.
 
-U Vᵀ = G (GᵀG)^{-1/2}, and x^{-1/2} = 2/π ∫₀^∞ dt/(t² + x) on [ℓ², 1] is a sum of N poles Σ w_j/(c_j + x): the midpoint
-rule after the substitution t = ℓ sc(u, √(1 − ℓ²)) by a Jacobi elliptic function, which is Zolotarev's best rational
-approximation up to a factor (Hale, Higham and Trefethen, SIAM J. Numer. Anal. 46, 2008). It is off by some
-4 exp(−N π²/log(4/ℓ)). All poles are solved for at once. Gram matrix and poles are in double precision: a singular value
-of ℓ leaves 1/ℓ² in the condition of the Gram matrix, which single precision has not.
+U Vᵀ = G (GᵀG)^{-1/2}, and x^{-1/2} = 2/π ∫₀^∞ dt/(t² + x) on [ℓ², 1] is approximated by N poles, Σ w_j/(c_j + x): the
+midpoint rule after the substitution t = ℓ sc(u, √(1 − ℓ²)) with a Jacobi elliptic function, which is Zolotarev's best
+rational approximation up to a factor (Hale, Higham and Trefethen, SIAM J. Numer. Anal. 46, 2008). Its error is about
+4 exp(−N π²/log(4/ℓ)). All poles are solved for at once. Gram matrix and poles are in double precision, as a singular
+value of ℓ gives the Gram matrix the condition number 1/ℓ², beyond single precision.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from wellcond._shared.torch_internals import is_compiling, is_shape_only
 POLES, SMALLEST = 24, 3e-6
 """N and ℓ: singular values down to 1e-5 of the largest come to within 2e-7 of 1, in matrices of up to ROWS."""
 ROWS = 64
-"""The smaller side up to which small solutions cost less than the products of an iteration, most of it launches."""
+"""The smaller side up to which these solves cost less than the products of an iteration, most of it kernel launches."""
 
 
 def by_poles(G: Tensor) -> tuple[Tensor, Tensor]:
-    """U Vᵀ of G (..., m, n), and ‖GᵀG‖_F (..., 1, 1) of the smaller Gram matrix: 0 for zero, not finite where G is not.
+    """U Vᵀ of G (..., m, n), and ‖GᵀG‖_F (..., 1, 1) of the smaller Gram matrix: 0 for zero, not finite if G is not.
 
     Singular values below 1e-5 of the largest end between 0 and 1; a zero or non-finite matrix gives NaN. G is in double
-    precision and has entries of single precision: no square leaves the range.
+    precision with entries in the range of single precision, so no square overflows.
 
-    Complexity: O(m n²) for n ≤ m, and N solutions of O(n³).
+    Complexity: O(m n²) for n ≤ m, and N solves of O(n³).
     """
     tall = G.shape[-2] >= G.shape[-1]
     gram = G.mT @ G if tall else G @ G.mT
@@ -38,7 +38,7 @@ def by_poles(G: Tensor) -> tuple[Tensor, Tensor]:
     shifts, weights = (_remembered if kept else _poles)(gram.shape[-1], str(G.device))
     # (GᵀG)^{-1/2} = √size Σ w_j (GᵀG + size c_j I)⁻¹
     inverses = torch.linalg.inv_ex(torch.addcmul(gram.unsqueeze(-3), size.unsqueeze(-3), shifts))[0]
-    # Symmetric, and stored by columns, so that this is a view.
+    # Symmetric and stored in column-major order, so this is a view.
     root = torch.matmul(weights, inverses.mT.flatten(-2)).unflatten(-1, gram.shape[-2:])
     return (G @ root if tall else root @ G) * size.sqrt(), size
 
@@ -68,7 +68,7 @@ def inverse_root_poles(count: int, smallest: float) -> list[tuple[float, float]]
 
 
 def _jacobi(u: float, means: list[tuple[float, float]]) -> tuple[float, float, float]:
-    """sn, cn and dn at u of the modulus whose complement began the ``means`` (Abramowitz and Stegun, 16.4)."""
+    """sn, cn and dn at u, for the modulus whose complement started ``means`` (Abramowitz and Stegun, 16.4)."""
     angle = 2 ** (len(means) - 1) * means[-1][0] * u
     before = angle
     for (a, b), (a_next, _) in zip(reversed(means[:-1]), reversed(means[1:]), strict=True):

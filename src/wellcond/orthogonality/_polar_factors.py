@@ -1,4 +1,4 @@
-"""The polar factors of gradients, and which gradients have one, in as few operations as the device allows."""
+"""Polar factors of gradients, and which gradients have one, in as few operations as the device allows."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from wellcond.linalg import Minimax, polar, value_checks
 from ._polar_by_poles import ROWS, by_poles
 
 KINDS = ("zero", "treated", "nonfinite")
-"""By the number that :func:`polar_factors` gives: below, between and beyond two boundaries."""
+"""The names of the kinds 0, 1 and 2 of :func:`polar_factors`."""
 SOLVERS = ("auto", "svd", "poles", "minimax", "muon")
 
 
 def solver_for(matrix: Tensor, solver: str | Minimax) -> str | Minimax:
-    """What ``"auto"`` means for this matrix or batch: exact on the CPU, without waiting for the host elsewhere."""
+    """What ``"auto"`` stands for: exact on the CPU; elsewhere a method for which the host does not wait."""
     if solver == "auto":
         solver = "svd" if matrix.device.type == "cpu" else "poles"
     fits = min(matrix.shape[-2:]) <= ROWS and matrix.dtype != torch.float64
@@ -29,10 +29,10 @@ def solver_for(matrix: Tensor, solver: str | Minimax) -> str | Minimax:
 def polar_factors(matrix: Tensor, solver: str | Minimax = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """The solution R = U Vᵀ of eq. (14), eq. (17), for every matrix (..., m, n) of a batch that has one.
 
-    With it come the ``kind`` (..., 1, 1) of each, and the batch in the precision of R. The kinds are 1, a matrix that
-    has one; 0, zero or too small to have a direction (its entries below the smallest normal number, so that they are
-    rounding); 2, NaN or infinity in it. Where it is not 1, R is of no meaning. Singular directions that vanish to
-    rounding are left out of R, rather than filled in at random. Only ``"svd"`` makes the host wait for a device.
+    Also returns the ``kind`` (..., 1, 1) of each, and the batch in the precision of R. Kind 1 has a factor; 0 is zero
+    or too small to have a direction (its entries are below the smallest normal number, and so rounding errors); 2
+    contains NaN or infinity. R is meaningless for kinds other than 1. Singular directions that vanish up to rounding
+    are left out of R rather than filled in arbitrarily. Only ``"svd"`` makes the host wait for a device.
     """
     single = torch.promote_types(matrix.dtype, torch.float32)
     tiny, solver = torch.finfo(single).tiny, solver_for(matrix, solver)
@@ -41,9 +41,9 @@ def polar_factors(matrix: Tensor, solver: str | Minimax = "auto") -> tuple[Tenso
         factor, size = by_poles(work)
         return factor, _kind(size, tiny**2), work
     work = matrix.to(single)
-    # Not the norm of order infinity: PyTorch takes ten times as long for it on the CPU.
+    # Not the infinity norm, for which PyTorch takes ten times as long on the CPU.
     kind = _kind(work.abs().amax((-2, -1), keepdim=True), tiny)
-    with value_checks(False), exact_products():  # checked just above, without reading the answer on the host
+    with value_checks(False), exact_products():  # checked above, without reading the answer on the host
         factor = polar(work.masked_fill(kind != 1, 0.0), solver=solver)
     return factor, kind, work
 
@@ -65,15 +65,9 @@ def _new(tiny: float, dtype: torch.dtype, device: str) -> Tensor:
 _remembered = lru_cache(maxsize=32)(_new)
 
 
-def nearest_orthogonal(matrix: Tensor, solver: str | Minimax = "auto") -> tuple[Tensor, Tensor]:
-    """:func:`polar_factors` in the dtype of ``matrix``, which stays where it has none, and their ``kind``."""
-    factor, kind, work = polar_factors(matrix, solver)
-    return torch.where(kind == 1, factor, work).to(matrix.dtype), kind
-
-
 def norm_ratio(matrix: Tensor, factor: Tensor) -> Tensor:
     """‖G‖_F/‖R‖_F (..., 1, 1) of matrices and their factors, in double precision."""
-    if matrix.dtype == torch.float64:  # whose large entries have squares out of range
+    if matrix.dtype == torch.float64:  # squares of large entries would overflow
         largest = matrix.abs().amax((-2, -1), keepdim=True)
         scaled = matrix / largest.clamp_min(torch.finfo(matrix.dtype).tiny)
         return largest * _frobenius(scaled) / _frobenius(factor)

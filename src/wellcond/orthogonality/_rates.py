@@ -1,8 +1,8 @@
 """The two rules for the optimal learning rate: eq. (20) of the paper, and the true minimiser of eq. (18).
 
-Song, Sebe and Wang, ECCV 2022, section 5.2. Both ask for the η that brings W − ηL nearest to an orthogonal matrix; the
-smaller Gram side is meant, since the larger one cannot be the identity. Weights and directions are (..., m, n), all
-matrices of a batch (the groups of a convolution) share one rate, and the rate is a float64 scalar, unguarded.
+Song, Sebe and Wang, ECCV 2022, section 5.2. Both minimise the distance of W − ηL from the orthogonal matrices, on the
+smaller Gram side, since the larger one cannot be the identity. Weights and directions are (..., m, n), all
+matrices of a batch (the groups of a convolution) share one rate, and the rate is a float64 scalar, not clipped.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 def paper_rate(W: Tensor, L: Tensor) -> Tensor:
     """η* of eq. (20): one truncated step on ‖w − ηl‖⁴, not the minimiser of eq. (18).
 
-    Negative when ⟨W, L⟩ < 0, NaN when L = 0. A product ⟨W, L⟩ within its rounding (as for the gradient of a loss that
-    does not see the length of W, or L in the tangent space of an orthogonal W) counts as zero. For orthogonal W and L,
-    |η*| ≤ 1/(2√2). With the cosine c of w and l, η* = c ‖w‖ / (‖l‖ (1 + 2c²)).
+    Negative if ⟨W, L⟩ < 0, NaN if L = 0. A product ⟨W, L⟩ within its rounding (as for the gradient of a loss that does
+    not depend on the length of W, or L in the tangent space of an orthogonal W) counts as zero. For orthogonal W and L,
+    |η*| ≤ 1/(2√2). With c the cosine between w and l, η* = c ‖w‖ / (‖l‖ (1 + 2c²)).
     """
-    # In double precision no square of single precision can over- or underflow.
+    # In double precision no square of a single-precision number can over- or underflow.
     size = None
     if L.dtype == torch.float64:
         L, size = _unit(L)
@@ -28,8 +28,8 @@ def paper_rate(W: Tensor, L: Tensor) -> Tensor:
     torch.stack([W.flatten(), L.flatten()], out=pair)
     w, l = torch.linalg.vector_norm(pair, dim=1).unbind()
     along = torch.dot(*pair) / w
-    # L was rounded to its dtype, and came from sums in single precision or better, whose errors in a product of N terms
-    # grow like √N (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
+    # L was rounded to its dtype and computed from sums in at least single precision, whose errors in a product of N
+    # terms grow like √N (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
     stored, worked = (torch.finfo(d).eps for d in (W.dtype, torch.promote_types(W.dtype, torch.float32)))
     cosine = torch.nn.functional.hardshrink(along / l, stored + worked * W.numel() ** 0.5)
     rate = w * cosine / torch.addcmul(l, along, cosine, value=2)
@@ -40,8 +40,8 @@ def exact_rate(W: Tensor, L: Tensor) -> Tensor:
     """The real η that minimises eq. (18), ‖(W − ηL)ᵀ(W − ηL) − I‖_F, on the smaller Gram side.
 
     With A₀ = WᵀW − I, B = WᵀL + LᵀW, C = LᵀL the square of the objective is the quartic
-    ‖A₀‖² − 2η⟨A₀,B⟩ + η²(‖B‖² + 2⟨A₀,C⟩) − 2η³⟨B,C⟩ + η⁴‖C‖²; the best of the real roots of its derivative is taken.
-    It may be negative, and is NaN when L = 0. Three products of O(m n min(m, n)) in float64.
+    ‖A₀‖² − 2η⟨A₀,B⟩ + η²(‖B‖² + 2⟨A₀,C⟩) − 2η³⟨B,C⟩ + η⁴‖C‖²; the result is the best real root of its derivative.
+    It may be negative, and is NaN if L = 0. Three products of O(m n min(m, n)) in float64.
     """
     w, (l, size) = W.double(), _unit(L)
     if w.shape[-2] < w.shape[-1]:
@@ -57,7 +57,7 @@ def exact_rate(W: Tensor, L: Tensor) -> Tensor:
 
 
 def _unit(L: Tensor) -> tuple[Tensor, Tensor]:
-    """L in float64 with largest entry 1, and that entry: no square of a gradient can over- or underflow."""
+    """L in float64 divided by its largest entry, and that entry: no square of a gradient can over- or underflow."""
     l = L.double()
     size = l.abs().amax()
     return l / size, size
@@ -66,8 +66,8 @@ def _unit(L: Tensor) -> tuple[Tensor, Tensor]:
 def _cubic_roots(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     """(3,) real roots of ax³ + bx² + cx + d with a > 0; a single real root is repeated.
 
-    Closed form (Cardano for one real root, Viète's cosines for three), then Newton steps, because both lose digits
-    when roots nearly coincide. No value is read on the host.
+    In closed form (Cardano for one real root, Viète's cosines for three), then Newton steps, because both formulas lose
+    digits when roots nearly coincide. No value is read on the host.
     """
     shift = b / (3 * a)
     p = c / a - 3 * shift * shift

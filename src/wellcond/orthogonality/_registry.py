@@ -1,6 +1,6 @@
-"""The treatments that there are. Everything that offers treatments (``treat``, callbacks, command line) reads this.
+"""The registry of treatments, read by everything that offers them (``treat``, callbacks, command line).
 
-A treatment is a class: deriving it from :class:`WeightTreatment`, :class:`LossTreatment` or :class:`StepTreatment` with
+A treatment is a class. Deriving it from :class:`WeightTreatment`, :class:`LossTreatment` or :class:`StepTreatment` with
 a name and a sentence registers it.
 """
 
@@ -20,91 +20,100 @@ from ._matrix import Target
 Options = Mapping[str, Mapping[str, Any]]
 
 TREATMENTS: dict[str, str] = {}
-"""Every treatment by name, and what it is, in the order of the paper's tables."""
+"""Every treatment by name, with its description, in the order of the paper's tables."""
 _classes: dict[str, type[TreatmentClass]] = {}
 
 
 def on_the_host(tensor: Tensor) -> Tensor:
-    """A copy for a saved state; of a tensor on ``meta`` one there, as ``torch.nn.Module.state_dict`` has it."""
+    """A copy on the CPU for a saved state; a tensor on ``meta`` stays there, as in ``torch.nn.Module.state_dict``."""
     return tensor.clone() if tensor.is_meta else tensor.to("cpu", copy=True)
 
 
 class Applied:
-    """A treatment in place on some layers; by default it has nothing to report, to save or to undo."""
+    """A treatment that is in place on some layers; by default it has nothing to report, save or undo."""
 
     def loss(self) -> Tensor | None:
         """A term to add to the loss."""
         return None
 
     def rates(self) -> dict[str, Tensor]:
-        """By layer: the learning rate that the last step really had, where the treatment chooses one."""
+        """By layer: the learning rate of the last step, if the treatment chooses one."""
         return {}
 
     def scalars(self) -> dict[str, Tensor]:
-        """What training frameworks log after a step, by the names in the log: ``rate/LAYER``."""
+        """What training frameworks log after a step, by name in the log: ``rate/LAYER``."""
         return {f"rate/{layer}": rate for layer, rate in self.rates().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside model and optimizer: tensors and plain types."""
+        """What a resumed run needs besides model and optimizer: tensors and plain types."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue a saved run."""
 
     def remove(self) -> None:
-        """Take the treatment off; may be called twice."""
+        """Remove the treatment; may be called twice."""
 
 
 class TreatmentClass:
-    """What is asked of the class of a treatment; its three bases answer it."""
+    """The interface of treatment classes, implemented by the three base classes."""
 
     place: ClassVar[int]
-    """0 for the weight, 1 for the loss, 2 for the step: the order in which treatments are put on."""
-    order: ClassVar[int] = 0  # among those in one place
+    """0 for the weight, 1 for the loss, 2 for the step: the order in which treatments are applied."""
+    order: ClassVar[int] = 0  # among those of the same place
     name: ClassVar[str]  # as in "nog+ow" and in the paper's tables
-    treatment: ClassVar[str]  # what messages call it
+    treatment: ClassVar[str]  # its name in messages
 
     def __init_subclass__(cls, *, name: str = "", about: str = "", order: int = 0, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not name:  # a base of others
+        if not name:  # a base class
             return
         if name != name.strip().lower() or "+" in name:
             raise ValueError(f"the name of a treatment is lower case, without '+' and blanks, got '{name}'")
         there = _classes.get(name)
-        if there is not None and there.__qualname__ != cls.__qualname__:  # else a cell of a notebook that is run again
+        # The same class again is a notebook cell that was re-run.
+        if there is not None and there.__qualname__ != cls.__qualname__:
             raise ValueError(f"the treatment '{name}' is {there.__name__} already; choose another name")
         cls.name, cls.order = name, order
         _classes[name], TREATMENTS[name] = cls, about
 
     @classmethod
     def require_free(cls, layer: nn.Module, target: Target) -> None:
-        """Refuse a layer that cannot take this treatment (any more), before anything is changed."""
+        """Raise for a layer that cannot take this treatment (any more), before anything is changed."""
 
     @classmethod
     def apply_to(cls, optimizer: Optimizer, layers: Mapping[str, nn.Module], options: Mapping[str, Any]) -> Applied:
-        """Treat ``layers``, whose weights ``optimizer`` holds. If it fails, the layers are as before."""
+        """Treat ``layers``, whose weights ``optimizer`` holds. On failure the layers are as before."""
         raise NotImplementedError
 
 
 def in_order(names: Iterable[str]) -> list[type[TreatmentClass]]:
-    """The named treatments in the order in which they are put on."""
+    """The named treatments in the order in which they are applied."""
     return sorted((_classes[name] for name in names), key=lambda cls: (cls.place, cls.order))
 
 
 def class_of(name: str) -> Any:
-    """The class of one treatment, which may be that of an installed package."""
+    """The class of one treatment, possibly from an installed package."""
     parse_treatments(name)
     return _classes[name]
 
 
 def parse_treatments(names: str) -> tuple[str, ...]:
-    """``"nog+ow+olr"`` as ``("nog", "ow", "olr")``: the order kept, case and blanks ignored.
+    """``"nog+ow+olr"`` as ``("nog", "ow", "olr")``: in this order, ignoring case and blanks.
 
-    A treatment of an installed package is found by its entry point in the group ``wellcond.treatments``.
+    Treatments of installed packages are found by their entry points in the group ``wellcond.treatments``.
+
+    Args:
+        names: names of :data:`TREATMENTS`, joined by ``+``.
+
+    Returns:
+        The names in lower case.
 
     Raises:
         TypeError: ``names`` is not a string.
-        ValueError: an empty name, an unknown one (with the nearest right one), or the same one twice.
+        ValueError: an empty or unknown name (the message suggests the nearest), or a repeated one.
+
+    Complexity: O(1) for the treatments of this library; an unknown name loads the entry points.
 
     Example:
         >>> parse_treatments("NOG + OW")
@@ -130,7 +139,7 @@ def listed_options(options: Mapping[str, Any]) -> str:
 
 
 def options_of(names: Iterable[str], options: Options | None) -> dict[str, Mapping[str, Any]]:
-    """The options by treatment; a ValueError for those of a treatment that is not among ``names``."""
+    """The options by treatment; raises ValueError for options of a treatment that is not among ``names``."""
     for name in options or {}:
         require_known(name, names, "treatment", " in options, which are for the treatments asked for")
     return dict(options or {})

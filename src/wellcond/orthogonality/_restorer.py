@@ -1,7 +1,7 @@
-"""How a layer gets its weight back when the treatments of the weight are taken off.
+"""Giving a layer its weight back when the treatments of the weight are removed.
 
-Not through ``torch.nn.utils.parametrize.remove_parametrizations``, which takes the attribute away from every deep copy
-of the layer too (they share one generated class).
+Not with ``torch.nn.utils.parametrize.remove_parametrizations``, which removes the attribute from every deep copy of the
+layer too (they share one generated class).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ._sharded import is_sharded
 
 
 class Restorer:
-    """What takes all parametrisations off the weight of ``layer``, which has none now.
+    """Removes all parametrisations from the weight of ``layer``, which has none yet.
 
-    The layer keeps the weight in use, or, if no step has moved the stored tensor, has its own back bit for bit. One
-    that is no longer a layer of its class stays so, and :meth:`check` refuses. ``optimizer`` forgets what it knows of a
-    stored tensor that was another one.
+    The layer keeps the weight in use, or, if no step has changed the stored tensor, gets its own back bit for bit. A
+    layer that has become one of another class cannot go back: :meth:`check` raises. ``optimizer`` discards its state
+    for a stored tensor that is not the weight.
     """
 
     def __init__(self, layer: nn.Module, optimizer: Optimizer | None = None) -> None:
@@ -37,16 +37,16 @@ class Restorer:
         self._known = dict(optimizer.state.get(weight, {})) if optimizer is not None else {}
 
     def begin(self) -> None:
-        """Note the stored tensor now that the treatments are on, from which it may move."""
+        """Record the stored tensor once the treatments are in place; it may change from now on."""
         self._gradient, self._known = None, {}
         if self._is_another():
             self._start = layer_target(self._layer, "").parameter.detach().clone()
 
     def check(self) -> None:
-        """Refuse, and change nothing, where the layer cannot go back."""
+        """Raise, and change nothing, if the layer cannot go back."""
         if not parametrisations(self._layer):
             return
-        # Read again: loading with assign=True or a move to another kind of device makes it a new tensor.
+        # Look it up again: load_state_dict(assign=True) and moves to another kind of device replace the tensor.
         weight = layer_target(self._layer, "").parameter
         if is_sharded(weight):
             raise RuntimeError(
@@ -61,7 +61,7 @@ class Restorer:
             )
 
     def restore(self) -> None:
-        """Take them off, once :meth:`check` has passed."""
+        """Remove them, once :meth:`check` has passed."""
         if not parametrisations(self._layer):
             return
         weight = layer_target(self._layer, "").parameter
@@ -76,7 +76,7 @@ class Restorer:
         bared(self._layer, "weight", weight, self._order)
 
     def undo(self) -> None:
-        """Take off what was not put on in whole: gradient and state in the optimizer come back too."""
+        """Remove treatments that were applied in part: gradient and optimizer state are restored too."""
         if not parametrisations(self._layer):
             return
         changed = self._is_another()
@@ -88,17 +88,17 @@ class Restorer:
                 self._optimizer.state[weight] = self._known
 
     def _is_another(self) -> bool:
-        """Whether the stored tensor is not the weight but that of another kind of layer."""
+        """Whether the stored tensor is that of another kind of layer, not the weight."""
         return any(one.computes_layer for one in parametrisations(self._layer))
 
 
 def _same(weight: torch.Tensor, other: torch.Tensor) -> bool:
-    """On ``meta``, where there are no values, nothing has moved."""
+    """Whether two weights are equal; always so on ``meta``, which has no values."""
     return weight.is_meta or torch.equal(weight, other.to(weight))
 
 
 def bared(layer: nn.Module, name: str, weight: nn.Parameter, order: Sequence[str]) -> None:
-    """Take the parametrisations off one tensor, which becomes ``weight``, among the parameters in their ``order``."""
+    """Remove the parametrisations of one tensor, which becomes ``weight``, and restore the ``order`` of parameters."""
     if len(layer.parametrizations) == 1:  # pyright: ignore[reportArgumentType]
         layer.__class__ = type(layer).__bases__[0]
         del layer.parametrizations

@@ -1,4 +1,4 @@
-"""Saved states of layers whose weight is treated, and layers that are not treated alike, or not at all."""
+"""Saved states of layers with treated weights, loaded into layers that are treated differently or not at all."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _STORED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.(.+)$")
 
 
 def prepare(layer: nn.Module, state: dict[str, Any], prefix: str, errors: list[str]) -> bool:
-    """Make ``state`` one that the parametrisations of ``layer`` load; else say why in ``errors`` and return False.
+    """Convert ``state`` to one that the parametrisations of ``layer`` load; otherwise add to ``errors``, return False.
 
-    A plain weight becomes what treating that weight would have stored. What is refused leaves the layer as it is.
+    A plain weight becomes what treating it would have stored. On failure the layer does not change.
     """
     chains: Any = layer.parametrizations
     for name, chain in chains.items():
         stored = f"{prefix}parametrizations.{name}."
-        if not chain.is_tensor:  # not ours
+        if not chain.is_tensor:  # a parametrisation of another library
             continue
         try:
             if prefix + name in state and stored + "original" not in state:
@@ -47,13 +47,13 @@ def prepare(layer: nn.Module, state: dict[str, Any], prefix: str, errors: list[s
 
 
 def _treated(chain: Any, weight: Tensor, stored: str) -> dict[str, Any]:
-    """The state of ``chain`` (under the prefix ``stored``) if it were put on ``weight``."""
+    """The state of ``chain`` (under the prefix ``stored``) if it were applied to ``weight``."""
     shape = getattr(chain[0], "plain_shape", chain.original.shape)
     if weight.shape != shape:
         raise ValueError(f"its saved shape is {tuple(weight.shape)}, here it is {tuple(shape)}")
     if is_sharded(chain.original):
         raise ValueError("it was saved untreated, and is treated and sharded here; load it before fully_shard")
-    chain = copy.deepcopy(chain)  # since a frame follows the weight
+    chain = copy.deepcopy(chain)  # since the frame depends on the weight
     with torch.no_grad():
         for parametrisation in reversed(chain):
             weight = parametrisation.right_inverse(weight)
@@ -61,7 +61,7 @@ def _treated(chain: Any, weight: Tensor, stored: str) -> dict[str, Any]:
 
 
 def _require_alike(chain: Any, state: dict[str, Any], stored: str) -> None:
-    """Refuse the state of other treatments; one that does not say, of an older version, gets the marks of ``chain``."""
+    """Raise for the state of other treatments. An older state without marks gets those of ``chain``."""
     marks = [state[key] for i in range(len(state)) if (key := f"{stored}{i}.{KEY}") in state]
     theirs = [read(mark) for mark in marks if not getattr(mark, "is_meta", False)]
     mine = [one.meaning() for one in chain if hasattr(one, "meaning")]
@@ -88,22 +88,24 @@ def _shown(treatments: list[dict[str, Any]]) -> str:
 
 
 def treat_like(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Treat the weights of a model as those of a saved state were, so that it loads; other weights stay as they are.
+    """Treat the weights of a model like those of a saved state, so that it loads; other weights stay as they are.
 
-    Write ``model.load_state_dict(treat_like(model, state))`` where you do not know what the state was saved from. The
-    parameters stay the same tensors, so an optimizer that is there already holds the right ones.
+    Write ``model.load_state_dict(treat_like(model, state))`` if you do not know what the state was saved from. The
+    parameters stay the same tensors, so an existing optimizer holds the right ones.
 
     Args:
-        model: with the layers of the saved one; changed in place.
-        state: of a model treated by this version (``ow``, ``sn``, or a :class:`WeightTreatment` of your own) or an
-            untreated one, also of a wrapper that put a prefix such as ``module.`` before the names.
+        model: has the layers of the saved model; changed in place.
+        state: from a model treated by this version (``ow``, ``sn``, or a :class:`WeightTreatment` of your own) or an
+            untreated one; a wrapper may have added a prefix such as ``module.`` to its names.
 
     Returns:
-        The state under the names of ``model``: what is under the prefix, without it.
+        The state with the names of ``model``: the entries under the prefix, without it.
 
     Raises:
-        ValueError: a treated layer that is not in ``model`` or is treated otherwise there, or one whose treatment the
-            state does not tell, as it was saved by an older version.
+        ValueError: a treated layer that is not in ``model`` or is treated differently there, or one whose treatment the
+            state does not specify because an older version saved it.
+
+    Complexity: O(number of entries), and the cost of the treatments that are applied.
 
     Example:
         >>> from torch import nn
@@ -120,20 +122,21 @@ def treat_like(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
     lead = next(name + "." if name else "" for name, module in model.named_modules() if module is inner)
     mine = {bare_name(key): lead + key for key in inner.state_dict()}
     renamed = {mine.get(key, lead + key): value for key, value in found.items()}
-    return state if list(renamed) == list(state) else renamed  # PyTorch keeps versions beside the entries of its own
+    # PyTorch's own dict also carries version metadata, so return it unchanged if possible.
+    return state if list(renamed) == list(state) else renamed
 
 
 def _plain(key: str) -> str:
-    """The key without the treatments: that of the weight for all that is stored in its place."""
+    """The key without treatments: that of the weight, for all entries stored in its place."""
     return _STORED.sub(r"\1", key)
 
 
 def _prefix(state: Mapping[str, Any], own: set[str]) -> str:
-    """What stands before most of the names in ``state`` that are ``own`` ones after it, without compiled parts."""
+    """The prefix after which most names in ``state`` are those in ``own``, ignoring compiled parts."""
     votes: Counter[str] = Counter({"": 0})
     for key in state:
         parts = _plain(key).split(".")
-        starts = (i for i, part in enumerate(parts) if part != "_orig_mod")  # which belongs to what is before it
+        starts = (i for i, part in enumerate(parts) if part != "_orig_mod")  # it belongs to the part before it
         votes.update(".".join([*parts[:i], ""]) for i in starts if bare_name(".".join(parts[i:])) in own)
     return max(votes, key=lambda prefix: (votes[prefix], -len(prefix)))
 

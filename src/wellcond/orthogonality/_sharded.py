@@ -1,7 +1,7 @@
-"""A weight that is spread over processes (a DTensor of ``fully_shard`` or ``parallelize_module``), treated as a whole.
+"""A weight that is sharded over processes (a DTensor of ``fully_shard`` or ``parallelize_module``), treated as a whole.
 
 Singular values and products of a shard are not those of the matrix. So the matrix is gathered, every process computes
-the same result from it and keeps its own part: gathering is the only communication.
+the same result from it, and keeps its own part. Gathering is the only communication.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from ._matrix import Target
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a DTensor. Asked without importing ``torch.distributed``, which may be absent."""
+    """Whether ``tensor`` is a DTensor. Does not import ``torch.distributed``, which may be missing."""
     return hasattr(tensor, "full_tensor")
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` was called on this very module, which then gathers its weights in forward hooks."""
+    """Whether ``fully_shard`` was called on this module itself, which then gathers its weights in forward hooks."""
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, differentiably. A collective operation: every process of the mesh must call it."""
+    """The full tensor; differentiable. A collective operation: every process of the mesh must call it."""
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """The full ``tensor``, equal on every process, sharded like ``like``, differentiably; no communication."""
+    """The full ``tensor``, equal on every process, sharded like ``like``; differentiable, without communication."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
@@ -43,7 +43,7 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 class _Gathered:
-    """A :class:`Target` whose parameter and gradient are whole, gathered when ``parameter`` is first asked for."""
+    """A :class:`Target` with whole parameter and gradient, gathered when ``parameter`` is first accessed."""
 
     def __init__(self, target: Target) -> None:
         self.name, self.where, self.view, self.layer = target.name, target.where, target.view, target.layer
@@ -58,7 +58,7 @@ class _Gathered:
         return parameter
 
     def put_back(self) -> None:
-        """Write what was changed into this process's part."""
+        """Write changes to this process's shard."""
         if "parameter" not in self.__dict__:  # never gathered
             return
         gradient, sharded = self.parameter.grad, cast(Any, self._sharded.grad)
@@ -66,7 +66,7 @@ class _Gathered:
         if self.parameter._version != self._versions[0]:
             self._sharded.copy_(spread(self.parameter.detach(), self._sharded))
         if gradient._version != self._versions[1]:
-            if any(placement.is_partial() for placement in sharded.placements):  # the sum was pending
+            if any(placement.is_partial() for placement in sharded.placements):  # not yet summed
                 self._sharded.grad = spread(gradient, self._sharded)
             else:
                 sharded.copy_(spread(gradient, sharded))
@@ -74,9 +74,9 @@ class _Gathered:
 
 @contextmanager
 def gathered(target: Target) -> Iterator[Target]:
-    """The target as one with a whole parameter and gradient; changes made to them inside reach the shards at the end.
+    """The target with a whole parameter and gradient; changes to them are written to the shards at the end.
 
-    Nothing is gathered before the parameter is asked for. A weight that is whole already is given as it is.
+    Nothing is gathered before the parameter is accessed. A weight that is not sharded is passed through.
     """
     if not is_sharded(target.parameter):
         yield target

@@ -1,9 +1,9 @@
-"""The orthogonal weight of ``map="soc"``: a convolution that is orthogonal as a map on images, of whatever channels.
+"""The orthogonal weight of ``map="soc"``: a convolution that is orthogonal as a map on images, with any channels.
 
-It is the skew-orthogonal convolution of Singla and Feizi (ICML 2021), which the authors of the paper ran under the name
-of OW. The parameter becomes its stored filter M (c, c, kh, kw) with c = max(in·stride², out), and the layer's output
-exp(J) x, with J the convolution by M − Mᵀ: eq. (13) with the transpose of the map on images instead of the matrix's.
-It starts from the skew part of the filter that the layer had, filled up with zeros.
+This is the skew-orthogonal convolution of Singla and Feizi (ICML 2021), which the authors of the paper used under the
+name OW. The parameter becomes its stored filter M (c, c, kh, kw) with c = max(in·stride², out), and the layer's output
+exp(J) x, with J the convolution by M − Mᵀ: eq. (13) with the transpose of the map on images in place of the matrix's.
+It starts from the skew part of the original filter, padded with zeros.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ SAME = "zeros around the border or circular padding, half of the kernel wide"
 
 
 class SkewOrthogonalWeight(OrthogonalWeight):
-    """The parametrisation: from M to the kernel of exp(J) away from the borders, which is the layer's ``weight``.
+    """The parametrisation from M to the kernel of exp(J) away from the borders, which is the layer's ``weight``.
 
-    The layer itself computes exp(J) x by the series, which is orthogonal at the borders too.
+    The layer itself computes exp(J) x with the series, which is orthogonal at the borders too.
 
     Args:
-        channels, stride: of the layer that a state was saved from, to be the same; its square filter does not tell.
+        channels, stride: those of the layer that a state was saved from, which must match; its square filter does not
+            show them.
 
     Attributes:
-        plain_shape: of the weight that the layer had, (out, in, kh, kw).
-        skew_orthogonal: the options of a ``wellcond.nn.SkewOrthogonalConv2d`` that is this layer.
+        plain_shape: the shape (out, in, kh, kw) of the original weight.
+        skew_orthogonal: the options of the equivalent ``wellcond.nn.SkewOrthogonalConv2d``.
     """
 
     computes_layer = True
@@ -74,7 +75,7 @@ class SkewOrthogonalWeight(OrthogonalWeight):
         self.stored_shape = torch.Size([c, c, *layer.kernel_size])
 
     def meaning(self) -> dict[str, Any]:
-        """Also what the shape of the square filter does not tell."""
+        """The name and options, with those that the shape of the square filter does not show."""
         return {"treatment": self.name, "map": self.map, "channels": list(self.channels), "stride": self.stride}
 
     @property
@@ -86,12 +87,12 @@ class SkewOrthogonalWeight(OrthogonalWeight):
         }
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The skew half of the filter (c, c, kh, kw) of a plain weight, as long as can be before it is scaled down.
+        """The skew half of the filter (c, c, kh, kw) of a plain weight, as long as it can be without being scaled down.
 
-        The symmetric half is of no effect, and would leave few digits to a small skew one.
+        The symmetric half has no effect, and beside it a small skew half would have few accurate digits.
         """
         if weight.shape != self.plain_shape:
-            if weight.shape == self.stored_shape:  # the filter itself, when a pickle is opened
+            if weight.shape == self.stored_shape:  # the filter itself, when unpickling
                 return weight
             raise ValueError(
                 f"{self.treatment} of {self.where}: its weight is of shape {tuple(self.plain_shape)}, "
@@ -139,7 +140,7 @@ LAYER_MAPS["soc"] = SkewOrthogonalWeight
 
 
 def _trouble(layer: nn.Module | None) -> str:
-    """What the layer is not, and would have to be."""
+    """The requirement that the layer does not meet, for an error message; empty if there is none."""
     kind: Any = type(layer).__bases__[0] if layer is not None and parametrize.is_parametrized(layer) else type(layer)
     if not isinstance(layer, nn.Conv2d) or kind.forward is not nn.Conv2d.forward:
         return f"nn.Conv2d layers only, got {kind.__name__}"

@@ -1,7 +1,7 @@
 """Spectral norm (SN): the weight divided by its largest singular value, W/σ_max(W), eq. (11).
 
-W is the flattened weight (out, in·kh·kw). That is not the norm of a convolution as a map on images, which may be
-anything up to σ_max(W)·√(kh·kw) and depends on stride and padding; ``of="operator"`` divides by that one instead.
+W is the flattened weight (out, in·kh·kw). Its norm is not that of the convolution as a map on images, which may be
+anything up to σ_max(W)·√(kh·kw) and depends on stride and padding; ``of="operator"`` divides by the latter instead.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from wellcond._shared.precision import full_precision
 from ._convolution_spectrum import layer_grid, transfer_matrices
 from ._largest_eigenvalue import largest_singular_value, naming
 from ._matrix import Target
-from ._unit_norm import of_unit_norm
+from ._unit_norm import divided, of_unit_norm
 from ._weight_treatment import WeightTreatment
 
 
-# Put on after an orthogonal weight.
+# Applied after an orthogonal weight.
 class SpectralNorm(WeightTreatment, name="sn", about="spectral norm of the weight, eq. (11)", order=1):
     """The parametrisation that :func:`spectral_norm` registers."""
 
@@ -45,9 +45,7 @@ class SpectralNorm(WeightTreatment, name="sn", about="spectral norm of the weigh
     def _divided(self, weight: Tensor) -> Tensor:
         if self.grid is None:
             return self.view.tensor(of_unit_norm(self.view.matrix(weight)), weight.shape)
-        norm = largest_singular_value(transfer_matrices(weight, self.grid)).amax()
-        # Of a zero weight small and positive, so that the weight stays zero.
-        return weight / torch.where(norm == 0, torch.finfo(norm.dtype).tiny ** 0.5, norm)
+        return divided(weight, largest_singular_value(transfer_matrices(weight, self.grid)).amax())
 
     def extra_repr(self) -> str:
         grid = f"of='operator' on {self.grid.size}" if self.grid is not None else ""
@@ -59,31 +57,33 @@ def spectral_norm(
 ) -> nn.Module:
     """Keep the largest singular value of the layer's weight at exactly 1, eq. (11).
 
-    Unlike ``torch.nn.utils.parametrizations.spectral_norm`` the value is exact in every forward pass (from the smaller
-    Gram matrix), not a step of a power iteration, so training and evaluation agree. The groups of a convolution
-    share one divisor. The optimizer's parameter stays the same tensor with the same values. This function sees one
-    layer and no model: it would untie a weight that another layer shares, which :func:`treat` and the callbacks refuse.
+    Unlike in ``torch.nn.utils.parametrizations.spectral_norm``, the value is exact in every forward pass (from the
+    smaller Gram matrix) rather than a step of power iteration, so training and evaluation agree. The groups of a
+    convolution share one divisor. The optimizer's parameter stays the same tensor with the same values. This function
+    sees one layer and not the model: it would untie a weight that is shared with another layer, which :func:`treat` and
+    the callbacks refuse.
 
     Args:
-        layer: a layer with a matrix-like tensor ``name``; changed in place.
-        name: of the tensor, as in ``torch.nn.utils.parametrizations``; others than ``"weight"`` are read as
+        layer: a layer with a matrix-like tensor ``name`` of a real floating dtype; changed in place.
+        name: of the tensor, as in ``torch.nn.utils.parametrizations``; names other than ``"weight"`` are read as
             ``flatten(1)``.
         of: ``"weight"``, the flattened weight of eq. (11), or ``"operator"``: the convolution as a map on images with
             circular padding, whose norm is then exactly 1 (see :func:`convolution_singular_values`).
-        input_size: with ``of="operator"``, the size of the layer's images.
+        input_size: with ``of="operator"``, the spatial size of the layer's input in pixels.
 
     Returns:
         ``layer``.
 
     Raises:
-        ValueError: no matrix-like tensor of that name (with the nearest right one), a parametrisation already on it (an
-            orthogonal weight may be), an unknown ``of``; for the operator, not a convolution, or an input_size that is
-            missing or does not fit.
+        ValueError: no matrix-like tensor of that name (the message suggests the nearest), a parametrisation on it
+            already (except an orthogonal weight), an unknown ``of``; for the operator, a layer that is not a
+            convolution, or an input_size that is missing or does not fit.
 
-    Complexity: O(m n min(m, n)) for the Gram matrix and its eigenvalues; for the operator that of one Gram matrix of
-    min(out, in) channels for half of the pixels, in every forward pass; off the CPU about 30 products of
-    those, which do not make the host wait. Take it off with
-    ``torch.nn.utils.parametrize.remove_parametrizations(layer, name)``.
+    Complexity: O(m n min(m, n)) per forward pass, for the Gram matrix and its eigenvalues; for the operator, one Gram
+    matrix of min(out, in) channels for half of the pixels. Off the CPU, about 30 products of Gram matrices instead of
+    the eigenvalues, for which the host does not wait. Source: eq. (11) of Song, Sebe and Wang, ECCV 2022.
+
+    Remove it with ``torch.nn.utils.parametrize.remove_parametrizations(layer, name)``.
 
     Example:
         >>> import torch

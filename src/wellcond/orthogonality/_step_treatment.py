@@ -1,8 +1,8 @@
-"""Treatments of the optimizer step: hooks before and after ``optimizer.step``, and their removal.
+"""Treatments of the optimizer step, by hooks before and after ``optimizer.step``.
 
-With ``step(closure)`` the gradients appear only when the closure runs, so there the closure is wrapped: that is how
-Lightning's automatic optimisation steps. With a fused optimizer under ``GradScaler`` the gradients are still scaled
-when the step begins; :func:`gradient_scale` tells by how much. ``before`` and ``after`` see a sharded weight whole.
+With ``step(closure)`` the gradients exist only after the closure has run, so the closure is wrapped; Lightning's
+automatic optimisation steps in this way. With a fused optimizer under ``GradScaler`` the gradients are still scaled
+when the step begins, by ``_optimizers.gradient_scale``. ``before`` and ``after`` see a sharded weight as a whole.
 """
 
 from __future__ import annotations
@@ -12,90 +12,59 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from wellcond._shared.models import unwrapped_optimizer
 
 from ._matrix import Target, Treatables, stored_tensor, targets
+from ._optimizers import require_held
 from ._registry import Applied, TreatmentClass
 from ._sharded import gathered
 from ._watch import HOOKS, marks_of, unwatch, watch
 
 
-def _of_this_torch(names: str) -> tuple[type[Optimizer], ...]:
-    return tuple(getattr(torch.optim, name) for name in names.split() if hasattr(torch.optim, name))
-
-
-LINEAR_IN_LR = _of_this_torch("SGD Adam AdamW NAdam RAdam Adamax RMSprop Adagrad Adadelta Muon")
-"""Optimizers whose step is lr times a direction, with a state that depends on neither lr nor the step taken."""
-_DECOUPLED = _of_this_torch("AdamW Muon")
-
-
-def gradient_scale(optimizer: Optimizer) -> Tensor | None:
-    """The factor still on the gradients when a fused optimizer unscales them itself, else None."""
-    return getattr(optimizer, "grad_scale", None)
-
-
-def decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Any:
-    """The share by which the step first shrank the weight, apart from the update: lr · weight_decay of AdamW and Muon.
-
-    Zero in a step that ``GradScaler`` let a fused optimizer skip by itself, which leaves all weights as they were.
-    """
-    if not (isinstance(optimizer, _DECOUPLED) or group.get("decoupled_weight_decay")):
-        return 0.0
-    share = group["lr"] * group["weight_decay"]
-    found_inf = getattr(optimizer, "found_inf", None)
-    return share if found_inf is None else torch.where(found_inf == 0, share, 0.0)
-
-
 def _active(optimizer: Optimizer) -> list[StepTreatment]:
-    """The treatments that are on in ``optimizer``, kept with it (a copy of the optimizer has no hooks, and no list)."""
+    """The active treatments of ``optimizer``, stored in it (a copy of the optimizer has neither hooks nor list)."""
     return optimizer.__dict__.setdefault(HOOKS, [])
 
 
-def require_held(optimizer: Optimizer, target: Target, treatment: str) -> None:
-    """Refuse a parameter that the optimizer will not move."""
-    if not any(p is target.parameter for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(
-            f"{treatment} of {target.where}: the optimizer does not hold its weight; add it with "
-            "optimizer.add_param_group, or build the optimizer from model.parameters()"
-        )
-
-
-def require_linear_in_lr(optimizer: Optimizer, treatment: str, target: Target) -> None:
-    """Refuse an optimizer whose update direction cannot be told from its step."""
-    if not isinstance(optimizer, LINEAR_IN_LR):
-        known = ", ".join(cls.__name__ for cls in LINEAR_IN_LR)
-        raise ValueError(
-            f"{treatment} of {target.where}: the update direction of {type(optimizer).__name__} is unknown, because "
-            f"its step is not known to be proportional to the learning rate; use one of {known}"
-        )
-
-
 class StepTreatment(Applied, TreatmentClass):
-    """Base of the treatments that act in ``optimizer.step``; ``before``, ``after``, or both do the work.
+    """Base class of treatments that act in ``optimizer.step``, in ``before``, ``after``, or both.
 
     Args:
-        optimizer: any ``torch.optim`` optimizer except LBFGS; a wrapper with an ``.optimizer`` is opened.
+        optimizer: any ``torch.optim`` optimizer except LBFGS; wrappers with an ``.optimizer`` are unwrapped.
         params: layers (their ``weight``) or raw parameters (as ``flatten(1)``): one, a list, or a dict by name.
 
     Attributes:
         targets: the treated parameters.
         optimizer: the optimizer whose steps are treated.
 
-    A treatment of your own, which ``treat``, the callbacks and the command then know as ``gc``::
+    Raises:
+        TypeError: something that is neither a layer nor a parameter.
+        ValueError: LBFGS, a parameter that is not matrix-like or not held by the optimizer, or the treatment twice.
 
-        class GradientCentralisation(StepTreatment, name="gc", about="gradient centralisation (Yong et al. 2020)"):
-            treatment = "gradient centralisation"  # what messages call it
-
-            def before(self, target, group):
-                gradient = target.view.matrix(target.parameter.grad)
-                centred = gradient - gradient.mean(-1, keepdim=True)
-                target.parameter.grad.copy_(target.view.tensor(centred, target.parameter.shape))
+    Example:
+        >>> import torch
+        >>> class CentralisedGradient(StepTreatment):  # name="gc", about="..." would register it for ``treat``
+        ...     treatment = "gradient centralisation"  # its name in messages
+        ...
+        ...     def before(self, target, group):
+        ...         gradient = target.view.matrix(target.parameter.grad)
+        ...         centred = gradient - gradient.mean(-1, keepdim=True)
+        ...         target.parameter.grad.copy_(target.view.tensor(centred, target.parameter.shape))
+        >>> layer = torch.nn.Linear(3, 5)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> gc = CentralisedGradient(optimizer, layer)
+        >>> layer(torch.randn(8, 3)).square().sum().backward()
+        >>> optimizer.step()
+        >>> bool(layer.weight.grad.sum(1).abs().max() < 1e-4)
+        True
     """
 
     place: ClassVar[int] = 2
+    optimizer: Optimizer
+    targets: list[Target]
 
     def __init__(self, optimizer: Optimizer, params: Treatables) -> None:
         self.optimizer = unwrapped_optimizer(optimizer)
@@ -130,19 +99,19 @@ class StepTreatment(Applied, TreatmentClass):
         return cls(optimizer, layers, **options)
 
     def validate(self) -> None:
-        """Refuse what this treatment cannot do with ``self.optimizer``, before anything is changed."""
+        """Raise for what this treatment cannot do with ``self.optimizer``, before anything is changed."""
 
     def before(self, target: Target, group: dict[str, Any]) -> None:
-        """Act on one parameter that has a gradient, when all gradients are there and before it moves."""
+        """Act on a parameter with a gradient, after all gradients are there and before it is updated."""
 
     def after(self, target: Target, group: dict[str, Any]) -> None:
-        """Act on the same parameter when the optimizer has moved it."""
+        """Act on the same parameter after the optimizer has updated it."""
 
     def finish(self) -> None:
-        """Act on all of them together, once each has been given to ``before``, and again after ``after``."""
+        """Act on all of them together, after each has been passed to ``before``, and again after ``after``."""
 
     def remove(self) -> None:
-        """Take the hooks off: later steps are the optimizer's own. May be called twice."""
+        """Remove the hooks: later steps are the optimizer's own. May be called twice."""
         for handle in self._handles:
             handle.remove()
         for target in self.targets:
@@ -168,8 +137,7 @@ class StepTreatment(Applied, TreatmentClass):
         return args, {**kwargs, "closure": treated}
 
     def _require_same_weight(self, target: Target) -> None:
-        """Refuse to go on where the layer has another weight than the one that is treated, and it is that one which
-        learns."""
+        """Raise if the layer has another weight than the treated one, and that is the one that is trained."""
         now = stored_tensor(target.layer) if target.layer is not None else None
         if now is not None and now is not target.parameter and now.grad is not None:
             raise RuntimeError(
@@ -195,7 +163,7 @@ class StepTreatment(Applied, TreatmentClass):
                     f"{self.treatment} of {target.where}: its gradient is sparse ({gradient.layout}); use a dense one"
                 )
             moving.append(target)
-        with ExitStack() as sharded:  # whose changes are put back when all targets are done
+        with ExitStack() as sharded:  # changes are written back once all targets are done
             for target in moving:
                 act(sharded.enter_context(gathered(target)), groups[id(target.parameter)])
             self.finish()

@@ -21,13 +21,13 @@ from ._walk_back import GIVE_EXAMPLE, first_layers, raw_parameter
 
 _MOST_TRACES = 64
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_ELEMENTWISE = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "div", "cat", "concat", "where"}
+ELEMENTWISE = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "div", "cat", "concat", "where"}
 
 
 class _Tracer(fx.Tracer):
-    """Stops at layers with a weight, spectral layers and torch's own modules.
+    """A tracer that stops at layers with a weight, spectral layers and torch's own modules.
 
-    It answers ``bool(proxy)`` from a script, False past its end, and keeps the answers in ``decisions``.
+    It answers ``bool(proxy)`` from a script, with False beyond its end, and records the answers in ``decisions``.
     """
 
     def __init__(self, script: list[bool], of: nn.Module | None) -> None:
@@ -46,9 +46,9 @@ class _Tracer(fx.Tracer):
         )
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if (inner := unwrapped(m)) is not m:  # a compiled part, whose own forward function cannot be traced
+        if (inner := unwrapped(m)) is not m:  # a compiled part cannot be traced itself
             return inner(*args, **kwargs)
-        # Its forward hooks gather weights and would do so with the tracer's stand-ins.
+        # The forward hooks of a sharded module gather weights, which fails on the tracer's proxies.
         return super().call_module(m, m.forward if is_fully_sharded(m) else forward, args, kwargs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -57,11 +57,11 @@ class _Tracer(fx.Tracer):
 
 
 def layers_by_tracing(model: nn.Module, of: nn.Module | None = None) -> set[nn.Module]:
-    """The pre-spectral layers, the same on every path through the forward function that does not raise.
+    """The pre-spectral layers, which must agree on every path through the forward function that does not raise.
 
-    Those before all spectral layers, or before the layer ``of``, whatever it is.
+    They are those before all spectral layers, or before the layer ``of``, whatever its kind.
     """
-    answers = [_nearest(model, graph, of) for graph in _graphs(model, of)]
+    answers = [_nearest(model, graph, of) for graph in graphs_of(model, of)]
     if any(answer != answers[0] for answer in answers):
         raise ValueError(
             f"which layer comes before the spectral layer of {type(model).__name__} depends on its data; {GIVE_EXAMPLE}"
@@ -69,8 +69,8 @@ def layers_by_tracing(model: nn.Module, of: nn.Module | None = None) -> set[nn.M
     return answers[0]
 
 
-def _graphs(model: nn.Module, of: nn.Module | None) -> list[fx.Graph]:
-    """One graph for every outcome of the questions that the forward function asks about its data."""
+def graphs_of(model: nn.Module, of: nn.Module | None) -> list[fx.Graph]:
+    """One graph for every branch of the forward function's control flow on data."""
     graphs: list[fx.Graph] = []
     scripts: list[list[bool]] = [[]]
     refusal: Exception | None = None
@@ -82,10 +82,10 @@ def _graphs(model: nn.Module, of: nn.Module | None) -> list[fx.Graph]:
         try:
             with _left_as_it_was(model):
                 graphs.append(tracer.trace(model))
-        except Exception as error:  # the model's own code, which may raise anything
+        except Exception as error:  # the model's code may raise anything
             if _from_tracing(error):
                 raise _untraceable(model, error) from error
-            refusal = refusal or error  # a check of the input, which this outcome did not pass
+            refusal = refusal or error  # an input check that this branch did not pass
         taken = tracer.decisions
         scripts += [[*taken[:i], True] for i in range(len(script), len(taken))]
     if scripts:
@@ -97,8 +97,8 @@ def _graphs(model: nn.Module, of: nn.Module | None) -> list[fx.Graph]:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Undo what the model's own code does to itself while it is traced: it may keep what it gets, which is a proxy, or
-    count its calls. Its hooks are not called at all."""
+    """Undo changes that the model's code makes to itself while traced, such as storing a proxy or counting calls. Its
+    hooks are not called at all."""
     kept = []
     for module in model.modules():
         attributes = dict(vars(module))
@@ -126,7 +126,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _from_tracing(error: Exception) -> bool:
-    """Whether tracing itself failed, in torch.fx or where the model needs a number from a proxy."""
+    """Whether tracing itself failed: in torch.fx, or where the model needs a number from a proxy."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     inside = frame.f_globals.get("__name__", "").startswith("torch.fx")
     return inside or (isinstance(error, TypeError) and "'Proxy'" in str(error))
@@ -139,7 +139,7 @@ def _untraceable(model: nn.Module, why: Any) -> ValueError:
 
 
 def _nearest(model: nn.Module, graph: fx.Graph, of: nn.Module | None) -> set[nn.Module]:
-    """The layers met first on every path back from the inputs of the spectral layers."""
+    """The first layers on every path back from the inputs of the spectral layers."""
     calls = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
     from_input: set[fx.Node] = set()
     for node in graph.nodes:
@@ -160,9 +160,9 @@ def _nearest(model: nn.Module, graph: fx.Graph, of: nn.Module | None) -> set[nn.
                 f"tracing does not see which of them is used last; {GIVE_EXAMPLE}"
             )
         # a function is known by its name, a method by the node's target
-        if module is not None or getattr(node.target, "__name__", node.target) in _ELEMENTWISE:
+        if module is not None or getattr(node.target, "__name__", node.target) in ELEMENTWISE:
             return [], before
-        # a weight used as a function: F.conv2d(x, self.weight)
+        # a weight used directly: F.conv2d(x, self.weight)
         return [o for i in node.all_input_nodes if i not in from_input for o in _weights_in(model, i)], before
 
     return first_layers((i for node in spectral for i in node.all_input_nodes if i in from_input), look)

@@ -1,4 +1,4 @@
-"""Whether layers can take treatments, asked before anything is changed."""
+"""Whether layers can take treatments, checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._weight_treatment import WeightTreatment
 def require_treatable(
     model: nn.Module, layers: Mapping[str, nn.Module], treatments: Iterable[str], options: Options
 ) -> dict[str, Target]:
-    """The weights of ``layers``; refused if any of them cannot take one of the treatments, before any is changed."""
+    """The weights of ``layers``; raises if any of them cannot take one of the treatments, before any is changed."""
     targets = {name: layer_target(layer, name) for name, layer in layers.items()}
     for kind in in_order(treatments):
         for name, layer in layers.items():
@@ -37,7 +37,7 @@ def require_treatable(
 
 
 def _require_untied(model: nn.Module, targets: Iterable[Target], treatment: str) -> None:
-    """Refuse to parametrise a weight that another layer shares, which would keep the plain one."""
+    """Raise for a weight that another layer shares: parametrising it would leave the other with the plain one."""
     for target in targets:
         for name, module in unwrapped(model).named_modules():
             if module is not target.layer and any(p is target.parameter for p in module._parameters.values()):

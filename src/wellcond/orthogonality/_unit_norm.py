@@ -1,7 +1,7 @@
-"""W/σ_max(W), eq. (11), in few operations, with its derivative written out.
+"""W/σ_max(W), eq. (11), in few operations, with an explicit derivative.
 
-With Y = W/σ, and M the projector on the top right singular vectors over their number, dσ = ⟨Y M, dW⟩, so the gradient
-(of a loss with gradient G in Y) is (G − ⟨G, Y⟩ Y M)/σ.
+With Y = W/σ, and M the projector on the top right singular vectors divided by their number, dσ = ⟨Y M, dW⟩. So the
+gradient, for a loss with gradient G in Y, is (G − ⟨G, Y⟩ Y M)/σ.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from wellcond._shared.torch_internals import is_compiling, under_forward_mode, u
 from ._largest_eigenvalue import NOT_FINITE, decomposes, dominant, largest_singular_value
 
 DOUBLE = 64
-"""Up to so many rows the squarings are in double precision, whose range has them scaled half as often."""
+"""Up to this many rows the squarings are in double precision, whose range needs half as many scalings."""
 
 
 def of_unit_norm(W: Tensor) -> Tensor:
-    """W (groups, m, n) over the largest singular value of all, which are blocks of one matrix; zero stays zero.
+    """W (groups, m, n), the blocks of one matrix, divided by the largest singular value of all; zero stays zero.
 
     Raises:
-        NonFiniteMatrixError: NaN or infinity in W, where values are checked.
+        NonFiniteMatrixError: NaN or infinity in W (if values are checked).
     """
     if is_compiling() or under_functorch() or under_forward_mode():
         return _composed(W)
@@ -36,9 +36,12 @@ def of_unit_norm(W: Tensor) -> Tensor:
 
 
 def _composed(W: Tensor) -> Tensor:
-    """The same by operations that are differentiable in all modes."""
-    norm = largest_singular_value(W).amax()
-    # Of a zero weight small and positive, so that the weight stays zero.
+    """The same from operations that are differentiable in all modes."""
+    return divided(W, largest_singular_value(W).amax())
+
+
+def divided(W: Tensor, norm: Tensor) -> Tensor:
+    """W/norm; a zero weight stays zero."""
     return W / torch.where(norm == 0, torch.finfo(norm.dtype).tiny ** 0.5, norm)
 
 
@@ -46,7 +49,7 @@ class _UnitNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, W: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         tiny, products = torch.finfo(W.dtype).tiny, not decomposes(W)
-        # By its size first, of which the result is no function: squares would leave the range.
+        # Divide by the size first, on which the result does not depend: squares would leave the range.
         single = W.dtype == torch.float32
         size = (torch.linalg.vector_norm(W, dtype=torch.float64) if single else W.abs().amax()).clamp_min(tiny)
         if not products and readable(W) and not math.isfinite(size.item()):
@@ -58,18 +61,18 @@ class _UnitNorm(torch.autograd.Function):
             M = dominant(P, W.dtype)
             top, M = (M * P).sum((-2, -1)).to(W.dtype), M.to(W.dtype)
         else:
-            # Not eigvalsh, whose routine differs with and without a gradient: training and evaluation must agree.
+            # Not eigvalsh, whose routine depends on whether there is a gradient: training and evaluation must agree.
             eigvals, vectors = torch.linalg.eigh(gram)
             top, M = eigvals[..., -1], vectors[..., -1:]
         share = None
-        if len(top) > 1:  # the largest of several, or the mean of those that tie
+        if len(top) > 1:  # the largest of several groups, or the mean of those that tie
             largest = top.amax()
             share = (top == largest).to(W.dtype)
             share, top = (share / share.sum())[:, None, None], largest
         root = top.clamp_min(tiny).sqrt()
         Y = scaled / root
         ctx.share, ctx.products = share, products
-        # Of a zero weight small and positive, so that its gradient is finite.
+        # For a zero weight small and positive, so that its gradient is finite.
         norm = (size * root).clamp_min(tiny**0.75)
         ctx.save_for_backward(W, Y, M, norm)
         return Y
@@ -80,9 +83,9 @@ class _UnitNorm(torch.autograd.Function):
         with full_precision(W):
             if differentiated_again():
                 with torch.enable_grad():
-                    W = W.view_as(W)  # whose own hooks are not to run here
+                    W = W.view_as(W)  # so that hooks on W do not run here
                     return torch.autograd.grad(_composed(W), W, grad, create_graph=True)[0]
-            along = torch.dot(grad.reshape(-1), Y.reshape(-1))  # which `is_grads_batched` knows
+            along = torch.dot(grad.reshape(-1), Y.reshape(-1))  # supported under `is_grads_batched`
             if ctx.share is not None:
                 along = along * ctx.share
             tall = W.shape[-2] >= W.shape[-1]

@@ -1,4 +1,4 @@
-"""What the two searches for the layers before a spectral layer share: the way back, and what their messages advise."""
+"""Shared by the two searches for the layers before a spectral layer: the walk back, and the advice in messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GIVE_EXAMPLE = f"give an example_input, or {NAME_LAYERS}"
 
 
 def raw_parameter(name: str) -> ValueError:
-    """The refusal of a parameter that is used as a matrix, but is not the weight of a layer."""
+    """The error for a parameter that is used as a matrix but is not the weight of a layer."""
     return ValueError(
         f"parameter '{name}' before the spectral layer is not the weight of a layer; pass it to "
         f"NearestOrthogonalGradient or OptimalLearningRate itself, or {NAME_LAYERS}"
@@ -22,9 +22,9 @@ def raw_parameter(name: str) -> ValueError:
 def first_layers(
     starts: Iterable[Any], look: Callable[[Any], tuple[Iterable[nn.Module], Iterable[Any]]]
 ) -> set[nn.Module]:
-    """The layers met first on every path back from ``starts``.
+    """The first layers on every path back from ``starts``.
 
-    ``look`` gives the layers whose weights a node of the graph uses, and the nodes before it.
+    ``look`` returns the layers whose weights a node of the graph uses, and the nodes before it.
     """
     found: set[nn.Module] = set()
     seen: set[Any] = set()

@@ -1,8 +1,8 @@
-"""Whether a treatment of the step really runs: a weight that another optimizer moves without it is noticed, and said.
+"""Detecting that a treatment of the step does not run: a warning if another optimizer updates the weight.
 
-A deep copy of an optimizer has no hooks, nor has one that is made later. So the weight itself says what it is treated
-by, in an attribute of plain types that its copies and pickles keep, and every step of any optimizer is asked about it.
-Moves by hand are not seen.
+A deep copy of an optimizer has no hooks, and neither has a new one. So the weight itself records its treatments, in an
+attribute of plain types that survives copying and pickling, and every step of any optimizer checks it. Manual updates
+are not detected.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from wellcond._shared.models import unwrapped_optimizer
 from wellcond._shared.torch_internals import is_compiling
 
 MARK = "_wellcond_treated"
-"""Of a parameter: by treatment, what messages call the parameter, whether it ran, and whether this is a copy's."""
+"""Attribute of a parameter. By treatment: its name in messages, whether the treatment ran, whether it is a copy."""
 
 CARRIER = "_wellcond_carrier"
-"""Of a layer: what marks the parameter of a deep copy, which PyTorch copies without its attributes."""
+"""Attribute of a layer: marks the parameter of a deep copy, which PyTorch copies without its attributes."""
 
 HOOKS = "_wellcond_hooks"
-"""Of an optimizer: the treatments that are on in it (a copy of the optimizer has none)."""
+"""Attribute of an optimizer: its active treatments (a copy of the optimizer has none)."""
 
 
 class _Carrier:
@@ -44,7 +44,7 @@ _watching = False
 
 
 def watch(treatment: str, where: str, parameter: nn.Parameter, layer: nn.Module | None) -> None:
-    """Begin to watch a weight. Who treats a copy says what is on there: the marks of the original end."""
+    """Start watching a weight. Treating a copy removes the marks inherited from the original."""
     global _watching
     if not _watching:
         register_optimizer_step_post_hook(_after_any_step)
@@ -56,7 +56,7 @@ def watch(treatment: str, where: str, parameter: nn.Parameter, layer: nn.Module 
 
 
 def unwatch(treatment: str, parameter: nn.Parameter, layer: nn.Module | None) -> None:
-    """End it, and leave the layer as it was."""
+    """Stop watching, and leave the layer as it was."""
     marks = marks_of(parameter)
     marks.pop(treatment, None)
     if not marks:
@@ -66,12 +66,12 @@ def unwatch(treatment: str, parameter: nn.Parameter, layer: nn.Module | None) ->
 
 
 def marks_of(parameter: nn.Parameter) -> dict[str, dict[str, Any]]:
-    """What the weight is treated by."""
+    """The treatments of a weight."""
     return getattr(parameter, MARK, {})
 
 
 def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
-    """Say which treatment is missing in a step that moved its weight, once; not in compiled steps, of any optimizer."""
+    """Warn, once, about a treatment that did not run in a step that updated its weight; not in compiled steps."""
     if is_compiling():
         return
     inner = unwrapped_optimizer(optimizer)
@@ -83,7 +83,7 @@ def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
             for treatment, mark in list(marks.items()):
                 if treatment in on:
                     continue
-                if mark["ran"]:  # in the step of an optimizer inside this one
+                if mark["ran"]:  # in the step of a wrapped optimizer
                     mark["ran"] = False
                     continue
                 del marks[treatment]

@@ -1,7 +1,7 @@
-"""Treatments of the weight: a parametrisation is put on it and taken off so that the optimizer never notices.
+"""Treatments of the weight: parametrisations that are added and removed without the optimizer noticing.
 
 The stored tensor is the weight's own ``Parameter`` with its values, so the optimizer, its state, DDP and averaged
-copies keep hold of the right one.
+copies still hold the right one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from wellcond._shared.meaning import SelfDescribing
 from wellcond._shared.models import described
 
 from ._exchange import exchange, require_free, start_afresh
-from ._matrix import Target, layer_target, parametrisations
+from ._matrix import MatrixView, Target, layer_target, parametrisations
 from ._registry import Applied, TreatmentClass
 from ._restorer import bared
 from ._saved_weight import prepare
@@ -30,45 +30,58 @@ TO_PLAIN = "export wellcond.nn.to_plain(model), which holds the weight in use"
 
 
 class WeightTreatment(SelfDescribing, TreatmentClass):
-    """Base of the treatments of the weight: a parametrisation, from the stored tensor to the one in use.
+    """Base class of treatments of the weight: parametrisations from the stored tensor to the weight in use.
 
-    Derived classes have ``forward(stored)``, and if need be ``right_inverse``, as in ``torch.nn.utils.parametrize``;
-    :class:`StepTreatment` shows how one is named. ``self.view.matrix`` reads a tensor as (groups, m, n) matrices,
-    ``self.view.tensor`` writes them back.
+    Derived classes have ``forward(stored)`` and, if needed, ``right_inverse``, as in ``torch.nn.utils.parametrize``.
+    ``self.view.matrix`` reads a tensor as (groups, m, n) matrices, ``self.view.tensor`` writes them back.
 
     Args:
-        target: the tensor, its layer, how messages call it, and how it is read as matrices.
+        target: the tensor, its layer, its name in messages, and its matrix view.
+
+    Example:
+        >>> import torch
+        >>> class Bounded(WeightTreatment):  # name="tanh", about="..." would register it for ``treat``
+        ...     treatment = "bounded weight"  # its name in messages
+        ...
+        ...     def forward(self, stored):
+        ...         return stored.tanh()
+        >>> layer = torch.nn.Linear(3, 5)
+        >>> Bounded.put_on(layer)
+        >>> bool((layer.weight.abs() < 1).all())
+        True
     """
 
     place: ClassVar[int] = 0
     computes_layer: ClassVar[bool] = False
-    """Whether :meth:`layer_forward` takes the place of the layer's own: then the stored tensor may be of any shape."""
+    """Whether :meth:`layer_forward` replaces that of the layer; the stored tensor may then have any shape."""
     _options: Mapping[str, Any] = MappingProxyType({})
+    view: MatrixView
+    where: str
 
     def __init__(self, target: Target) -> None:
         super().__init__()
         self.view, self.where = target.view, target.where
 
     def meaning(self) -> dict[str, Any]:
-        """Name and options, by which a state says how its weight was made."""
+        """Name and options, which a state stores to say how its weight was made."""
         return {"treatment": getattr(type(self), "name", type(self).__name__), **self._options}
 
     def __call__(self, stored: Tensor) -> Tensor:
-        """The weight in use; outside of the layer's forward pass ``fully_shard`` leaves only a shard of ``stored``."""
+        """The weight in use. Outside of the layer's forward pass, ``fully_shard`` leaves only a shard of ``stored``."""
         refuse_in_onnx(f"operator for the {self.treatment} of a layer", TO_PLAIN)
         return spread(super().__call__(whole(stored)), stored)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """What is stored when ``weight`` is assigned, or is there when the treatment is put on."""
+        """What to store for ``weight``, when it is assigned or when the treatment is applied to it."""
         return weight
 
     def layer_forward(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The layer's output, where that is not its own function of the weight in use."""
+        """The layer's output, if it is not the layer's usual function of the weight in use."""
         raise NotImplementedError
 
     @classmethod
     def changes_parameter(cls, **options: Any) -> bool:
-        """Whether the parameter gets other values, and perhaps another shape, when the treatment is put on."""
+        """Whether applying the treatment changes the parameter's values, and perhaps its shape."""
         return False
 
     def extra_repr(self) -> str:
@@ -120,13 +133,13 @@ class WeightTreatment(SelfDescribing, TreatmentClass):
             cls.put_on(layer, label=label, **options)
             if cls.changes_parameter(**options):
                 start_afresh(optimizer, layer_target(layer, label).parameter, shape)
-        return Applied()  # ``treat`` itself gives the layers their weights back
+        return Applied()  # ``treat`` itself restores the weights
 
 
 def _attach(layer: nn.Module, name: str, parametrisation: WeightTreatment, *, stored: bool = False) -> None:
-    """Put it on top of what is on the tensor, which is ``stored`` under it already, or yet to be."""
+    """Register it on top of existing parametrisations; ``stored``: the tensor is already its stored one."""
     weight, order = layer_target(layer, "", name).parameter, list(layer._parameters)
-    # Registered with a stand-in: PyTorch would call weight.set_, which cuts it off from DDP's hooks.
+    # Registered on a stand-in, since PyTorch would call weight.set_, which detaches it from DDP's hooks.
     if bare := not parametrisations(layer, name):
         layer._parameters[name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     try:
@@ -145,13 +158,13 @@ def _attach(layer: nn.Module, name: str, parametrisation: WeightTreatment, *, st
             except Exception:
                 bared(layer, name, weight, order)
                 raise
-    # PyTorch refuses to pickle a parametrised module, because its class is made at run time; ours can be made again.
+    # PyTorch refuses to pickle a parametrised module, because its class is made at run time; ours can be remade.
     type(layer).__reduce__ = _reduce  # pyright: ignore[reportAttributeAccessIssue]
     type(layer)._load_from_state_dict = _load  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Of the class that a layer shares with its copies, on some of which the treatment may be no more."""
+    """The forward function of a class that a layer shares with its copies, some of which may no longer be treated."""
     for one in parametrisations(layer):
         if one.computes_layer:
             return one.layer_forward(layer, *args, **kwargs)
@@ -163,7 +176,7 @@ def _load(layer: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> N
         type(layer).__bases__[0]._load_from_state_dict(layer, state, prefix, *args)
 
 
-_CACHED_BY_RNN = ("_flat_weights", "_flat_weight_refs")  # of the last forward pass, and not to be pickled
+_CACHED_BY_RNN = ("_flat_weights", "_flat_weight_refs")  # caches of the last forward pass, not to be pickled
 
 
 def _reduce(layer: nn.Module) -> tuple[Any, ...]:
@@ -175,7 +188,7 @@ def _reduce(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _rebuild(base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    """The parametrised layer again, from its bare class and its attributes."""
+    """The parametrised layer, rebuilt from its bare class and its attributes."""
     layer = base.__new__(base)
     modules = dict(state["_modules"])
     chains = modules.pop("parametrizations")
@@ -183,7 +196,7 @@ def _rebuild(base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     layer.__dict__.update(state, _modules=modules, _parameters=parameters)
     for name, chain in chains.items():
         for parametrisation in chain:
-            buffers = dict(parametrisation._buffers)  # registering would start them afresh from the stored weight
+            buffers = dict(parametrisation._buffers)  # registering would recompute them from the stored weight
             _attach(layer, name, parametrisation, stored=True)
             parametrisation._buffers.update(buffers)
     if isinstance(layer, nn.RNNBase):

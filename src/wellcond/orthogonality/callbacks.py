@@ -1,7 +1,7 @@
-"""What the treatment callbacks of all training frameworks share.
+"""Shared by the treatment callbacks of all training frameworks.
 
-Treatments of the weight rename it in the state dict, so they have to be there before a checkpoint is loaded, and often
-before there is an optimizer; those in the step and in the loss come when training begins.
+Treatments of the weight rename it in the state dict, so they must be applied before a checkpoint is loaded, and often
+before there is an optimizer; those of the step and the loss are applied when training begins.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from wellcond._shared.models import Layers, as_given, layers_by_name
 from ._pre_spectral import pre_spectral_layers
 from ._registry import Options, in_order, options_of, parse_treatments
 from ._restorer import Restorer
-from ._treat import Treatment, treat
+from ._treat import treat
 from ._treatable import require_treatable
+from ._treatment import Treatment
 from ._weight_treatment import WeightTreatment
 
 
 class TreatmentInStages:
-    """Base of the callbacks; its arguments are those of :func:`wellcond.orthogonality.treat`."""
+    """Base class of the callbacks, with the arguments of :func:`wellcond.orthogonality.treat`."""
+
+    treatments: tuple[str, ...]
 
     def __init__(
         self,
@@ -41,29 +44,29 @@ class TreatmentInStages:
         self._on_weights = [kind for kind in kinds if issubclass(kind, WeightTreatment)]
         self._in_step = [kind.name for kind in kinds if not issubclass(kind, WeightTreatment)]
         self._given, self._example_input = as_given(layers), example_input
-        # A module as it was before any treatment.
+        # Modules are described as before any treatment.
         self._named = None if self._given is None else [str(layer) for layer in self._given]
         self._options = options_of(self.treatments, options)
         self._model: nn.Module | None = None
-        self.put_on: dict[str, nn.Module] = {}  # the layers whose weights this callback treated itself
-        self.handles: dict[Optimizer, Treatment] = {}  # what treats the steps and the loss
+        self.put_on: dict[str, nn.Module] = {}  # layers whose weights this callback itself treated
+        self.handles: dict[Optimizer, Treatment] = {}  # treatments of steps and loss
 
     def told_apart(self) -> dict[str, Any]:
-        """What two callbacks of one trainer differ in, by which their states are found again."""
+        """What distinguishes two callbacks of one trainer, to find their states again."""
         return {"treatments": "+".join(sorted(self.treatments)), "layers": self._named}
 
     def treat_weights(self, model: nn.Module) -> None:
-        """Find the layers and treat their weights, once for each model."""
+        """Find the layers and treat their weights, once per model."""
         if self._model is model:
             return
         layers = self.find_layers(model) if self._given is None else layers_by_name(model, self._given)
-        # They are all there already in a model that comes back after another.
+        # A model that returns after another one is already treated.
         if not all(kind.is_on(layer) for kind in self._on_weights for layer in layers.values()):
             self._put_on(model, layers)
         self._model, self.layers = model, layers
 
     def _put_on(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        """All weight treatments on all layers, or, if one is refused, none on any."""
+        """Apply all weight treatments to all layers, or, if one fails, none to any."""
         require_treatable(model, layers, self.treatments, self._options)
         restorers = [Restorer(layer) for layer in layers.values()]
         try:
@@ -77,18 +80,18 @@ class TreatmentInStages:
         self.put_on.update(layers)
 
     def changes_parameters(self) -> bool:
-        """Whether this callback itself gave layers other parameters, perhaps of another shape."""
+        """Whether this callback itself replaced the values of parameters, perhaps changing their shapes."""
         kinds = [kind for kind in self._on_weights if kind.changes_parameter(**self._options.get(kind.name, {}))]
         return bool(kinds and self.put_on)
 
     def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The layers to treat when none were given."""
+        """The layers to treat if none were given."""
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         return pre_spectral_layers(model, _moved(self._example_input, device))
 
     def treat_steps(self, model: nn.Module, shares: Mapping[Optimizer, Iterable[str]]) -> None:
-        """Treat the steps of the optimizers, each on its layers, with all that does not act on the weight."""
-        self._remove_handles()  # of an earlier training, whose optimizers are gone
+        """Apply all treatments that do not act on the weight to the steps of the optimizers, each for its layers."""
+        self._remove_handles()  # from an earlier training, whose optimizers no longer exist
         options = {name: given for name, given in self._options.items() if name in self._in_step}
         try:
             for optimizer, layers in shares.items() if self._in_step else ():
@@ -105,7 +108,7 @@ class TreatmentInStages:
         self.handles = {}
 
     def require_alike(self, saved: Mapping[str, Any]) -> None:
-        """Refuse the state of a run that was treated otherwise."""
+        """Raise for the state of a run that was treated differently."""
         if sorted(saved["treatments"]) != sorted(self.treatments):
             theirs = "+".join(saved["treatments"])
             raise ValueError(f"the checkpoint is of a run treated with '{theirs}', {self._resume}")

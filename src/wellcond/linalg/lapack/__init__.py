@@ -1,6 +1,6 @@
-"""Decompositions that do not crash: each failure goes down a fall-back chain and is counted, and batches use all cores.
+"""Decompositions that do not crash: failures go down a fall-back chain and are counted, and batches use all cores.
 
-Everything that touches LAPACK, or the threads that it runs on, is in this folder.
+Everything that touches LAPACK, or the threads it runs on, is in this folder.
 """
 
 from ._batches import in_threads

@@ -1,8 +1,8 @@
 """Batches of small matrices on all cores of the CPU.
 
-LAPACK decomposes a batch one matrix after another. Here a batch is cut into chunks, which run side by side on the
-threads of PyTorch's operations. ``benchmarks/when_do_threads_pay.py`` measures from which size on that is faster, and
-docs/threads.md says when it is on.
+LAPACK decomposes a batch one matrix after another. Here the batch is split into chunks that run in parallel on the
+threads of PyTorch's own operations. ``benchmarks/when_do_threads_pay.py`` measures from which size on this is faster;
+docs/threads.md says when it is active.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from wellcond._shared.torch_internals import is_compiling
 from ._openmp import side_by_side
 from ._switch import passes_self_test, threads
 
-# Entries of a chunk below which its own call, and waking the other threads, cost more than they save. A decomposition
-# of a small matrix takes some 50 ns an entry (from 12 µs at 16 × 16 to 200 µs at 64 × 64).
+# Chunks with fewer entries cost more, by their own call and by waking other threads, than they save. Decomposing a
+# small matrix takes some 50 ns per entry (from 12 µs at 16 × 16 to 200 µs at 64 × 64).
 SMALLEST_CHUNK = 8_000
-# Entries that take as long as waking one more thread, which runs some Python.
+# The time to wake one more thread, which runs some Python, in entries.
 WAKING = 1_000
-# Entries of a chunk from which on a thread may have more than one.
+# With at least this many entries per chunk, a thread may get more than one.
 GOOD_CHUNK = 16_000
-# From this size on LAPACK itself uses the cores, though less well than one chunk per core does.
+# From this size on LAPACK uses several cores by itself, though less efficiently than one chunk per core.
 LARGE_MATRIX = 384
-# The largest size that was measured: two matrices of 1024 × 1024 took 1.3 times as long one after the other.
+# The largest size that was measured: two 1024 × 1024 matrices took 1.3 times as long sequentially.
 LARGEST_MATRIX = 1024
 
 
 def in_threads(decompose: Callable[[Tensor], tuple[Tensor, ...]], P: Tensor) -> tuple[Tensor, ...]:
-    """``decompose(P)`` of a batch (..., m, n), on several threads where that is faster; not differentiated."""
+    """``decompose(P)`` of a batch (..., m, n), on several threads if that is faster; not differentiable."""
     chunks = chunk_count(P)
     if chunks < 2 or not passes_self_test():
         return tuple(decompose(P))
@@ -42,14 +42,14 @@ def in_threads(decompose: Callable[[Tensor], tuple[Tensor, ...]], P: Tensor) -> 
 
 
 def _joined(parts: tuple[Tensor, ...]) -> Tensor:
-    """The chunks one after the other; matrices stay in the column order in which LAPACK wrote them."""
+    """The chunks concatenated; matrices keep the column-major order in which LAPACK wrote them."""
     if parts[0].ndim < 3 or parts[0].is_contiguous():
         return torch.cat(parts)
     return torch.cat([part.mT for part in parts]).mT
 
 
 def chunk_count(P: Tensor) -> int:
-    """How many chunks a batch is worth: 1 off the CPU, for the largest matrices and for little work."""
+    """The number of chunks for a batch: 1 off the CPU, for very large matrices and for little work."""
     if P.ndim < 3 or P.device.type != "cpu" or is_compiling():
         return 1
     rows, columns = P.shape[-2:]
@@ -62,5 +62,5 @@ def chunk_count(P: Tensor) -> int:
         return 1
     if count < team and max(rows, columns) >= LARGE_MATRIX:
         return 1
-    # More chunks than threads, where they are not too small, keep all of them busy when one is held up.
+    # If they are large enough, more chunks than threads keep all of them busy when one is delayed.
     return min(count, max(min(team, entries // SMALLEST_CHUNK), min(4 * team, entries // GOOD_CHUNK)))

@@ -1,4 +1,4 @@
-"""Fall-back chains: other ways to decompose a matrix on which LAPACK's first attempt failed, tried in turn and counted.
+"""Fall-back chains: alternatives for a matrix on which LAPACK's first attempt failed, tried in turn and counted.
 
 A failure is a ``LinAlgError`` or a result that is not finite.
 """
@@ -20,17 +20,17 @@ Index = tuple[int, ...]
 
 
 class Chain(NamedTuple):
-    """What is decomposed how: the name of the decomposition, that of the first attempt, and the steps after it."""
+    """The name of a decomposition, the name of its first attempt, and the fall-back steps."""
 
     decomposition: str
     first: str
     steps: dict[str, Callable[[Tensor], Parts]]
 
     def rescue(self, A: Tensor, index: Index) -> Parts:
-        """The result of the first step that succeeds on one finite matrix, in the dtypes of that matrix.
+        """The result of the first step that succeeds on one finite matrix, in the dtype of that matrix.
 
         Raises:
-            DecompositionError: no step succeeded; it names the layer and the matrix.
+            DecompositionError: no step succeeded; the message names the layer and the matrix.
         """
         for step, decompose in self.steps.items():
             if (parts := _attempt(decompose, A)) is not None:
@@ -45,11 +45,11 @@ class Chain(NamedTuple):
 
 
 def one_by_one(first: Callable[[Tensor], Parts], rescue: Callable[[Tensor, Index], Parts], A: Tensor) -> Parts:
-    """Decompose a batch (..., m, n) that failed as a whole matrix by matrix, so that only the bad ones are rescued."""
+    """Decompose a failed batch (..., m, n) matrix by matrix, so that only the bad ones need the fall-back chain."""
     batch = A.shape[:-2]
     done = []
     for index in product(*map(range, batch)):
-        # A matrix that was alone in its batch has failed already.
+        # A matrix alone in its batch has failed already.
         parts = _attempt(first, A[index]) if batch.numel() > 1 else None
         done.append(rescue(A[index], index) if parts is None else parts)
     return tuple(torch.stack(part).reshape(*batch, *part[0].shape) for part in zip(*done, strict=True))

@@ -1,11 +1,11 @@
-"""A symmetric eigendecomposition that does not crash: finite matrices go down a fall-back chain, and each is counted.
+"""A symmetric eigendecomposition that does not crash: failures on finite matrices go down a fall-back chain.
 
 The chain for a matrix whose first decomposition did not converge or was not finite:
 scaled by its largest entry → float64 → a diagonal shift relative to the trace → the singular value decomposition.
-NaN and infinity in the input are errors that name the layer; they never reach LAPACK.
+Each failure is counted. NaN and infinity in the input are errors that name the layer; they never reach LAPACK.
 
-All of it works under ``torch.func.vmap``, where a failure is still that of one matrix, and inside ``torch.compile``,
-which breaks its graph here (see ``outside_the_compiler``).
+This works under ``torch.func.vmap``, where a failure still concerns a single matrix, and in ``torch.compile``, which
+breaks its graph here (see ``outside_the_compiler``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from wellcond._shared.torch_internals import outside_the_compiler
 from ._batches import in_threads
 from ._chain import Chain, Index, one_by_one
 
-# Eigenvalues of one matrix that are read one by one.
+# Up to this many eigenvalues of a single matrix are summed in Python.
 FEW = 128
 
 EigenPair = tuple[Tensor, Tensor]
@@ -37,7 +37,7 @@ _gives_nan: ContextVar[bool] = ContextVar("gives_nan", default=False)
 
 @contextmanager
 def nan_for_failures() -> Iterator[None]:
-    """In this block a matrix that no step of the chain can decompose gives NaN instead of an error."""
+    """In this block, a matrix that no step of the chain can decompose gives NaN instead of an error."""
     token = _gives_nan.set(True)
     try:
         yield
@@ -50,7 +50,7 @@ def eigh(P: Tensor) -> EigenPair:
     """Eigenvalues (ascending) and eigenvectors of ``P`` (..., d, d), finite and exactly Hermitian, with the
     fall-back chain.
 
-    Not differentiable by itself: callers differentiate the function of the matrix, not the decomposition.
+    Not differentiable: callers differentiate the function of the matrix, not the decomposition.
     """
     count_call()
     refuse_in_onnx("eigendecomposition")
@@ -58,8 +58,8 @@ def eigh(P: Tensor) -> EigenPair:
         eigvals, eigvecs = in_threads(torch.linalg.eigh, P)
     except torch.linalg.LinAlgError:
         return one_by_one(torch.linalg.eigh, _rescue, P.detach())  # pyright: ignore[reportReturnType]
-    # Eigenvectors have entries up to 1, so their sum is finite exactly when they all are; that of the eigenvalues may
-    # overflow, which only costs the closer look.
+    # Entries of eigenvectors are at most 1, so their sum is finite exactly if they all are. The sum of the eigenvalues
+    # may overflow, which only leads to the closer look.
     if checks_values(P) and not math.isfinite(abs(eigvecs.sum().item()) + _total(eigvals)):
         good = torch.isfinite(eigvals).all(-1) & torch.isfinite(eigvecs).all(-1).all(-1)
         for index in map(tuple, (~good).nonzero().tolist()):
@@ -68,7 +68,7 @@ def eigh(P: Tensor) -> EigenPair:
 
 
 def _total(eigvals: Tensor) -> float:
-    # Of few numbers a list is read in less time than their sum takes.
+    # A short list is read in less time than its sum takes on tensors.
     return sum(eigvals.tolist()) if eigvals.ndim == 1 and len(eigvals) <= FEW else eigvals.sum().item()
 
 
@@ -101,7 +101,7 @@ def _shifted(P: Tensor) -> EigenPair:
 
 
 def _by_svd(P: Tensor) -> EigenPair:
-    # Shifted to be positive definite, a Hermitian matrix has its eigenvalues for singular values.
+    # Once shifted to be positive definite, the singular values of a Hermitian matrix are its eigenvalues.
     d = P.shape[-1]
     wide = widened(P)
     shift = torch.linalg.matrix_norm(wide)

@@ -1,9 +1,9 @@
-"""A X = B in batches, around a bug in PyTorch's LU factorisation of batches on the CPU.
+"""A X = B in batches, avoiding a bug in PyTorch's batched LU factorisation on the CPU.
 
-PyTorch factorises the matrices of a batch in parallel and MKL, once ``torch.set_num_threads`` was called, uses the same
-threads again inside each factorisation. From about 150 rows on, rows are then mixed up, silently or with an error, or
-the threads deadlock (PyTorch's issue 142815; at least versions 2.5 to 2.13). Compiled code, and a batch that ``vmap``
-hides, are not protected.
+PyTorch factorises the matrices of a batch in parallel, and MKL, once ``torch.set_num_threads`` has been called, uses
+the same threads again within each factorisation. From about 150 rows on this mixes up rows, silently or with an error,
+or deadlocks (PyTorch issue 142815; at least versions 2.5 to 2.13). Compiled code, and a batch hidden by ``vmap``, are
+not protected.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 from wellcond._shared.checks import refuse_in_onnx
 from wellcond._shared.torch_internals import is_compiling
 
-# Up to this many rows MKL uses one thread.
+# Up to this many rows MKL uses a single thread.
 HARMLESS_ROWS = 128
 
 
 def solve(A: Tensor, B: Tensor) -> Tensor:
-    """X (..., d, k) with A X = B for invertible A (..., d, d) and B (..., d, k) of one batch shape. Whether A is
-    invertible is not checked: the host would have to wait for the device."""
+    """X (..., d, k) with A X = B for invertible A (..., d, d) and B (..., d, k) of the same batch shape. Invertibility
+    is not checked, as the host would have to wait for the device."""
     refuse_in_onnx("linear solve")
     batch = A.shape[:-2]
     if A.device.type != "cpu" or A.shape[-1] <= HARMLESS_ROWS or batch.numel() < 2 or is_compiling():

@@ -1,7 +1,7 @@
-"""A thin singular value decomposition that does not crash: what ``_eigh`` is to Hermitian matrices.
+"""A thin singular value decomposition that does not crash: the counterpart of ``_eigh``.
 
-The chain for a batch in which LAPACK's divide and conquer did not converge, matrix by matrix: float64 → a triangular
-factor first → the eigenpairs of the float64 Gram matrix (small singular values then keep half of their digits).
+If LAPACK's divide and conquer does not converge, each matrix of the batch goes down the chain: float64 → triangular
+factor first → eigenpairs of the float64 Gram matrix (whose small singular values keep half of their digits).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Svd = tuple[Tensor, Tensor, Tensor]
 
 @outside_the_compiler
 def thin_svd(A: Tensor) -> Svd:
-    """U (..., m, n), σ (..., n) falling and Vᴴ (..., n, n) of a tall finite A (..., m, n); not differentiated."""
+    """U (..., m, n), descending σ (..., n) and Vᴴ (..., n, n) of a tall finite A (..., m, n); not differentiable."""
     count_call()
     refuse_in_onnx("singular value decomposition")
     try:

@@ -1,4 +1,4 @@
-"""Whether batches are cut: the user's switch, and a self-test of the team before its first batch."""
+"""Whether batches are decomposed in parallel: the user's switch, and a self-test of the team before its first batch."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from torch import Tensor
 from ._openmp import available, side_by_side
 
 VARIABLE = "WELLCOND_PARALLEL_BATCHES"
-# Seconds that the self-test may take; it takes milliseconds.
+# Time limit of the self-test in seconds; it normally takes milliseconds.
 PATIENCE = 10.0
-# Seconds to wait for its threads to end. GNU's runtime ends them in less than a millisecond; Intel's keeps them.
+# Seconds to wait until its threads end. GNU's runtime ends them within a millisecond; Intel's keeps them.
 ENDING = 0.2
 
 _lock = threading.RLock()
-_wanted: bool | None = None  # None until it is asked for
-_passed: bool | None = None  # None until it is tested
+_wanted: bool | None = None  # None until first asked
+_passed: bool | None = None  # None until tested
 
 
 def set_parallel_batches(enabled: bool) -> None:
     """Switch the decomposition of a batch on several CPU threads on or off, for the whole process.
 
-    It is on by default, where it is supported, and the environment variable ``WELLCOND_PARALLEL_BATCHES`` (0 or 1, read
-    when the first batch is worth cutting) sets the default. Like ``torch.set_num_threads`` the switch is not inherited
-    by a process that is spawned; the variable is. Switched on, a team whose self-test failed is tested once more.
+    It is on by default where supported; the environment variable ``WELLCOND_PARALLEL_BATCHES`` (0 or 1, read when the
+    first batch is large enough to split) sets the default. Like ``torch.set_num_threads``, the switch is not inherited
+    by spawned processes; the variable is. Switching it on repeats a failed self-test.
 
     Args:
-        enabled: whether batches may be cut. ``True`` has no effect where there is no team: see
+        enabled: whether batches may be split. ``True`` has no effect where parallel batches are not supported: see
             :func:`parallel_batches_enabled`.
 
     Raises:
@@ -59,9 +59,9 @@ def parallel_batches_enabled() -> bool:
     """Whether a batch on the CPU may be decomposed on several threads in this process.
 
     Returns:
-        ``False`` if that was switched off, where PyTorch does not run on OpenMP and MKL on Linux, in a forked process,
-        and after the self-test failed. ``True`` does not mean that every batch is cut: little work never is, nor is
-        anything while ``torch.get_num_threads()`` is 1.
+        ``False`` if switched off, where PyTorch does not run on OpenMP and MKL on Linux, in a forked process, and after
+        a failed self-test. ``True`` does not mean that every batch is split: small ones never are, nor is any batch
+        while ``torch.get_num_threads()`` is 1.
 
     Complexity: O(1).
 
@@ -87,12 +87,12 @@ def _switched_on() -> bool:
 
 
 def threads() -> int:
-    """How many threads a batch may be cut for."""
+    """The number of threads available for a batch."""
     return torch.get_num_threads() if parallel_batches_enabled() else 1
 
 
 def passes_self_test() -> bool:
-    """Whether the team works. Tested once; a failure is a warning, and the team is not used again."""
+    """Whether the team works. Tested once; after a failure, with a warning, the team is not used again."""
     global _passed
     problem = None
     if _passed is None:
@@ -112,9 +112,9 @@ def passes_self_test() -> bool:
 
 
 def _problem() -> str | None:
-    """What is wrong with the team, found out by a thread that can be left behind if it never returns.
+    """What is wrong with the team, according to a thread that can be abandoned if it never returns.
 
-    A thread from which a parallel region is entered gets a team of its own, made in the same way by the same runtime.
+    The parallel region of another thread has a team of its own, created in the same way by the same runtime.
     """
     outcome: list[str | None] = []
     team: set[int] = set()
@@ -138,10 +138,10 @@ def _problem() -> str | None:
 
 
 def _wait_for_the_end(team: set[int]) -> None:
-    """Until the operating system has ended these threads, which is some 100 µs after Python has joined them.
+    """Wait until the operating system has ended these threads, some 100 µs after Python has joined them.
 
-    Meanwhile MKL gives back their memory and holds the locks of every thread's. A process that is forked at that moment
-    has the locks, but not the threads that would open them: its first decomposition would never return.
+    Until then MKL frees their memory, holding the locks of every thread. A process forked at that moment inherits the
+    locks but not the threads that would release them: its first decomposition would deadlock.
     """
     deadline = time.monotonic() + ENDING
     while any(Path(f"/proc/self/task/{thread}").exists() for thread in team) and time.monotonic() < deadline:
@@ -149,21 +149,21 @@ def _wait_for_the_end(team: set[int]) -> None:
 
 
 def _is_right(team: set[int]) -> bool:
-    """Whether decompositions on the team, one for each of its threads, give back the matrices. Adds to ``team`` the
-    system's numbers of the threads that decomposed."""
+    """Whether decompositions on the team, one per thread, reproduce the matrices. Adds the native ids of the threads to
+    ``team``."""
     A = torch.arange(160 * 160, dtype=torch.float64, device="cpu").square().cos().reshape(160, 160)
     count = max(4, torch.get_num_threads())
     return all(side_by_side([partial(_gives_back, A * scale / count, team) for scale in range(1, 1 + count)]))
 
 
 def _gives_back(A: Tensor, team: set[int]) -> bool:
-    """Decompose A (160, 160) and parts of it in three ways, and compare the products with what was decomposed."""
+    """Decompose A (160, 160) and parts of it in three ways, and compare the products with the originals."""
     team.add(threading.get_native_id())
     tall, symmetric, x = A[:48, :24], A[:24, :24] + A[:24, :24].mT, A[0]
     U, sigma, Vh = torch.linalg.svd(tall, full_matrices=False)
     eigvals, Q = torch.linalg.eigh(symmetric)
-    # If MKL does not work alone although it was told to, an LU factorisation of more than 150 rows shows it.
+    # If MKL used several threads in spite of the setting, an LU factorisation of more than 150 rows would show it.
     P, L, R = torch.linalg.lu(A)
     pairs = ((U * sigma) @ Vh, tall), ((Q * eigvals) @ Q.mT, symmetric), (P @ (L @ (R @ x)), A @ x)
-    # Entries up to 1, norms up to 160, so errors are near eps · 160² < 1e-11.
+    # Entries are at most 1 and norms at most 160, so errors are near eps · 160² < 1e-11.
     return all(torch.allclose(got, want, rtol=0, atol=1e-9) for got, want in pairs)

@@ -1,4 +1,4 @@
-"""The solvers by name. A new one is a file beside this and a line here."""
+"""The solvers by name. A new one is a file beside this one and an import here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from wellcond._shared.torch_internals import is_compiling
 
 from ._auto import auto_solver, in_reach_of_products
 from ._minimax_polynomials import Coefficients, completed_square
-from ._solver import SOLVERS, Done, LyapunovSolver, Root, Solved, Solver, Traced, largest_entry
+from ._residuals import largest_entry, relative_residual
+from ._solved import Solved, Traced
+from ._solver import SOLVERS, Done, LyapunovSolver, Root, Solver
 from .eigh import Eigh
 from .minimax import Minimax
 from .minimax_or_eigh import MinimaxOrEigh
@@ -41,16 +43,17 @@ __all__ = [
     "completed_square",
     "in_reach_of_products",
     "largest_entry",
+    "relative_residual",
 ]
 
 
 def choose_solver(solver: str | Solver, P: Tensor | None = None) -> Solver:
-    """The solver meant by a name, a configured object, or ``"auto"`` (for P; the reference where there is none).
+    """The solver for a name, a configured object, or ``"auto"`` (resolved for P; without P the reference, ``eigh``).
 
-    ``"NAME:VARIANT"`` is the solver of that name with this one of its :attr:`Solver.variants`, as ``"svd:taylor"``.
+    ``"NAME:VARIANT"`` is that solver with one of its :attr:`Solver.variants`, such as ``"svd:taylor"``.
 
     Raises:
-        ValueError: an unknown name or variant (the nearest right one is in the message).
+        ValueError: an unknown name or variant (the message suggests the nearest).
         TypeError: neither a name nor a solver.
     """
     if isinstance(solver, Solver):
@@ -66,7 +69,7 @@ def choose_solver(solver: str | Solver, P: Tensor | None = None) -> Solver:
         if not variants:
             raise ValueError(f"solver '{name}' has no variants, got {solver!r}; write '{name}'")
         require_known(variant, variants, "variant", f" of solver '{name}'")
-    # The compiler does not see through the cache; nothing warns in what it compiles.
+    # The compiler cannot trace the cache, and compiled code does not warn.
     return _made(solver) if is_compiling() else _by_name(solver)
 
 
@@ -77,5 +80,5 @@ def _made(solver: str) -> Solver:
 
 @lru_cache
 def _by_name(solver: str) -> Solver:
-    # One object a name: it warns once, not once a call.
+    # One object per name, so that it warns once and not in every call.
     return _made(solver)

@@ -1,6 +1,6 @@
-"""The Lyapunov equation QX + XQ = G by iterating odd polynomials to the sign of [[Q, G], [0, −Q]]: products alone.
+"""The Lyapunov equation QX + XQ = G from matrix products only: odd polynomials iterated to sign [[Q, G], [0, −Q]].
 
-Roberts 1980 for the sign function; with the Newton–Schulz polynomial, Song, Sebe and Wang, ICLR 2022.
+Roberts 1980 for the sign function; Song, Sebe and Wang, ICLR 2022, with the Newton–Schulz polynomial.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ from wellcond._shared.products import flat, positive_or_one
 from wellcond._shared.torch_internals import along_many_directions, is_compiling
 
 from ._minimax_polynomials import Coefficients, completed_square
-from ._solver import frobenius_norm
+from ._residuals import frobenius_norm
 
 
 def lyapunov_iteration(Q: Tensor, G: Tensor, polynomials: Sequence[Coefficients], norm: Tensor | None = None) -> Tensor:
-    """X with QX + XQ ≈ G for Hermitian Q ≥ 0 and G, each matrix divided by the norm (..., 1, 1), else by its Frobenius
-    norm.
+    """X with QX + XQ ≈ G for Hermitian Q ≥ 0 and G, after division by ``norm`` (..., 1, 1), by default ‖Q‖_F.
 
-    One step is six products with a polynomial of degree 3 and nine with one of degree 5, in four and six operations.
-    The parts of G between eigenvalues that the polynomials do not take to 1 are damped.
+    A step is six products (four operations) with a polynomial of degree 3, nine (six operations) with one of degree 5.
+    Parts of G between eigenvalues that the polynomials do not take to 1 are damped.
     """
     shape, d = G.shape, Q.shape[-1]
     in_place = not (differentiated_again() or is_compiling() or along_many_directions(Q, G))
     norm = positive_or_one(frobenius_norm(Q)) if norm is None else norm
-    # Of B = [[Q, C], [0, −Q]] the matrices Q and C, one above the other. B² = [[N, −D], [0, N]] with N = Q² and
-    # D = CQ − QC, and B (a + b B² + c B⁴) has Q H and C H − Q T on top, with H = a + b N + c N² and
-    # T = b D + c (N D + D N). That C is Hermitian is not used: what rounding leaves of the contrary would grow.
+    # Q and C of B = [[Q, C], [0, −Q]] are stored one above the other. B² = [[N, −D], [0, N]] with N = Q² and
+    # D = CQ − QC, and the first row of B (a + b B² + c B⁴) is Q H and C H − Q T, with H = a + b N + c N² and
+    # T = b D + c (N D + D N). We do not use that C is Hermitian: its rounding errors would grow.
     if in_place:
         column = Q.new_empty(flat(Q).shape[0], 2 * d, d)
         for X, half in (Q, column[:, :d]), (G, column[:, d:]):

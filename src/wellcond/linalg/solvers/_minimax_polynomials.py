@@ -1,8 +1,8 @@
-"""The odd polynomials of degree 5 that take [ℓ, 1] to 1 fastest, one after the other.
+"""The odd polynomials of degree 5 that, applied one after the other, take [ℓ, 1] to 1 fastest.
 
-Each is the best approximation of 1 by x (a + b x² + c x⁴) on the interval that the one before leaves, which makes
-their composition optimal too (Amsel, Persson, Musco and Gower, The Polar Express, 2025, for the polar factor), except
-that very long intervals are shortened at the lower end and all lengthened at the upper, as there, against rounding.
+Each is the best approximation of 1 by x (a + b x² + c x⁴) on the interval that its predecessor leaves, which makes the
+composition optimal as well (Amsel, Persson, Musco and Gower, The Polar Express, 2025, for the polar factor). As there,
+very long intervals are shortened at the lower end and all are extended at the upper end, against rounding errors.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from wellcond._shared.torch_internals import is_compiling
 Coefficients = tuple[float, float, float]
 
 NEWTON_SCHULZ: Coefficients = (1.5, -0.5, 0.0)
-# Third order in 1 − x²; what the minimax polynomials tend to as the interval shrinks to 1.
+# Of third order in 1 − x²: the limit of the minimax polynomials as the interval shrinks to 1.
 HALLEY: Coefficients = (15 / 8, -10 / 8, 3 / 8)
-# Part of the largest below which a singular value counts as small; it costs a tenth of the first slope.
+# The fraction of the largest singular value below which one counts as small; it costs a tenth of the first slope.
 SMALLEST, HEADROOM = 0.02, 1.01
 
 
 def polynomials_from(lower: float, double: bool) -> tuple[Coefficients, ...]:
     """Polynomials whose composition takes [lower, 1] to within 1e-30 of 1 in double precision, 6e-8 in single."""
-    # The compiler does not see through a cache; plain numbers it computes as it goes.
+    # The compiler cannot trace a cache; it evaluates these Python floats while tracing.
     return _polynomials_from(lower, double) if is_compiling() else _remembered(lower, double)
 
 
@@ -30,23 +30,23 @@ def _polynomials_from(lower: float, double: bool) -> tuple[Coefficients, ...]:
     low, high = lower, 1.0
     chosen: list[Coefficients] = []
     while 1 - low > (0.05 if double else 0.1):
-        # Best on a shorter interval than [low, high] where that is very long: at the troughs of the best on all of it,
-        # singular values of any size become as small as the smallest, and lose as many digits.
+        # If [low, high] is very long, use the best polynomial on a shorter interval: the troughs of the best one on all
+        # of it make singular values of any size as small as the smallest, which lose as many digits.
         bottom = max(low, SMALLEST * high)
-        # The polynomial leaves the interval steeply at its upper end: what rounding puts beyond must not run away.
+        # The polynomial is steep beyond the upper end; values that rounding puts there must not diverge.
         a, b, c = _best_on(bottom, HEADROOM * high)
         high = 2 - bottom * (a + b * bottom**2 + c * bottom**4)
         low = low * (a + b * low**2 + c * low**4)
         chosen.append((a, b, c))
     # |1 − x| ≤ 0.1 becomes at most some 5/2 |1 − x|³: 3e-3, then below 6e-8. From 0.05 it is 3e-4, 1e-10, 1e-30: more
-    # than rounding needs up to the chosen κ, and what keeps larger ones in double precision close to exact.
+    # than rounding requires up to the chosen κ, and it keeps larger κ in double precision close to exact.
     return (*chosen, HALLEY, HALLEY, HALLEY) if double else (*chosen, HALLEY, HALLEY)
 
 
 def completed_square(polynomial: Coefficients) -> Coefficients:
-    """s, t and c with a + b x + c x² = t + c (x + s)², c ≠ 0: two products with a shift in each, and no sum of three.
+    """s, t and c with a + b x + c x² = t + c (x + s)², c ≠ 0: two products with a shift each, no sum of three terms.
 
-    Of all these polynomials s is between −2.5 and −0.6 and t positive, so that on [0, 2] neither cancels more than the
+    For all these polynomials s is between −2.5 and −0.6 and t is positive, so on [0, 2] neither cancels more than the
     sum does.
     """
     a, b, c = polynomial
@@ -57,7 +57,7 @@ _remembered = lru_cache(maxsize=32)(_polynomials_from)
 
 
 def _best_on(low: float, high: float) -> Coefficients:
-    """By the exchange algorithm of Remez: the error is ±E in turn at low, two points between, and high."""
+    """Remez exchange algorithm: the error is alternately ±E at low, at two points between, and at high."""
     first, second = low + (high - low) / 4, low + 3 * (high - low) / 4
     a = b = c = 0.0
     for _ in range(40):

@@ -1,9 +1,9 @@
-"""The gradient of a root by Newton–Schulz, in the operations of the iteration itself: not differentiated again.
+"""The gradient of a Newton–Schulz root by the operations of the iteration itself; not differentiable again.
 
-The iterates are polynomials of A, whose derivative along a Hermitian direction is its own adjoint (Higham, Functions of
-Matrices, 2008, ch. 3): the gradient is what the iteration gives on [[A, E], [0, A]], off the diagonal. Only the first
-column of the transposed blocks is kept, [A; E], so that a step is six products of two blocks or one, and nothing of the
-forward pass but A is needed.
+The iterates are polynomials of A, whose derivative along a Hermitian direction is self-adjoint (Higham, Functions of
+Matrices, 2008, ch. 3). So the gradient is the off-diagonal block of the iteration on [[A, E], [0, A]]. Only the first
+column of the transposed blocks is kept, [A; E]: a step takes six products, each of one or two blocks, and only A is
+needed from the forward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from wellcond._shared.products import flat
 def along_the_iteration(
     steps: int, root: Literal["sqrt", "invsqrt"], output: Tensor, grad: Tensor, A: Tensor, scale: Tensor
 ) -> Tensor:
-    """The gradient of P, Hermitian, of a root Q = √c Y or S = Z/√c with A = P/c = P/tr P, from its own gradient."""
+    """The Hermitian gradient of P from that of a root Q = √c Y or S = Z/√c, with A = P/c = P/tr P."""
     d, square = A.shape[-1], root == "sqrt"
     factor = scale.rsqrt() if square else scale.pow(-1.5)
     A = flat(A)
@@ -35,14 +35,14 @@ def along_the_iteration(
             break
         Y = _times(Y, M)
         Z = M if step == 1 else _times(M, Z)
-    # A quarter: half of the direction, and half of the Hermitian part.
+    # A quarter: one half for the doubled direction, one for the Hermitian part.
     if not square and steps == 1:
         X = M[:, d:] / 4
     else:
         left, right = (Y, M) if square else (M, Z)
         X = torch.bmm(left[:, d:], right[:, :d])
         X.baddbmm_(left[:, :d], right[:, d:], beta=0.25, alpha=0.25)
-    # The scale is a function of P too, and so is A through it.
+    # The scale depends on P too, and A does through it.
     sign = 1.0 if square else -1.0
     iterate = flat(output * (factor if square else scale.sqrt()))
     along_scale = (E.conj() * iterate).addcmul_(X.conj(), A, value=-8.0 * sign).sum((-2, -1), keepdim=True).real

@@ -1,4 +1,4 @@
-"""What the solvers that expand √(1 − x) on P/‖P‖ share: the normalisation, and the derivative by Lyapunov iteration."""
+"""Solvers that expand √(1 − x) at P/‖P‖: their normalisation, and their derivative by Lyapunov iteration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from wellcond._shared.products import identity, plus_product, positive_or_one
 
 from ._lyapunov_iteration import lyapunov_iteration
 from ._minimax_polynomials import NEWTON_SCHULZ
-from ._solver import Done, LyapunovSolver, Root, Tensors, frobenius_norm, require_scale
+from ._residuals import frobenius_norm, require_scale
+from ._solver import Done, LyapunovSolver, Root, Tensors
 
 
 class SeriesSolver(LyapunovSolver):
@@ -21,13 +22,16 @@ class SeriesSolver(LyapunovSolver):
 
     Args:
         order: of the expansion.
-        backward_steps: Newton–Schulz steps of the Lyapunov equation in the derivative.
-        tolerance: warn where the relative residual is larger, and in the 1st, 2nd, 4th, 8th, … call the relative error
-            along an eigenvector (``None``: never); checked with the values.
+        backward_steps: Newton–Schulz steps for the Lyapunov equation of the derivative.
+        tolerance: warn once if the relative residual exceeds it, or, in the 1st, 2nd, 4th, 8th, … call, the relative
+            error along an eigenvector (``None``: never); checked when values are.
     """
 
     default_order: ClassVar[int]
     traceable = True
+    order: int
+    backward_steps: int
+    tolerance: float | None
 
     def __init__(self, order: int | None = None, backward_steps: int = 8, tolerance: float | None = 0.1) -> None:
         order = self.default_order if order is None else order

@@ -1,13 +1,13 @@
-"""Gradients of the singular value decomposition: 1/(λi − λj) as it stands, and what was published to tame it.
+"""Gradients of the singular value decomposition: 1/(λi − λj) itself, and its published remedies.
 
 Eq. (7) takes the gradient through the eigenvectors, U (Kᵀ ∘ Uᴴ ∂l/∂U) Uᴴ with K_ij = 1/(λi − λj), which is infinite
 where eigenvalues repeat. Song, Sebe and Wang ("Why approximate matrix square root outperforms accurate SVD in global
 covariance pooling?", ICCV 2021, arXiv 2105.02498) compare them; the defaults are those of their released code.
-Most write, for λi > λj, K_ij = 1/λi · 1/(1 − x) with x = λj/λi, K antisymmetric, and put an r(x) for the second
-factor. In the gradient of a root that is to multiply what the pair (i, j) contributes to the exact gradient by
-φ = r(x) (1 − x): all of it for well-separated eigenvalues, nothing at repeated ones, where it depends on the basis that
-the eigenspace happens to get. Where 0 ≤ φ ≤ 1 the gradient is no larger than the exact one; the bound on K says by how
-much rounding is amplified:
+Most of them write K_ij = 1/λi · 1/(1 − x) for λi > λj, with x = λj/λi and K antisymmetric, and replace the second
+factor by some r(x). In the gradient of a root this multiplies the contribution of the pair (i, j) to the exact gradient
+by φ = r(x) (1 − x). Ideally φ is 1 for well-separated eigenvalues and 0 at repeated ones, where the contribution
+depends on the arbitrary basis of the eigenspace. Where 0 ≤ φ ≤ 1 the gradient is at most as large as the exact one; the
+bound on K limits the amplification of rounding errors:
 
 =================  ===========================================  ======================  ============
 gradient           r(x), or what it is                          φ                       |K_ij| ≤
@@ -22,11 +22,11 @@ top_n              1/(1 − x) of the first n, λ = 0 behind them  see there    
 newton_schulz      the gradient of another function             —                       —
 =================  ===========================================  ======================  ============
 
-Where this departs from the released code: there the eigenvalues below the machine epsilon of float64 are raised to it,
-in the root as well and whatever the scale of P; here eigenvalues below eps times the largest are raised to that, and in
-the gradient alone, so that all gradients belong to one root. There both entries of an exactly tied pair have the same
-sign, a gradient of 2 r(1)/√λ; here K is antisymmetric there too. There what is infinite gives way to the largest finite
-entry of the whole batch, in K and in the products with it; here to that of the matrix, in K alone.
+Differences from the released code. There, eigenvalues below the machine epsilon of float64 are raised to it, in the
+root as well and whatever the scale of P; here, eigenvalues below eps times the largest are raised to that, in the
+gradient only, so that all gradients belong to the same root. There, both entries of an exactly tied pair have the same
+sign, which gives a gradient of 2 r(1)/√λ; here K is antisymmetric there too. There, infinite entries are replaced by
+the largest finite entry of the whole batch, in K and in its products; here by that of the matrix, in K only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._divided_differences import pairs
+from ..derivatives import pairs
 from ._solver import Done
 
 
@@ -48,7 +48,7 @@ class Analytic:
     name: ClassVar[str] = "analytic"
 
     def spectrum(self, eigvals: Tensor) -> Tensor:
-        """The eigenvalues (..., d) that the derivative is taken at."""
+        """The eigenvalues (..., d) at which the derivative is evaluated."""
         return eigvals
 
     def power(self, eigvals: Tensor, exponent: float) -> Tensor:
@@ -62,7 +62,7 @@ class Analytic:
         return torch.where(off_diagonal, 1 / difference, 0.0)
 
     def backward(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
-        """The gradient of P, to be made Hermitian."""
+        """The gradient of P; the caller takes its Hermitian part."""
         eigvals, U = done.residuals
         eigvals = self.spectrum(eigvals)
         grad_U, grad_eigvals = torch.zeros_like(U), torch.zeros_like(eigvals)
@@ -80,7 +80,7 @@ class Analytic:
 
 @dataclass(frozen=True)
 class Remedy(Analytic):
-    """K antisymmetric, made of the larger and the smaller eigenvalue of each pair; finite on a singular matrix."""
+    """An antisymmetric K from the larger and the smaller eigenvalue of each pair; finite on a singular matrix."""
 
     def spectrum(self, eigvals: Tensor) -> Tensor:
         return torch.maximum(eigvals, torch.finfo(eigvals.dtype).eps * eigvals.amax(-1, keepdim=True))
@@ -91,7 +91,7 @@ class Remedy(Analytic):
     def reciprocal_gaps(self, eigvals: Tensor) -> Tensor:
         a, b = pairs(eigvals)
         index = torch.arange(eigvals.shape[-1], device=eigvals.device)
-        # Eigenvalues fall; of a tied pair the first counts as the larger.
+        # Eigenvalues are in descending order; in a tied pair the first counts as the larger.
         leads = (a > b) | ((a == b) & (index[:, None] < index))
         size = self.size(torch.maximum(a, b), torch.minimum(a, b), leads)
         return torch.where(index[:, None] == index, 0.0, torch.where(leads, size, -size))

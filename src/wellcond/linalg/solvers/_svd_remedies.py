@@ -1,6 +1,6 @@
-"""The published remedies of 1/(λi − λj) one by one: what each is, its options, and where it is from.
+"""The published remedies for 1/(λi − λj), one by one, with their options and sources.
 
-What they have in common, their bounds, and where they depart from the released code is in ``_svd_gradients.py``.
+``_svd_gradients.py`` states what they have in common, their bounds, and the differences from the released code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wellcond._shared.names import listed, require_known
 
-from .._divided_differences import reciprocal_or_zero
+from ..derivatives import reciprocal_or_zero
 from ._solver import Done
 from ._svd_gradients import Analytic, Remedy
 from .newton_schulz import NewtonSchulz
@@ -21,7 +21,7 @@ from .newton_schulz import NewtonSchulz
 
 @dataclass(frozen=True)
 class OverflowCheck(Remedy):
-    """1/(λi − λj), and where it is infinite the largest of the matrix that is not: the plain SVD layer as it was
+    """1/(λi − λj), with infinite entries replaced by the largest finite one of the matrix: the plain SVD layer as
     released, with which the published baselines were trained."""
 
     name: ClassVar[str] = "overflow_check"
@@ -32,13 +32,13 @@ class OverflowCheck(Remedy):
 
 @dataclass(frozen=True)
 class Pade(Remedy):
-    """1/λi · 1/(1 − λj/λi), as a Padé approximant of the geometric series gives it.
+    """1/λi · 1/(1 − λj/λi), the Padé approximant of the geometric series.
 
-    1/(1 − x) is rational of degree one, so every approximant [m/n] with n ≥ 1 of its series is 1/(1 − x) itself,
-    with the pole: the linear equations for the coefficients of a larger one are singular (Baker and Graves-Morris,
-    Padé Approximants, 1996, sect. 1.4). The published [50/50] solves them on the rounding errors of the series, and is
-    1/(1 − x) to 1e-12 up to x = 0.99, with spurious pairs of poles and zeros. So there is no degree to choose here.
-    1 − x is no smaller in floating point than eps/2, and is that where x = 1.
+    1/(1 − x) is rational of degree one, so every approximant [m/n] of its series with n ≥ 1 is 1/(1 − x) itself,
+    including the pole: the linear equations for the coefficients of a larger one are singular (Baker and Graves-Morris,
+    Padé Approximants, 1996, sect. 1.4). The published [50/50] solves them with the rounding errors of the series, and
+    is 1/(1 − x) to 1e-12 up to x = 0.99, with spurious pairs of poles and zeros. So there is no degree to choose here.
+    In floating point 1 − x is at least eps/2, its value at x = 1.
     """
 
     name: ClassVar[str] = "pade"
@@ -50,8 +50,8 @@ class Pade(Remedy):
 
 @dataclass(frozen=True)
 class Taylor(Remedy):
-    """1/λi · Σ (λj/λi)^k for k up to ``order`` (100 as published; 9 in Wang, Dang, Hu, Fua and Salzmann, "Robust
-    differentiable SVD", TPAMI 2021, where it is proposed)."""
+    """1/λi · Σ (λj/λi)^k for k up to ``order``: 100 as published; 9 in Wang, Dang, Hu, Fua and Salzmann, "Robust
+    differentiable SVD", TPAMI 2021, which proposes it."""
 
     name: ClassVar[str] = "taylor"
     order: int = 100
@@ -65,16 +65,16 @@ class Taylor(Remedy):
 
 @dataclass(frozen=True)
 class PowerIteration(Remedy):
-    """The derivative of ``order`` + 1 steps of power iteration with deflation, taken at eigenvectors that have
-    converged (Wang, Dang, Hu, Fua and Salzmann, "Backpropagation-friendly eigendecomposition", NeurIPS 2019).
+    """The derivative of ``order`` + 1 steps of power iteration with deflation at converged eigenvectors (Wang, Dang,
+    Hu, Fua and Salzmann, "Backpropagation-friendly eigendecomposition", NeurIPS 2019).
 
-    It is the Taylor polynomial: of the degree ``order`` (20 as published) for what follows an eigenvector, and, since
-    what precedes it is subtracted by deflation, of one less for that. (TPAMI 2021 calls the two equivalent, which
-    this last term keeps them from being to the letter.) With it φ = 1 + x^(k+1/2) for the square root and
-    1 − x^k (1 + √x + x) for the inverse one, 2 and −2 at repeated eigenvalues.
+    It is a Taylor polynomial: of degree ``order`` (20 as published) for the eigenvectors after a given one, and of one
+    degree less for those before it, which deflation subtracts. (TPAMI 2021 calls the two equivalent, which holds up to
+    this last term.) It gives φ = 1 + x^(k+1/2) for the square root and 1 − x^k (1 + √x + x) for the inverse one, 2 and
+    −2 at repeated eigenvalues.
 
-    The covariance pooling layer that was released beside it multiplies by I − U Uᴴ with all eigenvectors in U, which
-    is zero: its gradient is rounding alone, and nothing here.
+    The covariance pooling layer released with it multiplies by I − U Uᴴ with all eigenvectors in U, which is zero: its
+    gradient is mere rounding, and is not offered here.
     """
 
     name: ClassVar[str] = "power_iteration"
@@ -89,7 +89,7 @@ class PowerIteration(Remedy):
 
 @dataclass(frozen=True)
 class Truncated(Remedy):
-    """1/(λi − λj) between −``bound`` and ``bound`` (1e10 as published, in float64), which has the unit of 1/λ."""
+    """1/(λi − λj) clipped to ±``bound`` (1e10 as published, in float64), which has the unit of 1/λ."""
 
     name: ClassVar[str] = "truncated"
     bound: float = 1e10
@@ -104,12 +104,12 @@ class Truncated(Remedy):
 
 @dataclass(frozen=True)
 class TopN(Remedy):
-    """1/(λi − λj) through the first ``n`` eigenvectors alone; those behind them count as zero, and have no gradient.
+    """1/(λi − λj) for the first ``n`` eigenvectors only; the others count as zero and have no gradient.
 
-    It is the derivative of Σ λi^{±1/2} ui uiᴴ over i ≤ n at the matrix without its other eigenvalues: between them
-    nothing, between i ≤ n < j the divided difference with λj = 0, and the exact one for i, j ≤ n, with the overflow
-    check where two of those repeat. As published n is 206 of 256 channels, in proportion for other sizes (``n=None``).
-    There the root itself is cut off too; here the root is that of the whole matrix.
+    It is the derivative of Σ λi^{±1/2} ui uiᴴ over i ≤ n at the matrix without its other eigenvalues: nothing between
+    those, the divided difference with λj = 0 for i ≤ n < j, and the exact one for i, j ≤ n, with the overflow check
+    where two of these repeat. As published, n is 206 of 256 channels; other sizes in proportion (``n=None``). There the
+    root is truncated too; here the root is that of the whole matrix.
     """
 
     name: ClassVar[str] = "top_n"
@@ -130,8 +130,8 @@ class TopN(Remedy):
 
 @dataclass(frozen=True)
 class OfNewtonSchulz(Analytic):
-    """The derivative of ``steps`` steps of the Newton–Schulz iteration at P, in the place of that of the root: bounded
-    as :class:`NewtonSchulz` is, and as far from the exact one (5 steps as in Li et al., iSQRT-COV, CVPR 2018)."""
+    """The derivative of ``steps`` Newton–Schulz iterations at P in place of that of the root: bounded like that of
+    :class:`NewtonSchulz`, and as far from the exact one (5 steps as in Li et al., iSQRT-COV, CVPR 2018)."""
 
     name: ClassVar[str] = "newton_schulz"
     steps: int = 5
@@ -144,13 +144,13 @@ class OfNewtonSchulz(Analytic):
 
 
 def without_overflow(size: Tensor) -> Tensor:
-    """Infinite entries replaced by the largest finite one of each matrix, 0 where there is none."""
+    """Infinite entries replaced by the largest finite one of each matrix, or by 0 if there is none."""
     finite = torch.where(size.isfinite(), size, 0.0)
     return torch.where(size.isfinite(), size, finite.amax((-2, -1), keepdim=True))
 
 
 def geometric_sum(large: Tensor, small: Tensor, order: int) -> Tensor:
-    """1/λ · Σ_{k ≤ order} (μ/λ)^k of λ = ``large`` and μ = ``small``, without cancellation; 0 where both are 0.
+    """1/λ · Σ_{k ≤ order} (μ/λ)^k with λ = ``large`` and μ = ``small``, without cancellation; 0 where both are 0.
 
     With t = −log(μ/λ) it is (1 − e^{−(order + 1) t}) / (1 − e^{−t}), order + 1 at t = 0.
     """
@@ -169,7 +169,7 @@ def require_count(value: Any, name: str) -> None:
 GRADIENTS: dict[str, type[Analytic]] = {
     kind.name: kind for kind in (Analytic, OverflowCheck, Pade, Taylor, PowerIteration, Truncated, TopN, OfNewtonSchulz)
 }
-"""Every gradient by its name. A new one is a class above and an entry here."""
+"""Every gradient by its name. To add one, add a class above and list it here."""
 
 
 def gradient_named(name: str, options: dict[str, Any]) -> Analytic:

@@ -1,7 +1,7 @@
 """The reference solver: a symmetric eigendecomposition, differentiated by Daleckii and Krein's divided differences.
 
-Forward: eq. (3)–(4) of the paper. Backward: never through 1/(λi − λj) as eq. (7) does, but through 1/(√λi + √λj)
-(Higham, Functions of Matrices, 2008, ch. 3), which stays finite at repeated eigenvalues.
+Forward: eq. (3)–(4) of the paper. Backward: not with 1/(λi − λj) as in eq. (7), but with 1/(√λi + √λj)
+(Higham, Functions of Matrices, 2008, ch. 3), which is finite at repeated eigenvalues.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from wellcond._shared.autograd import differentiated_again
 from wellcond._shared.products import product
 from wellcond._shared.torch_internals import along_many_directions
 
-from .._divided_differences import reciprocal_or_zero, reciprocal_or_zero_
 from .._rank import clear_of_zero, noise, shifted_spectrum
-from .._sylvester import sylvester
+from ..derivatives import reciprocal_or_zero, reciprocal_or_zero_, sylvester
 from ..lapack import eigh
 from ._solver import Done, LyapunovSolver, Root, Tensors
 
@@ -23,8 +22,8 @@ from ._solver import Done, LyapunovSolver, Root, Tensors
 class Eigh(LyapunovSolver):
     """Exact roots and exact derivatives of every order from one eigendecomposition.
 
-    A matrix that is not decomposed at once goes down a fall-back chain: scaled, in float64, with its diagonal shifted,
-    by the SVD.
+    A matrix whose decomposition fails goes down a fall-back chain: scaled, in float64, with a shifted diagonal, by the
+    SVD.
 
     Complexity: one eigendecomposition and a product for each root, O(d³) a matrix; three products backward.
     Source: Higham, Functions of Matrices, 2008, ch. 3 and 6.
@@ -46,7 +45,7 @@ class Eigh(LyapunovSolver):
         else:
             kept = s = shifted_spectrum(eigvals, eps, invertible="invsqrt" in roots).sqrt()
             if not eps and "invsqrt" not in roots:
-                # What may be noise has a root, but no derivative.
+                # Eigenvalues within the noise have a root but no derivative.
                 kept = s.masked_fill(s <= noise(s.shape[-1], s.dtype) ** 0.5 * s[..., -1:], 0.0)
         values = [s if root == "sqrt" else reciprocal_or_zero(s) for root in roots]
         return tuple([product(U * value.unsqueeze(-2), U.mH) for value in values]), (kept, U)
@@ -62,13 +61,13 @@ class Eigh(LyapunovSolver):
 
 
 def _gradient(done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
-    """:meth:`Solver.backward` in one pass through the eigenbasis, where no second derivative is wanted.
+    """:meth:`Solver.backward` in one pass through the eigenbasis, without further derivatives.
 
-    Three arrays of the size of the batch hold everything in turn: fresh memory costs more than a product writes.
+    Reuses three arrays of the size of the batch: allocating memory costs more than writing a product.
     """
     s, U = done.residuals
     wanted = [(root, grad) for root, grad in zip(done.roots, grads, strict=True) if grad is not None]
-    # Half of K, for the rest is the Hermitian part; of S = Q⁻¹ alone negative, as dS = −S dQ S.
+    # K/2, as the Hermitian part is taken at the end; negative if only S = Q⁻¹ has a gradient, as dS = −S dQ S.
     half = s * (2.0 if wanted[0][0] == "sqrt" else -2.0)
     pair = reciprocal_or_zero_(half.unsqueeze(-1) + half.unsqueeze(-2))
     inner = left = None

@@ -1,7 +1,7 @@
-"""A square root from matrix products alone that reaches float32 accuracy: minimax polynomials instead of Newton–Schulz.
+"""A square root of float32 accuracy from matrix products only: minimax polynomials instead of Newton–Schulz.
 
-The coupled iteration Y ← Y h(ZY), Z ← h(ZY) Z with another h in every step (``_minimax_polynomials``) needs 9 steps
-for κ = 1e6 where Newton–Schulz needs some 25. The derivative solves the Lyapunov equation by the same polynomials.
+The coupled iteration Y ← Y h(ZY), Z ← h(ZY) Z with a different h in every step (``_minimax_polynomials``) takes 9 steps
+for κ = 1e6, where Newton–Schulz takes some 25. The derivative solves the Lyapunov equation by the same polynomials.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from wellcond._shared.products import identity, plus_product, positive_or_one, p
 
 from ._lyapunov_iteration import lyapunov_iteration
 from ._minimax_polynomials import Coefficients, completed_square, polynomials_from
-from ._solver import Done, LyapunovSolver, Root, Tensors, largest_entry, require_scale
+from ._residuals import largest_entry, require_scale
+from ._solver import Done, LyapunovSolver, Root, Tensors
 
 
 class Minimax(LyapunovSolver):
-    """Exact roots up to a chosen condition number without any factorisation, for accelerators.
+    """Exact roots up to a chosen condition number without a factorisation, for accelerators.
 
-    Every eigenvalue is raised by 2 eps to 2 eps d^{1/4} of the largest, which is within the rounding of P.
+    Eigenvalues are shifted by 2 eps to 2 eps d^{1/4} of the largest, within the rounding of P.
 
     Args:
-        kappa: condition numbers up to this one are resolved; smaller eigenvalues are damped. A factor of 20 costs
-            one step.
-        tolerance: warn where the relative residual is larger, and in the 1st, 2nd, 4th, 8th, … call the relative error
-            along an eigenvector (``None``: never); checked with the values.
+        kappa: the largest condition number that is resolved; smaller eigenvalues are damped. A factor of 20 costs one
+            step.
+        tolerance: warn once if the relative residual exceeds it, or, in the 1st, 2nd, 4th, 8th, … call, the relative
+            error along an eigenvector (``None``: never); checked when values are.
 
     Raises:
         ValueError: kappa is not a finite number above 1.
 
-    Complexity: products of d × d alone, in a number of steps that grows with log κ.
+    Complexity: products of d × d matrices only, in a number of steps that grows with log κ.
     Source: Amsel, Persson, Musco and Gower, The Polar Express, 2025.
 
     Example:
@@ -44,6 +45,8 @@ class Minimax(LyapunovSolver):
 
     name = "minimax"
     traceable = True
+    kappa: float
+    tolerance: float | None
 
     def __init__(self, kappa: float = 1e6, tolerance: float | None = 0.1) -> None:
         if not 1.0 < kappa < float("inf"):
@@ -65,12 +68,12 @@ class Minimax(LyapunovSolver):
         require_scale(largest, roots)
         coarse = positive_or_one(largest)
         Y = P / coarse
-        # The largest entry is 1 now, and so ‖Y²‖_F is no less, but for a zero matrix.
+        # The largest entry is 1 now, so ‖Y²‖_F is at least 1 except for a zero matrix.
         fine = torch.linalg.matrix_norm(product(Y, Y), keepdim=True).clamp_min(1.0).sqrt()
-        # An eigenvalue that rounding pushed below zero would be driven to −∞ as fast as the others to 1.
+        # An eigenvalue that rounding made negative would diverge to −∞ as fast as the others converge to 1.
         Y = torch.add(Y / fine, eye, alpha=2 * torch.finfo(P.dtype).eps)
         Y, Z = self._iterated(Y, eye, roots)
-        # Not the scale that was put in the place of zero: the root of a zero matrix is zero.
+        # The true scale, which may be zero: the root of a zero matrix is zero.
         size = (largest * fine).sqrt()
         values = {"sqrt": lambda: (Y + Y.mH) * size, "invsqrt": lambda: (Z + Z.mH) / positive_or_one(size)}
         return tuple(values[root]() for root in roots), (size,)
@@ -97,5 +100,5 @@ class Minimax(LyapunovSolver):
         return lyapunov_iteration(Q, G, self.polynomials_for(Q.dtype), size)
 
     def polynomials_for(self, dtype: torch.dtype) -> tuple[Coefficients, ...]:
-        """As many as a matrix of this dtype needs."""
+        """The polynomials of all steps, as many as the precision of this dtype needs."""
         return polynomials_from(self._lower, dtype in (torch.float64, torch.complex128))

@@ -1,8 +1,8 @@
-"""Minimax polynomials where they are the root, the eigendecomposition where they are not: found out, not assumed.
+"""Minimax polynomials where they reach the root, otherwise the eigendecomposition; tested, not assumed.
 
-The coupled iteration gives P^{1/2} and S ≈ P^{-1/2} together, and ‖S P S − I‖_F says whether every eigenvalue was
-resolved: an unresolved one (κ beyond reach, rank deficiency, an indefinite or non-finite P) leaves a difference near 1,
-which the identity does not average away as a residual relative to ‖P‖ does.
+The coupled iteration gives P^{1/2} and S ≈ P^{-1/2} together, and ‖S P S − I‖_F shows whether every eigenvalue was
+resolved: an unresolved one (κ too large, rank deficiency, an indefinite or non-finite P) leaves a difference near 1,
+which the identity does not average out as a residual relative to ‖P‖ does.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from .minimax import Minimax
 
 
 class MinimaxOrEigh(LyapunovSolver):
-    """Roots by :class:`Minimax`, verified; a batch in which some matrix fails goes to :class:`Eigh` as a whole.
+    """Roots by :class:`Minimax`, verified; a batch in which a matrix fails is passed to :class:`Eigh` as a whole.
 
     Args:
-        kappa: condition numbers up to this one are left to the products.
-        tolerated: ‖S P S − I‖_F of every matrix (P + εI for P) up to which its roots count as resolved: about the
-            relative change of P's eigenvalues that the roots amount to, which for the smallest is some eps κ. In
-            float32, 0.1 is met up to κ ≈ 1e5.
+        kappa: the largest condition number for which :class:`Minimax` is set up.
+        tolerated: ‖S P S − I‖_F (P + εI for P) up to which the roots of a matrix count as resolved: about the relative
+            error of the roots in terms of eigenvalues of P, some eps κ for the smallest. In float32, 0.1 is met up to
+            κ ≈ 1e5.
 
     The verification reads one number, so the host waits for the device once, as it does for the status of
-    ``torch.linalg.eigh``. An exported graph cannot choose and holds :class:`Eigh`. Errors are those of :class:`Eigh`:
-    whatever is wrong with a matrix ends there.
+    ``torch.linalg.eigh``. An exported graph has no such branch and uses :class:`Eigh`. Errors are those of
+    :class:`Eigh`, which every faulty matrix reaches.
 
     Raises:
         ValueError: kappa is not a finite number above 1.
 
-    Complexity: that of :class:`Minimax` and two products; where a matrix fails, that of :class:`Eigh` besides.
+    Complexity: that of :class:`Minimax` and two products; if a matrix fails, that of :class:`Eigh` in addition.
+    Source: Amsel, Persson, Musco and Gower, The Polar Express, 2025.
 
     Example:
         >>> import torch
@@ -46,6 +47,8 @@ class MinimaxOrEigh(LyapunovSolver):
     """
 
     name = "minimax_or_eigh"
+    minimax: Minimax
+    eigh: Eigh
 
     def __init__(self, kappa: float = 1e6, tolerated: float = 0.1) -> None:
         self.tolerated = tolerated
@@ -55,9 +58,9 @@ class MinimaxOrEigh(LyapunovSolver):
         return f"MinimaxOrEigh(kappa={self.minimax.kappa:g}, tolerated={self.tolerated:g})"
 
     def forward(self, P: Tensor, roots: tuple[Root, ...], eps: float) -> tuple[Tensors, Tensors]:
-        if is_exporting():  # a graph cannot choose
+        if is_exporting():  # an exported graph cannot branch
             return self.eigh.forward(P, roots, eps)
-        # Without the checks: what they would refuse, the verification hands to eigh, which says what is wrong.
+        # Without the checks: what they would reject fails the verification, and eigh raises the error.
         with value_checks(False):
             (Q, S), residuals = self.minimax.forward(P, ("sqrt", "invsqrt"), eps)
         if not self._resolved(P, S, eps):
@@ -77,10 +80,10 @@ class MinimaxOrEigh(LyapunovSolver):
         eye = identity(P)
         if eps:
             P = torch.add(P, eye, alpha=eps)
-        # NaN compares false.
+        # NaN compares false, so it counts as unresolved.
         rest = plus_product(eye, product(S, P), S, beta=-1.0)
         return torch.linalg.matrix_norm(rest).amax().item() <= self.tolerated
 
     def _chosen(self, done: Done) -> LyapunovSolver:
-        # Eigenvalues and eigenvectors, or a scale.
+        # Eigh saves eigenvalues and eigenvectors, Minimax a scale.
         return self.eigh if len(done.residuals) == 2 else self.minimax

@@ -1,11 +1,11 @@
 """Coupled Newton–Schulz iteration: roots from matrix products alone, as in iSQRT-COV (Li et al., CVPR 2018) and
 IterNorm (Huang et al., CVPR 2019); the iteration is in Higham, Functions of Matrices, 2008, ch. 6.
 
-With few steps this is not a square root but a damped one: at κ = 1e4 five steps are off by some 17 %. It is a smooth
-function of P all the same, and its derivative here is the derivative of what was computed, at any number of steps.
+With few steps this is a damped square root: at κ = 1e4 five steps are off by some 17 %. It is still a smooth function
+of P, and its derivative here is that of what was computed, at any number of steps.
 
-In exact arithmetic Y grows towards the root and Z towards the inverse root, so both residuals only fall. Along null
-directions Z grows without bound by 3/2 a step, which eventually spoils Y too: ``adaptive`` stops before that.
+In exact arithmetic Y increases to the root and Z to the inverse root, so both residuals only decrease. Along null
+directions Z grows without bound by 3/2 per step, which eventually spoils Y too: ``adaptive`` stops before that.
 """
 
 from __future__ import annotations
@@ -22,22 +22,27 @@ from wellcond._shared.products import identity, plus_product, positive_or_one, p
 from wellcond._shared.torch_internals import along_many_directions, is_compiling, under_functorch
 
 from ._newton_schulz_derivative import along_the_iteration, inner, trace
-from ._solver import Done, Root, Solver, Tensors, require_scale
+from ._residuals import require_scale
+from ._solver import Done, Root, Solver, Tensors
 
 
 class NewtonSchulz(Solver):
-    """Coupled Newton–Schulz on P + εI divided by its trace, each matrix by its own.
+    """Coupled Newton–Schulz iteration on P + εI, each matrix divided by its own trace.
 
     Args:
         steps: iterations; 5 in the published layers.
-        tolerance: warn where the relative residual is larger, and in the 1st, 2nd, 4th, 8th, … call the relative error
-            along an eigenvector (``None``: never); checked with the values, so by default on the CPU.
-        adaptive: stop each matrix on its own as soon as its residual is within the tolerance, or rounding keeps the
-            next step from making it smaller; ``steps`` is then the most there may be. One more product a step for a
-            square root, and the host waits for a device at every step.
+        tolerance: warn once if the relative residual exceeds it, or, in the 1st, 2nd, 4th, 8th, … call, the relative
+            error along an eigenvector (``None``: never); checked when values are, so by default on the CPU.
+        adaptive: stop each matrix individually as soon as its residual is within the tolerance, or rounding prevents
+            further progress; ``steps`` is then the maximum. A square root takes one more product per step, and the host
+            waits for the device in every step.
 
     Raises:
         ValueError: steps is not a positive integer.
+
+    Complexity: about three products of d × d matrices per step, forward, and six backward; derivatives of every order.
+    Source: Higham, Functions of Matrices, 2008, ch. 6; Li et al., iSQRT-COV, CVPR 2018; Huang et al., IterNorm, CVPR
+    2019.
 
     Example:
         >>> import torch
@@ -50,6 +55,10 @@ class NewtonSchulz(Solver):
 
     name = "newton_schulz"
     keeps_input = True
+    steps: int
+    tolerance: float | None
+    adaptive: bool
+    traceable: bool
 
     def __init__(self, steps: int = 5, tolerance: float | None = 0.1, *, adaptive: bool = False) -> None:
         if not isinstance(steps, int) or steps < 1:
@@ -75,7 +84,7 @@ class NewtonSchulz(Solver):
             M = plus_product(half3, Z, Y, alpha=-0.5)
             Y = Y if last and "sqrt" not in roots else product(Y, M)
             Z = Z if last and "invsqrt" not in roots else product(M, Z)
-        # Of two roots the derivative goes by P, to keep no fourth matrix.
+        # With two roots the derivative recomputes from P, which saves storing a fourth matrix.
         return _scaled(roots, Y, Z, scale), (A, scale) if len(roots) == 1 else ()
 
     def _until_good(self, A: Tensor, eye: Tensor, roots: tuple[Root, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +115,7 @@ class NewtonSchulz(Solver):
         return along_the_iteration(self.steps, root, output, grad, *done.residuals)
 
     def adjoint(self, done: Done, grads: tuple[Tensor | None, ...]) -> Tensor:
-        """``backward`` in operations that can be differentiated again, of any roots and steps."""
+        """``backward`` in operations that can be differentiated again, for any roots and steps."""
         A, scale, eye, path = self._replay(done)
         Y, Z = path[-1][-2:]
         grad = dict(zip(done.roots, grads, strict=True))
@@ -114,7 +123,7 @@ class NewtonSchulz(Solver):
         root = scale.sqrt()
         gY = torch.zeros_like(A) if gQ is None else gQ * root
         gZ = torch.zeros_like(A) if gS is None else gS / root
-        # The scale is a function of P too: Q = √c Y and S = Z/√c.
+        # The scale depends on P too: Q = √c Y and S = Z/√c.
         gc = (inner(gY, Y) - inner(gZ, Z)) / 2 / scale
         for Yk, Zk, M, moved, *_ in reversed(path):
             gM = plus_product(product(gZ, Zk.mH), Yk.mH, gY)
@@ -144,9 +153,9 @@ class NewtonSchulz(Solver):
         return tuple(tangents[r] for r in done.roots)
 
     def _replay(self, done: Done) -> tuple[Tensor, Tensor, Tensor, list[tuple[Any, ...]]]:
-        """Every step again (Y, Z, M, whether it was taken, next Y, next Z): cheaper than to keep three matrices a step.
+        """Recompute every step (Y, Z, M, whether it was taken, next Y, next Z); cheaper than saving three matrices.
 
-        A matrix that had stopped goes on with M = I, of which nothing is a function.
+        A matrix that has stopped continues with a constant M = I.
         """
         assert done.P is not None
         A, scale, _ = _normalised(hermitian_part(done.P), done.eps)
@@ -170,7 +179,7 @@ class NewtonSchulz(Solver):
 
 
 def _residual(A: Tensor, Y: Tensor, Z: Tensor, eye: Tensor, roots: tuple[Root, ...]) -> Tensor:
-    """(..., 1, 1) the largest of ‖Y² − A‖/‖A‖ and ‖ZY − I‖/‖I‖, of the roots that are wanted."""
+    """(..., 1, 1) the larger of ‖Y² − A‖/‖A‖ and ‖ZY − I‖/‖I‖, of the roots that are computed."""
     found = []
     if "sqrt" in roots:
         size = torch.linalg.matrix_norm(A, keepdim=True)
@@ -181,7 +190,7 @@ def _residual(A: Tensor, Y: Tensor, Z: Tensor, eye: Tensor, roots: tuple[Root, .
 
 
 def _normalised(P: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(P + εI)/c, c and the trace, which c is; of a zero matrix c is 1: its square root is zero and stays so."""
+    """(P + εI)/c, c and the trace. c is the trace, but 1 for a zero matrix, whose square root then stays zero."""
     if eps:
         P = torch.add(P, identity(P), alpha=eps)
     size = trace(P).real

@@ -1,7 +1,7 @@
 """The Padé approximant of √(1 − x): the solver of the paper's authors (MPA; Song, Sebe and Wang, ICLR 2022).
 
-Not a fast square root at high condition numbers but a damped one: in float32 at 64 × 64 it is off by 6 % at κ = 1e2
-and 30 % at κ = 1e6. Offered for comparison.
+At high condition numbers this is a damped root rather than a fast one: in float32 at 64 × 64 it is off by 6 % at
+κ = 1e2 and by 30 % at κ = 1e6. Offered for comparison.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class Pade(SeriesSolver):
 
     Args:
         order: of the approximant; 5 in the published layer.
-        backward_steps: Newton–Schulz steps of the Lyapunov equation in the derivative.
-        tolerance: warn where the relative residual is larger (``None``: never); checked with the values.
+        backward_steps: Newton–Schulz steps for the Lyapunov equation of the derivative.
+        tolerance: warn once if the relative residual exceeds it (``None``: never); checked when values are.
 
     Raises:
         ValueError: an order or a number of steps below 1.
 
-    Complexity: ``order`` products and one solve of d × d forward, five products a step backward.
+    Complexity: ``order`` products and one solve of d × d matrices forward, five products per step backward.
     Source: MPA, Song, Sebe and Wang, ICLR 2022; Higham, Functions of Matrices, 2008, sect. 6.5.
 
     Example:

@@ -1,4 +1,4 @@
-"""The Taylor polynomial of √(1 − x) (MTP; Song, Sebe and Wang, ICLR 2022): like Padé, cheaper and further off."""
+"""The Taylor polynomial of √(1 − x) (MTP; Song, Sebe and Wang, ICLR 2022): cheaper than Padé and less accurate."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from ._solver import Root
 
 
 class Taylor(SeriesSolver):
-    """The Taylor polynomial of √(1 − x) on I − P/‖P‖_F, of degree ``order``: products alone; a damped root.
+    """The Taylor polynomial of √(1 − x) on I − P/‖P‖_F, of degree ``order``, by matrix products only; a damped root.
 
     Args:
         order: of the polynomial; 10 in the published layer.
-        backward_steps: Newton–Schulz steps of the Lyapunov equation in the derivative.
-        tolerance: warn where the relative residual is larger (``None``: never); checked with the values.
+        backward_steps: Newton–Schulz steps for the Lyapunov equation of the derivative.
+        tolerance: warn once if the relative residual exceeds it (``None``: never); checked when values are.
 
     Raises:
         ValueError: an order or a number of steps below 1.
 
-    Complexity: ``order`` products of d × d forward, five products a step backward.
+    Complexity: ``order`` products of d × d matrices forward, five products per step backward.
     Source: MTP, Song, Sebe and Wang, ICLR 2022.
 
     Example:
@@ -38,7 +38,7 @@ class Taylor(SeriesSolver):
 
 
 def taylor_coefficients(power: float, order: int) -> list[float]:
-    """Of (1 − x)^power: c_k = c_{k−1} (k − 1 − power)/k."""
+    """The coefficients of (1 − x)^power: c_k = c_{k−1} (k − 1 − power)/k."""
     coefficients = [1.0]
     for k in range(1, order + 1):
         coefficients.append(coefficients[-1] * (k - 1 - power) / k)

@@ -1,8 +1,8 @@
-"""Any function of a Hermitian matrix from its eigenpairs, with exact derivatives.
+"""Functions of a Hermitian matrix from its eigenpairs, with exact derivatives.
 
-F = U f(Λ) Uᴴ; its derivative along E is U (f[λi, λj] ∘ Uᴴ E U) Uᴴ (Daleckii and Krein 1965; Higham 2008, ch. 3), and
-the second along E, F is Σ_k f[λi, λk, λj] (Ê_ik F̂_kj + F̂_ik Ê_kj) in the eigenbasis. Nothing divides by a difference
-of eigenvalues. The two square roots go on to every order, through the Sylvester equation.
+F = U f(Λ) Uᴴ. Its derivative along E is U (f[λi, λj] ∘ Uᴴ E U) Uᴴ (Daleckii and Krein 1965; Higham 2008, ch. 3), and
+its second derivative along E and F is Σ_k f[λi, λk, λj] (Ê_ik F̂_kj + F̂_ik Ê_kj) in the eigenbasis. Nothing divides by
+a difference of eigenvalues. The square root and its inverse have derivatives of every order, by the Sylvester equation.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from wellcond._shared.autograd import BatchedFunction
 from wellcond._shared.checks import hermitian_part
 from wellcond._shared.precision import full_precision
 
+from .._rank import without_noise
 from ._divided_differences import Power, SpectralMap, reciprocal_or_zero
-from ._rank import RootAtZero, Truncated, without_noise
 from ._sylvester import in_eigenbasis, sylvester
+from ._truncated import RootAtZero, Truncated
 
 
 def apply_function(P: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
-    """f(P), given the eigenpairs of P; differentiable in P twice."""
+    """f(P) from the eigenpairs of P; twice differentiable in P."""
     return _Function.call(P, f, eigvals, U)
 
 
 def derivative_along(P: Tensor, E: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
-    """The derivative of f at P along E, which is its own adjoint; differentiable in P and E.
+    """The derivative of f at P along E, which is self-adjoint; differentiable in P and E.
 
-    Once more for most functions, and to every order for the two roots.
+    Once more for most functions, to every order for the two roots.
     """
     E = hermitian_part(E)
     exponent = root_exponent(f)
@@ -44,9 +45,9 @@ def derivative_along(P: Tensor, E: Tensor, f: SpectralMap, eigvals: Tensor, U: T
 
 
 def root_exponent(f: SpectralMap) -> float | None:
-    """1/2 or −1/2 where the derivative of f is that of the root, with zero for what is null, else None."""
+    """1/2 or −1/2 if the derivative of f is that of this root, with zero for null directions; else None."""
     if isinstance(f, Truncated) and not f.floor:
-        # A range that turns adds terms across the cut, and between null directions in the second derivative.
+        # A rotating range adds terms across the cut, and between null directions in the second derivative.
         f = f.f if f.fixed_range else f
     if isinstance(f, RootAtZero):
         f = f.f
@@ -84,7 +85,7 @@ class _Function(BatchedFunction):
 
 
 class _Derivative(BatchedFunction):
-    """The derivative of f at P along Hermitian E; it is its own adjoint."""
+    """The derivative of f at P along Hermitian E, which is self-adjoint."""
 
     @staticmethod
     def forward(P: Tensor, E: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class _Derivative(BatchedFunction):
 
 
 class _SecondDerivative(BatchedFunction):
-    """The second derivative of f along Hermitian E and F: O(d³) memory per matrix, for second order only."""
+    """The second derivative of f along Hermitian E and F; O(d³) memory per matrix."""
 
     @staticmethod
     def forward(E: Tensor, F: Tensor, f: SpectralMap, eigvals: Tensor, U: Tensor) -> Tensor:

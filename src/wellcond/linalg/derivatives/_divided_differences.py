@@ -1,9 +1,9 @@
-"""Scalar functions with their first and second divided differences, free of cancellation when arguments meet.
+"""Scalar functions with first and second divided differences that do not cancel when arguments are close.
 
-f[a, b] = (f(a) − f(b))/(a − b) and f[a, b, c] = (f[a, b] − f[b, c])/(a − c), with the derivatives f'(a) and f''(a)/2 as
-their limits (Higham, Functions of Matrices, 2008, app. B.16). The first is a closed form in ``expm1`` or ``log1p``,
-with no threshold. The second is the quotient while the arguments differ by more than a fifth, where it loses at most
-a digit, and else a series about their midpoint in complete homogeneous polynomials.
+f[a, b] = (f(a) − f(b))/(a − b) and f[a, b, c] = (f[a, b] − f[b, c])/(a − c), with limits f'(a) and f''(a)/2 (Higham,
+Functions of Matrices, 2008, app. B.16). The first is a closed form in ``expm1`` or ``log1p`` without a threshold. The
+second is the quotient where the arguments differ by more than a fifth, which loses at most a digit, and otherwise a
+series about their midpoint in complete homogeneous polynomials.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from wellcond._shared.torch_internals import is_exporting
 
 
 def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """xi and xj, ready to broadcast to (..., d, d)."""
+    """xi and xj, shaped to broadcast to (..., d, d)."""
     return x[..., :, None], x[..., None, :]
 
 
 def triples(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """xi, xj and xk, ready to broadcast to (..., d, d, d)."""
+    """xi, xj and xk, shaped to broadcast to (..., d, d, d)."""
     return x[..., :, None, None], x[..., None, :, None], x[..., None, None, :]
 
 
 def reciprocal_or_zero(x: Tensor) -> Tensor:
-    """1/x, and 0 where x is 0: the pseudo-inverse of a diagonal. Not differentiated."""
+    """1/x, and 0 where x is 0: the pseudo-inverse of a diagonal matrix. Not differentiable."""
     return reciprocal_or_zero_(x.clone()) if is_exporting() else _zero_for_infinity(x.reciprocal())
 
 
 def reciprocal_or_zero_(x: Tensor) -> Tensor:
-    """The same in place."""
-    if is_exporting():  # whose graph is differentiated as it is written, if at all
+    """:func:`reciprocal_or_zero` in place."""
+    if is_exporting():  # an exported graph is differentiated as written, if at all
         return torch.where(x == 0, 0.0, 1.0 / torch.where(x == 0, 1.0, x))
     return _zero_for_infinity(x.reciprocal_())
 
@@ -44,12 +44,12 @@ def _zero_for_infinity(x: Tensor) -> Tensor:
     return x.nan_to_num_(nan=torch.nan, posinf=0.0, neginf=0.0)
 
 
-# With |x| ≤ SPREAD/2 the terms fall like (k+1)(k+2)/2 (SPREAD/2)^k: 24 of them reach 1e-21.
+# For |x| ≤ SPREAD/2 the terms decrease like (k+1)(k+2)/2 (SPREAD/2)^k; 24 of them reach 1e-21.
 SPREAD, TERMS = 0.2, 24
 
 
 class SpectralMap(ABC):
-    """A function of a whole spectrum (..., d), with the arrays that the derivatives of the matrix function need."""
+    """A function of a spectrum (..., d), with the arrays that the derivatives of the matrix function need."""
 
     @abstractmethod
     def values(self, eigvals: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class SpectralMap(ABC):
 
 
 class ScalarFunction(SpectralMap):
-    """One function of one variable, applied to every eigenvalue."""
+    """A function of one variable, applied to every eigenvalue."""
 
     @abstractmethod
     def value(self, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class ScalarFunction(SpectralMap):
 
     @abstractmethod
     def scale(self, middle: Tensor) -> Tensor:
-        """The length over which f changes at ``middle``: the unit of the series."""
+        """The scale on which f changes at ``middle``: the unit of the series."""
 
     @abstractmethod
     def coefficient(self, k: int, middle: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class Power(ScalarFunction):
             return torch.zeros_like(high)
         gap = high - low
         safe = torch.where(gap == 0, 1.0, gap)
-        # hi^p − lo^p = ± big^p (1 − e^{−|x|}) with x = p log(hi/lo) and big the argument of the larger power.
+        # hi^p − lo^p = ± big^p (1 − e^{−|x|}) with x = p log(hi/lo) and big the argument with the larger power.
         x = p * torch.log1p(gap / low)
         big = high if p > 0 else low
         quotient = math.copysign(1.0, p) * big.pow(p) * -torch.expm1(-x.abs()) / safe
@@ -186,7 +186,7 @@ class Power(ScalarFunction):
         return K if self.exponent > 0 else K.div_(si).div_(sj).neg_()
 
     def second(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        # A triple eigenvalue 0 has no scale for the series: the limit is that of x², and 0 for every other power.
+        # A triple eigenvalue 0 has no scale for the series; the limit is 1 for x² and 0 for every other power.
         null = torch.maximum(torch.maximum(a, b), c) == 0
         return torch.where(null, 1.0 if self.exponent == 2.0 else 0.0, super().second(a, b, c))
 

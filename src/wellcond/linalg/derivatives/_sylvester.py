@@ -1,8 +1,8 @@
-"""The Sylvester equation QX + XQ = G for Hermitian Q, and its derivatives of every order.
+"""The Sylvester equation QX + XQ = G for Hermitian Q, with derivatives of every order.
 
-The derivative of the matrix square root solves this equation, and so does the derivative of the solution itself
-(Higham, Functions of Matrices, 2008, ch. 6), so the family of derivatives is closed: nothing ever divides by the
-difference of two eigenvalues.
+The derivative of the matrix square root solves this equation, and so does the derivative of its solution (Higham,
+Functions of Matrices, 2008, ch. 6). The family of derivatives is closed, and nothing ever divides by the difference of
+two eigenvalues.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from wellcond._shared.checks import hermitian_part, require_matrix
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond._shared.products import plus_product, product
 
+from .._rank import eigenpairs
 from ._divided_differences import reciprocal_or_zero_
-from ._rank import eigenpairs
 
 
 def in_eigenbasis(U: Tensor, K: Tensor, G: Tensor) -> Tensor:
-    """U (K ∘ (Uᴴ G U)) Uᴴ: the form of every first derivative of a matrix function (Daleckii–Krein)."""
+    """U (K ∘ (Uᴴ G U)) Uᴴ, the form of every first derivative of a matrix function (Daleckii–Krein)."""
     return product(product(U, product(product(U.mH, G), U).mul_(K)), U.mH)
 
 
 class Sylvester(BatchedFunction):
-    """X with QX + XQ = G, given the eigenpairs (s, U) of Q; null pairs of Q contribute nothing to X."""
+    """X with QX + XQ = G, from the eigenpairs (s, U) of Q; null pairs of Q contribute nothing to X."""
 
     @staticmethod
     def forward(Q: Tensor, G: Tensor, s: Tensor, U: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Sylvester(BatchedFunction):
 
 
 def sylvester(Q: Tensor, G: Tensor, s: Tensor, U: Tensor) -> Tensor:
-    """X with QX + XQ = G, given the eigenpairs (s, U) of Q; differentiable in Q and G to every order."""
+    """X with QX + XQ = G, from the eigenpairs (s, U) of Q; differentiable in Q and G to every order."""
     if not differentiated_again():
         return Sylvester.forward(Q, G, s, U)
     return Sylvester.call(Q, G, s, U)
@@ -70,22 +70,23 @@ def sylvester(Q: Tensor, G: Tensor, s: Tensor, U: Tensor) -> Tensor:
 def lyapunov(Q: Tensor, G: Tensor) -> Tensor:
     """Solve the Lyapunov equation QX + XQ = G.
 
-    Where an eigenvalue pair of Q sums to zero the equation has no or many solutions; the solution of minimum norm
-    on the other pairs is returned.
+    If two eigenvalues of Q sum to zero, the equation has no solution or many; the result is the solution of minimum
+    norm on the other pairs.
 
     Args:
-        Q: (..., d, d) Hermitian.
+        Q: (..., d, d) Hermitian, any floating or complex dtype.
         G: (..., d, d), batch dimensions broadcast with those of Q; need not be Hermitian.
 
     Returns:
-        (..., d, d) in the promoted dtype of Q and G; float32 work for half precision.
+        (..., d, d) in the promoted dtype of Q and G; half precision is computed in float32.
 
     Raises:
-        TypeError: a dtype that is neither floating nor complex.
-        ValueError: shapes that do not fit; a Q that is not finite or not Hermitian (checked on the CPU by default).
+        TypeError: Q or G is not a floating or complex tensor.
+        ValueError: Q or G is not square, shapes that do not fit, or a Q that is not finite or not Hermitian (checked on
+            the CPU by default).
 
-    Complexity: one eigendecomposition and four products, O(d³) per matrix. Every derivative exists and costs
-    four products more. Source: Higham 2008, ch. 6; Bartels and Stewart 1972 for the equation.
+    Complexity: one eigendecomposition and four products, O(d³) per matrix. Each further derivative costs four more
+    products. Source: Higham, Functions of Matrices, 2008, ch. 6; Bartels and Stewart 1972 for the equation.
 
     Example:
         >>> import torch
