@@ -38,7 +38,7 @@ default_role = "literal"  # `name` in a docstring is code, as in Markdown
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:class", r"(wellcond\.)?.*\b_\w+\..*"),  # a type that is private, and named for the reader of a signature alone
-    ("py:class", r"Model|Normalisation|Running|BatchNorm|.*\.ImageData|.*\._BatchNorm"),
+    ("py:class", r"Model|Normalisation|Running|BatchNorm|.*\.Image(Data|Set)|.*\._BatchNorm"),
 ]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]

@@ -125,7 +125,14 @@ def test_help_and_version_do_not_load_torch():
         "try: main()\n"
         "finally: print('loaded', [m for m in ('torch', 'lightning', 'matplotlib', 'numpy') if m in sys.modules])"
     )
-    for arguments in (["--help"], ["train", "--help"], ["compare", "--help"], ["bench", "--help"], ["--version"]):
+    for arguments in (
+        ["--help"],
+        ["train", "--help"],
+        ["compare", "--help"],
+        ["bench", "--help"],
+        ["latents", "--help"],
+        ["--version"],
+    ):
         done = python(code, *arguments)
         assert done.returncode == 0, done.stderr
         assert "loaded []" in done.stdout

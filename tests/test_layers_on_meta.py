@@ -22,6 +22,7 @@ CASES = {
     "TokenCovariancePool": (lambda: spectral.TokenCovariancePool(16), (4, 49, 16), (4, 136)),
     "SpectralLayer": (lambda: spectral.SpectralLayer("sqrt", normalisation="trace"), (4, 16, 49), (4, 16, 16)),
     "SkewOrthogonalConv2d": (lambda: spectral.SkewOrthogonalConv2d(16, 16), IMAGES, (4, 16, 7, 7)),
+    "SubspaceLayer": (lambda: spectral.SubspaceLayer(6, 64), (4, 6), (4, 64)),
 }
 
 

@@ -13,7 +13,7 @@ from test_cli import call
 from test_statistics import RUN
 from wellcond.experiments.errors import ConfigError
 from wellcond.experiments.files import read_csv, write_csv
-from wellcond.experiments.recipes import known_recipes, load_recipe, recipe_text
+from wellcond.experiments.recipes import GENERATOR, known_recipes, load_recipe, recipe_text
 from wellcond.experiments.run.config import BEFORE, RunConfig
 from wellcond.experiments.run.result import LayerCondition, load_result
 from wellcond.experiments.show.curves import BOTH
@@ -47,6 +47,9 @@ def test_every_recipe_makes_runs_at_every_scale(name: str):
         assert {len(runs) for runs in configs.values()} == {recipe.seeds}
         assert [run.seed for run in next(iter(configs.values()))] == list(range(recipe.seeds))
     assert recipe.heading(next(iter(recipe.configs().values()))) == recipe.title
+    if recipe.task == GENERATOR:
+        assert "steps 20" in recipe.heading(next(iter(recipe.configs("tiny").values())))
+        return
     small = recipe.heading(next(iter(recipe.configs("small").values())))
     assert small.startswith(recipe.title) and "resnet8" in small and "epochs 30" in small
 

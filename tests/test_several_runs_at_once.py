@@ -194,12 +194,12 @@ def test_a_run_whose_process_dies_again_and_again_is_given_up(tmp_path, monkeypa
 def test_a_process_loads_the_images_once(tmp_path, monkeypatch):
     """Until a run needs others."""
     loaded = []
-    real = attempt.load
-    monkeypatch.setattr(attempt, "load", lambda config: loaded.append(config) or real(config))
+    real = attempt.CLASSIFIERS
+    counting = replace(real, load=lambda config: loaded.append(config) or real.load(config))
     monkeypatch.setattr(attempt, "_CACHE", {})
     configs = [small(epochs=1, seed=seed) for seed in range(2)] + [small(epochs=1, limit=100)]
     for place, config in enumerate(configs):
-        assert attempt.attempt(attempt.Task(config, tmp_path / str(place))) == attempt.Outcome()
+        assert attempt.attempt(attempt.Task(config, tmp_path / str(place), counting)) == attempt.Outcome()
     assert loaded == [configs[0], configs[2]]
 
 

@@ -11,6 +11,7 @@ from wellcond.cli.bench import bench
 from wellcond.cli.compare import compare
 from wellcond.cli.data import data
 from wellcond.cli.inspect import inspect
+from wellcond.cli.latents import latents
 from wellcond.cli.recipes import recipes
 from wellcond.cli.report import report
 from wellcond.cli.reporting import say
@@ -33,5 +34,5 @@ def common(
         raise typer.Exit
 
 
-for _command in (train, compare, recipes, data, inspect, report, bench):
+for _command in (train, compare, recipes, data, inspect, report, latents, bench):
     app.command()(_command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shlex
 from dataclasses import replace
@@ -46,6 +47,12 @@ def compare(
         if recipe is None and (scale or rows):
             raise ValueError(f"{'--scale' if scale else '--rows'} needs --recipe, such as --recipe table4")
         out = out or (Path(Path(recipe).stem) if recipe else DEFAULT_COMPARISON)
+        given = {"resume": resume, "overwrite": overwrite, "jobs": jobs, "executor": executor}
+        if recipe is not None and _is_of_generators(recipe):
+            if reuse:
+                raise ValueError("--reuse copies runs of classifiers, and the recipe is of generators; leave it out")
+            _compare_generators(recipe, scale, rows, asked, out, resume_commands, given)
+            return
         from wellcond.experiments.compare import compare as compare_runs
         from wellcond.experiments.results.difference_tables import differences_table
         from wellcond.experiments.results.tables import comparison_table
@@ -69,11 +76,8 @@ def compare(
         summary = compare_runs(
             configs,
             out,
-            resume=resume,
-            overwrite=overwrite,
+            **given,
             progress=console.is_terminal,
-            jobs=jobs,
-            executor=executor,
             reuse=reuse or (),
             experiment=experiment,
             finished=finished,
@@ -84,10 +88,54 @@ def compare(
         say(f"in {out}: results.csv, results.json, results.parquet, condition.parquet, condition.png, condition.svg")
 
 
-def _from_recipe(source: str, scale: str | None, rows: list[str] | None, asked: dict[str, Any]) -> tuple[Any, Any]:
+def _from_recipe(recipe: str, scale: str | None, rows: list[str] | None, asked: dict[str, Any]) -> tuple[Any, Any]:
     """The configurations of a recipe, and its experiment."""
-    from wellcond.experiments.recipes import FULL, load_recipe
     from wellcond.experiments.results.experiment import Experiment
+
+    found, configs, command = _runs_of(recipe, scale, rows, asked)
+    experiment = Experiment.of_recipe(found, configs, command)
+    return [config for row in configs.values() for config in row], experiment
+
+
+def _is_of_generators(recipe: str) -> bool:
+    from wellcond.experiments.recipes import GENERATOR, load_recipe
+
+    return load_recipe(recipe).task == GENERATOR
+
+
+def _compare_generators(
+    recipe: str,
+    scale: str | None,
+    rows: list[str] | None,
+    asked: dict[str, Any],
+    out: Path,
+    resume_commands: list[str],
+    given: dict[str, Any],
+) -> None:
+    """Train the generators of a recipe, and print their tables."""
+    from wellcond.experiments.compare_generators import REPORT, compare_generators
+    from wellcond.experiments.show.render import for_terminal
+
+    found, configs, command = _runs_of(recipe, scale, rows, asked)
+    resume_commands.append(f"{command} {shlex.join(['--out', str(out), '--resume'])}")
+    numbers, total = itertools.count(1), sum(map(len, configs.values()))
+
+    def finished(row: str, result: Any) -> None:
+        at = f"[{next(numbers)}/{total}] {row}, seed {result.config.seed}"
+        say(f"{at}: κ(U) {result.kappa_directions:.4g}, {result.seconds:.1f} s")
+
+    heading = found.heading([config for row in configs.values() for config in row])
+    told = {"heading": heading, "against": found.against(), "command": command}
+    for table in compare_generators(configs, out, **told, **given, progress=console.is_terminal, finished=finished):
+        console.print(for_terminal(table))
+    say(f"in {out}: results.csv, results.json, {REPORT}")
+
+
+def _runs_of(
+    recipe: str, scale: str | None, rows: list[str] | None, asked: dict[str, Any]
+) -> tuple[Any, dict[str, Any], str]:
+    """A recipe with these rows, the configurations of each, and the command line."""
+    from wellcond.experiments.recipes import FULL, load_recipe
 
     options = {**asked}
     for name in ("norm", "head", "treat"):
@@ -96,12 +144,12 @@ def _from_recipe(source: str, scale: str | None, rows: list[str] | None, asked: 
             if len(values) > 1:
                 raise ValueError(f"a recipe takes one --{name} for all its rows, got {', '.join(values)}")
             options[name] = values[0]
-    recipe = load_recipe(source)
+    found = load_recipe(recipe)
     if rows:
-        recipe = recipe.with_rows(rows)
+        found = found.with_rows(rows)
     seeds = options.pop("seed", None)
-    configs = recipe.configs(scale or FULL, seeds, **options)
-    words = ["wellcond", "compare", "--recipe", source]
+    configs = found.configs(scale or FULL, seeds, **options)
+    words = ["wellcond", "compare", "--recipe", recipe]
     if scale:
         words += ["--scale", scale]
     for row in rows or ():
@@ -110,8 +158,7 @@ def _from_recipe(source: str, scale: str | None, rows: list[str] | None, asked: 
         words += option_words(name, value)
     if seeds:
         words += ["--seeds", str(seeds)]
-    experiment = Experiment.of_recipe(recipe, configs, shlex.join(words))
-    return [config for row in configs.values() for config in row], experiment
+    return found, configs, shlex.join(words)
 
 
 def _from_options(asked: dict[str, Any], out: Path, resume: bool) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from wellcond.experiments.run.command_line import said_default
-from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.config import run_config
 
 DEFAULT_COMPARISON = Path("comparison")
 
@@ -21,14 +21,22 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 
 
 def takes_run_options(**instead: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make every field of `RunConfig` an option of a command, which receives the given ones as a dictionary.
+    """`takes_options_of` a `RunConfig`."""
+    return takes_options_of(run_config(), **instead)
 
+
+def takes_options_of(example: Any, **instead: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make every field of a configuration an option of a command, which receives the given ones as a dictionary.
+
+    The help has the defaults of its class, and those of the `example` where they differ.
     `instead` overrides the annotations of some fields, or adds options.
     """
-    kinds = get_type_hints(RunConfig)
+    kinds = get_type_hints(type(example))
     options = {
-        f.name: Annotated[kinds[f.name] | None, typer.Option(help=f.metadata["help"], show_default=said_default(f))]
-        for f in fields(RunConfig)
+        f.name: Annotated[
+            kinds[f.name] | None, typer.Option(help=f.metadata["help"], show_default=said_default(f, example))
+        ]
+        for f in fields(example)
     }
     options |= instead
 

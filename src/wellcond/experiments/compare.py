@@ -98,7 +98,7 @@ def compare(
         raise ConfigError("the same configuration and seed is in the grid twice")
     if len({same_images(config) for config in configs}) > 1:
         raise ConfigError("all runs of a comparison need the same data, image size and crop")
-    parallel = _parallel_executor(jobs, executor)
+    parallel = parallel_executor(jobs, executor)
     marked = folders.check(out, COMPARISON, resume=resume, overwrite=overwrite)
     configs = with_threads(configs, configs_in(marked) if resume else [], apart=parallel is not None)
     experiment = experiment or Experiment.of_grid(configs)
@@ -132,7 +132,7 @@ def compare(
         return _write(experiment, results, out)
 
 
-def _parallel_executor(jobs: int | None, executor: str | None) -> Executor | None:
+def parallel_executor(jobs: int | None, executor: str | None) -> Executor | None:
     """The executor for several processes or a cluster; None for this process."""
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")

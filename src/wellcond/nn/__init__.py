@@ -22,6 +22,7 @@ from .decorrelated_batchnorm import (
 from .iter_norm import IterNorm1d, IterNorm2d, IterNorm3d
 from .skew_orthogonal_conv import SkewOrthogonalConv2d
 from .spectral_layer import SpectralLayer
+from .subspace_layer import SubspaceLayer
 from .whitening_coloring import WhiteningColoring
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "SkewOrthogonalConv2d",
     "SpectralLayer",
     "SpectralModule",
+    "SubspaceLayer",
     "TokenCovariancePool",
     "WhiteningColoring",
     "convert_sync",

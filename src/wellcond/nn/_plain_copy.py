@@ -37,7 +37,7 @@ def to_plain(model: Model, example_input: Any = None) -> Model:
     then differs.
 
     Layers without a counterpart in ``torch.nn`` are kept: :class:`GlobalCovariancePool2d` and its kin,
-    :class:`SpectralLayer` and :class:`WhiteningColoring`, which have no state of their own, and
+    :class:`SpectralLayer` and :class:`WhiteningColoring`, which have no state of their own, :class:`SubspaceLayer`, and
     :class:`SkewOrthogonalConv2d`. A convolution with an orthogonal weight of ``map="soc"`` becomes a
     :class:`SkewOrthogonalConv2d`, and a warning names it, since the shape of its filter differs.
 

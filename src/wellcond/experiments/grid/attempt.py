@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from wellcond.experiments import folders
-from wellcond.experiments.data.load import ImageData
 from wellcond.experiments.run.build import load
 from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.result import load_result
 from wellcond.experiments.run.train import run
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -23,11 +23,34 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 @dataclass(frozen=True)
+class Work:
+    """How the runs of one kind are done: all are functions of modules, which other processes import.
+
+    ``train(config, folder, resume=, data=, progress=)``; ``load(config)`` of its images, and ``images_of(config)``,
+    which is equal for configurations with the same images; ``result(folder)`` of a finished run, or None.
+    """
+
+    train: Callable[..., Any]
+    load: Callable[[Any], Any]
+    images_of: Callable[[Any], tuple[Any, ...]]
+    result: Callable[[Path], Any]
+
+
+def same_images(config: RunConfig) -> tuple[Any, ...]:
+    """A key that is equal for configurations trained on the same images in the same form."""
+    return config.data, config.image_size, config.limit, config.crop == "resized"
+
+
+CLASSIFIERS = Work(run, load, same_images, load_result)
+
+
+@dataclass(frozen=True)
 class Task:
     """A run to train or continue in ``folder``."""
 
-    config: RunConfig
+    config: Any
     folder: Path
+    work: Work = CLASSIFIERS
 
 
 @dataclass(frozen=True)
@@ -45,11 +68,12 @@ Outcomes = Generator[tuple[int, Outcome], None, None]
 Executor = Callable[[Sequence[Task]], Outcomes]
 
 
-def attempt(task: Task, data: ImageData | None = None, progress: bool = False) -> Outcome:
+def attempt(task: Task, data: Any = None, progress: bool = False) -> Outcome:
     """Train the run, continuing from its last checkpoint if there is one."""
     begun = (task.folder / folders.CONFIG).exists()
     try:
-        run(task.config, task.folder, resume=begun, data=data or _images(task.config), progress=progress)
+        images = _images(task) if data is None else data
+        task.work.train(task.config, task.folder, resume=begun, data=images, progress=progress)
     except Exception as error:
         message = str(error) or type(error).__name__
         if not (type(error).__module__.startswith("wellcond.") or isinstance(error, (ValueError, OSError))):
@@ -66,21 +90,16 @@ def attempt_elsewhere(task: Task) -> Outcome:
     return replace(outcome, said=tuple(messages))
 
 
-_CACHE: dict[tuple[Any, ...], ImageData] = {}
+_CACHE: dict[tuple[Any, ...], Any] = {}
 """The images last loaded by this process, reused by its next run."""
 
 
-def _images(config: RunConfig) -> ImageData:
-    key = same_images(config)
+def _images(task: Task) -> Any:
+    key = (task.work.load, *task.work.images_of(task.config))
     if key not in _CACHE:
         _CACHE.clear()
-        _CACHE[key] = load(config)
+        _CACHE[key] = task.work.load(task.config)
     return _CACHE[key]
-
-
-def same_images(config: RunConfig) -> tuple[Any, ...]:
-    """A key that is equal for configurations trained on the same images in the same form."""
-    return config.data, config.image_size, config.limit, config.crop == "resized"
 
 
 @contextmanager
@@ -99,7 +118,7 @@ def _captured_log() -> Iterator[list[tuple[int, str]]]:
         log.propagate = before
 
 
-def in_this_process(data: ImageData, progress: bool) -> Executor:
+def in_this_process(data: Any, progress: bool) -> Executor:
     """Runs one task after another in this process."""
 
     def train(tasks: Sequence[Task]) -> Outcomes:

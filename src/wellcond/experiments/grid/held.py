@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import wellcond
 from wellcond.experiments.errors import FolderError, RunError
@@ -40,7 +41,7 @@ def held_results(out: Path, places: Mapping[RunConfig, Path]) -> dict[RunConfig,
     return found
 
 
-def with_threads(configs: Sequence[RunConfig], held: Sequence[RunConfig], apart: bool) -> list[RunConfig]:
+def with_threads(configs: Sequence[Any], held: Sequence[Any], apart: bool) -> list[Any]:
     """The grid with the number of CPU threads filled in, as the last bits of a run depend on it.
 
     Unless configured, it is that of the runs already ``held``, or 1 for runs in ``apart`` processes.
@@ -49,7 +50,7 @@ def with_threads(configs: Sequence[RunConfig], held: Sequence[RunConfig], apart:
     return [replace(config, threads=default) if config.threads is None else config for config in configs]
 
 
-def refuse_another_version(out: Path, version: str | None, held: Sequence[RunResult]) -> None:
+def refuse_another_version(out: Path, version: str | None, held: Sequence[Any]) -> None:
     """Raise a `FolderError` if existing results are from another version, as the numbers would not be comparable."""
     made_by = {version, *(result.environment.get("wellcond") for result in held)} - {None}
     if others := sorted(map(str, made_by - {wellcond.__version__})):

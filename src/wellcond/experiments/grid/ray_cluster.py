@@ -11,6 +11,7 @@ import re
 import socket
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def _train(ray: Any, tasks: Sequence[Task], max_running: int) -> Outcomes:
                 needs = {"num_cpus": (config.threads or 1) * config.devices, "num_gpus": config.devices if gpus else 0}
                 # Retries are counted here, so that a run that always kills its worker is given up.
                 work = ray.remote(max_retries=0, **needs)(_on_worker)
-                running[work.remote(Task(config, tasks[index].folder.absolute()), os.getcwd())] = (index, deaths)
+                task = replace(tasks[index], folder=tasks[index].folder.absolute())
+                running[work.remote(task, os.getcwd())] = (index, deaths)
             for done in ray.wait(list(running), num_returns=1)[0]:
                 index, deaths = running.pop(done)
                 try:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any, Protocol
 
 from wellcond.experiments.errors import RunError
-from wellcond.experiments.grid.attempt import Executor, Outcome, Task
-from wellcond.experiments.results.parquet import ResultTables
-from wellcond.experiments.run.config import RunConfig
-from wellcond.experiments.run.result import RunResult, load_result
+from wellcond.experiments.grid.attempt import CLASSIFIERS, Executor, Outcome, Task, Work
 
 log: logging.Logger = logging.getLogger("wellcond")
 
 
+class Tables(Protocol):
+    """Where results are written as they come: the folder, and what writes all there are."""
+
+    @property
+    def out(self) -> Path: ...
+
+    def write(self, results: Iterable[Any], /) -> None: ...
+
+
 def train_all(
-    places: Mapping[RunConfig, Path],
-    tables: ResultTables,
-    done: Mapping[RunConfig, RunResult],
+    places: Mapping[Any, Path],
+    tables: Tables,
+    done: Mapping[Any, Any],
     executor: Executor,
-    finished: Callable[[int, RunResult], None],
-) -> list[RunResult]:
+    finished: Callable[[int, Any], None],
+    work: Work = CLASSIFIERS,
+) -> list[Any]:
     """The results of all runs, trained or resumed unless ``done``; the tables are updated whenever a run ends.
 
     Raises:
@@ -39,13 +47,13 @@ def train_all(
     update_tables()
     missing = [config for config in configs if config not in results]
     troubles: dict[str, Outcome] = {}
-    tasks = [Task(config, places[config]) for config in missing]
+    tasks = [Task(config, places[config], work) for config in missing]
     with closing(executor(tasks)) as outcomes:
         for index, outcome in outcomes:
             config = missing[index]
             for level, message in outcome.said:
                 log.log(level, "%s", message)
-            result = None if outcome.trouble else load_result(places[config])
+            result = None if outcome.trouble else work.result(places[config])
             if result is not None:
                 results[config] = result
                 update_tables()

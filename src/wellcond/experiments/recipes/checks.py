@@ -9,10 +9,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 from wellcond._shared.names import require_known
 from wellcond.experiments.errors import ConfigError
 from wellcond.experiments.recipes.recipe import PaperFigures, Row
-from wellcond.experiments.run.config import RunConfig
 
 RECIPE_KEYS: dict[str, Any] = {
-    **dict.fromkeys(("title", "about", "like", "shows"), str),
+    **dict.fromkeys(("title", "about", "like", "shows", "task"), str),
     "seeds": int,
     **dict.fromkeys(("keep", "rows"), list),
     **dict.fromkeys(("options", "scales"), dict),
@@ -39,12 +38,12 @@ def require_keys(values: Any, kinds: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"{where}: {key} must be {_in_words(kinds[key])}, got {value!r}")
 
 
-def require_options(values: Any, where: str) -> None:
-    """Reject unknown run options and values of a wrong type; the seed is not an option here."""
+def require_options(values: Any, where: str, config: type) -> None:
+    """Reject values of a wrong type and what is no option of this class; the seed is not an option here."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} must be a table of options, got {values!r}")
-    hints = get_type_hints(RunConfig)
-    kinds = {f.name: hints[f.name] for f in fields(RunConfig) if f.name != "seed"}
+    hints = get_type_hints(config)
+    kinds = {f.name: hints[f.name] for f in fields(config) if f.name != "seed"}
     for key, value in values.items():
         require_known(key, kinds, f"option in {where}", error=ConfigError)
         taken = get_args(kinds[key]) if get_origin(kinds[key]) else (kinds[key],)
@@ -52,13 +51,13 @@ def require_options(values: Any, where: str) -> None:
             raise ConfigError(f"{where}: {key} must be {_in_words(taken)}, got {value!r}")
 
 
-def checked_row(values: Any, where: str) -> Row:
-    """A validated row."""
+def checked_row(values: Any, where: str, config: type) -> Row:
+    """A validated row, with options of this class."""
     if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
         raise ConfigError(f"{where} has a row without a name")
     where = f"{where}, row '{values['name']}'"
     require_keys(values, ROW_KEYS, where)
-    require_options(values.get("options", {}), where)
+    require_options(values.get("options", {}), where, config)
     paper = {}
     for data, figures in values.get("paper", {}).items():
         require_keys(figures, PAPER_KEYS, f"{where}, paper.{data}")

@@ -10,6 +10,7 @@ from wellcond._shared.names import choices, require_known
 from wellcond.experiments.errors import ConfigError
 from wellcond.experiments.recipes.checks import RECIPE_KEYS, checked_row, require_keys, require_options
 from wellcond.experiments.recipes.recipe import Recipe, Row
+from wellcond.experiments.recipes.tasks import CLASSIFIER, TASKS
 
 FILES = Path(__file__).parent / "files"
 SHOWS = ("table", "figure")
@@ -77,13 +78,18 @@ def _loaded(path: Path, children: tuple[Path, ...]) -> Recipe:
         base = _loaded(_path(found["like"], path.parent), (*children, path.resolve()))
     elif "keep" in found:
         raise ConfigError(f"{where} has 'keep' without 'like'")
-    own = [checked_row(values, where) for values in found.get("rows", ())]
+    task = found.get("task", base.task if base else CLASSIFIER)
+    require_known(task, TASKS, f"task of {where}", error=ConfigError)
+    if base is not None and base.task != task:
+        raise ConfigError(f"{where} is of task '{task}', but like '{base.name}' of task '{base.task}'")
+    config = TASKS[task].config
+    own = [checked_row(values, where, config) for values in found.get("rows", ())]
     rows = _in_order(own, base, found.get("keep"), where)
     options = found.get("options", {})
-    require_options(options, f"{where}, options")
+    require_options(options, f"{where}, options", config)
     scales = found.get("scales", {})
     for scale, changes in scales.items():
-        require_options(changes, f"{where}, scale '{scale}'")
+        require_options(changes, f"{where}, scale '{scale}'", config)
     if found.get("seeds", 1) < 1:
         raise ConfigError(f"{where}: seeds must be at least 1, got {found['seeds']}")
     shows = found.get("shows", base.shows if base else "table")
@@ -97,6 +103,7 @@ def _loaded(path: Path, children: tuple[Path, ...]) -> Recipe:
         scales={**(base.scales if base else {}), **scales},
         seeds=found.get("seeds", base.seeds if base else 1),
         shows=shows,
+        task=task,
     )
 
 

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 from wellcond._shared.names import require_known
 from wellcond.experiments.errors import ConfigError
-from wellcond.experiments.run.config import RunConfig, run_config
-from wellcond.experiments.run.parts import takes_solver
+from wellcond.experiments.recipes.tasks import CLASSIFIER, TASKS
 
-ASIDE = {"seed", "threads", "workers", "monitor_every"}
+ASIDE = {"seed", "threads", "workers", "monitor_every", "record_every"}
 """Options that do not change what is being compared."""
 
 FULL = "full"
@@ -42,7 +41,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Recipe:
-    """An experiment: its runs, its number of seeds, and its output (``shows`` is ``table`` or ``figure``)."""
+    """An experiment: its runs, its number of seeds, and its output (``shows`` is ``table`` or ``figure``).
+
+    The runs are of the configuration that ``TASKS`` has for its ``task``.
+    """
 
     name: str
     title: str
@@ -52,6 +54,7 @@ class Recipe:
     scales: Mapping[str, Mapping[str, Any]]
     seeds: int
     shows: str
+    task: str = CLASSIFIER
 
     def with_rows(self, names: Sequence[str]) -> Recipe:
         """The recipe reduced to these rows and their baselines.
@@ -65,7 +68,7 @@ class Recipe:
         wanted = {*names, *(row.against or first for row in self.rows if row.name in names)}
         return replace(self, rows=tuple(row for row in self.rows if row.name in wanted))
 
-    def configs(self, scale: str = FULL, seeds: int | None = None, **options: Any) -> dict[str, list[RunConfig]]:
+    def configs(self, scale: str = FULL, seeds: int | None = None, **options: Any) -> dict[str, list[Any]]:
         """The runs of each row with seeds 0, 1, …. The recipe's options are overridden by those of the scale, of the
         row, and by ``options``, in this order; ``options`` must not contain an option of a row.
 
@@ -82,25 +85,23 @@ class Recipe:
                 raise ConfigError(f"recipe '{self.name}': rows '{same[0]}' and '{same[1]}' are the same run")
         return {name: [replace(config, seed=seed) for seed in range(count)] for name, config in found.items()}
 
-    def _config(self, row: Row, scale: str, options: Mapping[str, Any]) -> RunConfig:
+    def _config(self, row: Row, scale: str, options: Mapping[str, Any]) -> Any:
         if clash := row.options.keys() & options.keys():
             raise ConfigError(
                 f"{sorted(clash)[0]} is set by row '{row.name}' of recipe '{self.name}', and cannot be the same in all "
                 "rows: leave that row out with --rows, or edit a copy of the recipe"
             )
         chosen = {**self.options, **self.scales.get(scale, {}), **row.options, **options}
-        if not takes_solver(chosen.get("norm", RunConfig.norm), chosen.get("head", RunConfig.head)):
-            chosen["solver"] = None
         try:
-            return run_config(**chosen)
+            return TASKS[self.task].configure(**chosen)
         except ConfigError as error:
             raise ConfigError(f"recipe '{self.name}', row '{row.name}': {error}") from None
 
-    def heading(self, configs: Iterable[RunConfig]) -> str:
+    def heading(self, configs: Iterable[Any]) -> str:
         """The title, followed by all options that differ from the recipe at full scale."""
         chosen, full = next(iter(configs)), next(iter(self.configs(seeds=1).values()))[0]
         varied = {*ASIDE, *(name for row in self.rows for name in row.options)}
-        names = [option.name for option in fields(RunConfig) if option.name not in varied]
+        names = [option.name for option in fields(chosen) if option.name not in varied]
         changed = [f"{n} {getattr(chosen, n)}" for n in names if getattr(chosen, n) != getattr(full, n)]
         return f"{self.title} — at another scale: {', '.join(changed)}" if changed else self.title
 

@@ -12,10 +12,9 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from wellcond.experiments.results.table import percent
-from wellcond.experiments.run.result import RunResult
 
 LEVEL = 0.05
 """Significance level; intervals cover 1 − LEVEL."""
@@ -25,8 +24,8 @@ POWER = 0.8
 """Statistical power at which the number of needed seeds is computed."""
 RESAMPLES = 9999
 
-Measure = Callable[[RunResult], float]
-"""The compared quantity of a run."""
+Measure = Callable[[Any], float]
+"""The compared quantity of a run, whose configuration has a seed."""
 ERROR: Measure = operator.attrgetter("test_error")
 
 
@@ -82,7 +81,7 @@ def signed(fraction: float) -> str:
 
 
 def differences(
-    groups: Mapping[str, Sequence[RunResult]], against: Mapping[str, str], measure: Measure = ERROR
+    groups: Mapping[str, Sequence[Any]], against: Mapping[str, str], measure: Measure = ERROR
 ) -> list[Difference]:
     """The difference of each row in ``against`` from its baseline; rows without a common seed with finite values are
     omitted.

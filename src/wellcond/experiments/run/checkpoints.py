@@ -106,7 +106,7 @@ def read_checkpoint(path: Path, parts: Sequence[str] = PARTS) -> dict[str, Any]:
     return dict(checkpoint)
 
 
-def newest_readable(folder: Path) -> tuple[Path, dict[str, Any], dict[Path, str]]:
+def newest_readable(folder: Path, parts: Sequence[str] = PARTS) -> tuple[Path, dict[str, Any], dict[Path, str]]:
     """The most advanced readable checkpoint in `folder`, its contents, and what is wrong with unreadable ones.
 
     Others than `last.ckpt` are opened only if that is missing or damaged.
@@ -120,7 +120,7 @@ def newest_readable(folder: Path) -> tuple[Path, dict[str, Any], dict[Path, str]
         if not path.exists() or (found and found[0][0].name == LAST):
             continue
         try:
-            found.append((path, read_checkpoint(path)))
+            found.append((path, read_checkpoint(path, parts)))
         except ValueError as error:
             troubles[path] = f"'{path}' cannot be read ({error})"
     if not found:

@@ -9,13 +9,13 @@ from typing import Any
 from wellcond.experiments.run.config import RunConfig, run_config
 
 
-def said_default(option: Field[Any]) -> str:
-    """The default shown in the help: the paper's, and that of the digits."""
-    values = dict.fromkeys((option.default, getattr(run_config(), option.name)))
+def said_default(option: Field[Any], example: Any) -> str:
+    """The default shown in the help: the paper's, and where it differs that of a configuration, by its data set."""
+    values = dict.fromkeys((option.default, getattr(example, option.name)))
     texts = [option.metadata["unset"] if value is None else str(value) for value in values]
     if option.type == "bool":
         texts = [f"{'' if value else 'no-'}{option.name}" for value in values]
-    return "; digits: ".join(texts)
+    return f"; {example.data}: ".join(texts)
 
 
 def option_words(name: str, value: Any) -> list[str]:

@@ -141,8 +141,8 @@ class Classifier(pl.LightningModule):
 
 
 @torch.no_grad()
-def first_non_finite_layer(model: nn.Module, images: Tensor) -> str | None:
-    """The name of the first layer, in execution order, whose output on `images` is not finite."""
+def first_non_finite_layer(model: nn.Module, *inputs: Tensor) -> str | None:
+    """The name of the first layer, in execution order, whose output on these `inputs` is not finite."""
     found: list[str] = []
 
     def watch(name: str) -> Any:
@@ -157,7 +157,7 @@ def first_non_finite_layer(model: nn.Module, images: Tensor) -> str | None:
     ]
     try:
         with torch.compiler.set_stance("force_eager"):  # a compiled model would not call the hooks
-            model(images)
+            model(*inputs)
     except ValueError:
         pass  # a spectral layer rejects the non-finite output of the layer found
     finally:

@@ -1,7 +1,8 @@
 """Named data sets, one module each; adding a data set only takes a new module.
 
 A module has ``HUB``, the name on the Hugging Face hub, or ``load() -> Source``; and optionally ``SETTINGS``, which
-override the paper's training options. torch must only be imported in ``load``, so that ``wellcond --help`` is fast.
+override the paper's training options, and ``GENERATOR_SETTINGS``, the same for generators. torch must only be imported
+in ``load``, so that ``wellcond --help`` is fast.
 """
 
 from importlib import import_module
