@@ -353,6 +353,7 @@ def test_second_derivatives_in_single_precision_equal_those_in_double(name, dtyp
     assert relative_error(got, curvature(P.to(wide), direction.to(wide))) < 60 * torch.finfo(dtype).eps * 4
 
 
+@pytest.mark.filterwarnings("ignore::wellcond.linalg.ApproximateRootWarning")
 @pytest.mark.parametrize("solver", [wl.Eigh(), wl.NewtonSchulz(steps=4)], ids=repr)
 def test_solvers_survive_deepcopy_and_pickle(solver):
     P = with_spectrum(SPECTRA["distinct"])

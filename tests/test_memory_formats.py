@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from small_runs import small
 from wellcond.experiments.data.load import load_images
+from wellcond.experiments.errors import ConfigError
 from wellcond.experiments.run.build import build
+from wellcond.experiments.run.config import run_config
 from wellcond.experiments.run.models import build_model
 
 PARTS = [("batch", "avg"), ("zca", "avg"), ("iter", "avg"), ("batch", "gcp"), ("zca", "gcp")]
@@ -90,3 +92,12 @@ def test_photographs_come_in_their_own_layout_and_leave_in_the_run_s(tmp_path: A
         batches.append(images.on_after_batch_transfer(next(iter(images.train_dataloader())), 0)[0])
     assert torch.equal(*batches)
     assert batches[0].stride() == batches[1].stride()
+
+
+def test_narrow_networks_are_not_channels_last():
+    """On some CPUs PyTorch corrupts memory in channels-last 1 × 1 convolutions of fewer than 8 channels."""
+    assert run_config(width=4).memory_format == "contiguous"
+    assert run_config(width=8).memory_format == run_config().memory_format == "channels_last"
+    assert run_config(width=4, memory_format="contiguous").memory_format == "contiguous"
+    with pytest.raises(ConfigError, match="corrupts memory on some CPUs"):
+        run_config(width=4, memory_format="channels_last")

@@ -31,6 +31,7 @@ from wellcond.nn._fused_passes.geometry import geometry_of
 from wellcond.nn._fused_passes.products import sum_of_products
 from wellcond.nn._fused_passes.samples import Samples
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*values per channel give a covariance of rank:UserWarning")
 SPECTRUM = [9.0, 4.0, 2.0, 1.0, 0.5, 0.25]
 METHODS = ["zca", "pca", "cholesky"]
 LAYOUTS = [(16, 6), (8, 6, 7), (8, 6, 4, 5), (4, 6, 3, 2, 4)]

@@ -90,6 +90,7 @@ def test_states_of_other_layers_and_maps_are_refused_and_change_nothing():
         model[0].load_state_dict(gray[0].state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:.*no layer before that the whitening folds into:UserWarning")
 def test_plain_copies_hold_a_layer_of_the_library_and_say_so():
     model, _, _ = trained()
     expected = outputs(model)

@@ -164,6 +164,14 @@ class RunConfig:
         return cls(**values)
 
 
+LEAST_WIDTH = 8
+"""Channels from which on channels-last convolutions are safe.
+
+On CPUs without AVX-512, PyTorch 2.13 writes out of bounds in the backward pass of a channels-last 1 × 1 convolution of
+stride 2 with fewer than 8 input channels (seen with 2, 4, 5 and 6; none from 8 on): "double free or corruption".
+"""
+
+
 def run_config(**options: Any) -> RunConfig:
     """The configuration for `options`; missing ones default to the settings of the data set, then the paper's."""
     given = {name: value for name, value in options.items() if value is not None}
@@ -172,4 +180,11 @@ def run_config(**options: Any) -> RunConfig:
     settings = dict(getattr(NAMED.get(given.get("data", "digits")), "SETTINGS", {}))
     if given.get("stem") == "imagenet":  # it has a fixed kernel size
         settings.pop("stem_kernel", None)
-    return RunConfig(**{**settings, **given})
+    options = {**settings, **given}
+    if (options.get("width") or LEAST_WIDTH) < LEAST_WIDTH:
+        if options.setdefault("memory_format", "contiguous") == "channels_last":
+            raise ConfigError(
+                f"width {options['width']} with memory_format 'channels_last' corrupts memory on some CPUs, by a fault of "
+                f"PyTorch in narrow 1 × 1 convolutions: take 'contiguous', or a width of at least {LEAST_WIDTH}"
+            )
+    return RunConfig(**options)
