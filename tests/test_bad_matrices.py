@@ -99,7 +99,7 @@ def test_a_ridge_larger_than_the_negative_eigenvalue_makes_it_definite():
     assert torch.allclose(got.diagonal(), torch.tensor([1.3, 0.2], dtype=torch.float64).sqrt())
 
 
-@each(EVERYTHING)
+@each({k: v for k, v in EVERYTHING.items() if k != "cross_covariance"})
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", [(0, 0), (0, 1)])
 def test_nan_and_infinity_are_an_error_with_the_batch_index(f, value, where):

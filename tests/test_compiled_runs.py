@@ -20,7 +20,7 @@ from wellcond.experiments.run.training import Classifier, first_non_finite_layer
 
 @pytest.mark.slow
 def test_a_compiled_run_is_the_plain_one_and_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    options = {"width": 4, "epochs": 2, "treat": "nog"}
+    options = {"epochs": 2, "treat": "nog"}
     run(small(**options), tmp_path / "plain")
     run(small(**options, compile=True), tmp_path / "whole")
     plain, compiled = (checkpoint(tmp_path / name)["state_dict"] for name in ("plain", "whole"))

@@ -73,3 +73,14 @@ def test_what_does_not_fit_is_refused(X, Y, correction, error, message):
 def test_integers_are_refused():
     with pytest.raises(TypeError, match="Y"):
         cross_covariance(torch.randn(2, 3), torch.ones(2, 3, dtype=torch.int64))
+
+
+def test_nan_stays_in_its_own_matrix():
+    """One product and no decomposition: NaN passes through, as in torch."""
+    X, Y = torch.randn(3, 2, 5), torch.randn(3, 4, 5)
+    X[1, 0, 0] = Y[1, 0, 0] = float("nan")
+    C = cross_covariance(X, Y)
+    assert C[[0, 2]].isfinite().all()
+    assert C[1, 0].isnan().all()
+    assert C[1, :, 0].isnan().all()
+    assert C[1, 1, 1:].isfinite().all()

@@ -182,9 +182,11 @@ def run_config(**options: Any) -> RunConfig:
         settings.pop("stem_kernel", None)
     options = {**settings, **given}
     if (options.get("width") or LEAST_WIDTH) < LEAST_WIDTH:
-        if options.setdefault("memory_format", "contiguous") == "channels_last":
+        channels_last = options.setdefault("memory_format", "contiguous") == "channels_last"
+        if channels_last or options.get("compile"):  # the compiler chooses channels-last
+            given_as = "memory_format 'channels_last'" if channels_last else "compile"
             raise ConfigError(
-                f"width {options['width']} with memory_format 'channels_last' corrupts memory on some CPUs, by a fault of "
-                f"PyTorch in narrow 1 × 1 convolutions: take 'contiguous', or a width of at least {LEAST_WIDTH}"
+                f"width {options['width']} with {given_as} corrupts memory on some CPUs, by a fault of PyTorch in narrow "
+                f"1 × 1 convolutions: leave that out, or take a width of at least {LEAST_WIDTH}"
             )
     return RunConfig(**options)
