@@ -186,7 +186,7 @@ def run_config(**options: Any) -> RunConfig:
         if channels_last or options.get("compile"):  # the compiler chooses channels-last
             given_as = "memory_format 'channels_last'" if channels_last else "compile"
             raise ConfigError(
-                f"width {options['width']} with {given_as} corrupts memory on some CPUs, by a fault of PyTorch in narrow "
-                f"1 × 1 convolutions: leave that out, or take a width of at least {LEAST_WIDTH}"
+                f"width {options['width']} with {given_as} corrupts memory on some CPUs, by a fault of PyTorch in its "
+                f"narrow 1 × 1 convolutions: leave that out, or take a width of at least {LEAST_WIDTH}"
             )
     return RunConfig(**options)
