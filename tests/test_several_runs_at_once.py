@@ -25,6 +25,7 @@ from wellcond.experiments.errors import RunError
 from wellcond.experiments.grid import attempt, processes
 from wellcond.experiments.grid.held import with_threads
 from wellcond.experiments.results.parquet import read_results
+from wellcond.experiments.run.training import Classifier
 
 GRID = [replace(small(treat=treat, augment=True), threads=None) for treat in ("none", "nog", "nog+ow+olr")]
 DIVERGES = small(norm="batch", lr=1e30)
@@ -168,11 +169,11 @@ def test_a_full_disk_stops_the_grid(tmp_path, monkeypatch):
     """The next run would only train an epoch in vain."""
     begun = []
 
-    def full(config, folder, **_):
-        begun.append(config.seed)
+    def full(self, batch, index):
+        begun.append(self.config.seed)
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(attempt, "run", full)
+    monkeypatch.setattr(Classifier, "training_step", full)
     with pytest.raises(RunError, match=r"No space left on device; 2 more were not trained; .* --resume"):
         compare([small(epochs=1, seed=seed) for seed in range(3)], tmp_path / "out")
     assert begun == [0]
