@@ -8,8 +8,8 @@ from pathlib import Path
 import nox
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-TORCHES = ("2.7.1", "2.9.1", "2.11.0", "2.14.1")
-"""Other versions than that of ``constraints.txt``, the lowest and the newest among them."""
+TORCHES = ("2.6.0", "2.7.1", "2.9.1", "2.11.0", "2.14.1")
+"""Other versions than that of ``constraints.txt``."""
 
 nox.options.default_venv_backend = "venv"
 nox.options.error_on_missing_interpreters = True

@@ -9,7 +9,7 @@ With ``--against`` an earlier file, or ``--compare`` two of them, it lists what 
 ends with status 1 if anything did, is missing, or failed.
 
     python benchmarks/run_all.py --out today.json
-    python benchmarks/run_all.py --out today.json --against docs/results/speed.json
+    python benchmarks/run_all.py --out today.json --against yesterday.json
     python benchmarks/run_all.py --compare yesterday.json today.json
 """
 
@@ -92,6 +92,9 @@ def measure(out: Path, options: argparse.Namespace) -> dict[str, Any]:
         everything, _ = read_values(out)
         if everything["quick"] != options.quick:
             raise SystemExit(f"{out} was {'' if everything['quick'] else 'not '}made with --quick: resume it likewise")
+        for found in everything["scripts"].values():  # failed runs are tried again
+            found["runs"] -= len(found["failures"])
+            found["failures"] = []
     for round_ in range(options.runs):
         for name in wanted:
             found = everything["scripts"].setdefault(name, {"runs": 0, "failures": [], "ratios": {}})
@@ -152,13 +155,21 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep what --out holds already")
     options = parser.parse_args()
     if options.compare:
-        sys.exit(not compare(*options.compare))
+        try:
+            sys.exit(not compare(*options.compare))
+        except (OSError, ValueError) as error:
+            parser.error(f"--compare: {error}")
     if options.out is None:
         parser.error("give --out FILE, or --compare EARLIER LATER")
     if options.runs < 2:
         parser.error(f"--runs must be at least 2, got {options.runs}: one run has no noise to compare with")
     if options.out.exists() and not options.resume:
         parser.error(f"{options.out} exists: give --resume to go on with it, or another --out")
+    if options.against is not None:
+        try:
+            read_values(options.against)  # before hours of measuring
+        except (OSError, ValueError) as error:
+            parser.error(f"--against: {error}")
     everything = measure(options.out, options)
     print(f"wrote {options.out}")
     failed = any(found["failures"] for found in everything["scripts"].values())

@@ -332,3 +332,17 @@ def test_a_ridge_keeps_the_accuracy_of_the_factor_form(function, eps):
     single, double = gradient(x), gradient(x.double())
     # The work is in double precision: what is left is the rounding of the result, and of its mean over 49 positions.
     assert (single - double).norm() < 2e-6 * double.norm()
+
+
+def test_any_module_with_the_mark_may_be_the_spectral_layer():
+    """A spectral layer needs an attribute and no base class."""
+
+    class Gram(torch.nn.Module):
+        is_spectral_layer = True
+
+        def forward(self, x):
+            return x @ x.mT
+
+    pool, tokens = GlobalCovariancePool2d(6), TokenCovariancePool(6)
+    pool.spectral = tokens.spectral = Gram()
+    assert pool(torch.randn(2, 6, 5, 5)).shape == tokens(torch.randn(2, 25, 6)).shape == (2, 21)

@@ -133,7 +133,6 @@ def test_the_gap_is_in_units_of_the_entropy():
     [
         (lambda: mutual_information_gap(codes(), codes(5)), r"\(6000, 4\), \(5, 4\)"),
         (lambda: mutual_information_gap(codes(9, 1), codes(9)), "two latent variables or more"),
-        (lambda: mutual_information_gap(codes(9), torch.ones(9, 1)), "factor 0 is constant"),
         (lambda: dci(codes(9), codes(9, 1)), "give two or more"),
         (lambda: path_length(torch.sin, torch.sin, codes(3), codes(4)), r"got \(3, 4\) and \(4, 4\)"),
     ],
@@ -143,12 +142,27 @@ def test_what_cannot_be_measured_is_refused(call, message):
         call()
 
 
+def test_of_a_constant_factor_nothing_is_known():
+    """A generator that makes one shape alone is measured, and badly."""
+    z = codes()
+    constant, told = torch.zeros(len(z), 1), z[:, :1].exp()
+    both = torch.cat([constant, told], 1)
+    assert mutual_information_gap(z, constant, discrete=[0]) == 0
+    alone = mutual_information_gap(z, told)
+    assert mutual_information_gap(z, both, discrete=[0]) == pytest.approx(alone / 2)
+    found = dci(z, both, discrete=[0])
+    assert found.informativeness == pytest.approx(dci(z, torch.cat([told, told], 1)).informativeness / 2, rel=1e-6)
+    assert found.completeness < 0.51
+
+
 def test_kappa_is_the_ratio_of_singular_values():
     U, V = unitary(30, 3), unitary(3, 3)
     matrix = (U * torch.tensor([6.0, 2.0, 0.5], dtype=torch.float64)) @ V.T
     assert kappa(matrix).item() == pytest.approx(12.0, rel=1e-12)
     assert kappa(torch.stack([matrix, U])).tolist() == pytest.approx([12.0, 1.0], rel=1e-12)
     assert kappa(torch.ones(4, 2)).item() == math.inf
+    tall = (unitary(3072, 2) * torch.tensor([1.0, 1 / 3000], dtype=torch.float64)).float()
+    assert kappa(tall).item() == pytest.approx(3000, rel=1e-2)  # eps32·3000 of the small one
 
 
 def test_the_jacobian_of_a_generator_is_that_by_differences():

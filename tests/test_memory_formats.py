@@ -101,4 +101,6 @@ def test_narrow_networks_are_not_channels_last():
     assert run_config(width=4, memory_format="contiguous").memory_format == "contiguous"
     for option in ({"memory_format": "channels_last"}, {"compile": True}):
         with pytest.raises(ConfigError, match=f"{next(iter(option))}.* corrupts memory on some CPUs"):
-            run_config(width=4, **option)
+            build(run_config(width=4, **option), None)
+    with pytest.raises(ConfigError, match="width must be at least 1, got 0"):
+        run_config(width=0)

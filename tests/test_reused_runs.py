@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -80,6 +81,8 @@ def test_what_cannot_be_reused_is_refused_before_anything_is_written(first, tmp_
         compare([SHARED], out, reuse=[tmp_path / "nowhere"])
     with pytest.raises(FolderError, match="holds no finished run of a configuration"):
         compare([OTHER], out, reuse=[first])
+    with pytest.raises(FolderError, match="they differ in threads: give the same --threads"):
+        compare([replace(SHARED, threads=3)], out, reuse=[first])
     old = tmp_path / "old"
     shutil.copytree(first, old)
     marked = json.loads((old / "config.json").read_text())
@@ -95,8 +98,6 @@ def test_what_cannot_be_reused_is_refused_before_anything_is_written(first, tmp_
 
 
 def test_a_run_that_was_extended_since_gives_its_earlier_result(first, tmp_path, monkeypatch):
-    from dataclasses import replace
-
     from wellcond.experiments.run.train import run
 
     grown = tmp_path / "grown"

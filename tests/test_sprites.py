@@ -135,3 +135,8 @@ def test_load_images_has_them_in_order(monkeypatch):
 def test_bad_requests_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_very_centre_of_an_ellipse_is_inside():
+    (image,) = draw_sprites(torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, 0.0]]), 33)
+    assert image[0, 16, 14:19].tolist() == [255] * 5

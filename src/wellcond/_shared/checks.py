@@ -26,7 +26,8 @@ _value_checks: ContextVar[bool | None] = ContextVar("value_checks", default=None
 def value_checks(enabled: bool) -> Iterator[None]:
     """Turn the checks that read matrix entries on or off in this block, on every device.
 
-    By default they are on for CPU tensors and off for accelerators, where they cost a synchronisation.
+    By default they are on for CPU tensors and off for accelerators, where they cost a synchronisation. In compiled code
+    they are off for what is compiled whole, such as solvers that only multiply.
 
     Args:
         enabled: whether values are checked. Checks of shape and dtype stay on.

@@ -29,7 +29,8 @@ def latents(
         config = latents_config(**asked)
         folder = out or Path("generators") / config.folder_name
         if resume and not overwrite:  # `train_generator` rejects conflicting options
-            config = LatentsConfig.from_dict({**read_config(folder, "generator"), **asked})
+            given = {name: getattr(config, name) for name in asked}  # as they are written in a configuration
+            config = LatentsConfig.from_dict({**read_config(folder, "generator"), **given})
         from wellcond.experiments.latents.table import generator_table
         from wellcond.experiments.latents.train import train_generator
         from wellcond.experiments.show.render import for_terminal

@@ -94,6 +94,7 @@ def covariance_powm(
             non-finite exponent; a singular P with a negative exponent and neither ε nor ``"pinv"``; a solver without
             such a power, an unknown solver or policy.
         DecompositionError: every step of the fall-back chain failed.
+
     Complexity: O(d n min(d, n) + d² min(d, n)), also backward, in float64. Exponents ±1/2 differentiate to every order,
     others twice, with O(d³) memory. With ε = 0 the derivative exists at rank deficiency for exponents ≥ 1/2; below,
     null pairs contribute 0. Source: Daleckii–Krein on the factor.

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from wellcond._shared.torch_internals import run_in_python
 from wellcond.linalg import Solver
 
-from ._base import naming_options_of, require_input
+from ._base import SpectralModule, naming_options_of, require_input
 from .spectral_layer import Normalisation, SpectralLayer
 
 
@@ -108,7 +108,7 @@ class _GridCovariancePool(_CovariancePool):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.spectral._breaks_graph():
+        if isinstance(self.spectral, SpectralModule) and self.spectral._breaks_graph():
             return run_in_python(_GridCovariancePool.forward, self, x)
         require_input(x, (self._dim + 2,), self.in_channels)
         return self._pool(self.reduction(x).flatten(2))
@@ -265,7 +265,7 @@ class TokenCovariancePool(_CovariancePool):
         return nn.Linear(self.in_channels, channels, bias=False, **kind)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.spectral._breaks_graph():
+        if isinstance(self.spectral, SpectralModule) and self.spectral._breaks_graph():
             return run_in_python(TokenCovariancePool.forward, self, x)
         if not isinstance(x, fx.Proxy):
             self._check_tokens(x)

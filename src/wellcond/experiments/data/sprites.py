@@ -25,7 +25,7 @@ RANGES = {
 FACTORS = ("shape", *RANGES)
 """The names of the columns of the factors."""
 SIZE, ASPECT = 0.6, 0.5
-_CHUNK = 1000  # images drawn at once
+_PIXELS = 1 << 20  # drawn at once
 
 
 class Sprites(NamedTuple):
@@ -72,7 +72,8 @@ def draw_sprites(factors: Tensor, size: int = 32) -> Tensor:
     if not torch.isin(factors[:, 0], torch.arange(len(SHAPES), dtype=factors.dtype)).all():
         raise ValueError(f"the shape must be 0 to {len(SHAPES) - 1}: {', '.join(SHAPES)}")
     images = torch.empty(len(factors), 3, size, size, dtype=torch.uint8)
-    for part, out in zip(factors.split(_CHUNK), images.split(_CHUNK), strict=True):
+    chunk = max(1, _PIXELS // size**2)
+    for part, out in zip(factors.split(chunk), images.split(chunk), strict=True):
         out.copy_((255 * _drawn(part.double(), size)).round().to(torch.uint8))
     return images
 
@@ -114,10 +115,11 @@ def _drawn(factors: Tensor, size: int) -> Tensor:
     # The distance from the edge, positive inside, in units of the short half axis and to first order.
     length = torch.hypot(u / (ASPECT * SIZE * scale), v / (SIZE * scale)).clamp_min(1e-9)
     radius = torch.hypot(u, v)
+    from_ellipse = torch.where(radius > 1e-9, (1 - radius) * radius / length, ASPECT * SIZE * scale)  # the centre
     inside = torch.stack(
         [
             torch.minimum((1 - u.abs()) * ASPECT, 1 - v.abs()) * SIZE * scale,
-            (1 - radius) * radius / length,
+            from_ellipse,
             torch.minimum((1 - v) * SIZE, (1 + v - 2 * u.abs()) * SIZE * ASPECT / np.sqrt(4 + ASPECT**2)) * scale,
         ]
     )

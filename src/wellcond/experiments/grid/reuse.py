@@ -35,7 +35,10 @@ def finished_in(comparisons: Sequence[Path], wanted: Sequence[RunConfig]) -> dic
         places = {config: other / RUNS / name for config, name in names if config in wanted}
         held = held_results(other, places)
         if not held:
-            raise FolderError(f"'{other}' holds no finished run of a configuration that is compared here")
+            alike = {replace(config, threads=None) for config in configs_in(marked)}
+            others = alike & {replace(config, threads=None) for config in wanted}
+            hint = "; they differ in threads: give the same --threads, or --jobs in both" if others else ""
+            raise FolderError(f"'{other}' holds no finished run of a configuration that is compared here{hint}")
         refuse_another_version(other, marked.get("version"), list(held.values()))
         found = held | found
     return found

@@ -10,9 +10,9 @@ from wellcond.orthogonality import weight_matrices
 
 
 def kappa(matrices: Tensor) -> Tensor:
-    """(...,) σ_max/σ_min of (..., m, n) with m ≥ n; infinite below what rounding can tell from 0."""
+    """(...,) σ_max/σ_min of (..., m, n) with m ≥ n; infinite where σ_min ≤ n·eps·σ_max, the rounding of n columns."""
     values = torch.linalg.svdvals(matrices.double())
-    eps = torch.finfo(matrices.dtype).eps * max(matrices.shape[-2:])
+    eps = torch.finfo(matrices.dtype).eps * min(matrices.shape[-2:])
     smallest = values[..., -1]
     return torch.where(smallest > eps * values[..., 0], values[..., 0] / smallest, torch.inf)
 

@@ -22,6 +22,7 @@ from wellcond.experiments.run.config import NO_TREATMENT
 
 MODELS = ("eigengan", "plain")
 SPRITES = ("sprites", "sprites64")
+LEAST_JUDGED = 30  # images that distances and forests need
 """The data sets whose factors are known."""
 
 
@@ -73,6 +74,10 @@ class LatentsConfig:
             raise ConfigError(f"average must be from 0 to below 1, got {self.average}")
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
+        if self.has_factors and self.limit is not None and self.limit < LEAST_JUDGED:
+            raise ConfigError(f"limit must be at least {LEAST_JUDGED}, to measure the generator, got {self.limit}")
+        if self.has_factors and self.model == "plain" and self.latents < 2:
+            raise ConfigError("measures of disentanglement need two latents or more, got 1")
 
     @property
     def devices(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from wellcond.experiments.data.contents import IMAGE_SUFFIXES
 from wellcond.experiments.data.images import ImageSet
 from wellcond.experiments.data.load import MEMORY_BUDGET, check_size
+from wellcond.experiments.data.named import NAMED
 from wellcond.experiments.data.settle import settle
 from wellcond.experiments.data.sources import open_source
 from wellcond.experiments.data.tables import from_tables
@@ -25,7 +26,7 @@ def training_images(config: LatentsConfig) -> ImageSet:
     """
     check_size(config.image_size)
     path = Path(config.data).expanduser()
-    images = _flat(path) if _is_flat(path) else open_source(config.data).splits["train"]
+    images = _flat(path) if config.data not in NAMED and _is_flat(path) else open_source(config.data).splits["train"]
     (images,), _ = settle([images], config.image_size, MEMORY_BUDGET)
     if config.limit is not None and config.limit < len(images):
         images = images.subset(torch.linspace(0, len(images) - 1, config.limit).long())  # of all folders

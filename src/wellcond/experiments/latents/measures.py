@@ -34,7 +34,8 @@ def frechet_distance(features: Tensor, others: Tensor) -> float:
         features, others: (N, d) and (N', d), any floating dtype; the work is in float64.
 
     Returns:
-        The distance, at least 0. It is biased upwards by about 2 tr(C)/N for equal distributions and equal N.
+        The distance, at least 0. It is biased upwards, for equal distributions and N by about (2 + (d + 1)/2) tr(C)/N
+        if C is proportional to the identity: compare only at equal N.
 
     Raises:
         ValueError: samples of different dimensions, or fewer than two of one.
@@ -97,7 +98,7 @@ def mutual_information_gap(latents: Tensor, factors: Tensor, discrete: Sequence[
     """The mean over the factors of how much more the best latent variable tells of it than the second best.
 
     In units of the entropy of the factor: 1 where every factor is known from one variable and no other tells of it, 0
-    where two tell as much, or none anything.
+    where two tell as much, none anything, or the factor is constant.
 
     Args:
         latents: (N, k ≥ 2) continuous.
@@ -105,7 +106,7 @@ def mutual_information_gap(latents: Tensor, factors: Tensor, discrete: Sequence[
         discrete: columns of `factors` that are classes; the others are put into 20 bins of equal numbers.
 
     Raises:
-        ValueError: other shapes, fewer than two latents, or a constant factor.
+        ValueError: other shapes, or fewer than two latents.
 
     Complexity: k·m histograms. Finite samples add about 20²/2N nats to every mutual information, to both alike.
 
@@ -123,8 +124,9 @@ def mutual_information_gap(latents: Tensor, factors: Tensor, discrete: Sequence[
     for i, column in enumerate(v.T):
         factor = np.unique(column, return_inverse=True)[1] if i in discrete else _binned(column)
         entropy = float(mutual_info_score(factor, factor))
-        if entropy == 0:
-            raise ValueError(f"factor {i} is constant: nothing can be known of it")
+        if entropy == 0:  # a generator that shows one value of it alone
+            gaps.append(0.0)
+            continue
         first, second = sorted((float(mutual_info_score(code, factor)) for code in codes), reverse=True)[:2]
         gaps.append((first - second) / entropy)
     return float(np.mean(gaps))
@@ -144,7 +146,8 @@ def dci(latents: Tensor, factors: Tensor, discrete: Sequence[int] = ()) -> DCI:
 
     With the importance R_ij of variable i for factor j: one minus the entropy of row i in units of log m, weighted by
     the sums of rows; one minus that of column j in units of log k, as a mean. Informativeness is the mean R² (at least
-    0) or accuracy on the last third of the samples, which the forests have not seen.
+    0) or accuracy on the last third of the samples, which the forests have not seen. Of a
+    constant factor nothing is known: it counts as 0.
 
     Args:
         latents, factors, discrete: as in :func:`mutual_information_gap`, with two factors or more.
@@ -169,6 +172,10 @@ def dci(latents: Tensor, factors: Tensor, discrete: Sequence[int] = ()) -> DCI:
     cut = 2 * len(z) // 3
     columns, scores = [], []
     for j, column in enumerate(v.T):
+        if (column == column[0]).all():
+            columns.append(np.zeros(z.shape[1]))
+            scores.append(0.0)
+            continue
         kind: Any = RandomForestClassifier if j in discrete else RandomForestRegressor
         forest = kind(TREES, min_samples_leaf=LEAF, random_state=0).fit(z[:cut], column[:cut])
         columns.append(forest.feature_importances_)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from wellcond.experiments.data.batches import ImageDataModule
 from wellcond.experiments.data.load import ImageData, load_images
 from wellcond.experiments.run.compiled import require_compiler
-from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.config import RunConfig, refuse_unsafe
 from wellcond.experiments.run.training import MEMORY_FORMATS, Classifier
 
 
@@ -18,6 +18,7 @@ def build(config: RunConfig, data: ImageData | None) -> tuple[Classifier, ImageD
     Raises:
         ValueError: an invalid option, or one not supported on this machine.
     """
+    refuse_unsafe(config)
     data = data or load(config)
     module = Classifier(config, num_classes=data.num_classes, in_channels=data.in_channels)
     if config.compile:

@@ -109,7 +109,7 @@ class RunConfig:
             require_known(getattr(self, name), choices, name, error=ConfigError, also_called=also)
         Schedule.parse(self.schedule)
         treatable = is_treatable(self.norm, self.head)
-        for name in ("epochs", "batch_size", "devices", "monitor_every", "limit", "threads", "image_size"):
+        for name in ("epochs", "batch_size", "devices", "monitor_every", "limit", "threads", "image_size", "width"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if not 0 < self.lr < float("inf"):
@@ -172,6 +172,21 @@ stride 2 with fewer than 8 input channels (seen with 2, 4, 5 and 6; none from 8 
 """
 
 
+def refuse_unsafe(config: RunConfig) -> None:
+    """Refuse to train what corrupts memory, see ``LEAST_WIDTH``; results of such runs can still be read.
+
+    Raises:
+        ConfigError: a channels-last or compiled network that is too narrow.
+    """
+    channels_last = config.memory_format == "channels_last"
+    if (config.width or LEAST_WIDTH) < LEAST_WIDTH and (channels_last or config.compile):  # the compiler chooses it too
+        cause = "memory_format 'channels_last'" if channels_last else "compile"
+        raise ConfigError(
+            f"width {config.width} with {cause} corrupts memory on some CPUs, by a fault of PyTorch in its narrow "
+            f"1 × 1 convolutions: train it afresh without that, or with a width of at least {LEAST_WIDTH}"
+        )
+
+
 def run_config(**options: Any) -> RunConfig:
     """The configuration for `options`; missing ones default to the settings of the data set, then the paper's."""
     given = {name: value for name, value in options.items() if value is not None}
@@ -181,12 +196,6 @@ def run_config(**options: Any) -> RunConfig:
     if given.get("stem") == "imagenet":  # it has a fixed kernel size
         settings.pop("stem_kernel", None)
     options = {**settings, **given}
-    if (options.get("width") or LEAST_WIDTH) < LEAST_WIDTH:
-        channels_last = options.setdefault("memory_format", "contiguous") == "channels_last"
-        if channels_last or options.get("compile"):  # the compiler chooses channels-last
-            given_as = "memory_format 'channels_last'" if channels_last else "compile"
-            raise ConfigError(
-                f"width {options['width']} with {given_as} corrupts memory on some CPUs, by a fault of PyTorch in its "
-                f"narrow 1 × 1 convolutions: leave that out, or take a width of at least {LEAST_WIDTH}"
-            )
+    if 0 < (options.get("width") or LEAST_WIDTH) < LEAST_WIDTH:
+        options.setdefault("memory_format", "contiguous")
     return RunConfig(**options)
