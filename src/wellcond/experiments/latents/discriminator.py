@@ -21,6 +21,10 @@ class Discriminator(nn.Module):
         ConfigError: another size. In a forward pass `ValueError`: images of another size or channels.
     """
 
+    shape: tuple[int, int, int]
+    layers: nn.Sequential
+    score: nn.Sequential
+
     def __init__(self, image_size: int, channels: int, *, base_channels: int, max_channels: int) -> None:
         super().__init__()
         self.shape = (channels, image_size, image_size)

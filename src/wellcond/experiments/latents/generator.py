@@ -49,6 +49,14 @@ class EigenBlock(nn.Module):
     The point is added before the up-sampling by a 1×1 convolution, and after it by a transposed one.
     """
 
+    shape: tuple[int, int, int]
+    subspace: SubspaceLayer
+    before: nn.Conv2d
+    after: nn.ConvTranspose2d
+    enlarge: nn.ConvTranspose2d
+    refine: nn.Conv2d
+    act: nn.LeakyReLU
+
     def __init__(self, n_basis: int, in_channels: int, out_channels: int, resolution: int) -> None:
         super().__init__()
         self.shape = (in_channels, resolution, resolution)
@@ -107,6 +115,14 @@ class EigenGenerator(Generator):
         ConfigError: another size, or more directions than a feature map has dimensions.
     """
 
+    n_basis: int
+    n_noise: int
+    n_latents: int
+    start: nn.Sequential
+    blocks: nn.ModuleList
+    paint: nn.Sequential
+    direction_layers: tuple[str, ...]
+
     def __init__(
         self, image_size: int, channels: int, *, n_basis: int, n_noise: int, base_channels: int, max_channels: int
     ) -> None:
@@ -140,6 +156,13 @@ class PlainGenerator(Generator):
     Raises:
         ConfigError: another size, or more latent variables than the first feature map has dimensions.
     """
+
+    n_latents: int
+    n_noise: int
+    direction_layers: tuple[str, ...]
+    start: nn.Sequential
+    body: nn.Sequential
+    paint: nn.Sequential
 
     def __init__(
         self, image_size: int, channels: int, *, n_latents: int, base_channels: int, max_channels: int

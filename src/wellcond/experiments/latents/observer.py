@@ -25,6 +25,9 @@ class Observer(nn.Module):
     shapes and the other factors, scaled to [−1, 1] over their ranges.
     """
 
+    features: nn.Sequential
+    factors: nn.Linear
+
     def __init__(self, size: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []

@@ -52,7 +52,7 @@ PARTS = ("global_step", "r1", "generator", "discriminator", "average", "optimize
 ROWS, PROBES = 8, 8
 """Samples in a row and column of a picture; latents at which the Jacobian is taken."""
 
-log = logging.getLogger("wellcond")
+log: logging.Logger = logging.getLogger("wellcond")
 
 
 def train_generator(

@@ -48,6 +48,14 @@ class AdversarialTraining:
         treatment: of the layers with the directions, or None.
     """
 
+    config: LatentsConfig
+    images: ImageSet
+    device: torch.device
+    discriminator: Discriminator
+    optimizers: dict[str, torch.optim.Adam]
+    treatment: Any
+    step_count: int
+
     def __init__(self, config: LatentsConfig, images: ImageSet, device: torch.device) -> None:
         self.config, self.images, self.device = config, images, device
         _, channels, size, _ = images.images.shape

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wellcond.experiments.data.tables import Source
 
-SETTINGS = {"model": "resnet8", "epochs": 5, "augment": False, "monitor_every": 20}
+SETTINGS: dict[str, Any] = {"model": "resnet8", "epochs": 5, "augment": False, "monitor_every": 20}
 # A short run on a CPU; the recipe `latents` trains longer.
-GENERATOR_SETTINGS = {
+GENERATOR_SETTINGS: dict[str, Any] = {
     "base_channels": 8,
     "noise": 32,
     "batch_size": 16,
