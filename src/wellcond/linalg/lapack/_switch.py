@@ -117,12 +117,13 @@ def _problem() -> str | None:
     The parallel region of another thread has a team of its own, created in the same way by the same runtime.
     """
     outcome: list[str | None] = []
-    team: set[int] = set()
+    before, team = _threads(), set[str]()
 
     def probe() -> None:
-        team.add(threading.get_native_id())
         try:
-            outcome.append(None if _is_right(team) else "gave a wrong result")
+            right = _is_right()
+            team.update(_threads() - before)  # this one and its team, also those of it that had nothing to do
+            outcome.append(None if right else "gave a wrong result")
         except BaseException as error:
             outcome.append(f"raised {error!r}")
 
@@ -137,28 +138,32 @@ def _problem() -> str | None:
     return outcome[0] if outcome else f"did not return within {PATIENCE:g} seconds"
 
 
-def _wait_for_the_end(team: set[int]) -> None:
+def _threads() -> set[str]:
+    """The ids of the threads of this process; empty where the system has no /proc."""
+    tasks = Path("/proc/self/task")
+    return set(os.listdir(tasks)) if tasks.exists() else set()
+
+
+def _wait_for_the_end(team: set[str]) -> None:
     """Wait until the operating system has ended these threads, some 100 µs after Python has joined them.
 
     Until then MKL frees their memory, holding the locks of every thread. A process forked at that moment inherits the
     locks but not the threads that would release them: its first decomposition would deadlock.
     """
     deadline = time.monotonic() + ENDING
-    while any(Path(f"/proc/self/task/{thread}").exists() for thread in team) and time.monotonic() < deadline:
+    while team & _threads() and time.monotonic() < deadline:
         time.sleep(1e-4)
 
 
-def _is_right(team: set[int]) -> bool:
-    """Whether decompositions on the team, one per thread, reproduce the matrices. Adds the native ids of the threads to
-    ``team``."""
+def _is_right() -> bool:
+    """Whether decompositions on the team, one per thread, reproduce the matrices."""
     A = torch.arange(160 * 160, dtype=torch.float64, device="cpu").square().cos().reshape(160, 160)
     count = max(4, torch.get_num_threads())
-    return all(side_by_side([partial(_gives_back, A * scale / count, team) for scale in range(1, 1 + count)]))
+    return all(side_by_side([partial(_gives_back, A * scale / count) for scale in range(1, 1 + count)]))
 
 
-def _gives_back(A: Tensor, team: set[int]) -> bool:
+def _gives_back(A: Tensor) -> bool:
     """Decompose A (160, 160) and parts of it in three ways, and compare the products with the originals."""
-    team.add(threading.get_native_id())
     tall, symmetric, x = A[:48, :24], A[:24, :24] + A[:24, :24].mT, A[0]
     U, sigma, Vh = torch.linalg.svd(tall, full_matrices=False)
     eigvals, Q = torch.linalg.eigh(symmetric)
