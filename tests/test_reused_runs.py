@@ -73,6 +73,7 @@ def test_resumed_it_takes_what_is_missing(first, tmp_path, monkeypatch):
     no_training(monkeypatch)
     compare([OTHER, SHARED], out, resume=True, reuse=[first])
     assert of(out, SHARED) is not None
+    compare([OTHER, SHARED], out, resume=True, reuse=[first])  # all that it could give is here already
 
 
 def test_what_cannot_be_reused_is_refused_before_anything_is_written(first, tmp_path):

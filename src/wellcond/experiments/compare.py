@@ -111,7 +111,7 @@ def compare(
         raise ConfigError("two rows have names that differ only in punctuation and would share a folder")
     with folders.claimed(out, lambda: _check(out, configs, resume, overwrite, experiment)):
         done = held_results(out, places) if resume else {}
-        found = finished_in([Path(other) for other in reuse], [config for config in configs if config not in done])
+        found = finished_in([Path(other) for other in reuse], configs, done)
         if resume and len(done) < len(configs):
             refuse_another_version(out, marked.get("version"), list(done.values()))
         data = load(configs[0])

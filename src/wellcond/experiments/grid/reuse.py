@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +20,12 @@ from wellcond.experiments.run.run_folder import CHECKPOINTS, KIND
 LEFT_OUT = (CHECKPOINTS, RESULT, EARLIER_RESULT.format("*"), ".*")
 
 
-def finished_in(comparisons: Sequence[Path], wanted: Sequence[RunConfig]) -> dict[RunConfig, RunResult]:
-    """The finished runs in these comparisons that have one of the ``wanted`` configurations. Writes nothing.
+def finished_in(
+    comparisons: Sequence[Path], wanted: Sequence[RunConfig], done: Collection[RunConfig] = ()
+) -> dict[RunConfig, RunResult]:
+    """The finished runs in these comparisons that have a ``wanted`` configuration and are not yet ``done``.
+
+    Writes nothing. A comparison all of whose shared runs are done has nothing to add, and is no error.
 
     Raises:
         FolderError: a folder without a comparison, one without such a run, or results of another version.
@@ -39,8 +43,10 @@ def finished_in(comparisons: Sequence[Path], wanted: Sequence[RunConfig]) -> dic
             others = alike & {replace(config, threads=None) for config in wanted}
             hint = "; they differ in threads: give the same --threads, or --jobs in both" if others else ""
             raise FolderError(f"'{other}' holds no finished run of a configuration that is compared here{hint}")
-        refuse_another_version(other, marked.get("version"), list(held.values()))
-        found = held | found
+        missing = {config: result for config, result in held.items() if config not in done}
+        if missing:
+            refuse_another_version(other, marked.get("version"), list(missing.values()))
+        found = missing | found
     return found
 
 
