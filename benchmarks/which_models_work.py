@@ -1,7 +1,7 @@
 """Which models of timm, torchvision and transformers the library works with: the whole chain on one after the other.
 
     pip install timm torchvision transformers
-    python benchmarks/which_models_work.py [--only timm] [--models resnet18,regnetx_002] [--out table.md]
+    python benchmarks/which_models_work.py [--only timm] [--models resnet18,regnetx_002] [--out tables.md]
 
 For every architecture with batch norm, with random weights: the first norm is replaced (in the order of computation),
 the layer before it is found and treated by NOG and OLR, two steps are trained under the condition monitor, a deep copy
@@ -16,9 +16,10 @@ import copy
 import gc
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,9 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "audio_spectrogram": ("SpeechT5HifiGan", "SpeechT5HifiGanConfig", {}),
     "wav2vec2_bert_conv": ("PatchTSTForPrediction", "PatchTSTConfig", {"norm_type": "batchnorm", "context_length": 64}),
 }
+
+
+WHOLE = "whole"
 
 
 def of_timm(name: str) -> tuple[Callable[[], nn.Module], Any]:
@@ -184,44 +188,61 @@ class step:
             raise RuntimeError(f"{self.name}: {' '.join(str(error).split())[:160]}") from error
 
 
+class Found(NamedTuple):
+    """What the chain gave for one model."""
+
+    model: str
+    norm: str
+    layer: str
+    result: str
+
+
+def tried(names: Iterable[str], source: Callable[[str], tuple[Callable[[], nn.Module], Any]]) -> Iterator[Found]:
+    """The models that have a batch norm, one after the other."""
+    for name in names:
+        begin = time.perf_counter()
+        try:
+            make, x = source(name)
+            if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in make().modules()):
+                print(f"{name}: no batch norm", flush=True)
+                continue
+            found = Found(name, *chain(make, x), WHOLE)
+        except Exception as error:
+            found = Found(name, "", "", str(error) if isinstance(error, RuntimeError) else repr(error)[:200])
+        print(" | ".join(found), f"{time.perf_counter() - begin:.0f} s", flush=True)
+        yield found
+        gc.collect()
+
+
+def section(library: str, rows: Sequence[Found]) -> str:
+    """A heading with the count, and the table."""
+    count = sum(row.result == WHOLE for row in rows)
+    cells = ["| model | replaced norm | treated layer | chain |", "|---|---|---|---|"]
+    cells += [f"| `{row.model}` | `{row.norm}` | `{row.layer}` | {row.result} |" for row in rows]
+    title = f"## {library} {version(library)}: {count} of {len(rows)}"
+    return "\n".join([title, "", *cells, ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["timm", "torchvision", "transformers"])
     parser.add_argument("--models", help="these alone, with commas")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="write the tables to this file, in Markdown")
     asked = parser.parse_args()
     sources = {
         "timm": (TIMM.split(), of_timm),
         "torchvision": (TORCHVISION.split(), of_torchvision),
         "transformers": (list(TRANSFORMERS), of_transformers),
     }
-    lines = ["| library | model | norm | treated layer | chain |", "| --- | --- | --- | --- | --- |"]
-    worked, tried = {}, {}
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    pages = []
     for library, (names, source) in sources.items():
-        if asked.only not in (None, library):
-            continue
-        for name in asked.models.split(",") if asked.models else names:
-            begin = time.perf_counter()
-            try:
-                make, x = source(name)
-                if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in make().modules()):
-                    print(f"{library} {name}: no batch norm", flush=True)
-                    continue
-                tried[library] = tried.get(library, 0) + 1
-                norm, layer = chain(make, x)
-                worked[library] = worked.get(library, 0) + 1
-                found = "whole"
-            except Exception as error:
-                norm, layer, found = "", "", f"{error}" if isinstance(error, RuntimeError) else repr(error)[:200]
-            lines.append(f"| {library} | {name} | {norm} | {layer} | {found} |")
-            print(f"{lines[-1]} {time.perf_counter() - begin:.0f} s", flush=True)
-            gc.collect()
-    for library in tried:
-        print(f"{library}: {worked.get(library, 0)} of {tried[library]}")
-    if asked.out:
-        asked.out.write_text("\n".join(lines) + "\n")
+        if asked.only in (None, library):
+            pages.append(section(library, list(tried(asked.models.split(",") if asked.models else names, source))))
+            print(pages[-1].splitlines()[0], flush=True)
+            if asked.out:
+                asked.out.write_text("\n".join(pages))
 
 
 if __name__ == "__main__":

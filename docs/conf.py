@@ -32,7 +32,7 @@ extensions = [
     "mathml",
     "public_names",
 ]
-exclude_patterns = ["_build", "results/*/*"]  # reports, which pages of results include
+exclude_patterns = ["_build", "results/*/*", "outputs/*"]  # what other pages include
 templates_path = ["_templates"]
 default_role = "literal"  # `name` in a docstring is code, as in Markdown
 nitpicky = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -188,6 +189,17 @@ def test_the_orthogonal_loss_is_the_mean_square_of_the_gap(model):
 
 
 # ---------------------------------------------------------------------------------------------------- runs
+
+
+def test_resized_sprites_are_not_measured_and_the_run_says_so(tmp_path, caplog):
+    assert small(image_size=32).has_factors  # as they are drawn
+    assert small(data="sprites64", image_size=64).has_factors
+    assert not small(data="sprites64", image_size=32).has_factors
+    assert not small(data="faces", image_size=32).has_factors
+    with caplog.at_level(logging.WARNING):
+        result = train_generator(small(steps=1), tmp_path / "run", data=few())
+    assert result.measures is None
+    assert "resized sprites are not those that the observer knows" in caplog.text
 
 
 def test_a_run_leaves_what_it_says(tmp_path):

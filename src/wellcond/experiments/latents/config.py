@@ -21,9 +21,10 @@ from wellcond.experiments.errors import ConfigError
 from wellcond.experiments.run.config import NO_TREATMENT
 
 MODELS = ("eigengan", "plain")
-SPRITES = ("sprites", "sprites64")
-LEAST_JUDGED = 30  # images that distances and forests need
-"""The data sets whose factors are known."""
+SPRITES = {"sprites": 32, "sprites64": 64}
+"""The data sets whose factors are known, and the size at which they are drawn."""
+LEAST_JUDGED = 30
+"""Images that distances and forests need."""
 
 
 def _option(default: Any, help: str, unset: str = "") -> Any:
@@ -97,8 +98,8 @@ class LatentsConfig:
 
     @property
     def has_factors(self) -> bool:
-        """Whether the factors of the images are known, so that disentanglement can be measured."""
-        return self.data in SPRITES and self.image_size is None
+        """Whether the factors of the images are known, as they were drawn, so that disentanglement can be measured."""
+        return self.data in SPRITES and self.image_size in (None, SPRITES[self.data])
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -131,5 +132,5 @@ def latents_config(**options: Any) -> LatentsConfig:
         )
     if "treat" in given:
         given["treat"] = given["treat"].lower().replace(" ", "")
-    settings = getattr(NAMED.get(given.get("data", SPRITES[0])), "GENERATOR_SETTINGS", {})
+    settings = getattr(NAMED.get(given.get("data", "sprites")), "GENERATOR_SETTINGS", {})
     return LatentsConfig(**{**settings, **given})

@@ -25,7 +25,7 @@ from wellcond.experiments.data.images import ImageSet
 from wellcond.experiments.errors import CheckpointError
 from wellcond.experiments.files import read_csv, write_csv
 from wellcond.experiments.latents.conditioning import kappa_of_directions, kappa_of_jacobian
-from wellcond.experiments.latents.config import LatentsConfig
+from wellcond.experiments.latents.config import SPRITES, LatentsConfig
 from wellcond.experiments.latents.images import training_images
 from wellcond.experiments.latents.judge import judge
 from wellcond.experiments.latents.pictures import traversal, write_grid
@@ -85,6 +85,8 @@ def train_generator(
         return finished
     with folders.claimed(folder, check), threads(config.threads):
         images = training_images(config) if data is None else data
+        if config.data in SPRITES and not config.has_factors:
+            log.warning("resized sprites are not those that the observer knows: samples are made, and nothing measured")
         training = AdversarialTraining(config, images, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         if not resume:
             folders.prepare(folder, KIND, config.to_dict(), MADE)
