@@ -5,8 +5,9 @@
 
 For every architecture with batch norm, with random weights: the first norm is replaced (in the order of computation),
 the layer before it is found and treated by NOG and OLR, two steps are trained under the condition monitor, a deep copy
-and a new model with the state dict give the same, the folded copy agrees to 1e-5 of the largest output, and the plain
-copy has the state dict of the model as it was. A model without batch norm has nothing to replace, and is left out.
+and a new model with the state dict give the same, the folded copy agrees to 1e-5 of the largest output (or to twice the
+rounding of the model itself), and the plain copy has the state dict of the model as it was. A model without batch norm
+has nothing to replace, and is left out.
 """
 
 from __future__ import annotations
@@ -122,6 +123,12 @@ def called(model: nn.Module, x: Any) -> Tensor:
     return next(tensors(output))
 
 
+def rounding(model: nn.Module, x: Any, output: Tensor) -> Tensor:
+    """How far the model's own output is from that in float64."""
+    exact = {k: v.double() for k, v in x.items()} if isinstance(x, dict) else x.double()
+    return (called(copy.deepcopy(model).double(), exact) - output).abs().max()
+
+
 def tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         if output.is_floating_point():
@@ -167,7 +174,7 @@ def chain(make: Callable[[], nn.Module], x: Any) -> tuple[str, str]:
             assert torch.equal(called(other.eval(), x), expected), "the loaded model gives something else"
         with step("fold"):
             off = (called(fold(model, example_input=x), x) - expected).abs().max() / scale
-            assert off < 1e-5, f"off by {off:.1e}"
+            assert off < 1e-5 or off < 2 * rounding(model, x, expected) / scale, f"off by {off:.1e}"
         with step("plain"):
             plain = to_plain(model, example_input=x)
             assert (called(plain, x) - expected).abs().max() < 1e-4 * scale, "the plain copy gives something else"

@@ -15,6 +15,7 @@ from wellcond.nn import (
     DecorrelatedBatchNorm2d,
     fold,
     replace_batchnorm,
+    to_plain,
 )
 from wellcond.orthogonality import orthogonal_weight, spectral_norm
 
@@ -169,6 +170,80 @@ def test_an_example_shows_what_becomes_of_the_output_of_a_convolution(name):
 def test_after_what_is_no_plain_layer_the_norm_becomes_pointwise(layers):
     model = nn.Sequential(*layers(DecorrelatedBatchNorm2d(6))).double()
     assert_folded(trained(model, (8, 6, 6, 6)), (8, 6, 6, 6), unfolded=1)
+
+
+class PaddedAsTensorFlow(nn.Conv2d):
+    """A convolution that pads by itself, unevenly."""
+
+    def forward(self, x):
+        return self._conv_forward(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution by the standardised weight: the rows of the one that it holds may have any length."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class Clipped(nn.Conv2d):
+    """A convolution whose output is cut where it is large."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-50, 50)
+
+
+class InFloat32(nn.Linear):
+    """A layer that takes one dtype only."""
+
+    def forward(self, x):
+        if x.dtype != torch.float32:
+            raise TypeError("float32 only")
+        return super().forward(x)
+
+
+class Tied(nn.Conv2d):
+    """A convolution that looks at the weight of another layer."""
+
+    other = None
+
+    def forward(self, x):
+        return super().forward(x) + self.other[0].weight.mean()
+
+
+@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_subclass_that_only_convolves_takes_the_norm_and_stays_what_it_is(bias, example):
+    model = nn.Sequential(PaddedAsTensorFlow(4, 6, 2, stride=2, bias=bias), DecorrelatedBatchNorm2d(6)).double()
+    folded = assert_folded(trained(model, (8, 4, 8, 8)), (8, 4, 8, 8), example=example)
+    assert type(folded[0]) is PaddedAsTensorFlow
+    x = torch.randn(8, 4, 8, 8, dtype=torch.float64)
+    plain = to_plain(model, x if example else None)
+    assert [type(layer) for layer in plain] == [PaddedAsTensorFlow, nn.BatchNorm2d]
+    torch.testing.assert_close(plain(x), model.eval()(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("kind", [Standardised, Clipped])
+def test_a_subclass_that_does_more_is_followed_by_a_pointwise_layer(kind, example):
+    model = nn.Sequential(kind(4, 6, 3, padding=1), DecorrelatedBatchNorm2d(6)).double()
+    assert_folded(trained(model, (8, 4, 8, 8)), (8, 4, 8, 8), unfolded=1, example=example)
+
+
+def test_a_subclass_that_cannot_be_tried_is_followed_by_a_pointwise_layer():
+    model = trained(nn.Sequential(InFloat32(4, 6), DecorrelatedBatchNorm1d(6)), (40, 4))
+    x = torch.randn(40, 4)
+    folded = fold(model, x)
+    assert len(pointwise(folded)) == 1
+    torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_at_whose_weight_a_subclass_looks_keeps_it():
+    tied = Tied(6, 6, 3)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), DecorrelatedBatchNorm2d(6), tied).double()
+    tied.other = (model[0],)  # no module of it
+    assert_folded(trained(model, (8, 4, 8, 8)), (8, 4, 8, 8), unfolded=1, example=True)
 
 
 @pytest.mark.parametrize("shape", [(40, 6), (8, 6, 5)])

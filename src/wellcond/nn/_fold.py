@@ -7,8 +7,7 @@ kind of layer, with the weight M W and the bias M b + β − M μ, whatever its 
 from __future__ import annotations
 
 import copy
-import inspect
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def fold(model: Model, example_input: Any = None) -> Model:
     """A copy of ``model`` in evaluation mode, without decorrelated batch norm: same outputs, less work.
 
-    Each one is folded into the convolution, transposed convolution or linear layer before it, if the output of that
-    layer goes nowhere else and, if it is grouped, no group of the norm mixes two of its groups. Otherwise it becomes a
+    Each one is folded into the convolution, transposed convolution or linear layer before it (also of a derived class,
+    if on trial it does nothing else), if the output of that layer goes nowhere else and, if it is grouped, no group of the norm mixes two of its groups. Otherwise it becomes a
     1 × 1 convolution. Every parametrised weight (an orthogonal weight, a spectral norm) becomes a plain one. Linear
     layers are assumed to output (N, C). Ordinary ``nn.BatchNorm`` is kept, as is a decorrelated one without running
     statistics, whose output depends on the batch. :func:`to_plain` keeps the layers and names instead.
@@ -90,15 +89,30 @@ def replaced(model: Any, new: dict[nn.Module, nn.Module]) -> Any:
     return model
 
 
+class _ChannelMap(NamedTuple):
+    """y ↦ M y + shift of tensors whose first dimension is the channels, with M (groups, d, d) block diagonal."""
+
+    matrix: Tensor
+    shift: Tensor | None
+
+    def times(self, y: Tensor) -> Tensor:
+        groups, d, _ = self.matrix.shape
+        return (self.matrix @ y.reshape(groups, d, -1)).reshape(y.shape)
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return self.times(y) if self.shift is None else self.times(y) + self.shift.view(-1, *[1] * (y.ndim - 1))
+
+
 @torch.no_grad()
 def absorbed(layer: nn.Module, norm: _DecorrelatedBatchNorm, *, whitening_only: bool = False) -> nn.Module | None:
     """A new layer equal to ``layer`` followed by the norm, or by its whitening matrix alone; None if that would be a
     layer of another kind.
 
-    Only torch's own classes without hooks qualify: a subclass or a hook may do anything.
+    Hooks may do anything. So may a subclass of torch's layers, of which the result is tried out: one that pads as
+    TensorFlow does is followed, one that standardises its weight first is not.
     """
-    kind: Any = type(layer)
-    if kind not in LAYERS or layer._forward_hooks or layer._forward_pre_hooks:
+    kind = next((kind for kind in LAYERS if isinstance(layer, kind)), None)
+    if kind is None or layer._forward_hooks or layer._forward_pre_hooks:
         return None
     source: Any = layer
     weight, bias = source.weight.detach().double(), source.bias
@@ -106,34 +120,45 @@ def absorbed(layer: nn.Module, norm: _DecorrelatedBatchNorm, *, whitening_only: 
     channels = weight.shape[1] * groups if kind in TRANSPOSED else weight.shape[0]
     if channels != norm.num_features or (channels // groups) % (channels // norm.groups):
         return None
-    if whitening_only:
-        matrix, shift = evaluation_whitening(norm), None
-    else:
-        matrix, shift = norm.evaluation_map(torch.float64)
-        shift = shift.to(weight.device)
-    M = matrix.reshape(norm.groups, -1, channels // norm.groups).to(weight.device)
-
-    def times(rows: Tensor) -> Tensor:
-        """M times a tensor whose first dimension is the channels."""
-        return (M @ rows.reshape(norm.groups, channels // norm.groups, -1)).reshape(rows.shape)
-
+    matrix, shift = (evaluation_whitening(norm), None) if whitening_only else norm.evaluation_map(torch.float64)
+    matrix = matrix.reshape(norm.groups, -1, channels // norm.groups).to(weight.device)
+    of_norm = _ChannelMap(matrix, None if shift is None else shift.to(weight.device))
     if kind in TRANSPOSED:
         # (in, out/groups, *kernel): rows that are output channels come second, in each group of inputs.
         rows = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-        mixed = times(rows).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        mixed = of_norm.times(rows).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     else:
-        mixed = times(weight)
-    if bias is not None:
-        moved = times(bias.detach().double())
-        shift = moved if shift is None else shift + moved
-    # The names of torch's own arguments are those of the attributes.
-    form = [name for name in inspect.signature(kind).parameters if name not in ("bias", "device", "dtype")]
-    where = {"device": source.weight.device, "dtype": source.weight.dtype}
-    new: Any = kind(**{name: getattr(source, name) for name in form}, bias=shift is not None, **where)
-    new.weight.copy_(mixed)
-    if shift is not None:
-        new.bias.copy_(shift)
-    return new.requires_grad_(source.weight.requires_grad)
+        mixed = of_norm.times(weight)
+    moved = of_norm.shift if bias is None else of_norm(bias.detach().double())
+    new: Any = copy.deepcopy(layer)
+    new.weight = nn.Parameter(torch.empty_like(source.weight).copy_(mixed), source.weight.requires_grad)
+    if moved is not None:
+        new.bias = nn.Parameter(moved.to(source.weight.dtype), source.weight.requires_grad)
+    return new if type(layer) is kind or _follows(new, layer, of_norm) else None
+
+
+def _follows(new: nn.Module, layer: nn.Module, of_norm: _ChannelMap) -> bool:
+    """Whether ``new`` is ``layer`` followed by the map up to rounding, on random inputs of two sizes."""
+    try:
+        old, tried = (copy.deepcopy(m).to("cpu", torch.float64).eval() for m in (layer, new))
+        of_norm = _ChannelMap(*(t if t is None else t.cpu() for t in of_norm))
+        x = torch.randn(_input_shape(layer), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        rounding: float = torch.finfo(layer.weight.dtype).eps ** 0.5  # pyright: ignore
+        for scaled in (x, 1e4 * x):
+            expected = of_norm(old(scaled)[0])
+            if not (tried(scaled)[0] - expected).abs().max() <= rounding * expected.abs().max():
+                return False
+    except Exception:  # the subclass's own code
+        return False
+    return True
+
+
+def _input_shape(layer: Any) -> tuple[int, ...]:
+    """Of one small input."""
+    if isinstance(layer, nn.Linear):
+        return (1, layer.in_features)
+    sizes = (dilation * (kernel - 1) + 4 for dilation, kernel in zip(layer.dilation, layer.kernel_size, strict=True))
+    return (1, layer.in_channels, *sizes)
 
 
 def evaluation_whitening(norm: _DecorrelatedBatchNorm) -> Tensor:

@@ -93,11 +93,10 @@ class _Uses(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        # A subclass may do anything, so its operations count as those of the model.
-        plain = (*LAYERS, *PASSED_THROUGH)
-        self.watched = [m for m in model.modules() if type(m) in plain or isinstance(m, _DecorrelatedBatchNorm)]
+        norms_and_layers = (_DecorrelatedBatchNorm, *LAYERS)
+        self.watched = [m for m in model.modules() if type(m) in PASSED_THROUGH or isinstance(m, norms_and_layers)]
         self.fed_by: dict[nn.Module, nn.Module] = {}
-        self._layer_of = {id(p): m for m in self.watched if type(m) in LAYERS for p in m.parameters()}
+        self._layer_of = {id(p): m for m in self.watched if isinstance(m, LAYERS) for p in m.parameters()}
         self._calls: Counter[nn.Module] = Counter()
         self._inside: list[nn.Module] = []
         self._used_elsewhere: set[nn.Module] = set()
@@ -129,16 +128,24 @@ class _Uses(TorchFunctionMode):
             self._layer_of[id(output)] = module
         self._alive.append(output)
 
-    def use(self, values: Any) -> None:
-        """Record a use other than by a norm."""
-        self._used_elsewhere.update(layer for x in _tensors(values) if (layer := self._layer_of.get(id(x))))
+    def use(self, values: Any, by: nn.Module | None = None) -> None:
+        """Record a use other than by a norm, or by the layer itself."""
+        layers = (layer for x in _tensors(values) if (layer := self._layer_of.get(id(x))))
+        self._used_elsewhere.update(layer for layer in layers if layer is not by)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        # Queries, such as of the shape, do not count; what watched modules do is recorded by their hooks.
-        if not self._inside and not isinstance(result, (bool, int, torch.Size, torch.dtype, torch.device)):
-            self.use((args, kwargs))
+        # Queries, such as of the shape, do not count. What norms and torch's own layers do is recorded by their hooks.
+        inside = self._inside[-1] if self._inside else None
+        free = inside is None or _is_subclass(inside)
+        if free and not isinstance(result, (bool, int, torch.Size, torch.dtype, torch.device)):
+            self.use((args, kwargs), by=inside)
         return result
+
+
+def _is_subclass(module: nn.Module) -> bool:
+    """Whether it is of a class derived from torch's layers, which may do anything, also to other layers."""
+    return isinstance(module, LAYERS) and type(module) not in LAYERS
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
