@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -74,6 +75,28 @@ def test_resumed_it_takes_what_is_missing(first, tmp_path, monkeypatch):
     compare([OTHER, SHARED], out, resume=True, reuse=[first])
     assert of(out, SHARED) is not None
     compare([OTHER, SHARED], out, resume=True, reuse=[first])  # all that it could give is here already
+
+
+def test_a_copy_that_was_killed_is_trained_like_a_run_that_was_begun(first, tmp_path, monkeypatch):
+    files = [path.name for path in (first / "runs" / SHARED.folder_name).iterdir() if path.is_file()]
+    copied_files = len({*files} - {"config.json", "result.json"})
+    assert copied_files > 2
+    for kept in range(copied_files):
+        out, copied = tmp_path / str(kept), []
+
+        def copy(source, target, copied=copied, kept=kept, **options):
+            if len(copied) == kept:
+                raise KeyboardInterrupt
+            copied.append(shutil.copyfile(source, target))
+            return target
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(shutil, "copytree", partial(shutil.copytree, copy_function=copy))
+            compare([SHARED], out, reuse=[first])
+        assert of(out, SHARED) is None
+    compare([SHARED], out, resume=True)  # with the most of its files
+    assert of(out, SHARED) is not None
+    assert of(out, SHARED).conditions == of(first, SHARED).conditions
 
 
 def test_what_cannot_be_reused_is_refused_before_anything_is_written(first, tmp_path):

@@ -83,12 +83,16 @@ def check(
 
 
 def prepare(folder: Path, kind: str, config: Mapping[str, Any], made: Iterable[str]) -> None:
-    """Create the folder, or delete the files `made` there before (glob patterns), and write `config.json`."""
+    """Create the folder, or delete the files `made` there before (glob patterns), and write `config.json`.
+
+    Killed at any moment it leaves a folder that is still ours, in which nothing counts as finished that lacks files:
+    results are deleted first, and `config.json` is replaced at the end.
+    """
     emptied = {folder}
-    for pattern in made:
-        for path in folder.glob(pattern):
-            path.unlink()
-            emptied.update(parent for parent in path.parents if folder in parent.parents)
+    found = {path for pattern in made for path in folder.glob(pattern)} - {folder / CONFIG}
+    for path in sorted(found, key=lambda path: (path.name == CONFIG, not path.name.startswith("result"))):
+        path.unlink()
+        emptied.update(parent for parent in path.parents if folder in parent.parents)
     for directory in sorted(emptied - {folder}, reverse=True):  # innermost first
         if not any(directory.iterdir()):
             directory.rmdir()

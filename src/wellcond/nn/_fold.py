@@ -23,9 +23,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def fold(model: Model, example_input: Any = None) -> Model:
     """A copy of ``model`` in evaluation mode, without decorrelated batch norm: same outputs, less work.
 
-    Each one is folded into the convolution, transposed convolution or linear layer before it (also of a derived class,
-    if on trial it does nothing else), if the output of that layer goes nowhere else and, if it is grouped, no group of the norm mixes two of its groups. Otherwise it becomes a
-    1 × 1 convolution. Every parametrised weight (an orthogonal weight, a spectral norm) becomes a plain one. Linear
+    Each one is folded into the convolution, transposed convolution or linear layer before it (of a derived class too, if
+    on trial it does nothing else), if the output of that layer goes nowhere else and, if it is grouped, no group of the
+    norm mixes two of its groups. Otherwise it becomes a 1 × 1 convolution. Every parametrised weight (an orthogonal weight, a spectral norm) becomes a plain one. Linear
     layers are assumed to output (N, C). Ordinary ``nn.BatchNorm`` is kept, as is a decorrelated one without running
     statistics, whose output depends on the batch. :func:`to_plain` keeps the layers and names instead.
 
@@ -141,7 +141,7 @@ def _follows(new: nn.Module, layer: nn.Module, of_norm: _ChannelMap) -> bool:
     """Whether ``new`` is ``layer`` followed by the map up to rounding, on random inputs of two sizes."""
     try:
         old, tried = (copy.deepcopy(m).to("cpu", torch.float64).eval() for m in (layer, new))
-        of_norm = _ChannelMap(*(t if t is None else t.cpu() for t in of_norm))
+        of_norm = _ChannelMap(of_norm.matrix.cpu(), None if of_norm.shift is None else of_norm.shift.cpu())
         x = torch.randn(_input_shape(layer), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         rounding: float = torch.finfo(layer.weight.dtype).eps ** 0.5  # pyright: ignore
         for scaled in (x, 1e4 * x):

@@ -17,7 +17,7 @@ from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.result import CONDITION, EARLIER_RESULT, RESULT, RunResult, load_result
 from wellcond.experiments.run.run_folder import CHECKPOINTS, KIND
 
-LEFT_OUT = (CHECKPOINTS, RESULT, EARLIER_RESULT.format("*"), ".*")
+LEFT_OUT = (CHECKPOINTS, RESULT, EARLIER_RESULT.format("*"), folders.CONFIG, ".*")
 
 
 def finished_in(
@@ -59,10 +59,10 @@ def copy_runs(found: Mapping[RunConfig, RunResult], places: Mapping[RunConfig, P
     for config, result in found.items():
         source, target = Path(result.folder), places[config]
         target.mkdir(parents=True, exist_ok=True)
+        folders.mark(target, KIND, config.to_dict())  # first, so that a copy which was killed is a run that was begun
         if load_result(source) == result:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
         else:
-            folders.mark(target, KIND, config.to_dict())
             rows = [row for row in condition_rows(result) if int(row["step"]) < result.steps]
             write_csv(target / CONDITION, list(RECORDED), rows)
         copies[config] = replace(result, folder=str(target))
