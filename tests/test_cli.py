@@ -106,13 +106,13 @@ def test_debug_shows_the_traceback(tmp_path):
 
 def test_resume_takes_the_configuration_of_the_run_and_refuses_another(tmp_path):
     out = tmp_path / "run"
-    assert call("train", *SMALL, "--out", out).exit_code == 0
+    assert call("train", *SMALL, "--treat", "OLR + NOG", "--out", out).exit_code == 0
     first = (out / "result.json").read_bytes()
     (out / "result.json").unlink()  # as if it had been interrupted before the test
     refused = call("train", "--out", out, "--resume", "--epochs", "7")
     assert refused.exit_code == 2
     assert "epochs is 1 there, 7 was asked" in one_line(refused)
-    resumed = call("train", "--out", out, "--resume", "--epochs", "1")
+    resumed = call("train", "--out", out, "--resume", "--epochs", "1", "--treat", "OLR + NOG")  # as it was begun
     assert resumed.exit_code == 0, resumed.output
     assert json.loads((out / "result.json").read_text()) == json.loads(first)
     assert len(read_csv(out / "metrics.csv")) == 1

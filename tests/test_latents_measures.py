@@ -87,6 +87,13 @@ def test_a_perfect_code_is_disentangled_whatever_its_order_and_scale():
         assert min(found) > 0.95
 
 
+def test_variables_that_do_not_matter_do_not_seem_to():
+    z = codes(1500, 18)
+    factors = torch.stack([(z[:, 0] * 3).floor(), z[:, 1]], 1)
+    found = dci(z, factors, discrete=[0])
+    assert min(found.disentanglement, found.completeness) > 0.99
+
+
 def test_a_random_code_tells_nothing():
     z, factors = codes(), codes(6000, 3) * 0 + torch.rand(6000, 3)
     assert mutual_information_gap(z, factors) < 0.01

@@ -117,7 +117,7 @@ def test_what_ends_the_grid_ends_its_runs_and_it_goes_on(number, one_by_one, tmp
         process.kill()
     _, said = process.communicate(timeout=60)
     if number == signal.SIGINT:
-        line = f"interrupted; finished epochs are kept; go on with: wellcond compare --out {out} --resume"
+        line = f"interrupted; what was saved is kept; go on with: wellcond compare --out {out} --resume"
         assert (process.returncode, said.splitlines()) == (130, [line])
     psutil.wait_procs(ours, timeout=5)
     assert not [child for child in ours if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
@@ -129,7 +129,7 @@ def test_what_ends_the_grid_ends_its_runs_and_it_goes_on(number, one_by_one, tmp
 @pytest.mark.slow
 def test_ctrl_c_while_the_processes_start_says_one_line(tmp_path):
     """It reaches a process that still imports, and has not been told to leave it to the first one."""
-    line = "interrupted; finished epochs are kept; go on with: wellcond compare --out {} --resume"
+    line = "interrupted; what was saved is kept; go on with: wellcond compare --out {} --resume"
     for wait in (0.0, 0.2, 0.6, 1.5):
         out = tmp_path / str(wait)
         process = grid_of_two(out)

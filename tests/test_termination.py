@@ -37,7 +37,7 @@ def test_a_terminated_run_says_how_to_go_on_and_does(tmp_path, monkeypatch):
         stopped = call("train", *options)
     assert stopped.exit_code == 143
     assert stopped.stderr.splitlines()[-1] == (
-        f"terminated; finished epochs are kept; go on with: wellcond train --out {tmp_path / 'run'} --resume"
+        f"terminated; what was saved is kept; go on with: wellcond train --out {tmp_path / 'run'} --resume"
     )
     assert "Traceback" not in stopped.output
     assert checkpoint(tmp_path / "run")["epoch"] == 0
@@ -53,7 +53,7 @@ def test_a_terminated_comparison_goes_on(tmp_path, monkeypatch):
         terminate_at(2, patch)
         stopped = call("compare", *options)
     assert stopped.exit_code == 143
-    assert f"terminated; finished epochs are kept; go on with: wellcond compare --out {tmp_path}" in one_line(stopped)
+    assert f"terminated; what was saved is kept; go on with: wellcond compare --out {tmp_path}" in one_line(stopped)
     assert call("compare", "--out", tmp_path / "out", "--resume").exit_code == 0
     assert [row["label"] for row in read_csv(tmp_path / "out" / "results.csv")] == ["zca"]
 

@@ -12,7 +12,7 @@ import typer
 from wellcond.cli.options import Debug, Overwrite, Resume, takes_options_of
 from wellcond.cli.reporting import console, reporting, say
 from wellcond.experiments.folders import read_config
-from wellcond.experiments.latents.config import LatentsConfig, latents_config
+from wellcond.experiments.latents.config import LatentsConfig, latents_config, refuse_unused
 
 
 @takes_options_of(latents_config())
@@ -31,6 +31,7 @@ def latents(
         if resume and not overwrite:  # `train_generator` rejects conflicting options
             given = {name: getattr(config, name) for name in asked}  # as they are written in a configuration
             config = LatentsConfig.from_dict({**read_config(folder, "generator"), **given})
+        refuse_unused(asked, config)
         from wellcond.experiments.latents.table import generator_table
         from wellcond.experiments.latents.train import train_generator
         from wellcond.experiments.show.render import for_terminal

@@ -35,7 +35,8 @@ class _StderrHandler(logging.Handler):
 def reporting(debug: bool, level: int, resume_commands: list[str]) -> Iterator[None]:
     """Turn exceptions inside into one line and an exit status; `resume_commands` may be filled inside."""
     log, handler = logging.getLogger("wellcond"), _StderrHandler()
-    log.addHandler(handler)
+    if not any(isinstance(outer, _StderrHandler) for outer in log.handlers):  # of a command that runs this one
+        log.addHandler(handler)
     log.setLevel(level)
     try:
         with _terminable():
@@ -44,7 +45,7 @@ def reporting(debug: bool, level: int, resume_commands: list[str]) -> Iterator[N
         what, status = ("terminated", 143) if isinstance(stopped, Terminated) else ("interrupted", 130)
         resume = "".join(f"; go on with: {command}" for command in resume_commands)
         if not console.quiet:
-            say(f"{what}{'; finished epochs are kept' if resume_commands else ''}{resume}", stderr)
+            say(f"{what}{'; what was saved is kept' if resume_commands else ''}{resume}", stderr)
         raise typer.Exit(status) from None
     except (RunError, ValueError, OSError, ImportError) as error:
         if debug:

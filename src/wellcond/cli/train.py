@@ -30,7 +30,8 @@ def train(
         config = run_config(**asked)
         folder = out or run_folder(config)
         if resume and not overwrite:  # `run` rejects conflicting options
-            config = RunConfig.from_dict({**read_config(folder, "run"), **asked})
+            given = {name: getattr(config, name) for name in asked}  # as they are written in a configuration
+            config = RunConfig.from_dict({**read_config(folder, "run"), **given})
         refuse_unused(asked, [config])
         from wellcond.experiments.results.tables import run_table
         from wellcond.experiments.run.train import run

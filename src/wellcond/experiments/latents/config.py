@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,21 @@ class LatentsConfig:
                 f"not the configuration of a generator: fields {sorted(names ^ set(values))} do not match"
             )
         return cls(**values)
+
+
+def refuse_unused(asked: Iterable[str], config: LatentsConfig) -> None:
+    """Reject options that were given but that this generator does not use.
+
+    Raises:
+        ConfigError: names the option and what it belongs to.
+    """
+    belongs_to = dict.fromkeys(("n_basis", "noise"), "eigengan") if config.model == "plain" else {"latents": "plain"}
+    belongs_to = {name: f"model '{model}', and this is another" for name, model in belongs_to.items()}
+    if "ol" not in config.treat.split("+"):
+        belongs_to["ol_weight"] = "treatment 'ol', and there is none"
+    for name in asked:
+        if name in belongs_to:
+            raise ConfigError(f"--{name.replace('_', '-')} is an option of {belongs_to[name]}; leave it out")
 
 
 def latents_config(**options: Any) -> LatentsConfig:

@@ -144,6 +144,8 @@ class DCI(NamedTuple):
 def dci(latents: Tensor, factors: Tensor, discrete: Sequence[int] = ()) -> DCI:
     """DCI by random forests, from latent variables to each factor.
 
+    At every split a tree may choose from all variables: the best of a few would make the others seem to matter.
+
     With the importance R_ij of variable i for factor j: one minus the entropy of row i in units of log m, weighted by
     the sums of rows; one minus that of column j in units of log k, as a mean. Informativeness is the mean R² (at least
     0) or accuracy on the last third of the samples, which the forests have not seen. Of a
@@ -177,7 +179,7 @@ def dci(latents: Tensor, factors: Tensor, discrete: Sequence[int] = ()) -> DCI:
             scores.append(0.0)
             continue
         kind: Any = RandomForestClassifier if j in discrete else RandomForestRegressor
-        forest = kind(TREES, min_samples_leaf=LEAF, random_state=0).fit(z[:cut], column[:cut])
+        forest = kind(TREES, min_samples_leaf=LEAF, max_features=1.0, random_state=0).fit(z[:cut], column[:cut])
         columns.append(forest.feature_importances_)
         scores.append(max(float(forest.score(z[cut:], column[cut:])), 0.0))
     R = np.stack(columns, 1)

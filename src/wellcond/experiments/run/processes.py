@@ -112,7 +112,7 @@ def spawn(work: Callable[..., None], count: int, *arguments: Any) -> None:
             if code is not None and -code in DEADLY:
                 raise RunError(
                     f"process {rank} of {count} died from {signal.Signals(-code).name} (killed, out of memory, or a "
-                    "crash in a library); finished epochs are kept: go on with --resume"
+                    "crash in a library); what was saved is kept: go on with --resume"
                 ) from ended
         raise
 
