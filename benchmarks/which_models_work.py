@@ -49,6 +49,7 @@ inception_v3 mnasnet0_5 mnasnet1_0 mobilenet_v2 mobilenet_v3_small mobilenet_v3_
 shufflenet_v2_x0_5 shufflenet_v2_x1_0 vgg11_bn vgg16_bn maxvit_t fcn_resnet50 deeplabv3_resnet50
 lraspp_mobilenet_v3_large r3d_18 mc3_18 r2plus1d_18 s3d
 """
+SMALL = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96, "num_hidden_layers": 4, "image_size": 64}
 # The class, the configuration, and what makes it small.
 TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "resnet": ("ResNetForImageClassification", "ResNetConfig", {"depths": [1, 1, 1, 1]}),
@@ -59,7 +60,6 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mobilevitv2": ("MobileViTV2ForImageClassification", "MobileViTV2Config", {"width_multiplier": 0.5}),
     "efficientnet": ("EfficientNetForImageClassification", "EfficientNetConfig", {"depth_coefficient": 0.2}),
     "levit": ("LevitForImageClassification", "LevitConfig", {}),
-    "cvt": ("CvtForImageClassification", "CvtConfig", {"depth": [1, 1, 1]}),
     "swiftformer": ("SwiftFormerForImageClassification", "SwiftFormerConfig", {"depths": [1, 1, 1, 1]}),
     "hgnet_v2": ("HGNetV2ForImageClassification", "HGNetV2Config", {}),
     "textnet": ("TextNetForImageClassification", "TextNetConfig", {}),
@@ -68,15 +68,22 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "upernet": ("UperNetForSemanticSegmentation", "UperNetConfig", {}),
     "dpt": ("DPTForSemanticSegmentation", "DPTConfig", {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]}),
     "glpn": ("GLPNForDepthEstimation", "GLPNConfig", {"depths": [1, 1, 1, 1]}),
-    "vitmatte": ("VitMatteForImageMatting", "VitMatteConfig", {}),
-    "efficientloftr": ("EfficientLoFTRModel", "EfficientLoFTRConfig", {}),
     "superpoint": ("SuperPointForKeypointDetection", "SuperPointConfig", {}),
     "detr": ("DetrForObjectDetection", "DetrConfig", {}),
     "seggpt": ("SegGptForImageSegmentation", "SegGptConfig", {}),
     "pp_lcnet": ("PPLCNetForImageClassification", "PPLCNetConfig", {}),
-    "clap_audio": ("ClapAudioModel", "ClapAudioConfig", {}),
-    "audio_spectrogram": ("SpeechT5HifiGan", "SpeechT5HifiGanConfig", {}),
-    "wav2vec2_bert_conv": ("PatchTSTForPrediction", "PatchTSTConfig", {"norm_type": "batchnorm", "context_length": 64}),
+    "beit_semantic": ("BeitForSemanticSegmentation", "BeitConfig", {**SMALL, "out_indices": [1, 2, 3, 4]}),
+    "data2vec_vision_semantic": (
+        "Data2VecVisionForSemanticSegmentation",
+        "Data2VecVisionConfig",
+        {**SMALL, "out_indices": [1, 2, 3, 4]},
+    ),
+    "mobilevit_semantic": ("MobileViTForSemanticSegmentation", "MobileViTConfig", {}),
+    "mobilenet_v2_semantic": ("MobileNetV2ForSemanticSegmentation", "MobileNetV2Config", {"depth_multiplier": 0.35}),
+    "align_vision": ("AlignVisionModel", "AlignVisionConfig", {"depth_coefficient": 0.2}),
+    "rt_detr": ("RTDetrForObjectDetection", "RTDetrConfig", {"encoder_layers": 1, "decoder_layers": 1}),
+    "d_fine": ("DFineForObjectDetection", "DFineConfig", {"encoder_layers": 1, "decoder_layers": 2}),
+    "vitpose": ("VitPoseForPoseEstimation", "VitPoseConfig", {"use_simple_decoder": False}),
 }
 
 
@@ -101,8 +108,8 @@ def of_torchvision(name: str) -> tuple[Callable[[], nn.Module], Any]:
     video = name in torchvision.models.list_models(torchvision.models.video)
     dense = name in torchvision.models.list_models(torchvision.models.segmentation)
     options |= {"weights_backbone": None} if dense else {}
-    size = {"inception_v3": 96, "maxvit_t": 224}.get(name, 64)
-    x = torch.randn(4, 3, *((8, size, size) if video else (size, size)))
+    size = {"inception_v3": 96, "maxvit_t": 224, "s3d": 224}.get(name, 64)
+    x = torch.randn(4, 3, *((16, size, size) if video else (size, size)))
     return lambda: torchvision.models.get_model(name, weights=None, num_classes=10, **options), x
 
 
@@ -112,9 +119,10 @@ def of_transformers(name: str) -> tuple[Callable[[], nn.Module], Any]:
     kind, config, options = TRANSFORMERS[name]
     settings = getattr(transformers, config)(**options)
     model = getattr(transformers, kind)
-    size = getattr(settings, "image_size", None) or 64
-    size = size if isinstance(size, int) else size[0]
-    return lambda: model(copy.deepcopy(settings)), {"pixel_values": torch.randn(4, 3, size, size)}
+    backbone = getattr(settings, "backbone_config", None)
+    size = getattr(settings, "image_size", None) or (name == "vitpose" and backbone.image_size) or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    return lambda: model(copy.deepcopy(settings)), {"pixel_values": torch.randn(4, 3, height, width)}
 
 
 def called(model: nn.Module, x: Any) -> Tensor:
