@@ -194,6 +194,39 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
     assert [row["label"] for row in read_csv(tmp_path / "out" / "results.csv")] == ["batch", "zca"]
 
 
+def test_the_command_that_goes_on_has_what_was_asked(tmp_path, monkeypatch):
+    def interrupted(*_, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wellcond.experiments.compare.compare", interrupted)
+    asked = ["--jobs", "2", "--executor", "ray", "--reuse", "a b", "--reuse", "c"]
+    stopped = call("compare", *SMALL, *asked, "--out", tmp_path)
+    assert one_line(stopped).endswith(f"--out {tmp_path} --resume --jobs 2 --executor ray --reuse 'a b' --reuse c")
+
+
+def test_a_grid_with_a_solver_grows_by_seeds(tmp_path):
+    """Batch norm, which comes first, takes none."""
+    out = tmp_path / "out"
+    assert call("compare", *SMALL, "--solver", "svd", "--treat", "none", "--seeds", "1", "--out", out).exit_code == 0
+    grown = call("compare", "--resume", "--seeds", "2", "--out", out)
+    assert grown.exit_code == 0, grown.output
+    assert [row["seeds"] for row in read_csv(out / "results.csv")] == ["2", "2"]
+    assert {path.name for path in (out / "runs").iterdir()} >= {"batch-seed1", "zca-by-svd-seed1"}
+
+
+def test_what_cannot_be_resumed_is_said_of_the_runs_that_are_there(tmp_path):
+    held = [small(norm="batch"), small(solver="svd")]
+    saved = {"kind": "comparison", "config": {"runs": [config.to_dict() for config in held]}}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    for asked, says in {
+        small(solver="svd"): "it holds batch, zca by svd with 1 seeds on digits, and 1 of these runs are not asked for",
+        small(solver="eigh"): "solver is 'svd' there, 'eigh' was asked",
+        small(solver="svd", lr=1.0): "lr is 0.05 there, 1.0 was asked",
+    }.items():
+        with pytest.raises(FolderError, match=re.escape(says)):
+            compare([asked], tmp_path, resume=True)
+
+
 def test_overwriting_deletes_only_what_a_comparison_made(tmp_path):
     out = tmp_path / "out"
     configs = [small(epochs=1, norm="batch"), small(epochs=1)]
@@ -228,7 +261,7 @@ def test_two_spectral_layers_have_a_line_each(tmp_path):
     [
         ([], "the grid is empty"),
         ([small(), small()], "twice"),
-        ([small(), small(limit=90, seed=1)], "same data, image size and crop"),
+        ([small(), small(limit=90, seed=1)], "need the same images, and limit is 130, 90"),
     ],
     ids=["none", "twice", "two data sets"],
 )

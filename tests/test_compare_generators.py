@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,14 @@ from PIL import Image
 import test_cli
 from test_cli import call
 from test_latents_training import assert_same, few, small
-from wellcond.experiments import compare_generators as comparing
 from wellcond.experiments.compare_generators import compare_generators
-from wellcond.experiments.errors import ConfigError, FolderError, NonFiniteLossError, RunError
+from wellcond.experiments.errors import ConfigError, DataError, FolderError, NonFiniteLossError, RunError
 from wellcond.experiments.files import read_csv
-from wellcond.experiments.latents import train as trainer
 from wellcond.experiments.latents.result import LatentsResult, Measures
+from wellcond.experiments.latents.train import train_generator
 from wellcond.experiments.latents.training import AdversarialTraining
 from wellcond.experiments.recipes import load_recipe
+from wellcond.experiments.results.experiment import Experiment
 from wellcond.experiments.results.generators import (
     differences_of_generators,
     differences_table_of_generators,
@@ -27,32 +29,53 @@ from wellcond.experiments.results.generators import (
     grouped,
 )
 
+
+def interrupted(self):
+    raise KeyboardInterrupt
+
+
 ROWS = {"none": {"treat": "none"}, "NOG": {"treat": "nog"}}
 
 
-def rows(seeds: int = 2, **options):
-    given = {"steps": 2, **options}
-    return {row: [small(**given, **own, seed=seed) for seed in range(seeds)] for row, own in ROWS.items()}
+def rows(seeds: int = 2, own=ROWS, **options):
+    given = {"data": "pictures", "image_size": None, "steps": 2, **options}
+    return {row: [small(**{**given, **its}, seed=seed) for seed in range(seeds)] for row, its in own.items()}
 
 
 @pytest.fixture(autouse=True)
-def images(monkeypatch):
-    for place in (comparing, trainer):
-        monkeypatch.setattr(place, "training_images", lambda config: few())
+def pictures(tmp_path, monkeypatch):
+    """Ten images in a folder, of which every run loads what its configuration says."""
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    for i, image in enumerate(few().images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"pictures/{i}.png")
 
 
-def compared(out: Path, seeds: int = 2, **options):
-    return compare_generators(rows(seeds), out, heading="Two rows", against={"NOG": "none"}, **options)
+def compared(out: Path, seeds: int = 2, those=None, command=None, **options):
+    those = those or rows(seeds)
+    names = {replace(config, seed=0, threads=None): row for row, runs in those.items() for config in runs}
+    against = {"NOG": "none"} if "NOG" in those else {}
+    experiment = Experiment("Two rows", names, against, {}, "mine", command=command)
+    configs = [config for runs in those.values() for config in runs]
+    return compare_generators(configs, out, experiment=experiment, **options)
+
+
+def snapshot(folder: Path):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def no_training(monkeypatch):
+    monkeypatch.setattr(AdversarialTraining, "step", lambda _: pytest.fail("trained again"))
 
 
 def test_a_comparison_leaves_tables_and_can_be_extended(tmp_path):
     told = []
-    compared(tmp_path / "out", finished=lambda row, result: told.append((row, result.config.seed)))
-    assert told == [("none", 0), ("none", 1), ("NOG", 0), ("NOG", 1)]
+    compared(tmp_path / "out", finished=lambda index, result: told.append((index, result.config.treat)))
+    assert told == [(0, "none"), (1, "none"), (2, "nog"), (3, "nog")]
     before = (tmp_path / "out/runs/nog-seed1/result.json").stat().st_mtime_ns
     told.clear()
-    tables = compared(tmp_path / "out", 3, resume=True, finished=lambda row, result: told.append(row))
-    assert sorted(told) == ["NOG"] * 3 + ["none"] * 3
+    tables = compared(tmp_path / "out", 3, resume=True, finished=lambda index, result: told.append(index))
+    assert sorted(told) == list(range(6))
     assert (tmp_path / "out/runs/nog-seed1/result.json").stat().st_mtime_ns == before
     lines = read_csv(tmp_path / "out/results.csv")
     assert [(line["row"], line["seed"]) for line in lines] == [(row, str(s)) for row in ROWS for s in range(3)]
@@ -86,9 +109,11 @@ def test_a_folder_of_something_else_is_kept(tmp_path):
     with pytest.raises(FolderError, match="another comparison of generators"):
         compared(tmp_path / "out")
     with pytest.raises(FolderError, match=r"lr is 0\.001 there, 0\.1 was asked"):
-        compare_generators(rows(lr=0.1), tmp_path / "out", heading="", against={}, resume=True)
+        compared(tmp_path / "out", those=rows(lr=0.1), resume=True)
     compared(tmp_path / "two", 2)
-    with pytest.raises(FolderError, match="without all of its runs: 2 of them"):
+    with pytest.raises(
+        FolderError, match=r"it holds eigengan, eigengan\+nog with 2 seeds on pictures, and 2 of these runs are"
+    ):
         compared(tmp_path / "two", 1, resume=True)
     with pytest.raises(ConfigError, match="jobs must be at least 1, got 0"):
         compared(tmp_path / "three", jobs=0)
@@ -132,13 +157,84 @@ def test_the_recipe_has_the_rows_of_the_claim():
     assert recipe.against() == dict.fromkeys(("OL", "NOG", "OLR", "NOG + OLR", "OW"), "none")
 
 
-def test_the_command_compares_and_refuses(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = "\n".join(f"{k} = {json.dumps(v)}" for k, v in small(steps=2).to_dict().items() if v is not None)
+def test_rows_of_other_images_are_refused_and_so_is_a_batch_that_there_is_not(tmp_path):
+    other = rows(1, {"none": {}, "NOG": {"treat": "nog", "limit": 4}})
+    for jobs in (None, 2):
+        with pytest.raises(ConfigError, match="need the same images, and limit is None, 4"):
+            compared(tmp_path / "out", those=other, jobs=jobs)
+    with pytest.raises(DataError, match="10 images, fewer than a batch of 20"):
+        compared(tmp_path / "out", those=rows(1, {"none": {}, "NOG": {"treat": "nog", "batch_size": 20}}))
+    with pytest.raises(DataError, match="10 images, fewer than a batch of 20"):
+        train_generator(small(batch_size=20), tmp_path / "out", data=few())
+    with pytest.raises(ConfigError, match="the grid is empty"):
+        compared(tmp_path / "out", those={"none": []})
+    with pytest.raises(ConfigError, match=r"rows 'a\+b' and 'a b' would share the folder 'a-b-seed0'"):
+        compared(tmp_path / "out", those=rows(1, {"a+b": {}, "a b": {"treat": "nog"}}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_is_deleted_only_for_one_that_can_be_trained(tmp_path):
+    out = tmp_path / "out"
+    compared(out, 1)
+    before = snapshot(out)
+    with pytest.raises(ConfigError, match="nig"):
+        compared(out, those=rows(1, {"none": {"treat": "nig"}}), overwrite=True)
+    assert snapshot(out) == before
+    (out / "runs/none-seed0/result.json").write_text("{")  # damaged, or of an older version
+    compared(out, 1, overwrite=True)
+    assert len(read_csv(out / "results.csv")) == 2
+
+
+def test_what_this_version_cannot_read_is_said(tmp_path):
+    compared(tmp_path / "out", 1)
+    path = tmp_path / "out/config.json"
+    marked = json.loads(path.read_text())
+    for run in marked["config"]["runs"]:
+        del run["r1_every"]
+    marked["config"]["version"] = "0.0.1"
+    path.write_text(json.dumps(marked))
+    with pytest.raises(
+        FolderError, match=r"not a comparison of wellcond 0\.0\.1 that .* use the version that began it"
+    ):
+        compared(tmp_path / "out", 1, resume=True)
+
+
+def test_a_row_that_is_renamed_keeps_its_folder(tmp_path, monkeypatch):
+    compared(tmp_path / "out", 1)
+    no_training(monkeypatch)
+    compared(tmp_path / "out", those=rows(1, {"none": {}, "nearest": {"treat": "nog"}}), resume=True)
+    assert [line["row"] for line in read_csv(tmp_path / "out/results.csv")] == ["none", "nearest"]
+    assert sorted(path.name for path in (tmp_path / "out/runs").iterdir()) == ["nog-seed0", "none-seed0"]
+
+
+def test_a_comparison_of_before_goes_on(tmp_path, monkeypatch):
+    """Its heading and command are beside the runs, and the rows and folders were not saved."""
+    out = tmp_path / "out"
+    compared(out, 1)
+    path = out / "config.json"
+    marked = json.loads(path.read_text())
+    del marked["config"]["experiment"]
+    marked["config"] |= {"command": "wellcond compare --recipe mine.toml --seeds 1", "heading": "Two rows"}
+    path.write_text(json.dumps(marked))
+    said = f"go on with it by wellcond compare --recipe mine.toml --seeds 1 --threads 1 --out {out} --resume"
+    assert said in test_cli.one_line(call("compare", "--out", out, "--resume"))
+    before = snapshot(out / "runs")
+    compared(out, 2, resume=True)
+    after = snapshot(out / "runs")
+    assert {path: after[path] for path in before} == before
+    no_training(monkeypatch)
+    compared(out, 2, resume=True)
+
+
+def test_the_command_compares_and_refuses(monkeypatch):
+    given = rows(1)["none"][0].to_dict()
+    options = "\n".join(f"{k} = {json.dumps(v)}" for k, v in given.items() if v is not None)
     options = "\n".join(line for line in options.splitlines() if not line.startswith(("seed", "treat")))
-    rows = "".join(f'[[rows]]\nname = "{row}"\noptions = {{ treat = "{own["treat"]}" }}\n' for row, own in ROWS.items())
+    lines = "".join(
+        f'[[rows]]\nname = "{row}"\noptions = {{ treat = "{own["treat"]}" }}\n' for row, own in ROWS.items()
+    )
     Path("mine.toml").write_text(
-        f'title = "Mine"\nabout = "Two rows."\ntask = "generator"\nseeds = 2\n[options]\n{options}\n{rows}'
+        f'title = "Mine"\nabout = "Two rows."\ntask = "generator"\nseeds = 2\n[options]\n{options}\n{lines}'
     )
     first = call("compare", "--recipe", "mine.toml", "--seeds", "1")
     assert first.exit_code == 0, first.output
@@ -146,12 +242,23 @@ def test_the_command_compares_and_refuses(tmp_path, monkeypatch):
     more = call("compare", "--recipe", "mine.toml", "--out", "mine", "--resume")
     assert more.exit_code == 0, more.output
     assert len(read_csv(Path("mine/results.csv"))) == 4
+    command = "wellcond compare --recipe mine.toml --seeds 2 --threads 1"
+    assert command in Path("mine/report.md").read_text()
+    without = call("compare", "--out", "mine", "--resume")
+    assert without.exit_code == 2
+    said = test_cli.one_line(without).split("go on with it by ")[1]
+    assert said == f"{command} --out mine --resume"
+    assert call(*shlex.split(said)[1:]).exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(AdversarialTraining, "step", interrupted)
+        stopped = call("compare", "--recipe", "mine.toml", "--out", "other", "--jobs", "1")
+    assert test_cli.one_line(stopped).endswith(f"{command} --out other --resume --jobs 1")
     for words, message in (
         (["--norm", "zca"], "unknown option of a generator 'norm'"),
         (["--treat", "ow"], "treat is set by row 'none'"),
         (["--reuse", "another"], "--reuse copies runs of classifiers"),
     ):
-        refused = call("compare", "--recipe", "mine.toml", "--out", "other", *words)
+        refused = call("compare", "--recipe", "mine.toml", "--out", "third", *words)
         assert refused.exit_code == 2
         assert message in test_cli.one_line(refused)
     Path("bad.toml").write_text('title = "x"\nabout = "y"\ntask = "generators"\n[[rows]]\nname = "a"\n')
@@ -162,13 +269,8 @@ def test_the_command_compares_and_refuses(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_runs_in_processes_are_those_of_one(tmp_path, monkeypatch):
-    monkeypatch.undo()  # other processes load the images themselves
-    (tmp_path / "pictures").mkdir()
-    for i, image in enumerate(few().images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"pictures/{i}.png")
-    those = rows(1, data=str(tmp_path / "pictures"), image_size=None)
+def test_runs_in_processes_are_those_of_one(tmp_path):
     for jobs in (1, 2):
-        compare_generators(those, tmp_path / str(jobs), heading="", against={}, jobs=jobs)
+        compared(tmp_path / str(jobs), 1, jobs=jobs)
     for run in ("none-seed0", "nog-seed0"):
         assert_same(*(tmp_path / str(jobs) / "runs" / run for jobs in (1, 2)))

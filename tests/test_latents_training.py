@@ -407,7 +407,7 @@ def test_images_of_another_size_or_number_are_refused(tmp_path):
     with pytest.raises(DataError, match="image 1 is 9×9 pixels"):
         loaded(write("mixed", (8, 8), (9, 9), (8, 8), (8, 8)))
     with pytest.raises(DataError, match="3 images, fewer than a batch of 4"):
-        loaded(write("few", *[(8, 8)] * 3))
+        AdversarialTraining(small(batch_size=4), loaded(write("few", *[(8, 8)] * 3)), CPU)
     assert loaded(write("fine", *[(8, 8)] * 6)).images.shape == (6, 3, 8, 8)
     assert loaded(str(tmp_path / "fine"), limit=4).images.shape == (4, 3, 8, 8)
     assert training_images(small(data=str(tmp_path / "mixed"), image_size=16)).images.shape == (4, 3, 16, 16)
@@ -425,12 +425,17 @@ def test_images_of_another_size_or_number_are_refused(tmp_path):
         (["--n-basis", "5000"], "error: n_basis is 5000"),
         (["--latents", "9"], "error: --latents is an option of model 'plain', and this is another; leave it out"),
         (["--model", "plain", "--n-basis", "9"], "error: --n-basis is an option of model 'eigengan'"),
-        (["--treat", "nog", "--ol-weight", "9"], "error: --ol-weight is an option of treatment 'ol', and there is none"),
+        (
+            ["--treat", "nog", "--ol-weight", "9"],
+            "error: --ol-weight is an option of treatment 'ol', and there is none",
+        ),
     ],
 )
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trainer, "training_images", training_images if "--data" in words else lambda config: few())
+    monkeypatch.setattr(
+        trainer, "training_images", training_images if "--data" in words else lambda config: few(count=16)
+    )
     result = CliRunner().invoke(app, ["latents", *words, "--out", "run"])
     assert result.exit_code == 2
     assert result.stderr.startswith(message)

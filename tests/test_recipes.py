@@ -14,6 +14,7 @@ from test_statistics import RUN
 from wellcond.experiments.errors import ConfigError
 from wellcond.experiments.files import read_csv, write_csv
 from wellcond.experiments.recipes import GENERATOR, known_recipes, load_recipe, recipe_text
+from wellcond.experiments.run.command_line import comparison_command
 from wellcond.experiments.run.config import BEFORE, RunConfig
 from wellcond.experiments.run.result import LayerCondition, load_result
 from wellcond.experiments.show.curves import BOTH
@@ -195,7 +196,7 @@ def test_a_recipe_runs_says_its_rows_and_grows(tmp_path: Path):
     assert "report.html" in page
     assert "SVD + NOG: " in (tmp_path / "report" / "report.html").read_text()
     told = (tmp_path / "report" / "report.md").read_text()
-    asked = "wellcond compare --recipe table4 --scale tiny --rows 'SVD + NOG' --epochs 1 --seeds 2"
+    asked = "wellcond compare --recipe table4 --scale tiny --rows 'SVD + NOG' --epochs 1 --seeds 2 --threads 1"
     assert asked in told and "| method | against |" in told and "![Condition number" in told
     assert f"<pre>{asked}</pre>".replace("'", "&#39;") in (tmp_path / "report" / "report.html").read_text()
 
@@ -234,6 +235,17 @@ def test_a_recipe_grows_by_seeds_alone_and_shows_runs_that_were_made_longer(tmp_
     assert call("report", out, "--out", tmp_path / "report").exit_code == 0
     page = (tmp_path / "report" / "report.html").read_text()
     assert "SVD, 2 epochs" in page and "<h1>Table 4" in page
+    assert "--rows SVD --epochs 1 --seeds 2 --threads 1" in page
+
+
+def test_the_command_of_a_comparison_has_the_seeds_and_threads_of_its_runs():
+    """Also where those that it began with were saved, as they were before."""
+    began = "wellcond compare --recipe table4 --threads 2 --rows 'SVD + NOG' --seeds 2"
+    grown = [replace(RUN.config, seed=seed, threads=1) for seed in range(5)]
+    made = "wellcond compare --recipe table4 --rows 'SVD + NOG' --seeds 5"
+    assert comparison_command(began, grown) == f"{made} --threads 1"
+    assert comparison_command(began, [*grown, replace(RUN.config, threads=None)]) == made
+    assert comparison_command(None, grown) is None
 
 
 def test_figures_of_reduced_recipes_have_their_whole_title(tmp_path: Path):

@@ -135,3 +135,54 @@ def test_a_run_that_was_extended_since_gives_its_earlier_result(first, tmp_path,
     assert kept is not None
     assert (found.steps, found.test_error, found.conditions) == (kept.steps, kept.test_error, kept.conditions)
     assert pd.read_parquet(out / "condition.parquet").step.max() < kept.steps
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_comparison_is_not_reused_for_itself(first, tmp_path):
+    """Its runs would be deleted before they are copied, also where they are reached by a link."""
+    mine = tmp_path / "mine"
+    shutil.copytree(first, mine)
+    before = snapshot(mine)
+    (tmp_path / "link").symlink_to(mine)
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(mine / "config.json", other)
+    (other / "runs").symlink_to(mine / "runs")
+    third = tmp_path / "third" / "runs"
+    third.mkdir(parents=True)
+    shutil.copy(mine / "config.json", third.parent)
+    (third / SHARED.folder_name).symlink_to(mine / "runs" / SHARED.folder_name)
+    pairs = ((mine, mine), (tmp_path / "link", mine), (mine, tmp_path / "link"), (mine, other), (mine, third.parent))
+    for reused, out in pairs:
+        with pytest.raises(FolderError, match="is the output folder, and cannot be reused for itself"):
+            compare([SHARED], out, reuse=[reused], overwrite=True)
+    assert snapshot(mine) == before
+
+
+def test_a_run_without_its_condition_numbers_is_not_reused(first, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(first, mine)
+    (mine / "runs" / SHARED.folder_name / "condition.csv").unlink()
+    compare([SHARED], tmp_path / "from the table", reuse=[mine])
+    assert snapshot(tmp_path / "from the table" / "runs").keys() >= {
+        tmp_path / "from the table" / "runs" / SHARED.folder_name / "condition.csv"
+    }
+    (mine / "condition.parquet").unlink()
+    with pytest.raises(FolderError, match=r"the condition numbers of .* are gone"):
+        compare([SHARED], tmp_path / "second", reuse=[mine])
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_damaged_table_of_another_comparison_is_left_as_it_is(first, tmp_path, caplog):
+    mine = tmp_path / "mine"
+    shutil.copytree(first, mine)
+    shutil.rmtree(mine / "runs")
+    (mine / "results.parquet").write_bytes(b"PAR1")
+    before = snapshot(mine)
+    with pytest.raises(FolderError, match="holds no finished run"):
+        compare([SHARED], tmp_path / "second", reuse=[mine])
+    assert snapshot(mine) == before
+    assert "only runs whose folders are there are taken" in caplog.text

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 import dying_work
 from small_runs import differences_of_runs, small
@@ -117,7 +118,7 @@ def test_what_ends_the_grid_ends_its_runs_and_it_goes_on(number, one_by_one, tmp
         process.kill()
     _, said = process.communicate(timeout=60)
     if number == signal.SIGINT:
-        line = f"interrupted; what was saved is kept; go on with: wellcond compare --out {out} --resume"
+        line = f"interrupted; what was saved is kept; go on with: wellcond compare --out {out} --resume --jobs 2"
         assert (process.returncode, said.splitlines()) == (130, [line])
     psutil.wait_procs(ours, timeout=5)
     assert not [child for child in ours if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
@@ -129,7 +130,7 @@ def test_what_ends_the_grid_ends_its_runs_and_it_goes_on(number, one_by_one, tmp
 @pytest.mark.slow
 def test_ctrl_c_while_the_processes_start_says_one_line(tmp_path):
     """It reaches a process that still imports, and has not been told to leave it to the first one."""
-    line = "interrupted; what was saved is kept; go on with: wellcond compare --out {} --resume"
+    line = "interrupted; what was saved is kept; go on with: wellcond compare --out {} --resume --jobs 2"
     for wait in (0.0, 0.2, 0.6, 1.5):
         out = tmp_path / str(wait)
         process = grid_of_two(out)
@@ -239,3 +240,19 @@ def test_threads_are_as_said_as_held_or_one_apart():
     assert [c.threads for c in with_threads([free, said], [], apart=False)] == [None, 4]
     assert [c.threads for c in with_threads([free], [small(threads=2)], apart=True)] == [2]
     assert [c.threads for c in with_threads([free], [free], apart=True)] == [None]
+    rows = [small(lr=0.1, threads=4), free]  # each goes on as it began, and so does a further seed
+    assert with_threads([rows[0], replace(free, seed=5)], rows, apart=True) == [rows[0], replace(free, seed=5)]
+
+
+@pytest.mark.parametrize("jobs", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_runs_whose_threads_are_open_go_on_with_those_of_the_finished_ones(tmp_path, jobs):
+    grid = [replace(small(epochs=1, seed=seed), threads=None) for seed in range(2)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        compare(grid[:1], tmp_path / "out")
+        torch.set_num_threads(1)
+        compare(grid, tmp_path / "out", resume=True, jobs=jobs)
+    finally:
+        torch.set_num_threads(before)
+    assert [result.environment["threads"] for result in read_results(tmp_path / "out")] == ["2", "2"]

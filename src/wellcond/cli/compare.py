@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +14,10 @@ import typer
 
 from wellcond.cli.options import DEFAULT_COMPARISON, Debug, Overwrite, Resume, listed, takes_run_options
 from wellcond.cli.reporting import console, reporting, say
-from wellcond.experiments.folders import read_config
+from wellcond.experiments.errors import FolderError
+from wellcond.experiments.folders import kind_of, read_config
 from wellcond.experiments.grid.configs import grid, refuse_unused
-from wellcond.experiments.run.command_line import option_words
+from wellcond.experiments.run.command_line import comparison_command, option_words
 from wellcond.experiments.run.config import NO_TREATMENT, RunConfig
 from wellcond.experiments.run.parts import is_treatable
 
@@ -51,7 +53,10 @@ def compare(
         if recipe is not None and _is_of_generators(recipe):
             if reuse:
                 raise ValueError("--reuse copies runs of classifiers, and the recipe is of generators; leave it out")
-            _compare_generators(recipe, scale, rows, asked, out, resume_commands, given)
+            configs, experiment = _from_recipe(recipe, scale, rows, asked)
+            again = comparison_command(experiment.command, configs)
+            resume_commands.append(f"{again} {_resuming(out, jobs, executor)}")
+            _compare_generators(configs, experiment, out, given)
             return
         from wellcond.experiments.compare import compare as compare_runs
         from wellcond.experiments.results.difference_tables import differences_table
@@ -63,7 +68,7 @@ def compare(
         else:
             configs, experiment = _from_options(asked, out, resume)
         refuse_unused(asked, configs)
-        resume_commands.append(shlex.join(["wellcond", "compare", "--out", str(out), "--resume"]))
+        resume_commands.append(f"wellcond compare {_resuming(out, jobs, executor, reuse or ())}")
         results: list[Any] = []
 
         def finished(index: int, result: Any) -> None:
@@ -88,6 +93,16 @@ def compare(
         say(f"in {out}: results.csv, results.json, results.parquet, condition.parquet, condition.png, condition.svg")
 
 
+def _resuming(out: Path, jobs: int | None, executor: str | None, reuse: Sequence[Path] = ()) -> str:
+    """The options that go on with a comparison, in the same way."""
+    words = ["--out", str(out), "--resume"]
+    for name, value in {"jobs": jobs, "executor": executor}.items():
+        words += option_words(name, value) if value is not None else []
+    for other in reuse:
+        words += option_words("reuse", other)
+    return shlex.join(words)
+
+
 def _from_recipe(recipe: str, scale: str | None, rows: list[str] | None, asked: dict[str, Any]) -> tuple[Any, Any]:
     """The configurations of a recipe, and its experiment."""
     from wellcond.experiments.results.experiment import Experiment
@@ -103,30 +118,19 @@ def _is_of_generators(recipe: str) -> bool:
     return load_recipe(recipe).task == GENERATOR
 
 
-def _compare_generators(
-    recipe: str,
-    scale: str | None,
-    rows: list[str] | None,
-    asked: dict[str, Any],
-    out: Path,
-    resume_commands: list[str],
-    given: dict[str, Any],
-) -> None:
+def _compare_generators(configs: list[Any], experiment: Any, out: Path, given: dict[str, Any]) -> None:
     """Train the generators of a recipe, and print their tables."""
     from wellcond.experiments.compare_generators import REPORT, compare_generators
     from wellcond.experiments.show.render import for_terminal
 
-    found, configs, command = _runs_of(recipe, scale, rows, asked)
-    resume_commands.append(f"{command} {shlex.join(['--out', str(out), '--resume'])}")
-    numbers, total = itertools.count(1), sum(map(len, configs.values()))
+    numbers = itertools.count(1)
 
-    def finished(row: str, result: Any) -> None:
-        at = f"[{next(numbers)}/{total}] {row}, seed {result.config.seed}"
+    def finished(index: int, result: Any) -> None:
+        at = f"[{next(numbers)}/{len(configs)}] {experiment.label(result.config)}, seed {result.config.seed}"
         say(f"{at}: κ(U) {result.kappa_directions:.4g}, {result.seconds:.1f} s")
 
-    heading = found.heading([config for row in configs.values() for config in row])
-    told = {"heading": heading, "against": found.against(), "command": command}
-    for table in compare_generators(configs, out, **told, **given, progress=console.is_terminal, finished=finished):
+    told = {"experiment": experiment, "progress": console.is_terminal, "finished": finished}
+    for table in compare_generators(configs, out, **told, **given):
         console.print(for_terminal(table))
     say(f"in {out}: results.csv, results.json, {REPORT}")
 
@@ -134,7 +138,7 @@ def _compare_generators(
 def _runs_of(
     recipe: str, scale: str | None, rows: list[str] | None, asked: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], str]:
-    """A recipe with these rows, the configurations of each, and the command line."""
+    """A recipe with these rows, the configurations of each, and the command line but for its seeds."""
     from wellcond.experiments.recipes import FULL, load_recipe
 
     options = {**asked}
@@ -156,8 +160,6 @@ def _runs_of(
         words += ["--rows", row]
     for name, value in options.items():
         words += option_words(name, value)
-    if seeds:
-        words += ["--seeds", str(seeds)]
     return found, configs, shlex.join(words)
 
 
@@ -165,6 +167,8 @@ def _from_options(asked: dict[str, Any], out: Path, resume: bool) -> tuple[Any, 
     """The configurations of a grid and its experiment; those of the comparison in ``out`` if it is resumed."""
     from wellcond.experiments.results.experiment import Experiment
 
+    if resume:
+        _refuse_generators(out)
     held = read_config(out, "comparison") if resume else {}
     described = held.get("experiment") or {}
     if (recipe := described.get("recipe")) is None:
@@ -185,6 +189,21 @@ def _from_options(asked: dict[str, Any], out: Path, resume: bool) -> tuple[Any, 
     return configs, experiment
 
 
+def _refuse_generators(out: Path) -> None:
+    """Say how to go on with a comparison of generators: their rows are in the recipe alone."""
+    from wellcond.experiments.compare_generators import KIND
+    from wellcond.experiments.grid.held import held_runs
+    from wellcond.experiments.latents.config import LatentsConfig
+
+    if kind_of(out) != KIND:
+        return
+    held = read_config(out, KIND)
+    configs = list(held_runs(held, LatentsConfig))
+    saved = held.get("experiment") or held  # before, the command was beside the runs
+    again = comparison_command(saved.get("command") or "wellcond compare --recipe RECIPE", configs)
+    raise FolderError(f"'{out}' holds a {KIND}: go on with it by {again} {_resuming(out, None, None)}")
+
+
 def _grid(asked: dict[str, Any], out: Path, resume: bool) -> list[RunConfig]:
     """The grid of the given options; when resuming, missing ones are taken from the comparison in ``out``."""
     axes: dict[str, Any] = {"norm": ["batch", "zca"], "head": ["avg"], "treat": list(DEFAULT_TREATS), "seed": range(2)}
@@ -199,6 +218,7 @@ def _grid(asked: dict[str, Any], out: Path, resume: bool) -> list[RunConfig]:
         if treatable := [config for config in held if is_treatable(config.norm, config.head)]:
             axes["treat"] = list(dict.fromkeys(config.treat for config in treatable))
         shared = {name: value for name, value in held[0].to_dict().items() if name not in axes}
+        shared["solver"] = next((config.solver for config in held if config.solver is not None), None)
     for name, value in asked.items():
         if name == "seed":
             if value < 1:

@@ -13,32 +13,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import wellcond
 from wellcond.experiments import folders
-from wellcond.experiments.errors import ConfigError, FolderError
 from wellcond.experiments.files import write_csv, write_json
-from wellcond.experiments.grid.attempt import Executor, in_this_process, same_images
-from wellcond.experiments.grid.held import held_results, refuse_another_version, with_threads
-from wellcond.experiments.grid.reuse import copy_runs, finished_in
-from wellcond.experiments.grid.train_all import train_all
+from wellcond.experiments.grid import attempt
+from wellcond.experiments.grid.carry_out import Comparison, carry_out
+from wellcond.experiments.grid.held import held_results
 from wellcond.experiments.results.condition import CONDITION_TABLE
 from wellcond.experiments.results.experiment import Experiment
 from wellcond.experiments.results.parquet import RESULTS_TABLE, ResultTables
-from wellcond.experiments.results.summary import (
-    COMPARISON,
-    RUNS,
-    as_columns,
-    by_label,
-    configs_in,
-    run_folders,
-    summarise,
-)
-from wellcond.experiments.run.build import build, load
+from wellcond.experiments.results.summary import COMPARISON, RUNS, as_columns, by_label, summarise
 from wellcond.experiments.run.checkpoints import DAMAGED
 from wellcond.experiments.run.config import NO_TREATMENT, RunConfig
 from wellcond.experiments.run.parts import is_treatable
@@ -91,62 +79,24 @@ def compare(
         RunError: ``out`` holds something else, another process uses it, or a run failed; finished runs remain.
         KeyboardInterrupt: Ctrl-C; the comparison can be resumed.
     """
-    out = Path(out)
-    if not configs:
-        raise ConfigError("nothing to compare: the grid is empty")
-    if len(set(configs)) < len(configs):
-        raise ConfigError("the same configuration and seed is in the grid twice")
-    if len({same_images(config) for config in configs}) > 1:
-        raise ConfigError("all runs of a comparison need the same data, image size and crop")
-    parallel = parallel_executor(jobs, executor)
-    marked = folders.check(out, COMPARISON, resume=resume, overwrite=overwrite)
-    configs = with_threads(configs, configs_in(marked) if resume else [], apart=parallel is not None)
-    experiment = experiment or Experiment.of_grid(configs)
-    held = dict(zip(configs_in(marked), run_folders(marked), strict=True)) if resume else {}
-    names = {
-        config: held.get(config, experiment.folder(config)) for config in configs
-    }  # rows may have been renamed since
-    places = {config: out / RUNS / name for config, name in names.items()}
-    if len(set(places.values())) < len(configs):
-        raise ConfigError("two rows have names that differ only in punctuation and would share a folder")
-    with folders.claimed(out, lambda: _check(out, configs, resume, overwrite, experiment)):
-        done = held_results(out, places) if resume else {}
-        found = finished_in([Path(other) for other in reuse], configs, done)
-        if resume and len(done) < len(configs):
-            refuse_another_version(out, marked.get("version"), list(done.values()))
-        data = load(configs[0])
-        rows = {experiment.label(config): config for config in configs}
-        for config in rows.values():  # validate before writing anything
-            build(config, data)
-        version = marked.get("version") if resume else wellcond.__version__
-        grid = {"version": version, "runs": [config.to_dict() for config in configs]}
-        grid["experiment"] = experiment.to_dict(names)
-        if resume:
-            folders.mark(out, COMPARISON, grid)
-        else:
-            folders.prepare(out, COMPARISON, grid, MADE)
-        done |= copy_runs(found, places)
-        _warn_of_untreated(configs)
-        tables = ResultTables(out, experiment.label, grid)
-        results = train_all(places, tables, done, parallel or in_this_process(data, progress), finished)
-        return _write(experiment, results, out)
+    return carry_out(
+        CLASSIFIERS,
+        configs,
+        out,
+        experiment,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+        jobs=jobs,
+        executor=executor,
+        finished=finished,
+        reuse=reuse,
+    )
 
 
-def parallel_executor(jobs: int | None, executor: str | None) -> Executor | None:
-    """The executor for several processes or a cluster; None for this process."""
-    if jobs is not None and jobs < 1:
-        raise ConfigError(f"jobs must be at least 1, got {jobs}")
-    if executor is not None:
-        if executor != "ray" and not executor.startswith("ray://"):
-            raise ConfigError(f"executor must be ray or ray://HOST:PORT, got '{executor}'")
-        from wellcond.experiments.grid.ray_cluster import on_ray
-
-        return on_ray(executor, jobs)
-    if jobs is None or jobs == 1:
-        return None
-    from wellcond.experiments.grid.processes import in_processes
-
-    return in_processes(jobs)
+def _tables(out: Path, experiment: Experiment, saved: Mapping[str, Any]) -> ResultTables:
+    _warn_of_untreated([RunConfig.from_dict(values) for values in saved["runs"]])
+    return ResultTables(out, experiment.label, saved)
 
 
 def _warn_of_untreated(configs: Sequence[RunConfig]) -> None:
@@ -155,7 +105,7 @@ def _warn_of_untreated(configs: Sequence[RunConfig]) -> None:
         log.warning("%s: trained without a treatment, as there is no spectral layer to treat", ", ".join(names))
 
 
-def _write(experiment: Experiment, results: Sequence[RunResult], out: Path) -> list[Any]:
+def _conclude(out: Path, experiment: Experiment, results: Sequence[RunResult]) -> list[Any]:
     """Write the table and the figure; the rows of the table."""
     rows = summarise(results, experiment.label)
     configs = {label: its[0].config for label, its in by_label(results, experiment.label).items()}
@@ -172,23 +122,4 @@ def _write(experiment: Experiment, results: Sequence[RunResult], out: Path) -> l
     return rows
 
 
-def _check(out: Path, configs: Sequence[RunConfig], resume: bool, overwrite: bool, experiment: Experiment) -> None:
-    """Raise a `FolderError` if data would be lost, or if the folder holds runs that are not in `configs`."""
-    marked = folders.check(out, COMPARISON, resume=resume, overwrite=overwrite)
-    if not resume:
-        return
-    held = configs_in(marked)
-    recipes = (Experiment.from_dict(marked.get("experiment"), held).recipe, experiment.recipe)
-    if recipes[0] != recipes[1]:
-        names = [f"recipe '{recipe}'" if recipe else "a grid without a recipe" for recipe in recipes]
-        raise FolderError(f"'{out}' holds {names[0]}, but {names[1]} was given; choose another --out")
-    if set(held) <= set(configs):
-        return
-    axes = {name: getattr(held[0], name) for name in ("norm", "head", "treat", "seed")}
-    folders.refuse_conflicts(held[0].to_dict(), replace(configs[0], **axes).to_dict(), out)
-    labels = ", ".join(dict.fromkeys(config.label for config in held))
-    seeds = len({config.seed for config in held})
-    raise FolderError(
-        f"cannot resume '{out}' without all of its runs: it holds {labels} with {seeds} seeds on {held[0].data}; "
-        "leave options out, name these runs too, or choose another --out"
-    )
+CLASSIFIERS = Comparison(COMPARISON, MADE, RunConfig, attempt.CLASSIFIERS, held_results, _tables, _conclude)

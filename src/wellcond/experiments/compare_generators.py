@@ -9,26 +9,27 @@ can be extended by seeds.
 
 from __future__ import annotations
 
+import operator
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import wellcond
+import torch
+
 from wellcond.experiments import folders
-from wellcond.experiments.compare import parallel_executor
-from wellcond.experiments.errors import FolderError
 from wellcond.experiments.files import write_atomically, write_csv, write_json
-from wellcond.experiments.grid.attempt import Work, in_this_process
-from wellcond.experiments.grid.held import refuse_another_version, with_threads
-from wellcond.experiments.grid.train_all import train_all
+from wellcond.experiments.grid.attempt import Work
+from wellcond.experiments.grid.carry_out import Comparison, carry_out
 from wellcond.experiments.latents.config import LatentsConfig
 from wellcond.experiments.latents.images import training_images
 from wellcond.experiments.latents.result import LatentsResult, load_latents_result
 from wellcond.experiments.latents.train import MADE as MADE_BY_RUN
 from wellcond.experiments.latents.train import TRAVERSAL, train_generator
+from wellcond.experiments.latents.training import AdversarialTraining
+from wellcond.experiments.results.experiment import Experiment
 from wellcond.experiments.results.generators import (
     differences_of_generators,
     differences_table_of_generators,
@@ -37,18 +38,12 @@ from wellcond.experiments.results.generators import (
 )
 from wellcond.experiments.results.summary import RUNS
 from wellcond.experiments.results.table import Table
+from wellcond.experiments.run.command_line import comparison_command
 from wellcond.experiments.show.render import for_markdown
 
-COMPARISON = "comparison of generators"
+KIND = "comparison of generators"
 REPORT = "report.md"
 MADE = (folders.CONFIG, "results.csv", "results.json", REPORT, ".*.part", *(f"{RUNS}/*/{one}" for one in MADE_BY_RUN))
-
-
-def _images_of(config: LatentsConfig) -> tuple[Any, ...]:
-    return config.data, config.image_size, config.limit, config.batch_size
-
-
-GENERATORS = Work(train_generator, training_images, _images_of, load_latents_result)
 
 
 @dataclass(frozen=True)
@@ -70,93 +65,65 @@ class GeneratorTables:
 
 
 def compare_generators(
-    rows: Mapping[str, Sequence[LatentsConfig]],
+    configs: Sequence[LatentsConfig],
     out: str | os.PathLike[str],
     *,
-    heading: str,
-    against: Mapping[str, str],
-    command: str = "",
+    experiment: Experiment,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = False,
     jobs: int | None = None,
     executor: str | None = None,
-    finished: Callable[[str, LatentsResult], None] = lambda row, result: None,
+    finished: Callable[[int, LatentsResult], None] = lambda index, result: None,
 ) -> list[Table]:
-    """Train the configurations of every row, write the tables, and return them.
+    """Train every configuration on the same images, write the tables, and return them.
 
     A failing run does not stop the others; its error is raised once they have finished.
 
     Args:
-        rows: the configurations by the name of their row, all of the same images.
-        heading, command: of the tables, and the command line that made them.
-        against: the baseline of each row.
-        resume, overwrite, progress, jobs, executor: as in `compare`.
-        finished: called with the row and the result of every finished run, in the order of completion.
+        experiment: the names of the rows and their baselines.
+        resume, overwrite, progress, jobs, executor, finished: as in `compare`.
 
     Raises:
-        ConfigError: an invalid ``jobs``, or an unreachable cluster.
+        ConfigError: no configurations, duplicates, different images, fewer images than a batch, an invalid option, or
+            an unreachable cluster.
         RunError: ``out`` holds something else, another process uses it, or a run failed; finished runs remain.
         KeyboardInterrupt: Ctrl-C; the comparison can be resumed.
     """
-    out = Path(out)
-    parallel = parallel_executor(jobs, executor)
-    held = folders.check(out, COMPARISON, resume=resume, overwrite=overwrite)
-    names = {_apart(config): row for row, configs in rows.items() for config in configs}
-    began = [LatentsConfig.from_dict(values) for values in held.get("runs", ())] if resume else []
-    configs = with_threads([one for row in rows.values() for one in row], began, apart=parallel is not None)
-
-    def label(config: LatentsConfig) -> str:
-        return names[_apart(config)]
-
-    places = {config: out / RUNS / _folder(label(config), config.seed) for config in configs}
-
-    def check() -> None:
-        folders.check(out, COMPARISON, resume=resume, overwrite=overwrite)
-        if missing := [config for config in began if config not in places]:
-            folders.refuse_conflicts(began[0].to_dict(), replace(configs[0], **_axes(began[0])).to_dict(), out)
-            raise FolderError(
-                f"cannot resume '{out}' without all of its runs: {len(missing)} of them are not asked for; give the "
-                "same rows and at least as many --seeds, or choose another --out"
-            )
-
-    with folders.claimed(out, check):
-        done = {c: found for c, place in places.items() if (found := load_latents_result(place)) and found.config == c}
-        if resume and len(done) < len(configs):
-            refuse_another_version(out, held.get("version"), list(done.values()))
-        data = training_images(configs[0])
-        grid = {"version": held.get("version") if resume else wellcond.__version__, "command": command}
-        grid |= {"heading": heading, "runs": [config.to_dict() for config in configs]}
-        if resume:
-            folders.mark(out, COMPARISON, grid)
-        else:
-            folders.prepare(out, COMPARISON, grid, MADE)
-            done = {}
-        executed = parallel or in_this_process(data, progress)
-
-        def told(_: int, result: LatentsResult) -> None:
-            finished(label(result.config), result)
-
-        results = train_all(places, GeneratorTables(out, label), done, executed, told, GENERATORS)
-        return _write(results, out, heading, command, against, label)
+    return carry_out(
+        GENERATORS,
+        configs,
+        out,
+        experiment,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+        jobs=jobs,
+        executor=executor,
+        finished=finished,
+    )
 
 
-def _write(
-    results: Sequence[LatentsResult],
-    out: Path,
-    heading: str,
-    command: str,
-    against: Mapping[str, str],
-    label: Callable[[LatentsConfig], str],
-) -> list[Table]:
-    groups = grouped(results, label)
-    found = differences_of_generators(groups, against)
-    tables = [generators_table(groups, heading)]
+def _finished(out: Path, places: Mapping[LatentsConfig, Path]) -> dict[LatentsConfig, LatentsResult]:
+    found = {config: load_latents_result(folder) for config, folder in places.items()}
+    return {config: result for config, result in found.items() if result is not None and result.config == config}
+
+
+def _tables(out: Path, experiment: Experiment, saved: Mapping[str, Any]) -> GeneratorTables:
+    return GeneratorTables(out, experiment.label)
+
+
+def _conclude(out: Path, experiment: Experiment, results: Sequence[LatentsResult]) -> list[Table]:
+    """Write the tables and the report; the tables."""
+    groups = grouped(results, experiment.label)
+    found = differences_of_generators(groups, experiment.against)
+    tables = [generators_table(groups, experiment.heading)]
     if any(one.seeds > 1 for those in found.values() for one in those):
         tables.append(differences_table_of_generators(found))
     differences = {name: [one._asdict() for one in those] for name, those in found.items()}
     write_json(out / "results.json", {"differences": differences, "runs": [asdict(result) for result in results]})
-    parts = [f"# {heading}", *([f"    {command}"] if command else [])]
+    command = comparison_command(experiment.command, [result.config for result in results])
+    parts = [f"# {experiment.heading}", *([f"    {command}"] if command else [])]
     parts += [f"{for_markdown(table)}\n\n{table.caption}" for table in tables]
     parts.append("Each row of a picture moves one latent variable from −3 to 3; seed 0, averaged weights.")
     for row, runs in groups.items():
@@ -166,13 +133,11 @@ def _write(
     return tables
 
 
-def _apart(config: LatentsConfig) -> LatentsConfig:
-    return replace(config, seed=0, threads=None)
-
-
-def _axes(config: LatentsConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in ("treat", "model", "seed")}
-
-
-def _folder(row: str, seed: int) -> str:
-    return f"{re.sub('[^a-zA-Z0-9]+', '-', row).strip('-').lower()}-seed{seed}"
+WORK = Work(
+    train_generator,
+    training_images,
+    operator.attrgetter("data", "image_size", "limit"),
+    load_latents_result,
+    partial(AdversarialTraining, device=torch.device("cpu")),
+)
+GENERATORS = Comparison(KIND, MADE, LatentsConfig, WORK, _finished, _tables, _conclude)

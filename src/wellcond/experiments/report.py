@@ -23,7 +23,7 @@ from wellcond.experiments.results.experiment import Experiment
 from wellcond.experiments.results.parquet import read_comparison
 from wellcond.experiments.results.summary import COMPARISON, by_label, collect, configs_in, summarise
 from wellcond.experiments.results.tables import comparison_table, configuration_table, runs_table
-from wellcond.experiments.run.command_line import command
+from wellcond.experiments.run.command_line import command, comparison_command
 from wellcond.experiments.run.result import RunResult, earlier_epochs
 from wellcond.experiments.show.curves import columns
 from wellcond.experiments.show.figures import condition_figure, learning_figure, readout, save_figure, svg
@@ -71,7 +71,9 @@ def _experiment(runs: Sequence[str | os.PathLike[str]], results: Sequence[RunRes
         held = read_comparison(only)
     if held is None:
         return replace(Experiment.of_grid([result.config for result in results]), against={})
-    return Experiment.from_dict(held.get("experiment"), configs_in(held))
+    configs = configs_in(held)
+    experiment = Experiment.from_dict(held.get("experiment"), configs)
+    return replace(experiment, command=comparison_command(experiment.command, configs))
 
 
 def _write(results: Sequence[RunResult], notes: Sequence[str], experiment: Experiment, out: Path) -> Path:

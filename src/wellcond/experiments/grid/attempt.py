@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from wellcond.experiments import folders
-from wellcond.experiments.run.build import load
+from wellcond.experiments.run.build import build, load
 from wellcond.experiments.run.config import RunConfig
+from wellcond.experiments.run.processes import threads
 from wellcond.experiments.run.result import load_result
 from wellcond.experiments.run.train import run
 
@@ -27,13 +28,15 @@ class Work:
     """How the runs of one kind are done: all are functions of modules, which other processes import.
 
     ``train(config, folder, resume=, data=, progress=)``; ``load(config)`` of its images, and ``images_of(config)``,
-    which is equal for configurations with the same images; ``result(folder)`` of a finished run, or None.
+    which is equal for configurations with the same images; ``result(folder)`` of a finished run, or None;
+    ``build(config, images)``, which raises what training would, and writes nothing.
     """
 
     train: Callable[..., Any]
     load: Callable[[Any], Any]
     images_of: Callable[[Any], tuple[Any, ...]]
     result: Callable[[Path], Any]
+    build: Callable[[Any, Any], Any]
 
 
 def same_images(config: RunConfig) -> tuple[Any, ...]:
@@ -41,16 +44,17 @@ def same_images(config: RunConfig) -> tuple[Any, ...]:
     return config.data, config.image_size, config.limit, config.crop == "resized"
 
 
-CLASSIFIERS = Work(run, load, same_images, load_result)
+CLASSIFIERS = Work(run, load, same_images, load_result, build)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A run to train or continue in ``folder``."""
+    """A run to train or continue in ``folder``, on this number of CPU threads if its configuration leaves it open."""
 
     config: Any
     folder: Path
     work: Work = CLASSIFIERS
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def attempt(task: Task, data: Any = None, progress: bool = False) -> Outcome:
     begun = (task.folder / folders.CONFIG).exists()
     try:
         images = _images(task) if data is None else data
-        task.work.train(task.config, task.folder, resume=begun, data=images, progress=progress)
+        with threads(task.threads):
+            task.work.train(task.config, task.folder, resume=begun, data=images, progress=progress)
     except Exception as error:
         message = str(error) or type(error).__name__
         if not (type(error).__module__.startswith("wellcond.") or isinstance(error, (ValueError, OSError))):

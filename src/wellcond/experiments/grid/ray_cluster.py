@@ -73,7 +73,8 @@ def _train(ray: Any, tasks: Sequence[Task], max_running: int) -> Outcomes:
             while waiting and len(running) < max_running:
                 index, deaths = waiting.popleft()
                 config = tasks[index].config
-                needs = {"num_cpus": (config.threads or 1) * config.devices, "num_gpus": config.devices if gpus else 0}
+                threads = config.threads or tasks[index].threads or 1
+                needs = {"num_cpus": threads * config.devices, "num_gpus": config.devices if gpus else 0}
                 # Retries are counted here, so that a run that always kills its worker is given up.
                 work = ray.remote(max_retries=0, **needs)(_on_worker)
                 task = replace(tasks[index], folder=tasks[index].folder.absolute())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from wellcond.experiments.errors import RunError
-from wellcond.experiments.grid.attempt import CLASSIFIERS, Executor, Outcome, Task, Work
+from wellcond.experiments.grid.attempt import Executor, Outcome, Task, Work
 
 log: logging.Logger = logging.getLogger("wellcond")
 
@@ -29,9 +29,11 @@ def train_all(
     done: Mapping[Any, Any],
     executor: Executor,
     finished: Callable[[int, Any], None],
-    work: Work = CLASSIFIERS,
+    work: Work,
+    threads: int | None,
 ) -> list[Any]:
     """The results of all runs, trained or resumed unless ``done``; the tables are updated whenever a run ends.
+    ``threads`` is for configurations that leave them open.
 
     Raises:
         RunError: names the runs that failed; the others have finished, unless the disk is full.
@@ -47,7 +49,7 @@ def train_all(
     update_tables()
     missing = [config for config in configs if config not in results]
     troubles: dict[str, Outcome] = {}
-    tasks = [Task(config, places[config], work) for config in missing]
+    tasks = [Task(config, places[config], work, threads) for config in missing]
     with closing(executor(tasks)) as outcomes:
         for index, outcome in outcomes:
             config = missing[index]

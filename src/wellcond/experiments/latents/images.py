@@ -22,7 +22,7 @@ def training_images(config: LatentsConfig) -> ImageSet:
     """The training images of `config`: a split `train` or all there are, also those of a folder without classes.
 
     Raises:
-        DataError: no images, of different sizes or of a size that no generator has, or fewer than a batch.
+        DataError: no images, of different sizes or of a size that no generator has.
     """
     check_size(config.image_size)
     path = Path(config.data).expanduser()
@@ -37,11 +37,6 @@ def training_images(config: LatentsConfig) -> ImageSet:
             "--image-size N, such as 64"
         )
     resolutions(height)
-    if len(images) < config.batch_size:
-        raise DataError(
-            f"'{config.data}' has {len(images)} images, fewer than a batch of {config.batch_size}: take a smaller "
-            "--batch-size"
-        )
     return images
 
 

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from wellcond.experiments.data.draws import mixed_seed, permutation
 from wellcond.experiments.data.images import ImageSet
-from wellcond.experiments.errors import ConfigError, NonFiniteLossError
+from wellcond.experiments.errors import ConfigError, DataError, NonFiniteLossError
 from wellcond.experiments.latents.config import LatentsConfig
 from wellcond.experiments.latents.discriminator import Discriminator
 from wellcond.experiments.latents.generator import EigenGenerator, Generator, PlainGenerator
@@ -46,6 +46,10 @@ class AdversarialTraining:
         step_count: steps done.
         generator, discriminator: the networks; `average` is the generator with averaged weights.
         treatment: of the layers with the directions, or None.
+
+    Raises:
+        DataError: fewer images than a batch.
+        ConfigError: an unknown treatment, or one that does not act on these layers.
     """
 
     config: LatentsConfig
@@ -57,6 +61,11 @@ class AdversarialTraining:
     step_count: int
 
     def __init__(self, config: LatentsConfig, images: ImageSet, device: torch.device) -> None:
+        if len(images) < config.batch_size:
+            raise DataError(
+                f"'{config.data}' has {len(images)} images, fewer than a batch of {config.batch_size}: take a smaller "
+                "--batch-size"
+            )
         self.config, self.images, self.device = config, images, device
         _, channels, size, _ = images.images.shape
         torch.manual_seed(mixed_seed(config.seed, WEIGHTS))

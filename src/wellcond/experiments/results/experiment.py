@@ -22,10 +22,13 @@ from wellcond.experiments.run.result import RunResult
 
 @dataclass(frozen=True)
 class Experiment:
-    """The rows of a comparison: a name for every configuration, regardless of seed and CPU threads."""
+    """The rows of a comparison: a name for every configuration, regardless of seed and CPU threads.
+
+    ``command`` is the command line that began it; `comparison_command` has its present seeds and threads.
+    """
 
     heading: str
-    names: Mapping[RunConfig, str]
+    names: Mapping[Any, str]
     against: Mapping[str, str]
     paper: Mapping[str, PaperFigures]
     recipe: str | None = None
@@ -33,9 +36,7 @@ class Experiment:
     command: str | None = None
 
     @classmethod
-    def of_recipe(
-        cls, recipe: Recipe, configs: Mapping[str, Sequence[RunConfig]], command: str | None = None
-    ) -> Experiment:
+    def of_recipe(cls, recipe: Recipe, configs: Mapping[str, Sequence[Any]], command: str | None = None) -> Experiment:
         """From the configurations of each row of a recipe; ``command`` is the command line."""
         every = [config for row in configs.values() for config in row]
         names = {_key(config): row for row, row_configs in configs.items() for config in row_configs}
@@ -53,7 +54,7 @@ class Experiment:
         against = {name: label(first) for name in names.values() if name != label(first)}
         return cls(f"{models} on {data}, {epochs} epochs", names, against, {})
 
-    def label(self, config: RunConfig) -> str:
+    def label(self, config: Any) -> str:
         """The row of a run; a run that was extended since gets a row of its own."""
         key = _key(config)
         if key in self.names:
@@ -61,7 +62,7 @@ class Experiment:
         was = (row for held, row in self.names.items() if replace(held, epochs=config.epochs) == key)
         return f"{next(was, config.label)}, {config.epochs} epochs"
 
-    def folder(self, config: RunConfig) -> str:
+    def folder(self, config: Any) -> str:
         """The name of a run's folder: from its configuration in a grid, from its row in a recipe."""
         if self.recipe is None:
             return config.folder_name
@@ -91,7 +92,7 @@ class Experiment:
         both = {row: other for row, other in self.against.items() if row in self.paper and other in self.paper}
         return {row: self.paper[row].error - self.paper[other].error for row, other in both.items()}
 
-    def to_dict(self, folders: Mapping[RunConfig, str]) -> dict[str, Any]:
+    def to_dict(self, folders: Mapping[Any, str]) -> dict[str, Any]:
         """For the comparison's `config.json`; ``rows`` and ``folders`` are in the order of its runs."""
         values: dict[str, Any] = {name: getattr(self, name) for name in ("heading", "recipe", "shows", "command")}
         values |= {"rows": [self.label(config) for config in folders], "folders": list(folders.values())}
@@ -115,5 +116,5 @@ def _decades(run: RunResult) -> float:
     return math.log10(run.conditions[0].kappa) if run.conditions else math.nan
 
 
-def _key(config: RunConfig) -> RunConfig:
+def _key(config: Any) -> Any:
     return replace(config, seed=0, threads=None)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import Field
 from typing import Any
 
 from wellcond.experiments.run.config import RunConfig, run_config
+
+OF_RUNS = ("--seeds", "--threads")
+"""The options in the command line of a comparison that its runs tell: extended, or resumed, they may be others."""
 
 
 def said_default(option: Field[Any], example: Any) -> str:
@@ -24,6 +28,19 @@ def option_words(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
     return [f"--{flag}", str(value)]
+
+
+def comparison_command(saved: str | None, configs: Sequence[Any]) -> str | None:
+    """The command line of a comparison with the seeds and CPU threads of its runs, which may be more than at first."""
+    if saved is None:
+        return None
+    words = shlex.split(saved)
+    kept = [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & set(OF_RUNS)]
+    kept += option_words(OF_RUNS[0].removeprefix("--"), 1 + max(config.seed for config in configs))
+    threads = {config.threads for config in configs}
+    if len(threads) == 1 and None not in threads:
+        kept += option_words(OF_RUNS[1].removeprefix("--"), *threads)
+    return shlex.join(kept)
 
 
 def command(config: RunConfig) -> str:
