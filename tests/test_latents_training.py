@@ -54,6 +54,12 @@ def few(size: int = 8, count: int = 10) -> ImageSet:
     return ImageSet(images, factors[:, 0].long())
 
 
+def words_of(config: LatentsConfig) -> list[str]:
+    """The options of an eigengan without the orthogonal loss."""
+    given = {name: value for name, value in config.to_dict().items() if value is not None}
+    return [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if k not in ("latents", "ol_weight")]
+
+
 def checkpoint(folder: Path) -> dict[str, Any]:
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     state.pop("seconds")
@@ -262,8 +268,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path):
     for i, image in enumerate(few().images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
     config = small(data=str(folder), image_size=None, treat="nog+olr", steps=60, record_every=2)
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in config.to_dict().items() if value is not None]
-    command = [sys.executable, "-m", "wellcond.cli", "latents", *words, "--out", str(tmp_path / "killed")]
+    command = [sys.executable, "-m", "wellcond.cli", "latents", *words_of(config), "--out", str(tmp_path / "killed")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 600
     while not (tmp_path / "killed" / "samples" / "step-000008.png").exists():
@@ -446,10 +451,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, words
 def test_the_command_trains_goes_on_and_refuses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trainer, "training_images", lambda config: few())
-    given = {name: value for name, value in small(steps=2).to_dict().items() if value is not None}
-    given = {name: value for name, value in given.items() if name not in ("latents", "ol_weight")}  # not of this one
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    result = CliRunner().invoke(app, ["latents", *words])
+    result = CliRunner().invoke(app, ["latents", *words_of(small(steps=2))])
     assert result.exit_code == 0, result.stderr
     assert "κ of the Jacobian" in result.stdout
     folder = Path("generators/sprites-eigengan-seed0")

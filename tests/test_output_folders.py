@@ -1,4 +1,4 @@
-"""Overwriting a folder, killed at any moment: it is still ours, and nothing in it counts as finished that lacks files."""
+"""A folder whose overwriting was killed is still ours, and nothing in it counts as finished that lacks files."""
 
 from pathlib import Path
 
@@ -26,9 +26,10 @@ def test_a_folder_that_was_being_emptied_can_be_overwritten(tmp_path, monkeypatc
         done.append(path)
         unlink(path)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", killed)
-        folders.prepare(folder, "comparison", {"new": True}, MADE)
+        with pytest.raises(KeyboardInterrupt):
+            folders.prepare(folder, "comparison", {"new": True}, MADE)
     assert folders.check(folder, "comparison", overwrite=True) == {"old": True}
     whole = all((folder / name).exists() for name in OTHERS)
     assert whole or not any((folder / name).exists() for name in RESULTS)

@@ -110,7 +110,7 @@ def die(task, place):
 
 @pytest.mark.slow
 def test_a_run_whose_worker_dies_again_and_again_is_given_up(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_cluster, "_on_a_worker", die)
+    monkeypatch.setattr(ray_cluster, "_on_worker", die)
     with pytest.raises(RunError, match=r"zca\+nog-seed0: its worker died 3 times: .*go on with --resume"):
         compare(GRID[1:2], tmp_path / "out", executor=cluster)
     assert not ray.is_initialized()
@@ -131,6 +131,6 @@ def test_an_address_that_does_not_answer_is_refused_at_once(tmp_path):
 def test_a_folder_that_a_worker_does_not_see_is_said(tmp_path):
     task = ray_cluster.Task(GRID[0], tmp_path / "elsewhere" / "runs" / "zca-seed0")
     before = os.getcwd()
-    trouble = ray_cluster._on_a_worker(task, str(tmp_path / "not there")).trouble
+    trouble = ray_cluster._on_worker(task, str(tmp_path / "not there")).trouble
     assert "does not exist on worker" in trouble and "--out must be in a folder that all machines share" in trouble
     assert os.getcwd() == before

@@ -23,11 +23,12 @@ Model = TypeVar("Model", bound=nn.Module)
 def fold(model: Model, example_input: Any = None) -> Model:
     """A copy of ``model`` in evaluation mode, without decorrelated batch norm: same outputs, less work.
 
-    Each one is folded into the convolution, transposed convolution or linear layer before it (of a derived class too, if
-    on trial it does nothing else), if the output of that layer goes nowhere else and, if it is grouped, no group of the
-    norm mixes two of its groups. Otherwise it becomes a 1 × 1 convolution. Every parametrised weight (an orthogonal weight, a spectral norm) becomes a plain one. Linear
-    layers are assumed to output (N, C). Ordinary ``nn.BatchNorm`` is kept, as is a decorrelated one without running
-    statistics, whose output depends on the batch. :func:`to_plain` keeps the layers and names instead.
+    Each one is folded into the convolution, transposed convolution or linear layer before it (of a derived class too,
+    if on trial it does nothing else), if the output of that layer goes nowhere else and, if it is grouped, no group of
+    the norm mixes two of its groups. Otherwise it becomes a 1 × 1 convolution. Every parametrised weight (an orthogonal
+    weight, a spectral norm) becomes a plain one. Linear layers are assumed to output (N, C). Ordinary ``nn.BatchNorm``
+    is kept, as is a decorrelated one without running statistics, whose output depends on the batch. :func:`to_plain`
+    keeps the layers and names instead.
 
     Args:
         model: any module, in either mode; it is not changed.
