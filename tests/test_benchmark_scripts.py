@@ -28,6 +28,7 @@ SCRIPTS = [
         "streaming",
         "when_do_threads_pay",
         "where_does_auto_cross_over",
+        "which_interval_covers",
     )
 ]
 

@@ -120,9 +120,9 @@ def test_a_folder_of_something_else_is_kept(tmp_path):
     assert not (tmp_path / "three").exists()
 
 
-def result(row: str, seed: int, mig: float, kappa: float) -> LatentsResult:
+def result(row: str, seed: int, mig: float, kappa: float, jacobian: float = math.inf) -> LatentsResult:
     measures = Measures(1.0, 2.0, mig, 0.5, 0.5, 0.9, 0.9)
-    return LatentsResult(small(**ROWS[row], seed=seed), "", 2, 3.0, 1.5, kappa, math.inf, None, measures, {})
+    return LatentsResult(small(**ROWS[row], seed=seed), "", 2, 3.0, 1.5, kappa, jacobian, None, measures, {})
 
 
 def test_the_tables_have_means_and_paired_differences():
@@ -131,7 +131,8 @@ def test_the_tables_have_means_and_paired_differences():
     groups = grouped(results, lambda config: "none" if config.treat == "none" else "NOG")
     table = generators_table(groups)
     heads = [column.head for column in table.columns]
-    assert "log10 κ(J)" not in heads  # infinite everywhere
+    assert [row[heads.index("log10 κ(J)")] for row in table.rows] == ["inf (4 of 4)"] * 2
+    assert "observer" not in heads  # it is the same of all
     assert [row[heads.index("MIG")] for row in table.rows] == ["0.25 ± 0.13", "0.355 ± 0.13"]
     assert [row[heads.index("log10 κ(U)")] for row in table.rows] == ["1.5 ± 1.3"] * 2
     found = differences_of_generators(groups, {"NOG": "none"})
@@ -141,6 +142,25 @@ def test_the_tables_have_means_and_paired_differences():
     assert list(lines[[row[1] for row in lines].index("MIG")][:3]) == ["NOG − none", "MIG", "+0.105"]
     assert next(row[-1] for row in lines if row[1] == "MIG") == "better"
     assert next(row[-1] for row in lines if row[1] == "D") == "within the noise"
+
+
+def test_infinite_condition_numbers_are_counted_in_the_tables():
+    """They are no error of arithmetic (warnings are errors in tests), and no reason to judge by the other seeds."""
+    inf = math.inf
+    kappas = {"none": (1e9, inf, inf, 1e3), "NOG": (1e8, 1e4, 1e4, 1e2)}
+    results = [result(row, s, 0.1, 1.0, kappa) for row, values in kappas.items() for s, kappa in enumerate(values)]
+    groups = grouped(results, lambda config: "none" if config.treat == "none" else "NOG")
+    table = generators_table(groups)
+    place = [column.head for column in table.columns].index("log10 κ(J)")
+    assert [row[place] for row in table.rows] == ["inf (2 of 4)", "4.5 ± 2.5"]
+    assert [type(row[place]).__name__ for row in table.rows] == ["str", "Strong"]
+    found = differences_of_generators(groups, {"NOG": "none"})
+    (jacobian,) = found["kappa_jacobian"]
+    assert (jacobian.seeds, jacobian.infinite, jacobian.mean) == (2, 2, pytest.approx(-1.0))
+    differing = differences_table_of_generators(found)
+    line = next(row for row in differing.rows if row[1] == "log10 κ(J)")
+    assert line == ["NOG − none", "log10 κ(J)", "-1", "infinite in 2 of 4", "", "not decidable"]
+    assert "better conditioned" in differing.caption
 
 
 def test_the_recipe_has_the_rows_of_the_claim():

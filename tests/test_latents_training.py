@@ -28,6 +28,7 @@ from wellcond.experiments.files import read_csv
 from wellcond.experiments.latents import judge as judging
 from wellcond.experiments.latents import observer as observing
 from wellcond.experiments.latents import train as trainer
+from wellcond.experiments.latents.conditioning import kappa_of_directions, kappa_of_jacobian
 from wellcond.experiments.latents.config import LatentsConfig, latents_config
 from wellcond.experiments.latents.discriminator import Discriminator
 from wellcond.experiments.latents.generator import EigenGenerator, PlainGenerator, resolutions
@@ -221,6 +222,18 @@ def test_a_run_leaves_what_it_says(tmp_path):
     assert result.kappa_directions < 1.1
     assert result.kappa_jacobian > 1
     assert float(metrics(folder)[-1]["kappa_jacobian"]) == result.kappa_jacobian
+
+
+def test_condition_numbers_are_of_the_averaged_weights_as_everything_else_is(tmp_path):
+    """So that a line of the tables describes one network."""
+    result = train_generator(small(lr=0.05), tmp_path / "run", data=few())
+    training = AdversarialTraining(small(lr=0.05), few(), CPU)
+    training.load_state_dict(torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True))
+    z, noise = training.latents(trainer.ROWS**2, trainer.SHOWN)
+    probes = z[: trainer.PROBES], noise[: trainer.PROBES]
+    assert result.kappa_directions == max(kappa_of_directions(training.average).values())
+    assert result.kappa_jacobian == pytest.approx(kappa_of_jacobian(training.average, *probes), rel=1e-4)
+    assert result.kappa_directions != max(kappa_of_directions(training.generator).values())
 
 
 @pytest.mark.parametrize("treat", ["none", "nog+ow+olr+ol"])

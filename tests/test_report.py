@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -212,6 +213,40 @@ def test_what_is_not_finished_is_left_out_and_said(done: Path, tmp_path: Path) -
     assert Page(path.read_text()).tables == page.tables  # the earlier report is still there
 
 
+def test_a_run_that_two_comparisons_share_is_counted_once(done: Path, tmp_path: Path) -> None:
+    """As `--reuse` copies it, and once more on another number of threads."""
+    shared = small(epochs=2)
+    compare([shared], tmp_path / "copy", reuse=[done])
+    run(replace(shared, threads=2), tmp_path / "threads")
+    other = run(replace(shared, threads=2, seed=7), tmp_path / "seed")
+    places = [done, tmp_path / "copy", tmp_path / "threads", tmp_path / "seed"]
+    path, (note,) = report(places, tmp_path / "report")
+    assert note.startswith("left out, as a run of the same configuration is reported: ")
+    assert "copy/runs/zca-seed0' (as '" in note
+    assert re.search("threads' .as '[^']*zca-seed0', but for its threads.$", note)
+    assert note.count("(as '") == 2
+    page = Page(path.read_text())
+    assert [(row[0], row[1]) for row in page.tables[-2][1:]] == [
+        *(("zca", "0"), ("zca", "1"), ("zca+ow+nog", "0"), ("zca+ow+nog", "1"), ("zca", "7"))
+    ]
+    errors = [float(row[2]) for row in page.tables[-2][1:] if row[0] == "zca"]
+    assert f"{100 * other.test_error:.2f}" == page.tables[-2][-1][2]
+    assert page.tables[0][1][1].startswith(f"{np.mean(errors):.2f} ± ")
+
+
+def test_a_damaged_table_is_noted_where_the_folders_of_the_runs_are_there(done: Path, tmp_path: Path) -> None:
+    out = tmp_path / "damaged"
+    shutil.copytree(done, out)
+    (out / "results.parquet").write_bytes((done / "results.parquet").read_bytes()[:100])
+    path, (note,) = report([out], tmp_path / "report")
+    assert "damaged/results.parquet' is not a table of results that can be read" in note
+    assert note.endswith("reported are the runs whose folders are there")
+    assert len(Page(path.read_text()).tables[-2]) == 1 + 4
+    shutil.rmtree(out / "runs")
+    with pytest.raises(RunError, match=r"no finished run to report; '.*results.parquet' is not a table"):
+        report([out], tmp_path / "report")
+
+
 def test_only_an_earlier_report_is_replaced(done: Path, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="holds a comparison, not a report"):
         report([done], done)
@@ -231,6 +266,8 @@ def test_configurations_that_share_a_short_name_are_told_apart() -> None:
     configs = [small(width=8), small(width=16), small(width=16, seed=3)]
     assert [labels(configs)(c) for c in configs] == ["zca, width 8", "zca, width 16", "zca, width 16"]
     assert labels(configs[1:])(configs[1]) == "zca"
+    threads = [small(threads=1), small(threads=2)]
+    assert [labels(threads)(c) for c in threads] == ["zca", "zca"]  # the same up to rounding
 
 
 @pytest.mark.parametrize(

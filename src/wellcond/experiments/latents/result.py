@@ -39,8 +39,8 @@ class LatentsResult:
     steps: int
     seconds: float  # training time, summed over resumed sessions
     seconds_per_step: float
-    kappa_directions: float  # κ(U), the largest over the layers, at the end
-    kappa_jacobian: float  # κ(∂G/∂z), median over latents, at the end
+    kappa_directions: float  # κ(U) of the averaged weights, the largest over the layers, at the end
+    kappa_jacobian: float  # κ(∂G/∂z) of the same, median over latents, at the end
     shortened: float | None  # share of the steps that olr shortened, mean over the layers
     measures: Measures | None  # None without known factors
     environment: dict[str, str]

@@ -47,7 +47,8 @@ COLUMNS = (
     *("step", "loss_discriminator", "loss_generator", "r1", "kappa_directions", "kappa_jacobian"),
     *("seconds", "seconds_total", "images_per_second"),
 )
-"""Columns of `metrics.csv`; the losses are those of the step. `seconds` is since the last record."""
+"""Columns of `metrics.csv`; the losses are those of the step, κ is of the averaged weights, as are all pictures and
+measures. `seconds` is since the last record."""
 PARTS = ("global_step", "r1", "generator", "discriminator", "average", "optimizers", "treatment", "seconds")
 ROWS, PROBES = 8, 8
 """Samples in a row and column of a picture; latents at which the Jacobian is taken."""
@@ -148,8 +149,8 @@ def _record(
         "loss_discriminator": losses.discriminator,
         "loss_generator": losses.generator,
         "r1": losses.r1,
-        "kappa_directions": max(kappa_of_directions(training.generator).values()),
-        "kappa_jacobian": kappa_of_jacobian(training.generator, z[:PROBES], noise[:PROBES]),
+        "kappa_directions": max(kappa_of_directions(training.average).values()),
+        "kappa_jacobian": kappa_of_jacobian(training.average, z[:PROBES], noise[:PROBES]),
         "seconds": round(seconds, 3),
         "seconds_total": round(total, 3),
         "images_per_second": round(steps * config.batch_size / max(seconds, 1e-9), 1),

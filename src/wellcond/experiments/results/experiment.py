@@ -73,7 +73,7 @@ class Experiment:
         return differences(by_label(results, self.label), self.against)
 
     def conditioning(self, results: Iterable[RunResult]) -> list[Difference]:
-        """The same for log10 κ(P) at the first layer; rows with infinite κ are omitted."""
+        """The same for log10 κ(P) at the first layer; rows without a monitored layer are omitted."""
         return differences(by_label(results, self.label), self.against, _decades)
 
     def papers_figures(self) -> dict[str, str]:

@@ -87,9 +87,10 @@ def by_label(results: Iterable[RunResult], label: Label = SHORT) -> dict[str, li
 
 
 def labels(configs: Sequence[RunConfig]) -> Label:
-    """A labelling function: the short label, followed by other options in which these configurations differ."""
-    named = {"norm", "head", "treat", "seed"}
-    names = [field.name for field in fields(RunConfig) if field.name not in named]
+    """A labelling function: the short label, followed by other options in which these configurations differ, but for
+    the number of CPU threads."""
+    aside = {"norm", "head", "treat", "seed", "threads"}
+    names = [field.name for field in fields(RunConfig) if field.name not in aside]
     varying = [name for name in names if len({getattr(config, name) for config in configs}) > 1]
 
     def label(config: RunConfig) -> str:
@@ -117,15 +118,15 @@ def run_folders(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
-    """The results of all finished runs in these folders or tables (``results.parquet``), each once, and a note on each
-    unfinished one.
+    """The results of all finished runs in these folders or tables (``results.parquet``), and notes on what is left out:
+    unfinished runs, and further runs of the same configuration regardless of CPU threads, such as copies.
 
     A run that is being extended is represented by its earlier result.
     """
     places = list(places)
     found = dict.fromkeys(path.resolve() for place in places for path in _runs_in(place))
-    in_tables = {Path(result.folder).resolve(): result for place in places for result in _in_table(place)}
-    results, notes = [], []
+    in_tables, notes = _in_tables(places)
+    results = []
     here = Path.cwd()
     for path in found:
         folder = path.relative_to(here) if path.is_relative_to(here) else path
@@ -144,7 +145,21 @@ def collect(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
             notes.append(f"'{folder}' is not finished and left out; go on with: {_resume_command(folder)}")
     if not results:
         raise RunError("; ".join(["there is no finished run to report", *notes]))
-    return results, notes
+    results, copies = _one_of_each(results)
+    return results, notes + copies
+
+
+def _one_of_each(results: Iterable[RunResult]) -> tuple[list[RunResult], list[str]]:
+    """The first run of each configuration regardless of CPU threads, and a note on the others if there are any."""
+    kept: dict[RunConfig, RunResult] = {}
+    others = []
+    for result in results:
+        first = kept.setdefault(replace(result.config, threads=None), result)
+        if first is not result:
+            threads = "" if first.config == result.config else ", but for its threads"
+            others.append(f"'{result.folder}' (as '{first.folder}'{threads})")
+    notes = [f"left out, as a run of the same configuration is reported: {', '.join(others)}"] if others else []
+    return list(kept.values()), notes
 
 
 def _resume_command(run: Path) -> str:
@@ -153,10 +168,19 @@ def _resume_command(run: Path) -> str:
     return shlex.join(["wellcond", "compare", "--out", str(run.parents[1]), "--resume"])  # the run has not started yet
 
 
-def _in_table(place: Path) -> list[RunResult]:
-    """The results in a Parquet file or in the one of a comparison's folder."""
-    table = place if place.suffix == ".parquet" else place / RESULTS_TABLE
-    return read_results(table) if table.is_file() else []
+def _in_tables(places: Iterable[Path]) -> tuple[dict[Path, RunResult], list[str]]:
+    """By folder: the results in Parquet files or in those of comparisons; and a note on each unreadable table."""
+    found: dict[Path, RunResult] = {}
+    notes = []
+    for place in places:
+        table = place if place.suffix == ".parquet" else place / RESULTS_TABLE
+        try:
+            results = read_results(table) if table.is_file() else []
+        except RunError as error:
+            notes.append(f"{error}; reported are the runs whose folders are there")
+        else:
+            found |= {Path(result.folder).resolve(): result for result in results}
+    return found, notes
 
 
 def _runs_in(place: Path) -> list[Path]:
