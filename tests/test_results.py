@@ -19,7 +19,7 @@ from small_runs import full_disk_after
 from wellcond.experiments.errors import ConfigError
 from wellcond.experiments.files import write_atomically, write_csv, write_json
 from wellcond.experiments.grid.configs import grid
-from wellcond.experiments.results.summary import summarise
+from wellcond.experiments.results.summary import labels, summarise
 from wellcond.experiments.results.tables import comparison_table
 from wellcond.experiments.run.config import BEFORE, RunConfig, run_config
 from wellcond.experiments.run.result import CONDITION, LayerCondition, RunResult, load_result
@@ -113,6 +113,13 @@ def test_the_spread_is_the_sample_standard_deviation(tmp_path):
     assert (row.test_error_min, row.kappa, row.failures, row.seeds) == (0.02, 10, 3, 3)
     assert other.label == "zca+nog"
     assert math.isnan(other.test_error_std)
+
+
+def test_a_row_says_its_solver_once_and_what_else_differs():
+    configs = grid(["batch", "zca"], ["avg"], ["none"], [0], solver="svd")
+    assert list(map(labels(configs), configs)) == ["batch", "zca by svd"]
+    others = [replace(config, lr=lr) for config in configs for lr in (0.1, 0.2)]
+    assert labels(others)(others[-1]) == "zca by svd, lr 0.2"
 
 
 def test_the_default_grid_is_that_of_the_papers_tables():

@@ -89,7 +89,7 @@ def by_label(results: Iterable[RunResult], label: Label = SHORT) -> dict[str, li
 def labels(configs: Sequence[RunConfig]) -> Label:
     """A labelling function: the short label, followed by other options in which these configurations differ, but for
     the number of CPU threads."""
-    aside = {"norm", "head", "treat", "seed", "threads"}
+    aside = {"norm", "head", "solver", "treat", "seed", "threads"}  # in the label, or of no interest
     names = [field.name for field in fields(RunConfig) if field.name not in aside]
     varying = [name for name in names if len({getattr(config, name) for config in configs}) > 1]
 
