@@ -160,3 +160,9 @@ def test_how_it_compiles(run, tmp_path, fresh_compiler):
     (row,) = re.findall(r"^\| DecorrelatedBatchNorm2d, 2 groups \| (\d) \| ≤ 1 \| (\d) of 3 \|", printed, re.MULTILINE)
     assert row == ("1", "1")
     assert json.loads(path.read_text()) == {"DecorrelatedBatchNorm2d, 2 groups, graphs": 2}
+
+
+def test_how_often_intervals_hold_the_mean_is_a_share_for_each_number_of_pairs(run):
+    rows = [line.strip("| ").split(" | ") for line in run("which_interval_covers").splitlines()[2:]]
+    assert [row[0] for row in rows] == ["3", "5", "10"]
+    assert all(50 < float(share.rstrip("%")) <= 100 for row in rows for share in row[1:])
