@@ -329,7 +329,8 @@ def test_a_team_that_fails_its_self_test_is_not_used(threads, monkeypatch, call,
         patch.setattr(_batches, "side_by_side", None)  # an error for whoever calls it
         assert max(relative_error(call(P), want) for _ in range(3)) < 1e-14
         assert not wl.parallel_batches_enabled() and chunk_count(P) == 1
-    (message,) = [str(w.message) for w in warned if w.category is RuntimeWarning]
+    said = [str(w.message) for w in warned if w.category is RuntimeWarning]
+    (message,) = [message for message in said if "Python 3.13.0" not in message]  # a hint of the compiler's
     assert all(part in message for part in (problem, "WELLCOND_PARALLEL_BATCHES=0", "set_parallel_batches(False)"))
     wl.set_parallel_batches(True)
     assert relative_error(call(P), want) < 1e-14 and _switch._passed
