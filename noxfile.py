@@ -1,4 +1,4 @@
-"""The tests on other versions of Python and PyTorch: ``pip install nox``, then ``nox -s "tests(torch-2.7.1)"``.
+"""The tests on other versions of Python and PyTorch: ``pip install nox``, then ``nox -s "tests(torch-2.9.1)"``.
 
 Each session has an environment of its own: the versions of ``constraints.txt`` but for PyTorch and what comes with it.
 Arguments after ``--`` are passed on to pytest.
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import nox
 
-VERSIONS = (("3.11", "2.7.1"), ("3.12", "2.9.1"), ("3.13", "2.14.1"))
-"""Python and PyTorch: the lowest, the newest, and one between. The gate has those of ``constraints.txt``."""
+VERSIONS = (("3.12", "2.9.1"), ("3.13", "2.14.1"))
+"""Python and PyTorch: the lowest PyTorch and the newest. The gate has those of ``constraints.txt``."""
 OF_TORCH = ("torch", "sympy")
 """Pins that another PyTorch replaces: some want one version of SymPy and no other."""
 

@@ -103,7 +103,7 @@ def test_an_example_shows_what_it_is_for(name, as_by_hand, monkeypatch, capsys):
         pytest.importorskip(package, reason=f"examples/{name}.py needs {package}, which is not installed")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *small.arguments.split()])
     runpy.run_path(str(EXAMPLES[name]), run_name="__main__")
-    out = capsys.readouterr().out.splitlines()
+    out = re.sub(r"(?m)^.*peer ranks.*\n+", "", capsys.readouterr().out).splitlines()  # gloo's, in PyTorch 2.9
     assert small.holds(out), "\n".join(out)
     shown = (ROOT / "docs" / "outputs" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
     assert {*map(shape, out)} <= {*map(shape, shown)}, f"the page shows another output: docs/figures/examples.py {name}"

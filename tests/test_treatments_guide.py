@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -26,8 +28,10 @@ BLOCKS = [
 def test_python_examples_run(block, capsys, monkeypatch):
     monkeypatch.setattr(_registry, "_classes", dict(_registry._classes))
     known = dict(wellcond.orthogonality.TREATMENTS)
+    module = ModuleType("guide")
+    monkeypatch.setitem(sys.modules, "guide", module)  # where the compiler looks for it
     try:
-        exec(compile(block, "<docs>", "exec"), {"__name__": "guide"})
+        exec(compile(block, "<docs>", "exec"), vars(module))
     finally:
         wellcond.orthogonality.TREATMENTS.clear()
         wellcond.orthogonality.TREATMENTS.update(known)

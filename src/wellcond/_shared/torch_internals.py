@@ -13,8 +13,14 @@ from torch import Tensor
 F = TypeVar("F", bound=Callable)
 
 is_compiling: Callable[[], bool] = torch.compiler.is_compiling
-# Since torch 2.7.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is running, which cannot leave the graph.
+
+    The flag itself, since in code that torch 2.9 compiles ``torch.compiler.is_exporting()`` is taken to be true.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 def in_onnx_export() -> bool:

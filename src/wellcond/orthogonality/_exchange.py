@@ -28,9 +28,15 @@ def start_afresh(optimizer: Optimizer, parameter: nn.Parameter, shape: torch.Siz
     """Discard the state of ``optimizer`` for a parameter that had ``shape``.
 
     A state that consists of tensors of that shape only (momentum) becomes zeros, as the fused SGD needs momentum for
-    all of its parameters or for none. Any other state is recreated by the next step, as not all of it starts at zero.
+    all of its parameters or for none. Any other state is recreated by the next step, as not all of it starts at zero;
+    that of Adagrad is made here, since up to PyTorch 2.9 only its constructor makes it.
     """
     known = optimizer.state.pop(parameter, {})
+    if known and isinstance(optimizer, torch.optim.Adagrad):
+        (group,) = (group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+        total = torch.full_like(parameter, group["initial_accumulator_value"], requires_grad=False)
+        optimizer.state[parameter] = {"step": torch.zeros_like(known["step"]), "sum": total}
+        return
     if known and all(isinstance(value, Tensor) and value.shape == shape for value in known.values()):
         optimizer.state[parameter] = {
             name: torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False) for name, value in known.items()

@@ -77,7 +77,9 @@ def _alternating(points: tuple[float, float, float, float]) -> Coefficients:
     """a, b and c with x (a + b x² + c x⁴) = 1 − E, 1 + E, 1 − E, 1 + E at the four points, by elimination."""
     rows = [[x, x**3, x**5, (-1.0) ** i, 1.0] for i, x in enumerate(points)]
     for k in range(4):
-        pivot = max(range(k, 4), key=lambda i: abs(rows[i][k]))
+        pivot = k
+        for i in range(k + 1, 4):  # max() with a key is not known to the compiler of torch 2.9
+            pivot = i if abs(rows[i][k]) > abs(rows[pivot][k]) else pivot
         rows[k], rows[pivot] = rows[pivot], rows[k]
         for i in range(4):
             if i != k:
