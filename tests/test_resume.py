@@ -120,7 +120,7 @@ def test_ctrl_c_in_mid_epoch_leaves_a_resumable_run(whole, tmp_path):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    time.sleep(0.1)  # into the next step, which begins by sleeping: while a log is written a signal may find a lock taken
+    time.sleep(0.1)  # into the next step, which begins by sleeping; a log that is being written may hold a lock
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
