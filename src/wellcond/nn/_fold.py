@@ -143,13 +143,15 @@ def _follows(new: nn.Module, layer: nn.Module, of_norm: _ChannelMap) -> bool:
     try:
         old, tried = (copy.deepcopy(m).to("cpu", torch.float64).eval() for m in (layer, new))
         of_norm = _ChannelMap(of_norm.matrix.cpu(), None if of_norm.shift is None else of_norm.shift.cpu())
-        x = torch.randn(_input_shape(layer), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x = torch.randn(
+            _input_shape(layer), generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float64
+        )
         rounding: float = torch.finfo(layer.weight.dtype).eps ** 0.5  # pyright: ignore
         for scaled in (x, 1e4 * x):
             expected = of_norm(old(scaled)[0])
             if not (tried(scaled)[0] - expected).abs().max() <= rounding * expected.abs().max():
                 return False
-    except Exception:  # the subclass's own code
+    except Exception:  # the subclass's own code, which may refuse a dtype or an input: then it is not followed
         return False
     return True
 
