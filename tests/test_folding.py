@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import MethodType
 
 import pytest
 import torch
@@ -222,6 +223,91 @@ def test_a_subclass_that_only_convolves_takes_the_norm_and_stays_what_it_is(bias
     plain = to_plain(model, x if example else None)
     assert [type(layer) for layer in plain] == [PaddedAsTensorFlow, nn.BatchNorm2d]
     torch.testing.assert_close(plain(x), model.eval()(x), rtol=1e-9, atol=1e-9)
+
+
+class Gated(nn.Conv2d):
+    """A convolution that may take a second input."""
+
+    def forward(self, x, gate=None):
+        y = super().forward(x)
+        return y if gate is None else y * gate
+
+
+class HalfRectified(nn.Linear):
+    """A layer that is linear in its first channel only."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return torch.cat([y[:, :1], y[:, 1:].relu()], 1)
+
+
+class LowRank(nn.Linear):
+    """A layer with a small term beside the weight."""
+
+    def forward(self, x):
+        return super().forward(x) + 1e-4 * x.flip(1).repeat(1, 2)[:, : self.out_features]
+
+
+class OfItsOwn(nn.Linear):
+    """A layer that computes its weight."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.v = self.weight
+        del self.weight
+
+    weight = property(lambda self: 2 * self.v, None, lambda self: None)
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Drawing(nn.Linear):
+    """A layer that draws random numbers and does not use them."""
+
+    def forward(self, x):
+        return super().forward(x) + 0 * torch.rand(1, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("example", [False, True])
+def test_a_subclass_that_is_called_with_more_than_its_input_is_followed_by_a_pointwise_layer(example):
+    parts = {"conv": Gated(6, 6, 3, padding=1), "norm": DecorrelatedBatchNorm2d(6)}
+    model = Wired(lambda m, x: m.norm(m.conv(x, x.sigmoid())), **parts).double()
+    assert_folded(trained(model, (8, 6, 6, 6)), (8, 6, 6, 6), unfolded=1, example=example)
+
+
+@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("kind", [HalfRectified, LowRank, OfItsOwn])
+def test_a_linear_subclass_that_does_more_is_followed_by_a_pointwise_layer(kind, example):
+    norm = DecorrelatedBatchNorm1d(6, groups=6)
+    model = trained(nn.Sequential(kind(4, 6), norm).double(), (40, 4))
+    norm.weight.data[0] = 1e4  # one large channel hides nothing of the others
+    assert_folded(model, (40, 4), unfolded=1, example=example)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_rounding_hides_a_small_term(dtype):
+    model = trained(nn.Sequential(LowRank(4, 6), DecorrelatedBatchNorm1d(6)), (40, 4)).to(dtype)
+    assert len(pointwise(fold(model))) == 1
+
+
+def test_a_forward_function_of_the_instance_is_tried_too():
+    layer = nn.Linear(4, 6).double()
+    layer.forward = MethodType(lambda self, x: nn.Linear.forward(self, x).relu(), layer)
+    model = trained(nn.Sequential(layer, DecorrelatedBatchNorm1d(6)).double(), (40, 4))
+    assert_folded(model, (40, 4), unfolded=1)
+
+
+def test_the_trial_draws_no_random_numbers_and_parameters_keep_what_they_have():
+    layer = Drawing(4, 6)
+    layer.bias.requires_grad_(False)
+    model = trained(nn.Sequential(layer, DecorrelatedBatchNorm1d(6)), (40, 4))
+    before = torch.get_rng_state()
+    folded = fold(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert type(folded[0]) is Drawing
+    assert folded[0].weight.requires_grad
+    assert not folded[0].bias.requires_grad
 
 
 @pytest.mark.parametrize("example", [False, True])

@@ -57,6 +57,8 @@ def _by_tracing(model: nn.Module) -> dict[nn.Module, nn.Module]:
         while len(source.users) == 1 and type(calls.get(source)) in PASSED_THROUGH:
             source = source.all_input_nodes[0]
         layer = calls.get(source) if len(source.users) == 1 else None
+        if layer is not None and not is_plain(layer) and (len(source.args) != 1 or source.kwargs):
+            continue  # what it does with more than one input cannot be tried
         if layer is not None and used.count(layer) == 1 and not any(id(p) in read for p in layer.parameters()):
             found[norm] = layer
     return found
@@ -116,6 +118,8 @@ class _Uses(TorchFunctionMode):
             self.fed_by[module] = source
         elif isinstance(module, LAYERS):
             self.use(x)
+            if not is_plain(module) and (len(args) != 1 or kwargs):  # what it does with more cannot be tried
+                self._used_elsewhere.add(module)
         self._inside.append(module)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -137,15 +141,16 @@ class _Uses(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         # Queries, such as of the shape, do not count. What norms and torch's own layers do is recorded by their hooks.
         inside = self._inside[-1] if self._inside else None
-        free = inside is None or _is_subclass(inside)
+        free = inside is None or (isinstance(inside, LAYERS) and not is_plain(inside))
         if free and not isinstance(result, (bool, int, torch.Size, torch.dtype, torch.device)):
             self.use((args, kwargs), by=inside)
         return result
 
 
-def _is_subclass(module: nn.Module) -> bool:
-    """Whether it is of a class derived from torch's layers, which may do anything, also to other layers."""
-    return isinstance(module, LAYERS) and type(module) not in LAYERS
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is one of torch's layers and does what they do. A derived class, or a forward function of the
+    instance's own, may do anything, also to other layers."""
+    return type(module) in LAYERS and "forward" not in vars(module)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
