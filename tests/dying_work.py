@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 
@@ -21,6 +22,16 @@ def live_or_die(task: str) -> str:
         if len(file.read_text()) <= count:
             os.kill(os.getpid(), signal.SIGKILL)
     return f"{task}, done in {os.getpid()}"
+
+
+KEPT: list[bytes] = []
+
+
+def grow(task: str) -> int:
+    """Keep 400 MB, for long enough that loky looks at the memory again."""
+    KEPT.append(b"1" * 400_000_000)
+    time.sleep(1.2)
+    return os.getpid()
 
 
 def kill_rank_1() -> None:

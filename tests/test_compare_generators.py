@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 import test_cli
+from small_generators import assert_same, few, small
 from test_cli import call
-from test_latents_training import assert_same, few, small
 from wellcond.experiments.compare_generators import compare_generators
 from wellcond.experiments.errors import ConfigError, DataError, FolderError, NonFiniteLossError, RunError
 from wellcond.experiments.files import read_csv

@@ -193,6 +193,14 @@ def test_a_run_whose_process_dies_again_and_again_is_given_up(tmp_path, monkeypa
     assert not children()
 
 
+def test_a_process_that_keeps_images_stays(monkeypatch, recwarn):
+    """Its id is known, so that it can be ended; and no warning of a leak is shown."""
+    monkeypatch.setattr(processes, "_train", dying_work.grow)
+    ends = dict(processes.in_processes(1)(["first", "second"]))
+    assert ends[0] == ends[1] != os.getpid()
+    assert not recwarn.list
+
+
 def test_a_process_loads_the_images_once(tmp_path, monkeypatch):
     """Until a run needs others."""
     loaded = []

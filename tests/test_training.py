@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import sys
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from wellcond.experiments.data.loaders import EpochSampler
 from wellcond.experiments.errors import FolderError, NonFiniteLossError, RunError
 from wellcond.experiments.files import read_csv
 from wellcond.experiments.run.models import build_model
-from wellcond.experiments.run.processes import interruptible, spawn, threads
+from wellcond.experiments.run.processes import spawn, threads
 from wellcond.experiments.run.schedule import Schedule
 from wellcond.experiments.run.train import observed_layers, run
 from wellcond.experiments.run.training import Classifier, first_non_finite_layer
@@ -239,22 +237,6 @@ def test_a_folder_of_something_else_is_never_overwritten(digits, tmp_path):
     (tmp_path / "config.json").write_text('{"kind": "comparison", "config": {}}')
     with pytest.raises(FolderError, match="holds a comparison, not a run"):
         run(small(), tmp_path, overwrite=True, data=digits)
-
-
-def test_ctrl_c_works_again_after_lightning_ignored_it():
-    def as_lightning_does():
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            sys.exit(1)
-
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), interruptible():
-        as_lightning_does()
-    assert signal.getsignal(signal.SIGINT) is before
-    with pytest.raises(SystemExit), interruptible():
-        sys.exit(3)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ one after another, so that it imports PyTorch and loads the images once.
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing.resource_tracker
 import os
 import signal
@@ -22,7 +23,7 @@ from wellcond.experiments.errors import Terminated, needs_train_extra
 from wellcond.experiments.grid.attempt import Executor, Outcome, Outcomes, Task, attempt_elsewhere, use_one_thread
 
 with needs_train_extra():
-    from joblib.externals.loky import ProcessPoolExecutor
+    from joblib.externals.loky import ProcessPoolExecutor, process_executor
     from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
 MAX_DEATHS = 3
@@ -156,6 +157,8 @@ def _initialise(parent: int) -> None:
     if os.name == "posix":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # except during training
+    # loky would replace a process that has grown by 300 MB: by the images that it keeps for the next run.
+    process_executor._MAX_MEMORY_LEAK_SIZE = math.inf
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     use_one_thread()
 

@@ -1,4 +1,4 @@
-"""Process management around training: spawning, Ctrl-C and SIGTERM, threads, and Lightning's log output.
+"""Process management around training: spawning, threads, and Lightning's log output.
 
 Spawned processes get the environment variables that `torchrun` would set, so that Lightning's DDP works the same way.
 """
@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import socket
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -51,31 +50,6 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[..., None]]:
-    """Make Ctrl-C during Lightning's training raise `KeyboardInterrupt`, and restore its handler afterwards.
-
-    The yielded function, called when training starts, restores the SIGTERM handler that Lightning replaces: Lightning's
-    own would exit with status 0, and signals other processes from within a signal handler.
-    """
-    in_main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def keep_sigterm(*_: Any) -> None:
-        if in_main:
-            signal.signal(signal.SIGTERM, handlers[signal.SIGTERM])
-
-    try:
-        yield keep_sigterm
-    except SystemExit as ended:  # raised by Lightning on an interrupt
-        if isinstance(ended.__context__, KeyboardInterrupt):
-            raise type(ended.__context__) from None
-        raise
-    finally:
-        if in_main:  # Lightning leaves it ignored
-            signal.signal(signal.SIGINT, handlers[signal.SIGINT])
 
 
 def spawn(work: Callable[..., None], count: int, *arguments: Any) -> None:

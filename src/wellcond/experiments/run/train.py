@@ -19,8 +19,9 @@ from wellcond.experiments.run.checkpoints import AtomicCheckpointIO, BestAndLast
 from wellcond.experiments.run.compiled import compile_stages
 from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.divergence import LAST_CONDITION, keep_last
+from wellcond.experiments.run.interruptions import Interruptions
 from wellcond.experiments.run.log import ProgressBar, RunLog
-from wellcond.experiments.run.processes import interruptible, quiet, spawn, threads
+from wellcond.experiments.run.processes import quiet, spawn, threads
 from wellcond.experiments.run.result import CONDITION, LayerCondition, RunResult, hardware, load_result, versions
 from wellcond.experiments.run.run_folder import BEGINNING, CHECKPOINTS, KIND, MADE, Start, check, extend, starting_point
 from wellcond.experiments.run.training import Classifier, evaluate, spectral_layers
@@ -29,7 +30,6 @@ from wellcond.lightning import ConditionMonitorCallback
 with needs_train_extra():
     import lightning
     import lightning.pytorch as pl
-    from lightning.pytorch.callbacks import LambdaCallback
     from lightning.pytorch.loggers import TensorBoardLogger
 
 
@@ -118,8 +118,8 @@ def _train(
         compile_stages(module.model)
     tests = batches(config, images.data, augment=False)
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    with quiet(), interruptible() as keep_sigterm:
-        callbacks.append(LambdaCallback(on_train_start=keep_sigterm))
+    with quiet(), Interruptions() as interruptions:
+        callbacks.append(interruptions)
         trainer = pl.Trainer(
             accelerator="auto",
             devices=local_processes,
