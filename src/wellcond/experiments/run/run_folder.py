@@ -26,9 +26,10 @@ from wellcond.experiments.run.schedule import Schedule
 
 KIND = "run"
 CHECKPOINTS = "checkpoints"
+EVENTS = "events.out.tfevents.*"
 MADE = (
     *(folders.CONFIG, METRICS, CONDITION, LAST_CONDITION, RESULT, EARLIER_RESULT.format("*")),
-    *("events.out.tfevents.*", "hparams.yaml", ".*.part"),
+    *(EVENTS, "hparams.yaml", ".*.part"),
     *(f"{CHECKPOINTS}/*.ckpt", f"{CHECKPOINTS}/*.ckpt{DAMAGED}", f"{CHECKPOINTS}/.*.part"),
 )
 
@@ -80,8 +81,9 @@ def starting_point(folder: Path, module: nn.Module, leader: bool) -> Start:
     """
     if not _has_checkpoint(folder):
         if leader:
-            for name in (METRICS, CONDITION):
-                (folder / name).unlink(missing_ok=True)
+            for pattern in (METRICS, CONDITION, EVENTS):
+                for path in folder.glob(pattern):
+                    path.unlink()
         return BEGINNING
     path, checkpoint, troubles = newest_readable(folder / CHECKPOINTS)
     states = (checkpoint["state_dict"], module.state_dict())
