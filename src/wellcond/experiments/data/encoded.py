@@ -100,7 +100,7 @@ class EncodedImages:
         if data is None and not path:
             return DataError(f"{self.place}: row {row} has no image; remove the row")
         try:
-            return pixels.opened(_contents(path) if data is None else data, use)
+            return pixels.opened(path if data is None else data, use)
         except Exception as error:  # any type: OSError, SyntaxError, ValueError, struct.error, …
             name = f" ('{path}')" if path else ""
             unknown = isinstance(error, UnidentifiedImageError)  # its message contains a memory address
@@ -118,8 +118,3 @@ class EncodedImages:
                 f"{self.size[0]}×{self.size[1]} was expected from the first image; bring all images to one size by "
                 "--image-size N (image_size=N)"
             )
-
-
-def _contents(path: str) -> bytes:
-    with open(path, "rb") as file:  # faster than Path.read_bytes
-        return file.read()
