@@ -94,6 +94,17 @@ def test_derivatives_are_exact_also_where_the_skew_matrix_vanishes(name, shape, 
     assert torch.autograd.gradgradcheck(lambda v: MAPS[name](v, F), V)
 
 
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("shape", [(4, 4), (10, 2)])
+def test_forward_derivatives_of_a_batch_are_those_of_each(name, shape):
+    """Of several networks at once, for example; torch.linalg.solve gives 1e75 times these."""
+    F = frame(*shape)
+    stored = torch.stack([gaussian(*shape, seed=seed) for seed in range(3)])
+    each = torch.stack([torch.func.jacrev(lambda v: MAPS[name](v, F))(V) for V in stored])
+    together = torch.func.vmap(torch.func.jacfwd(lambda v: MAPS[name](v, F)))(stored)
+    assert (together - each).abs().max() < 1e-12 * each.abs().max()
+
+
 @settings(deadline=None, max_examples=50)
 @given(
     shape=st.sampled_from(SHAPES),

@@ -1,4 +1,7 @@
-"""A X = B in batches, avoiding a bug in PyTorch's batched LU factorisation on the CPU.
+"""A X = B in batches, avoiding two bugs of PyTorch.
+
+``torch.func.vmap`` over forward mode gives wrong derivatives of ``torch.linalg.solve``, ``lu_solve`` and ``det`` (in
+PyTorch 2.9 and 2.13), and right ones of ``inv``. Compiled code is not protected.
 
 PyTorch factorises the matrices of a batch in parallel, and MKL, once ``torch.set_num_threads`` has been called, uses
 the same threads again within each factorisation. From about 150 rows on this mixes up rows, silently or with an error,
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.checks import refuse_in_onnx
-from wellcond._shared.torch_internals import is_compiling
+from wellcond._shared.torch_internals import is_compiling, under_forward_mode
 
 # Up to this many rows MKL uses a single thread.
 HARMLESS_ROWS = 128
@@ -24,6 +27,12 @@ def solve(A: Tensor, B: Tensor) -> Tensor:
     refuse_in_onnx("linear solve")
     batch = A.shape[:-2]
     if A.device.type != "cpu" or A.shape[-1] <= HARMLESS_ROWS or batch.numel() < 2 or is_compiling():
-        return torch.linalg.solve_ex(A, B)[0]
+        return _solve(A, B)
     pairs = zip(A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:]), strict=True)
-    return torch.stack([torch.linalg.solve_ex(a, b)[0] for a, b in pairs]).reshape(*batch, *B.shape[-2:])
+    return torch.stack([_solve(a, b) for a, b in pairs]).reshape(*batch, *B.shape[-2:])
+
+
+def _solve(A: Tensor, B: Tensor) -> Tensor:
+    if is_compiling() or not under_forward_mode():
+        return torch.linalg.solve_ex(A, B)[0]
+    return torch.linalg.inv_ex(A)[0] @ B
