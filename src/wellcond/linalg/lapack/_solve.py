@@ -1,7 +1,7 @@
 """A X = B in batches, avoiding two bugs of PyTorch.
 
 ``torch.func.vmap`` over forward mode gives wrong derivatives of ``torch.linalg.solve``, ``lu_solve`` and ``det`` (in
-PyTorch 2.9 and 2.13), and right ones of ``inv``. Compiled code is not protected.
+PyTorch 2.9 to 2.14), and right ones of ``inv``. Compiled code is not protected.
 
 PyTorch factorises the matrices of a batch in parallel, and MKL, once ``torch.set_num_threads`` has been called, uses
 the same threads again within each factorisation. From about 150 rows on this mixes up rows, silently or with an error,
