@@ -6,8 +6,8 @@ epoch in its random order, with the same number of workers. Both print images a 
 should be at least 0.9. On a machine that is busy otherwise that swings; the processor time of the workers and of the
 main process, for each image, swings less.
 
-Either way may be a quarter slower for the whole life of a process, by where its buffers happen to lie in memory, so
-every round has new processes and the median is taken.
+Either way may be a quarter slower for the whole life of a process, for reasons unknown, so every round has new
+processes and the median is taken.
 
     python benchmarks/streaming.py --workers 2
 """

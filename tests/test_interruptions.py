@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -24,14 +26,16 @@ def default_handler():
 
 @pytest.mark.parametrize("epoch", [1, 2], ids=["between", "last"])
 def test_ctrl_c_while_a_log_is_written_neither_hangs_nor_tears_it(epoch, tmp_path, monkeypatch):
-    """The lock is that of a logger which the shutdown flushes."""
-    real, lock, flushed = TensorBoardLogger.log_metrics, threading.Lock(), []
+    """The lock is that of a logger which the shutdown flushes; an exception leaves it held."""
+    real, lock, written, flushed = TensorBoardLogger.log_metrics, threading.Lock(), [], []
 
     def log_metrics(self, metrics, step=None):
-        with lock:
-            if metrics.get("epoch") == epoch:
-                signal.raise_signal(signal.SIGINT)
-            real(self, metrics, step)
+        lock.acquire()
+        if metrics.get("epoch") == epoch and not written:
+            signal.raise_signal(signal.SIGINT)
+            written.append(step)
+        real(self, metrics, step)
+        lock.release()
 
     def finalize(self, status):
         flushed.append(lock.acquire(blocking=False))
@@ -42,34 +46,87 @@ def test_ctrl_c_while_a_log_is_written_neither_hangs_nor_tears_it(epoch, tmp_pat
         patch.setattr(TensorBoardLogger, "finalize", finalize)
         with pytest.raises(KeyboardInterrupt):
             run(small(), tmp_path / "run")
+    assert len(written) == 1
     assert flushed == [True]
     assert checkpoint(tmp_path / "run")["epoch"] == epoch
+    assert not (tmp_path / "run" / "result.json").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     run(small(), tmp_path / "run", resume=True)
     run(small(), tmp_path / "whole")
     assert differences_of_runs(tmp_path / "whole", tmp_path / "run") == []
 
 
-def interrupted(*signals_and_ends):
-    """How many of "signal" and "batch" a training came through before it was interrupted."""
+def interrupted(*happenings, error=None):
+    """How many of "signal" and "batch" a training came through before it was interrupted; it ends with the error."""
     done = 0
     try:
         with Interruptions() as waiting:
             waiting.on_train_start()
-            for what in signals_and_ends:
+            for what in happenings:
                 signal.raise_signal(signal.SIGINT) if what == "signal" else waiting.on_train_batch_end()
                 done += 1
+            if error is not None:
+                raise error
     except KeyboardInterrupt:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         return done
     return None
 
 
-def test_the_first_waits_for_the_batch_and_the_second_does_not():
+def test_the_first_waits_for_the_batch_and_a_second_does_not(monkeypatch):
     assert interrupted("batch", "signal", "batch", "batch") == 2
-    assert interrupted("signal", "signal", "batch") == 1
+    assert interrupted("signal", "signal", "batch") == 2  # of one key press, to the group and to each process
     assert interrupted("batch", "signal") == 2  # after the last batch
     assert interrupted("batch") is None
+    monkeypatch.setattr("wellcond.experiments.run.interruptions.AT_ONCE", 0.0)
+    assert interrupted("signal", "signal", "batch") == 1
+
+
+def test_an_error_does_not_hide_the_interruption():
+    assert interrupted("signal", error=RuntimeError("DataLoader worker is killed by signal: Terminated")) == 1
+    with pytest.raises(ValueError, match="of its own"):
+        interrupted("batch", error=ValueError("of its own"))
+
+
+@pytest.mark.slow
+def test_a_group_that_is_terminated_ends_with_its_workers(tmp_path):
+    """As by `timeout` or systemd: the workers of the loader die as well, and PyTorch raises an error for them."""
+    options = [
+        "--limit",
+        "130",
+        "--width",
+        "8",
+        "--batch-size",
+        "32",
+        "--epochs",
+        "1000",
+        "--lr",
+        "0.05",
+        "--workers",
+        "1",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "wellcond.cli",
+        "train",
+        *options,
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    subprocess.run(["kill", "-TERM", "--", f"-{process.pid}"], check=True)  # PyTorch looks at who sent it
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert said.splitlines()[-1].startswith("terminated; what was saved is kept; go on with: wellcond train")
 
 
 def test_a_handler_that_goes_on_is_called_once_for_each_signal():

@@ -95,12 +95,13 @@ def test_a_copy_that_was_killed_is_trained_like_a_run_that_was_begun(first, tmp_
             with pytest.raises(KeyboardInterrupt):
                 compare([SHARED], out, reuse=[first])
         assert of(out, SHARED) is None
+    (out / "runs" / SHARED.folder_name / "events.out.tfevents.0.of-the-other").touch()
     compare([SHARED], out, resume=True)  # with the most of its files
     assert of(out, SHARED) is not None
     assert of(out, SHARED).conditions == of(first, SHARED).conditions
     events = {path.name for path in (out / "runs" / SHARED.folder_name).glob("events.*")}
     assert len(events) == 1  # not beside those of the other
-    assert not events & set(files)
+    assert not events & {*files, "events.out.tfevents.0.of-the-other"}
 
 
 def test_what_cannot_be_reused_is_refused_before_anything_is_written(first, tmp_path):

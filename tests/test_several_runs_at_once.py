@@ -194,7 +194,7 @@ def test_a_run_whose_process_dies_again_and_again_is_given_up(tmp_path, monkeypa
 
 
 def test_a_process_that_keeps_images_stays(monkeypatch, recwarn):
-    """Its id is known, so that it can be ended; and no warning of a leak is shown."""
+    """Its id is known, so that it can be ended; and no warning of a leak is shown. loky looks by psutil."""
     monkeypatch.setattr(processes, "_train", dying_work.grow)
     ends = dict(processes.in_processes(1)(["first", "second"]))
     assert ends[0] == ends[1] != os.getpid()

@@ -69,6 +69,13 @@ def under_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def under_vmap() -> bool:
+    """Whether one of the active ``torch.func`` transforms is ``vmap``."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    stack = functorch.get_interpreter_stack()
+    return any(level.key() == functorch.TransformType.Vmap for level in stack or ())
+
+
 def in_backward_pass() -> bool:
     """Whether a backward pass is running, as when activation checkpointing repeats a forward pass."""
     return torch._C._current_graph_task_id() != -1

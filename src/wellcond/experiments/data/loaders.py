@@ -6,6 +6,7 @@ with and without workers.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -128,6 +129,11 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
+def _leave_ctrl_c(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; this one ends when the training does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class BatchLoader(DataLoader[Any]):
     """Batches in the order of a sampler, read in this process or by workers.
 
@@ -155,7 +161,7 @@ class BatchLoader(DataLoader[Any]):
         # Per worker: PREFETCH batches waiting or in progress, the current one, and the previous one.
         self.batches = Batches(images, batch_size=batch_size, workers=workers, slots=PREFETCH + 2, seed=seed)
         if workers:
-            options |= {"prefetch_factor": PREFETCH, "persistent_workers": True}
+            options |= {"prefetch_factor": PREFETCH, "persistent_workers": True, "worker_init_fn": _leave_ctrl_c}
         super().__init__(
             self.batches, batch_size, sampler=sampler, num_workers=workers, collate_fn=_identity, **options
         )

@@ -24,8 +24,8 @@ MOST_PIXELS = 1 << 30
 def opened(source: str | bytes, use: Callable[[Image.Image], T]) -> T:
     """Apply `use` to an encoded image (its path or its bytes), rotated according to its EXIF orientation.
 
-    It is decoded only if `use` accesses the pixels. Pillow decodes a file of photographs up to a fifth faster by its
-    path than from its bytes (benchmarks/streaming.py).
+    It is decoded only if `use` accesses the pixels. By its path Pillow mostly needs less time than from its bytes: 6 to
+    12 % in four of five processes, with JPEGs of 256×256.
 
     Raises:
         Exception: of any type (OSError, SyntaxError, ValueError, struct.error, …) if it cannot be decoded.
@@ -33,7 +33,7 @@ def opened(source: str | bytes, use: Callable[[Image.Image], T]) -> T:
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow warns above this, and raises above twice this
     try:
-        with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
+        with Image.open(source if not isinstance(source, bytes) else io.BytesIO(source)) as image:
             return use(ImageOps.exif_transpose(image) if image.info.get("exif") else image)
     finally:
         Image.MAX_IMAGE_PIXELS = before

@@ -101,8 +101,11 @@ def _shut_down(workers: Sequence[_Worker]) -> None:
         worker.shut_down(kill=pid is None, wait=False)
         _signal(pid, signal.SIGTERM)
     deadline = time.monotonic() + SHUTDOWN_SECONDS
+    insisted = False
     try:
         while any(_signal(pid, 0) for pid in pids) and time.monotonic() < deadline:
+            if not insisted and time.monotonic() > deadline - SHUTDOWN_SECONDS / 2:  # in mid-batch still
+                insisted = any([_signal(pid, signal.SIGTERM) for pid in pids])
             time.sleep(POLL_SECONDS / 10)
     finally:  # a second Ctrl-C is for those that do not exit
         for worker, pid in zip(workers, pids, strict=True):

@@ -8,42 +8,55 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, Self
 
-from wellcond.experiments.errors import needs_train_extra
+from wellcond.experiments.errors import Terminated, needs_train_extra
 
 with needs_train_extra():
     import lightning.pytorch as pl
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AT_ONCE = 1.0
+"""Seconds after which a further signal does not wait: it is a second one, and not the same sent to a group and to each
+of its processes."""
 
 
 class Interruptions(pl.Callback, AbstractContextManager[Any]):
-    """Calls the handlers of SIGINT and SIGTERM between batches; a second SIGINT does not wait.
+    """Calls the handlers of SIGINT and SIGTERM between batches; a second signal, a second later, does not wait.
 
-    Inside the context Lightning's `SystemExit` after an interrupt is the interrupt itself, and afterwards the handlers
-    are those of before: Lightning leaves SIGINT ignored, and its own handler of SIGTERM would exit with status 0.
-    Signals that are ignored or have the system's handler are left alone, as is everything outside the main thread.
+    Afterwards the handlers are those of before: Lightning leaves SIGINT ignored, and its own handler of SIGTERM would
+    exit with status 0. Signals that are ignored or have the system's handler are left alone, as is everything outside
+    the main thread.
+
+    An interruption leaves the context as itself, and not as Lightning's `SystemExit` after it. Nor does an error hide
+    it that was raised while it waited or during the shutdown: SIGTERM to a group kills the workers of a loader too, and
+    PyTorch raises an error for each of them, wherever the training is.
     """
 
     def __init__(self) -> None:
         self._waiting: list[signal.Signals] = []
+        self._first = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # signal handlers need the main thread
-            self._before = {number: signal.getsignal(number) for number in SIGNALS}
+            handlers = {number: signal.getsignal(number) for number in SIGNALS}
+            self._before = {number: handler for number, handler in handlers.items() if handler is not None}
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        interruption = _interruption(error)
         for number, handler in self._before.items():
-            if number == signal.SIGINT or signal.getsignal(number) == self._note:  # SIGTERM may be ignored by now
+            if number == signal.SIGINT or signal.getsignal(number) == self._note:
                 signal.signal(number, handler)
-        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
-            raise type(error.__context__) from None
-        if error is None:
+        if isinstance(interruption, Terminated) and self._before:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as its handler left it, before Lightning restored that
+        if interruption is not None:
+            raise type(interruption) from None
+        if error is None or isinstance(error, Exception):
             self._call()
 
     def on_train_start(self, *_: Any, **__: Any) -> None:
@@ -58,12 +71,23 @@ class Interruptions(pl.Callback, AbstractContextManager[Any]):
         self._call()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._waiting and number == signal.SIGINT:
-            self._before[signal.SIGINT](number, frame)
+        now = time.monotonic()
+        if not self._waiting:
+            self._first = now
+        elif now - self._first > AT_ONCE:
+            self._before[signal.Signals(number)](number, frame)
+            return
         self._waiting.append(signal.Signals(number))
 
     def _call(self) -> None:
-        if self._waiting:
-            number = self._waiting[0]
-            self._waiting.clear()
+        waiting = list(dict.fromkeys(self._waiting))
+        self._waiting.clear()
+        for number in waiting:
             self._before[number](number, None)
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The interruption that this error is, or in whose handling it was raised."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error

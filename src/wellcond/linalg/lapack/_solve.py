@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.checks import refuse_in_onnx
-from wellcond._shared.torch_internals import is_compiling, under_forward_mode
+from wellcond._shared.torch_internals import is_compiling, under_forward_mode, under_vmap
 
 # Up to this many rows MKL uses a single thread.
 HARMLESS_ROWS = 128
@@ -33,6 +33,6 @@ def solve(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _solve(A: Tensor, B: Tensor) -> Tensor:
-    if is_compiling() or not under_forward_mode():
-        return torch.linalg.solve_ex(A, B)[0]
-    return torch.linalg.inv_ex(A)[0] @ B
+    if not is_compiling() and under_forward_mode() and under_vmap():
+        return torch.linalg.inv_ex(A)[0] @ B
+    return torch.linalg.solve_ex(A, B)[0]
