@@ -120,7 +120,8 @@ def of_transformers(name: str) -> tuple[Callable[[], nn.Module], Any]:
     settings = getattr(transformers, config)(**options)
     model = getattr(transformers, kind)
     backbone = getattr(settings, "backbone_config", None)
-    size = getattr(settings, "image_size", None) or (name == "vitpose" and backbone.image_size) or 64
+    size = getattr(settings, "image_size", None) or (name == "vitpose" and backbone.image_size)
+    size = size or (224 if "Detection" in kind else 64)  # 300 queries need as many places
     height, width = (size, size) if isinstance(size, int) else size
     return lambda: model(copy.deepcopy(settings)), {"pixel_values": torch.randn(4, 3, height, width)}
 
@@ -135,6 +136,16 @@ def rounding(model: nn.Module, x: Any, output: Tensor) -> Tensor:
     """How far the model's own output is from that in float64."""
     exact = {k: v.double() for k, v in x.items()} if isinstance(x, dict) else x.double()
     return (called(copy.deepcopy(model).double(), exact) - output).abs().max()
+
+
+def require_near(output: Tensor, expected: Tensor, bound: float, model: nn.Module, x: Any) -> None:
+    """Raise if outputs differ by more than the bound, relative to the largest, and twice the model's own rounding.
+
+    A detector that takes the best of its candidates takes others at the least rounding.
+    """
+    scale = expected.abs().max()
+    off = (output - expected).abs().max() / scale
+    assert off < bound or off < 2 * rounding(model, x, expected) / scale, f"off by {off:.1e}"
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
@@ -172,7 +183,6 @@ def chain(make: Callable[[], nn.Module], x: Any) -> tuple[str, str]:
     model.eval()
     with torch.no_grad():
         expected = called(model, x)
-        scale = expected.abs().max()
         with step("deepcopy"):
             assert torch.equal(called(copy.deepcopy(model), x), expected), "the copy gives something else"
         with step("state dict"):
@@ -181,11 +191,10 @@ def chain(make: Callable[[], nn.Module], x: Any) -> tuple[str, str]:
             other.load_state_dict(model.state_dict())
             assert torch.equal(called(other.eval(), x), expected), "the loaded model gives something else"
         with step("fold"):
-            off = (called(fold(model, example_input=x), x) - expected).abs().max() / scale
-            assert off < 1e-5 or off < 2 * rounding(model, x, expected) / scale, f"off by {off:.1e}"
+            require_near(called(fold(model, example_input=x), x), expected, 1e-5, model, x)
         with step("plain"):
             plain = to_plain(model, example_input=x)
-            assert (called(plain, x) - expected).abs().max() < 1e-4 * scale, "the plain copy gives something else"
+            require_near(called(plain, x), expected, 1e-4, model, x)
             assert list(plain.state_dict()) == names, "the plain copy has other names"
     return norm, layer
 

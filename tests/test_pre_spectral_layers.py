@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from treatment_models import same
-from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, GlobalCovariancePool2d, SpectralModule
+from wellcond.nn import (
+    DecorrelatedBatchNorm1d,
+    DecorrelatedBatchNorm2d,
+    GlobalCovariancePool2d,
+    SpectralModule,
+    replace_batchnorm,
+    update_statistics,
+)
 from wellcond.orthogonality import orthogonal_weight, pre_spectral_layers, spectral_norm, treat
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -342,3 +349,39 @@ def test_what_cannot_be_found_is_explained(case):
 @pytest.mark.parametrize("model", [DataDependent, lambda: Loop("len"), lambda: Loop("int"), lambda: Loop("while")])
 def test_an_example_helps_where_tracing_does_not(model):
     assert next(iter(pre_spectral_layers(model(), IMAGES))) in ("b", "conv")
+
+
+class Remembering(nn.Module):
+    """Keeps in evaluation what it computes from its weight, and forgets it when it trains: as LeViT its biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.kept = nn.Parameter(torch.ones(1)), None
+
+    def train(self, mode: bool = True) -> Remembering:
+        if mode:
+            self.kept = None
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return x * self.weight.exp()
+        if self.kept is None:
+            self.kept = self.weight.exp()
+        return x * self.kept
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_run_on_an_example_leaves_nothing_that_the_model_remembers(training):
+    """Else it could not be copied, and would go on evaluating with the weights of before."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Remembering(), nn.BatchNorm2d(4), nn.Dropout()).train(training)
+    model[3].train(not training)
+    x = torch.randn(8, 3, 5, 5)
+    replace_batchnorm(model, example_input=x)
+    assert model[1].kept is None
+    assert list(pre_spectral_layers(model, example_input=x)) == ["0"]
+    assert model[1].kept is None
+    update_statistics(model, [x])
+    assert model[1].kept is None
+    assert [module.training for module in model] == [training, training, training, not training]
+    copy.deepcopy(model)

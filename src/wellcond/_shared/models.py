@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is in the mode in which it was.
+
+    It goes through ``train()``, which models override: LeViT keeps in evaluation what it computes from its weights, and
+    forgets it there.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train()
+        model.train(modes[model])
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from wellcond._shared.models import evaluating
 from wellcond._shared.names import listed, require_known
 
 from ._base import replace_modules
@@ -123,13 +124,12 @@ def _in_order_of_computation(model: nn.Module, names: list[str], example_input: 
         model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))
         for name in names
     ]
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        if isinstance(example_input, Mapping):
-            model(**example_input)
-        else:
-            model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+        with evaluating(model):
+            if isinstance(example_input, Mapping):
+                model(**example_input)
+            else:
+                model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
     except Exception as error:  # the model's own code may raise anything
         raise ValueError(
             f"{type(model).__name__} could not be run on the example input ({type(error).__name__}: {error}); give one "
@@ -138,6 +138,4 @@ def _in_order_of_computation(model: nn.Module, names: list[str], example_input: 
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return list(called)

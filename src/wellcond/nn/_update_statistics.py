@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from wellcond._shared.models import evaluating
+
 from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 
 
@@ -53,22 +55,21 @@ def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
-    modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     before = {norm: {name: b.clone() for name, b in norm.named_buffers(recurse=False)} for norm in norms}
     count = 0
     try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.training = True
-        for batch in batches:
-            if isinstance(batch, dict):
-                model(**{name: moved(value) for name, value in batch.items()})
-            else:
-                model(moved(batch[0] if isinstance(batch, (tuple, list)) else batch))
-            count += 1
+        with evaluating(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.training = True
+            for batch in batches:
+                if isinstance(batch, dict):
+                    model(**{name: moved(value) for name, value in batch.items()})
+                else:
+                    model(moved(batch[0] if isinstance(batch, (tuple, list)) else batch))
+                count += 1
         if not count:
             raise ValueError("no batch was given, so there is nothing to compute statistics of")
     except BaseException:
@@ -79,8 +80,6 @@ def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
     for norm in norms:
         if isinstance(norm, _DecorrelatedBatchNorm) and not norm.training:
             norm.eval()  # updates the buffer that compiled and exported graphs read

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wellcond._shared.models import evaluating
+
 from ._matrix import matrix_names, stored_tensor
 from ._walk_back import NAME_LAYERS, first_layers, raw_parameter
 
@@ -29,9 +31,7 @@ def layers_by_running(model: nn.Module, spectral: list[nn.Module], example_input
 
     weighted = [m for m in model.modules() if "weight" in matrix_names(m)]
     with ExitStack() as stack:
-        for module in model.modules():  # restore the mode of each module
-            stack.callback(setattr, module, "training", module.training)
-        model.eval()  # no updates of running statistics, no dropout
+        stack.enter_context(evaluating(model))  # no updates of running statistics, no dropout
         stack.enter_context(torch.enable_grad())
         for module in weighted:
             stack.callback(module.register_forward_hook(note_output).remove)
