@@ -41,10 +41,13 @@ def minimum(works: list[Call], rounds: int, device: str) -> list[float]:
     return [time.minimum for time in times.values()]
 
 
-def training_step(model: nn.Module, treatments: str | None, size: int, device: str) -> Callable[[], object]:
-    """A whole step on one batch."""
+def training_step(
+    model: nn.Module, treatments: str | None, size: int, device: str, map: str = "exp"
+) -> Callable[[], object]:
+    """A whole step on one batch, an orthogonal weight with this map."""
     optimizer = sgd(model)
-    treatment = treat(model, optimizer, treatments) if treatments else None
+    options = {"ow": {"map": map}} if treatments and "ow" in treatments.split("+") else None
+    treatment = treat(model, optimizer, treatments, options=options) if treatments else None
     x, y = torch.randn(size, 3, 32, 32, device=device), torch.randint(0, 100, (size,), device=device)
 
     def step() -> None:
@@ -87,17 +90,22 @@ def main() -> None:
     torch.manual_seed(0)
     device = options.device
     model = build_model(options.model, num_classes=100, norm="zca").to(device)
-    steps = [training_step(copy.deepcopy(model), names, options.batch, device) for names in (None, "nog+ow+olr")]
-    untreated, treated = minimum(steps, options.rounds, device)
+    kinds = ((None, "exp"), ("nog+ow+olr", "exp"), ("ow", "soc"))
+    steps = [training_step(copy.deepcopy(model), names, options.batch, device, map) for names, map in kinds]
+    untreated, treated, convolved = minimum(steps, options.rounds, device)
     print(f"{options.model}, batch {options.batch}, {device}, {options.threads} threads", flush=True)
     print(
         f"whole steps in turn: untreated {untreated:.3f} s, nog+ow+olr {treated:.3f} s, {treated / untreated - 1:+.2%}"
     )
+    print(f"ow with map='soc', which convolves the activations several times: {convolved / untreated - 1:+.2%}")
     layer = model.get_submodule("conv1")
     works = [weight_step(copy.deepcopy(layer), names) for names in (None, *TREATMENTS)]
     plain, *others = minimum(works, 200, device)
     print(f"the weight alone, untreated: {1e3 * plain:.3f} ms")
-    ratios = {"a whole step, of the untreated": treated / untreated}
+    ratios = {
+        "a whole step, of the untreated": treated / untreated,
+        "a whole step of ow with map='soc', of the untreated": convolved / untreated,
+    }
     for names, seconds in zip(TREATMENTS, others, strict=True):
         ratios[f"the weight alone, {names}, of the untreated"] = seconds / plain
         print(f"{names:<12} {1e3 * (seconds - plain):+.3f} ms, {(seconds - plain) / untreated:.3%} of a step")

@@ -72,7 +72,8 @@ def test_a_training_ends_well_where_letters_are_lacking_and_nobody_reads_on(tmp_
     assert training.stderr is not None
     assert training.stderr.readline().startswith(b"epoch 1 of 2")
     training.stderr.close()
-    printed = training.stdout.read()
+    with training.stdout:
+        printed = training.stdout.read()
     assert training.wait(timeout=120) == 0, printed
     assert (out / "result.json").exists()
     assert b"norm1: k(P), k(P + eI)" in printed
