@@ -139,6 +139,14 @@ def with_style(x: Tensor) -> tuple[Tensor, ...]:
     return x, 2 * x.detach().flip(0)
 
 
+def beyond_its_bound(channels: int) -> nn.Module:
+    """With a weight that is scaled down. At its bound, where it starts, rounding decides which of two gradients it has."""
+    layer = SkewOrthogonalConv2d(channels, channels)
+    with torch.no_grad():
+        layer.weight.mul_(1.2)
+    return layer
+
+
 CASES: dict[str, Case] = {
     "BatchNorm2d": Case(nn.BatchNorm2d),
     "DecorrelatedBatchNorm2d": Case(DecorrelatedBatchNorm2d, lapack=True),
@@ -169,7 +177,7 @@ CASES: dict[str, Case] = {
     "whiten": Case(lambda _: Function(partial(whiten, eps=0.1)), lapack=True, view=flat),
     "whiten, newton_schulz": Case(lambda _: Function(partial(whiten, eps=0.1, solver=STEPS)), view=flat),
     "covariance_sqrtm": Case(lambda _: Function(covariance_sqrtm), lapack=True, view=flat),
-    "SkewOrthogonalConv2d": Case(lambda C: SkewOrthogonalConv2d(C, C)),
+    "SkewOrthogonalConv2d": Case(beyond_its_bound),
     "BatchNorm2d, treated sn": Case(nn.BatchNorm2d, treatments="sn"),
     "BatchNorm2d, treated ow": Case(nn.BatchNorm2d, treatments="ow"),
     "DecorrelatedBatchNorm2d, treated nog+ow+olr": Case(DecorrelatedBatchNorm2d, lapack=True, treatments="nog+ow+olr"),
