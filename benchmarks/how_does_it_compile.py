@@ -140,7 +140,7 @@ def with_style(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def beyond_its_bound(channels: int) -> nn.Module:
-    """With a weight that is scaled down. At its bound, where it starts, rounding decides which of two gradients it has."""
+    """With a weight that is scaled down. At the bound, where it starts, rounding picks one of two gradients."""
     layer = SkewOrthogonalConv2d(channels, channels)
     with torch.no_grad():
         layer.weight.mul_(1.2)
