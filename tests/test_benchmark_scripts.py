@@ -41,7 +41,8 @@ def run(monkeypatch, capsys):
         (path,) = [path for path in SCRIPTS if path.stem == name]
         spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)  # for processes that get a function of it
+        monkeypatch.setitem(sys.modules, name, module)  # for processes that get a function of it, and import it
+        monkeypatch.syspath_prepend(path.parent)
         spec.loader.exec_module(module)
         for attribute, value in replaced.items():
             monkeypatch.setattr(module, attribute, value)
