@@ -12,6 +12,7 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from small_runs import checkpoint, differences_of_runs, small
+from test_cli import SMALL
 from wellcond.experiments.run.interruptions import Interruptions
 from wellcond.experiments.run.train import run
 
@@ -86,36 +87,18 @@ def test_an_error_does_not_hide_the_interruption():
     assert interrupted("signal", error=RuntimeError("DataLoader worker is killed by signal: Terminated")) == 1
     with pytest.raises(ValueError, match="of its own"):
         interrupted("batch", error=ValueError("of its own"))
+    try:
+        raise KeyboardInterrupt  # from before, in whose handling someone trains again
+    except KeyboardInterrupt:
+        with pytest.raises(ValueError, match="of its own"):
+            interrupted("batch", error=ValueError("of its own"))
 
 
 @pytest.mark.slow
 def test_a_group_that_is_terminated_ends_with_its_workers(tmp_path):
     """As by `timeout` or systemd: the workers of the loader die as well, and PyTorch raises an error for them."""
-    options = [
-        "--limit",
-        "130",
-        "--width",
-        "8",
-        "--batch-size",
-        "32",
-        "--epochs",
-        "1000",
-        "--lr",
-        "0.05",
-        "--workers",
-        "1",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "wellcond.cli",
-        "train",
-        *options,
-        "--threads",
-        "1",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    options = [*SMALL, "--epochs", "1000", "--lr", "0.05", "--workers", "1", "--threads", "1"]
+    command = [sys.executable, "-m", "wellcond.cli", "train", *options, "--out", str(tmp_path / "run")]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -7,6 +7,7 @@ would wait for it for ever.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from contextlib import AbstractContextManager
@@ -40,15 +41,17 @@ class Interruptions(pl.Callback, AbstractContextManager[Any]):
         self._waiting: list[signal.Signals] = []
         self._first = 0.0
         self._before: dict[signal.Signals, Any] = {}
+        self._outside: BaseException | None = None
 
     def __enter__(self) -> Self:
+        self._outside = sys.exception()
         if threading.current_thread() is threading.main_thread():  # signal handlers need the main thread
             handlers = {number: signal.getsignal(number) for number in SIGNALS}
             self._before = {number: handler for number, handler in handlers.items() if handler is not None}
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        interruption = _interruption(error)
+        interruption = self._interruption(error)
         for number, handler in self._before.items():
             if number == signal.SIGINT or signal.getsignal(number) == self._note:
                 signal.signal(number, handler)
@@ -85,9 +88,10 @@ class Interruptions(pl.Callback, AbstractContextManager[Any]):
         for number in waiting:
             self._before[number](number, None)
 
-
-def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
-    """The interruption that this error is, or in whose handling it was raised."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error
+    def _interruption(self, error: BaseException | None) -> KeyboardInterrupt | None:
+        """The interruption that this error is, or in whose handling it was raised inside the context."""
+        while error is not None and error is not self._outside:
+            if isinstance(error, KeyboardInterrupt):
+                return error
+            error = error.__context__
+        return None
