@@ -16,6 +16,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # now: if torch.optim imports it later, it keeps the process group for good
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,7 +33,6 @@ def gap(tensor: torch.Tensor) -> float:
 
 
 def train(steps: int) -> None:
-    dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     digits = load_digits()
@@ -54,7 +54,6 @@ def train(steps: int) -> None:
     if rank == 0:
         print(f"{size} processes, treated {', '.join(treatment.layers)}")
         print(f"largest difference between them: weight {weight:.0e}, running covariance {statistics:.0e}")
-    dist.destroy_process_group()
 
 
 def main() -> None:
@@ -62,7 +61,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args()
     if "RANK" in os.environ:  # set by torchrun
+        dist.init_process_group("gloo")
         train(options.steps)
+        # Ends the threads of the group, as nothing holds it any more; one that is busy while Python ends aborts it.
+        dist.destroy_process_group()
         return
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*torchrun, __file__, "--steps", str(options.steps)], stdout=subprocess.PIPE, text=True)

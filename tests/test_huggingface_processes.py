@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
+from group_work import leave
 from treatment_models import sgd, tiny_net
 from wellcond.accelerate import attach_monitor, attach_treatment
 from wellcond.transformers import ConditionMonitorCallback, TreatmentCallback
@@ -134,7 +135,7 @@ def work(rank: int, folder: str, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.save(everything(Path(folder), rank, 2), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 import dying_work
+import group_work
 from small_runs import checkpoint, differences, differences_of_runs, small
 from test_training import plain_loop_of_two
 from wellcond.experiments.compare import compare
@@ -68,6 +69,18 @@ def test_a_run_of_a_grid_killed_in_every_file_that_it_writes_first(tmp_path):
 def test_a_killed_rank_is_named():
     with pytest.raises(RunError, match=r"^process 1 of 2 died from SIGKILL \(.*\); .* go on with --resume$"):
         spawn(dying_work.kill_rank_1, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are read from /proc")
+def test_the_threads_of_a_process_group_end_before_the_interpreter_does(tmp_path):
+    """One that lets go of a tensor while the interpreter finalizes aborts a process whose work is done."""
+    config = small(devices=2, batch_size=16, threads=1)
+    spawn(group_work.train_and_name_the_last_threads, 2, config, tmp_path)
+    for rank in "01":
+        names = (tmp_path / rank).read_text().splitlines()
+        assert names
+        assert not [name for name in names if "gloo" in name]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
+from group_work import leave
 from wellcond.linalg import condition_number, effective_rank
 from wellcond.metrics import ConditionNumber, EffectiveRank
 
@@ -100,8 +101,7 @@ def _in_process(rank: int, file: str, found) -> None:
     metric = ConditionNumber(5)
     metric.update(features(seed=1) if rank == 0 else features(n=50, seed=2))
     found.put((rank, metric.compute().item()))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from group_work import leave
 from treatment_models import batches, orthogonality_gap, polar_reference, small_net
 from wellcond.orthogonality import (
     NearestOrthogonalGradient,
@@ -283,7 +284,7 @@ def work(rank: int, folder: str) -> None:
     found["meshes"] = [on_mesh(rank, kind) for kind in MESHES]
     found["refusals"], found["example input"] = refusals(mesh), example_input(mesh)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 # What they found -------------------------------------------------------------------------------------------------

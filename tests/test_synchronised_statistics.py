@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing import spawn
 
+from group_work import leave
 from helpers import relative_error
 from wellcond.linalg import NewtonSchulz
 from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, IterNorm2d, convert_sync
@@ -102,8 +103,7 @@ def worker(rank, folder):
             except ValueError as error:
                 results["one sample"] = str(error)
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

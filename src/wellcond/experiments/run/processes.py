@@ -1,11 +1,13 @@
-"""Process management around training: spawning, threads, and Lightning's log output.
+"""Process management around training: spawning, threads, process groups, and Lightning's log output.
 
 Spawned processes get the environment variables that `torchrun` would set, so that Lightning's DDP works the same way.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import multiprocessing
 
 from wellcond.experiments.errors import RunError, Terminated
@@ -50,6 +53,28 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Several processes train inside. Their group, if it is still there at the end of this process, is then destroyed.
+
+    A thread of gloo may let go of a tensor while the interpreter finalizes, and such a process ends with SIGABRT though
+    its work is done (https://github.com/pytorch/pytorch/issues/190489, seen with PyTorch 2.13). The threads end with
+    their group, once it is destroyed and nothing holds it any more. Not after an error: to end them is to wait for what
+    they do, and another process may be dead.
+    """
+    # Its default arguments hold the group that there is when it is first imported, which torch.optim does.
+
+    atexit.unregister(_destroy_group)
+    yield
+    atexit.register(_destroy_group)
+
+
+def _destroy_group() -> None:
+    gc.collect()  # a wrapped model that is nothing but garbage holds the group
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def spawn(work: Callable[..., None], count: int, *arguments: Any) -> None:

@@ -21,7 +21,7 @@ from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.divergence import LAST_CONDITION, keep_last
 from wellcond.experiments.run.interruptions import Interruptions
 from wellcond.experiments.run.log import ProgressBar, RunLog
-from wellcond.experiments.run.processes import quiet, spawn, threads
+from wellcond.experiments.run.processes import process_group, quiet, spawn, threads
 from wellcond.experiments.run.result import CONDITION, LayerCondition, RunResult, hardware, load_result, versions
 from wellcond.experiments.run.run_folder import BEGINNING, CHECKPOINTS, KIND, MADE, Start, check, extend, starting_point
 from wellcond.experiments.run.training import Classifier, evaluate, spectral_layers
@@ -118,13 +118,14 @@ def _train(
         compile_stages(module.model)
     tests = batches(config, images.data, augment=False)
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    with quiet(), Interruptions() as interruptions:
+    several = config.devices > 1
+    with process_group() if several else nullcontext(), quiet(), Interruptions() as interruptions:
         callbacks.append(interruptions)
         trainer = pl.Trainer(
             accelerator="auto",
             devices=local_processes,
             num_nodes=config.devices // local_processes,
-            strategy="ddp" if config.devices > 1 else "auto",
+            strategy="ddp" if several else "auto",
             precision=config.precision,  # pyright: ignore[reportArgumentType]
             max_epochs=config.epochs,
             callbacks=callbacks,
