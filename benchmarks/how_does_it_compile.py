@@ -1,10 +1,10 @@
 """Does a model with these layers compile whole, stay compiled when the batch changes, and run faster?
 
-Each layer stands between a convolution and an activation. Counted are the graphs that ``torch.compile`` makes of it
-(breaks are one fewer, as ``torch._dynamo.explain`` counts them), and how many of the further batch sizes it compiles
-again for. Wanted are at most one break where LAPACK is called, none with the solvers of products, and one
-recompilation, the one that makes the batch a variable. The largest differences to the model that is not compiled are
-those of output and gradients, relative, in float64.
+Each layer stands between a convolution and an activation; two whole networks have one of them. Counted are the graphs
+that ``torch.compile`` makes of it (breaks are one fewer, as ``torch._dynamo.explain`` counts them), and how many of the
+further batch sizes it compiles again for. Wanted are at most one break where LAPACK is called, none with the solvers of
+products, and one recompilation, the one that makes the batch a variable. The largest differences to the model that is
+not compiled are those of output and gradients, relative, in float64.
 
 With ``--time`` the default backend compiles the same in float32, at the shape that is given, and whole steps of both
 take turns; the ratio is compiled over plain.
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from wellcond.bench.gauges import take_turns
 from wellcond.bench.ratios import add_ratios_option, write_ratios
+from wellcond.experiments.run.models import build_model
 from wellcond.linalg import Minimax, NewtonSchulz, Pade, Taylor, covariance_sqrtm, whiten
 from wellcond.nn import (
     DecorrelatedBatchNorm1d,
@@ -58,6 +59,20 @@ class Sandwich(nn.Module):
         return self.layer(*self.view(self.convolution(x))).sin()
 
 
+class Network(nn.Module):
+    """A residual network whose forward function calls one layer after another, as those that people have do."""
+
+    def __init__(self, width: int, **options: str) -> None:
+        super().__init__()
+        self.parts = build_model("resnet18", num_classes=10, width=width, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.parts
+        x = parts.relu(parts.norm1(parts.conv1(x)))
+        x = parts.stage4(parts.stage3(parts.stage2(parts.stage1(x))))
+        return parts.classifier(parts.flatten(parts.pool(x)))
+
+
 class Function(nn.Module):
     """A function in the place of a layer."""
 
@@ -79,6 +94,7 @@ class Case:
         view: what the layer takes of feature maps (N, C, H, W).
         train: in training, or in evaluation.
         treatments: of the convolution before it.
+        network: whether what is made is a whole network.
     """
 
     make: Callable[[int], nn.Module]
@@ -86,9 +102,12 @@ class Case:
     view: Callable[[Tensor], tuple[Tensor, ...]] = lambda x: (x,)
     train: bool = True
     treatments: str = ""
+    network: bool = False
 
     def model(self, channels: int) -> nn.Module:
         torch.manual_seed(0)
+        if self.network:
+            return self.make(channels)
         model = Sandwich(channels, self.make(channels), self.view).train(self.train)
         if self.treatments:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -181,6 +200,9 @@ CASES: dict[str, Case] = {
     "BatchNorm2d, treated sn": Case(nn.BatchNorm2d, treatments="sn"),
     "BatchNorm2d, treated ow": Case(nn.BatchNorm2d, treatments="ow"),
     "DecorrelatedBatchNorm2d, treated nog+ow+olr": Case(DecorrelatedBatchNorm2d, lapack=True, treatments="nog+ow+olr"),
+    "ResNet-18": Case(Network, network=True),
+    "ResNet-18, whitening first norm": Case(lambda width: Network(width, norm="zca"), lapack=True, network=True),
+    "ResNet-18, covariance head": Case(lambda width: Network(width, head="gcp"), lapack=True, network=True),
 }
 
 
