@@ -1,5 +1,7 @@
 """Global covariance pooling: the head's numbers are those of the definition, and any backbone can carry it."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -277,11 +279,43 @@ def test_a_head_is_made_on_the_device_and_in_the_dtype_asked_for(layer):
     assert {t.dtype for t in (*head.parameters(), *head.buffers()) if t.is_floating_point()} == {torch.float64}
     lazy = layer(6, reduction=4, isometric=True, device="meta", dtype=torch.float64)
     assert all(t.is_meta for t in (*lazy.parameters(), *lazy.buffers()))
-    lazy.to_empty(device="cpu").load_state_dict(head.state_dict())
-    lazy.reset_parameters()  # the indices of the triangle are not saved
     x = torch.randn(2, 6, 6, 6, dtype=torch.float64)[:, :, : (6 if layer is GlobalCovariancePool2d else 1)]
     x = x if layer is GlobalCovariancePool2d else x.squeeze(2)
+    assigned = copy.deepcopy(lazy)
+    lazy.to_empty(device="cpu").load_state_dict(head.state_dict())
     assert torch.equal(lazy(x), head(x))
+    assigned.load_state_dict(head.state_dict(), assign=True)
+    assert torch.equal(assigned(x), head(x))
+
+
+@pytest.mark.parametrize("isometric", [False, True])
+def test_a_head_without_parameters_comes_from_meta_as_it_is(isometric):
+    """Not even its device is saved anywhere."""
+    head = GlobalCovariancePool2d(7, isometric=isometric)
+    with torch.device("meta"):
+        lazy = GlobalCovariancePool2d(7, isometric=isometric)
+    x = torch.randn(2, 7, 5, 5)
+    torch.full((4096,), -1)  # what memory may hold that nobody has written
+    lazy.to_empty(device="cpu").load_state_dict(head.state_dict())
+    assert torch.equal(lazy(x), head(x))
+
+
+@pytest.mark.parametrize("first", ["inference", "grad", "meta"])
+def test_the_triangle_that_is_remembered_serves_every_later_call(first):
+    d = {"inference": 11, "grad": 12, "meta": 13}[first]  # sizes of their own
+    head, x = GlobalCovariancePool2d(d, eps=1.0), torch.randn(2, d, 5, 5, dtype=torch.float64)
+    if first == "inference":
+        with torch.inference_mode():
+            head(x)
+    elif first == "grad":
+        torch.func.grad(lambda x: head(x).sum())(x)
+    else:
+        assert head(x.to("meta")).is_meta
+    x.requires_grad_()
+    expected = head.spectral(x.flatten(2))[:, *torch.triu_indices(d, d)]
+    y = head(x)
+    torch.testing.assert_close(y, expected, rtol=0.0, atol=0.0)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0])
 
 
 @pytest.mark.parametrize(("value", "message"), [(0.0, "give eps > 0"), (float("nan"), "")])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from treatment_models import LAYERS, matrices, orthogonality_gap
-from wellcond.orthogonality import OrthogonalLoss, orthogonal_weight
+from wellcond.orthogonality import OrthogonalLoss, orthogonal_weight, treat
 
 FORMS = {
     "soft": lambda W: np.linalg.norm(small_gap(W)),
@@ -107,6 +107,18 @@ def test_descending_it_makes_the_weight_orthogonal(form):
         optimizer.step()
         schedule.step()
     assert orthogonality_gap(layer) < 1e-2 < before
+
+
+def test_its_gradient_counts_a_weight_that_layers_share_once():
+    """Added to the gradients, as callbacks do, or as a term of the loss: the same."""
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    treatment = treat(model, optimizer, "ol", layers=["0", "1"])
+    treatment.loss().backward()
+    expected, model[0].weight.grad = model[0].weight.grad, None
+    treatment.add_loss_gradient()
+    torch.testing.assert_close(model[0].weight.grad, expected)
 
 
 def test_it_is_of_the_weight_in_use():

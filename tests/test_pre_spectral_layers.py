@@ -156,6 +156,10 @@ MODELS = {
         lambda: nn.Sequential(DecorrelatedBatchNorm2d(3), nn.Conv2d(3, 6, 3), DecorrelatedBatchNorm2d(6)),
         ["1"],
     ),
+    "layer norm over several dimensions": (
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.LayerNorm([6, 6, 6]), nn.ReLU(), DecorrelatedBatchNorm2d(6)),
+        ["0"],
+    ),
     "only the mark": (lambda: nn.Sequential(nn.Conv2d(3, 6, 3), NewMark()), ["0"]),
     "wrapped": (lambda: nn.ModuleDict({"module": Guarded()})["module"], ["conv"]),
 }

@@ -293,6 +293,13 @@ def bad_layer_model() -> nn.Module:
     ("make", "names", "layers", "optimizer", "message"),
     [
         (bad_layer_model, "nog", "1", torch.optim.SGD, r"layer '1' \(BatchNorm2d\) has a weight of shape \(4,\)"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm([3, 4])),
+            "nog",
+            "1",
+            torch.optim.SGD,
+            r"layer '1' \(LayerNorm\) has a weight of shape \(3, 4\), which is not a matrix",
+        ),
         (bad_layer_model, "nog", "conv", torch.optim.SGD, "Sequential.* has no layer 'conv'"),
         (bad_layer_model, "nog", [nn.Linear(2, 2)], torch.optim.SGD, "is not a part of the model .Sequential"),
         (bad_layer_model, "nog", [], torch.optim.SGD, "layers is empty"),

@@ -17,14 +17,15 @@ from wellcond._shared.torch_internals import run_in_python
 from wellcond.linalg import Solver
 
 from ._base import SpectralModule, naming_options_of, require_input
+from ._upper_triangle import upper_triangle
 from .spectral_layer import Normalisation, SpectralLayer
+
+fx.wrap("upper_triangle")
 
 
 class _CovariancePool(nn.Module):
     """What the heads share: features (N, d, n) to a matrix function of their covariance, as matrix or vector."""
 
-    upper: Tensor | None
-    diagonal: Tensor | None
     in_channels: int
     channels: int
     triu: bool
@@ -58,32 +59,14 @@ class _CovariancePool(nn.Module):
         self.out_features = d * (d + 1) // 2 if triu else d * d
         self.spectral = SpectralLayer(function, eps=eps, solver=solver, exponent=exponent, normalisation=normalisation)
         self.reduction = self._reduction_to(d, device=device, dtype=dtype) if reduction else nn.Identity()
-        upper = torch.empty(self.out_features, dtype=torch.long, device=device) if triu else None
-        self.register_buffer("upper", upper, persistent=False)
-        diagonal = torch.empty(self.out_features, dtype=torch.bool, device=device) if isometric else None
-        self.register_buffer("diagonal", diagonal, persistent=False)
-        self.reset_parameters()
 
     def _reduction_to(self, channels: int, **kind: Any) -> nn.Module:
         """The layers before the covariance, with parameters of this device and dtype."""
         raise NotImplementedError
 
-    def reset_parameters(self) -> None:
-        """Fill the index buffers, which are not saved: needed once ``to_empty`` has moved a head from ``meta``."""
-        if self.upper is None:
-            return
-        rows, columns = torch.triu_indices(self.channels, self.channels, device=self.upper.device)
-        self.upper.copy_(rows * self.channels + columns)
-        if self.diagonal is not None:
-            self.diagonal.copy_(rows == columns)
-
     def _pool(self, features: Tensor) -> Tensor:
         Q = self.spectral(features)
-        if self.upper is None:
-            return Q
-        # index_select, not Q[:, upper]: the backward of the latter sorts its indices, and takes five times as long.
-        packed = Q.flatten(1).index_select(1, self.upper)
-        return packed if self.diagonal is None else torch.where(self.diagonal, packed, 2.0**0.5 * packed)
+        return upper_triangle(Q, self.isometric) if self.triu else Q
 
     def extra_repr(self) -> str:
         isometric = ", isometric=True" if self.isometric else ""
@@ -166,7 +149,7 @@ class GlobalCovariancePool2d(_GridCovariancePool):
             ``None`` for f(P).
         isometric: multiply the off-diagonal entries of the upper triangle by √2, so that inner products and distances
             of the vectors are those of the matrices.
-        device, dtype: of the reduction's parameters (device: of the indices of the triangle too).
+        device, dtype: of the reduction's parameters.
 
     Shape: (N, C, H, W) to (N, ``out_features``), or (N, d, d) with ``triu=False``; d is reduction or C. The dtype is
     kept; half precision and autocast are computed in float32.

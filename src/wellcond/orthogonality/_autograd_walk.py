@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wellcond._shared.models import evaluating
 
-from ._matrix import matrix_names, stored_tensor
+from ._matrix import is_elementwise, matrix_names, stored_tensor
 from ._walk_back import NAME_LAYERS, first_layers, raw_parameter
 
 _ELEMENTWISE = ("AddBackward", "SubBackward", "MulBackward", "DivBackward", "CatBackward", "WhereBackward")
@@ -49,7 +49,8 @@ def layers_by_running(model: nn.Module, spectral: list[nn.Module], example_input
             ) from error
     if not inputs:
         raise ValueError(f"{type(model).__name__} called no spectral layer on the example input; {NAME_LAYERS}")
-    raw = {id(p): name for name, p in model.named_parameters() if p.ndim > 1}
+    gains = {id(p) for m in model.modules() if is_elementwise(m) for p in m.parameters(recurse=False)}
+    raw = {id(p): name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in gains}
     owners = {id(stored_tensor(m)): m for m in weighted}
 
     def look(node: Any) -> tuple[list[nn.Module], list[Any]]:

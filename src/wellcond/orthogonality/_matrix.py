@@ -61,7 +61,7 @@ class Target:
                 f"{self.where} has its weight flattened over processes (FullyShardedDataParallel, DeepSpeed ZeRO-3), "
                 "where no matrix is left to treat; shard with torch.distributed.fsdp.fully_shard instead"
             )
-        if self.parameter.ndim < 2:
+        if self.parameter.ndim < 2 or (self.layer is not None and is_elementwise(self.layer)):
             matrices = listed(matrix_names(self.layer)) if self.layer is not None else ""
             raise ValueError(
                 f"{self.where} has a weight of shape {tuple(self.parameter.shape)}, which is not a matrix; "
@@ -89,8 +89,15 @@ def stored_tensor(layer: nn.Module, name: str = "weight") -> Tensor | None:
     return layer._parameters.get(name)
 
 
+def is_elementwise(layer: nn.Module) -> bool:
+    """Whether the weight is a gain for each element, of any number of dimensions, as that of a ``LayerNorm``."""
+    return hasattr(layer, "normalized_shape")
+
+
 def matrix_names(layer: nn.Module) -> list[str]:
     """The names of the layer's tensors, parametrised or not, that can be read as matrices."""
+    if is_elementwise(layer):
+        return []
     names = [*layer._parameters, *getattr(layer, "parametrizations", ())]
     tensors = {name: stored_tensor(layer, name) for name in names}
     return [name for name, tensor in tensors.items() if tensor is not None and not is_lazy(tensor) and tensor.ndim > 1]

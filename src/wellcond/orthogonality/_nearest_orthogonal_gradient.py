@@ -19,7 +19,7 @@ from ._matrix import Target, Treatables, parametrisations
 from ._optimizers import decoupled_decay, gradient_scale, require_linear_in_lr
 from ._orthogonal_weight import OrthogonalWeight
 from ._polar_factors import KINDS, SOLVERS, norm_ratio, polar_factors
-from ._registry import on_the_host
+from ._registry import moved_to, on_the_host
 from ._step_treatment import StepTreatment
 
 _COUNTS = ("treated", "zero", "nonfinite")
@@ -187,7 +187,11 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
         parts = [whole.split([len(matrix) for matrix in matrices]) for whole in (factors, kinds, found, work)]
         for (target, _, write, unit), matrix, factor, kind, one, own in zip(batch, matrices, *parts, strict=True):
             # Counted on the device: the host waits only when a counter is read.
-            self._counts[target.name].index_add_(0, kind.flatten(), self._ones[target.name])
+            name = target.name
+            if self._counts[name].device != kind.device:
+                self._counts[name] = moved_to(kind.device, self._counts[name])
+                self._ones[name] = torch.ones_like(self._ones[name], device=kind.device)
+            self._counts[name].index_add_(0, kind.flatten(), self._ones[name])
             if self.scale == "gradient" or (self.scale == "auto" and _keeps_turning(target)):
                 ratio = norm_ratio(matrix, factor)
                 factor = factor * (ratio if isinstance(unit, float) and unit == 1.0 else ratio / unit)

@@ -18,7 +18,7 @@ from wellcond._shared.names import require_known
 from ._matrix import Target, Treatables
 from ._optimizers import gradient_scale, require_linear_in_lr
 from ._rates import RULES
-from ._registry import on_the_host
+from ._registry import moved_to, on_the_host
 from ._step_treatment import StepTreatment
 
 
@@ -151,7 +151,8 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
         shortened = torch.lerp(start.to(work), parameter.to(work), share).to(parameter.dtype)
         torch.where(chosen, shortened, parameter, out=parameter)
         self._rates[target.name] = taken
-        self._shortened[target.name] += chosen
+        count = self._shortened[target.name] = moved_to(chosen.device, self._shortened[target.name])
+        count += chosen
 
     def _optimal(self, target: Target, weight: Tensor, direction: Tensor) -> Tensor:
         return RULES[self.rule](target.view.matrix(weight.detach()), target.view.matrix(direction))

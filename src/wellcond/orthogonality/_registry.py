@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,6 +28,11 @@ _classes: dict[str, type[TreatmentClass]] = {}
 def on_the_host(tensor: Tensor) -> Tensor:
     """A copy on the CPU for a saved state; a tensor on ``meta`` stays there, as in ``torch.nn.Module.state_dict``."""
     return tensor.clone() if tensor.is_meta else tensor.to("cpu", copy=True)
+
+
+def moved_to(device: torch.device, counter: Tensor) -> Tensor:
+    """The counter, where the parameter is now: ``Module.to`` moves what the module has, and no more."""
+    return counter if counter.device == device else counter.to(device)
 
 
 class Applied:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from wellcond._shared.models import is_spectral, unwrapped
 
-from ._matrix import matrix_names
+from ._matrix import is_elementwise, matrix_names
 from ._sharded import is_fully_sharded
 from ._walk_back import GIVE_EXAMPLE, first_layers, raw_parameter
 
@@ -154,7 +154,7 @@ def _nearest(model: nn.Module, graph: fx.Graph, of: nn.Module | None) -> set[nn.
         module = calls.get(node)
         if module is not None and "weight" in matrix_names(module):
             return [module], []
-        if module is not None and node not in spectral and any(p.ndim > 1 for p in module.parameters()):
+        if module is not None and node not in spectral and any(map(matrix_names, module.modules())):
             raise ValueError(
                 f"layer '{node.target}' ({type(module).__name__}) before the spectral layer has several weights, and "
                 f"tracing does not see which of them is used last; {GIVE_EXAMPLE}"
@@ -174,7 +174,7 @@ def _weights_in(model: nn.Module, node: fx.Node) -> Iterator[nn.Module]:
         path, _, name = str(node.target).rpartition(".")
         owner = model.get_submodule(path)
         tensor = getattr(owner, name)
-        if isinstance(tensor, nn.Parameter) and tensor.ndim > 1:
+        if isinstance(tensor, nn.Parameter) and tensor.ndim > 1 and not is_elementwise(owner):
             if name != "weight":
                 raise raw_parameter(str(node.target))
             yield owner

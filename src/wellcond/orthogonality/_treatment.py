@@ -93,7 +93,8 @@ class Treatment:
             loss = self.loss()
             if not loss.requires_grad:  # no term, or the weights are frozen, or toggled off in this step
                 return
-            weights = [p for layer in self.layers.values() for p in layer.parameters() if p.requires_grad]
+            # Once each: of a weight that layers share, this is the whole gradient.
+            weights = [p for p in nn.ModuleList(self.layers.values()).parameters() if p.requires_grad]
             with full_precision(loss):
                 loss = loss if scale is None else loss * scale
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)

@@ -54,18 +54,24 @@ def rigid_align(source: Tensor, target: Tensor, weights: Tensor | None = None) -
         total = w.sum(-1, keepdim=True)
         w = (w / torch.where(total > 0, total, 1.0)).unsqueeze(-1)
         x_mean, y_mean = (w * x).sum(-2, keepdim=True), (w * y).sum(-2, keepdim=True)
-        R = _nearest_rotation((y - y_mean).mT @ (w * (x - x_mean)))
+        R = _nearest_rotation(_unit_sized(y - y_mean).mT @ (w * _unit_sized(x - x_mean)))
         t = (y_mean - x_mean @ R.mT).squeeze(-2)
         return R.to(dtype), t.to(dtype)
 
 
+def _unit_sized(points: Tensor) -> Tensor:
+    """The points times a number, so that the largest coordinate is ±1. No rotation depends on it, and no derivative."""
+    if not points.numel():
+        return points
+    size = points.detach().abs().amax((-2, -1), keepdim=True)
+    return points / torch.where(size > 0, size, 1.0)
+
+
 def _nearest_rotation(H: Tensor) -> Tensor:
     """The rotation R that maximises tr(Rᵀ H)."""
-    # R does not depend on the size of H, and its derivative through this scale is 0.
-    size = H.detach().abs().amax((-2, -1), keepdim=True)
-    if readable(size) and not size.isfinite().all():
+    if readable(H) and not H.isfinite().all():
         raise NonFiniteMatrixError("source, target or weights hold NaN or infinite entries")
-    H = H / torch.where(size > 0, size, 1.0)
+    H = _unit_sized(H)
     with torch.no_grad():
         U, _, Vh = torch.linalg.svd(H.detach())
         sign = torch.linalg.det(U @ Vh).sign()
