@@ -443,6 +443,20 @@ def test_what_differs_from_batch_norm_and_says_so():
         replace_batchnorm(nn.Sequential(DecorrelatedBatchNorm2d(C)))
 
 
+def fuse_conv_and_bn(conv, bn):
+    """As YOLO has it."""
+    return conv.weight * (bn.weight / torch.sqrt(bn.eps + bn.running_var)).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("groups", [1, C])
+@pytest.mark.parametrize("fuse", [nn.utils.fuse_conv_bn_eval, nn.utils.fuse_linear_bn_eval, fuse_conv_and_bn])
+def test_what_fuses_a_batch_norm_by_its_variance_is_sent_to_fold(fuse, groups):
+    layer = nn.Linear(3, C) if fuse is nn.utils.fuse_linear_bn_eval else nn.Conv2d(3, C, 1)
+    fuse(layer.eval(), nn.BatchNorm2d(C).eval())
+    with pytest.raises(RuntimeError, match=r"take wellcond\.nn\.fold\(model\)"):
+        fuse(layer.eval(), DecorrelatedBatchNorm2d(C, groups=groups).eval())
+
+
 def test_update_statistics_does_for_both_kinds_what_update_bn_does():
     data = [batch(number) for number in range(4)]
     models = [nn.Sequential(DecorrelatedBatchNorm2d(C), nn.Dropout(0.0), nn.BatchNorm2d(C)) for _ in range(2)]
