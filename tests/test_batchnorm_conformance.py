@@ -427,6 +427,17 @@ def test_the_momenta_weigh_batches_as_in_batch_norm(momentum):
     assert torch.equal(ours.running_cov[0], 3.0 * torch.eye(C))
 
 
+@pytest.mark.parametrize("groups", [1, C])
+def test_the_running_variance_is_a_copy_that_can_be_assigned(groups):
+    layer = trained(DecorrelatedBatchNorm2d, num_features=C, groups=groups)
+    before = layer.running_cov.clone()
+    variance = layer.running_var.fill_(4.0)
+    assert torch.equal(layer.running_cov, before)
+    layer.running_var = variance
+    assert torch.equal(layer.running_var, variance)
+    assert torch.equal(layer.running_cov, 4.0 * torch.eye(C // groups).expand_as(before))
+
+
 def test_what_differs_from_batch_norm_and_says_so():
     model = nn.Sequential(DecorrelatedBatchNorm2d(C), nn.BatchNorm2d(C))
     # An empty batch has no covariance: batch norm counts it as a step, and a batch of one value too, which it refuses.
