@@ -67,6 +67,28 @@ def test_a_norm_with_two_names_stays_one():
     assert isinstance(model["b"], DecorrelatedBatchNorm2d)
 
 
+def test_a_lazy_norm_is_replaced_once_it_knows_its_channels():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d(), nn.BatchNorm2d(4))
+    with pytest.warns(UserWarning, match="LazyBatchNorm2d has no channels yet: run one forward pass"):
+        assert replace_batchnorm(model, "all") == ["2"]
+    model(torch.randn(8, 3, 6, 6))
+    assert replace_batchnorm(model) == ["1"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("running", ["covariance", "whitening"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_is_replaced_without_a_warning(dtype, running):
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+    model(torch.tensor([1.0, 2.0, 3.0, 100.0]).view(4, 1, 1) * torch.randn(8, 4, 6, 6))
+    model.eval().to(dtype)
+    x = torch.randn(8, 4, 6, 6, dtype=dtype)
+    expected = model(x)
+    replace_batchnorm(model, running=running)
+    assert (model[0].weight.dtype, model[0].running_mean.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(model(x), expected)  # the rounding of the output
+
+
 @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}])
 def test_what_the_batch_norm_lacks_the_new_one_lacks(options):
     model = nn.Sequential(nn.BatchNorm2d(4, **options))
@@ -93,6 +115,7 @@ class ActivatedNorm(nn.BatchNorm2d):
             "Sequential holds no nn.BatchNorm1d, 2d, 3d or SyncBatchNorm",
         ),
         (lambda: nn.Sequential(ActivatedNorm(4)), "all", "'0': ActivatedNorm is a batch norm that may do more"),
+        (lambda: nn.Sequential(nn.LazyBatchNorm2d()), "first", r"'0': LazyBatchNorm2d .*: run one forward pass [^;]*$"),
         (lambda: nn.Sequential(nn.BatchNorm2d(4)), lambda *_: False, "chose none of the batch norms 0"),
         (lambda: nn.Sequential(nn.BatchNorm2d(4)), "last", "unknown which 'last', which may also be a function"),
         (lambda: nn.BatchNorm2d(4), "first", "is a batch norm itself"),

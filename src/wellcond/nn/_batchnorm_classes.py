@@ -91,7 +91,9 @@ def batchnorms(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     _register_those_of_timm()
     norms, others = {}, {}
     for name, module in model.named_modules():
-        if type(module) in DECORRELATED:
+        if is_batchnorm(module) and not module.num_features:
+            others[name] = f"{type(module).__name__} has no channels yet: run one forward pass of the model first"
+        elif type(module) in DECORRELATED:
             norms[name] = module
         elif is_batchnorm(module):
             others[name] = (
