@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 from wellcond.experiments.run.models import build_model
-from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d, replace_batchnorm
+from wellcond.nn import (
+    DecorrelatedBatchNorm1d,
+    DecorrelatedBatchNorm2d,
+    DecorrelatedBatchNorm3d,
+    convert_sync,
+    replace_batchnorm,
+)
 
 KINDS = [
     (nn.BatchNorm1d, DecorrelatedBatchNorm1d, (16, 4)),
@@ -97,6 +103,38 @@ def test_what_the_batch_norm_lacks_the_new_one_lacks(options):
     assert getattr(norm, key) is value
     assert (norm.weight is None) == (options == {"affine": False})
     assert (norm.running_mean is None) == (options == {"track_running_stats": False})
+
+
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_hooks_go_on_and_are_removed_by_their_handles(synchronised):
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Identity())
+    seen = []
+    handles = [
+        model[0].register_forward_pre_hook(lambda module, *given: seen.append(("before", module)), with_kwargs=True),
+        model[0].register_forward_hook(lambda module, args, y: y.relu()),
+        model[0].register_full_backward_hook(lambda module, *grads: seen.append(("backward", module))),
+    ]
+    x = torch.randn(8, 4, 3, 3, requires_grad=True)
+    expected = model.eval()(x)
+    if synchronised:
+        convert_sync(model, batchnorm=True)
+    else:
+        replace_batchnorm(model)
+    seen.clear()
+    y = model(x)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert seen == [("before", model[0]), ("backward", model[0])]
+    for handle in handles:
+        handle.remove()
+    assert (model(x) < 0).any() and len(seen) == 2
+
+
+def test_a_norm_whose_instance_has_a_forward_function_is_left():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model[0].forward = lambda x: x.relu()
+    with pytest.warns(UserWarning, match="not replaced: '0': the forward function of this BatchNorm2d is its own"):
+        assert replace_batchnorm(model, "all") == ["1"]
 
 
 class ActivatedNorm(nn.BatchNorm2d):
