@@ -427,6 +427,17 @@ def test_the_momenta_weigh_batches_as_in_batch_norm(momentum):
     assert torch.equal(ours.running_cov[0], 3.0 * torch.eye(C))
 
 
+@pytest.mark.parametrize("groups", [1, C])
+def test_the_running_variance_is_a_copy_that_can_be_assigned(groups):
+    layer = trained(DecorrelatedBatchNorm2d, num_features=C, groups=groups)
+    before = layer.running_cov.clone()
+    variance = layer.running_var.fill_(4.0)
+    assert torch.equal(layer.running_cov, before)
+    layer.running_var = variance
+    assert torch.equal(layer.running_var, variance)
+    assert torch.equal(layer.running_cov, 4.0 * torch.eye(C // groups).expand_as(before))
+
+
 def test_what_differs_from_batch_norm_and_says_so():
     model = nn.Sequential(DecorrelatedBatchNorm2d(C), nn.BatchNorm2d(C))
     # An empty batch has no covariance: batch norm counts it as a step, and a batch of one value too, which it refuses.
@@ -441,6 +452,20 @@ def test_what_differs_from_batch_norm_and_says_so():
     # Nor is one of ours taken for a batch norm that could be replaced.
     with pytest.raises(ValueError, match=r"holds no nn\.BatchNorm1d, 2d, 3d or SyncBatchNorm to replace$"):
         replace_batchnorm(nn.Sequential(DecorrelatedBatchNorm2d(C)))
+
+
+def fuse_conv_and_bn(conv, bn):
+    """As YOLO has it."""
+    return conv.weight * (bn.weight / torch.sqrt(bn.eps + bn.running_var)).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("groups", [1, C])
+@pytest.mark.parametrize("fuse", [nn.utils.fuse_conv_bn_eval, nn.utils.fuse_linear_bn_eval, fuse_conv_and_bn])
+def test_what_fuses_a_batch_norm_by_its_variance_is_sent_to_fold(fuse, groups):
+    layer = nn.Linear(3, C) if fuse is nn.utils.fuse_linear_bn_eval else nn.Conv2d(3, C, 1)
+    fuse(layer.eval(), nn.BatchNorm2d(C).eval())
+    with pytest.raises(RuntimeError, match=r"take wellcond\.nn\.fold\(model\)"):
+        fuse(layer.eval(), DecorrelatedBatchNorm2d(C, groups=groups).eval())
 
 
 def test_update_statistics_does_for_both_kinds_what_update_bn_does():

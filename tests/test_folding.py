@@ -11,6 +11,7 @@ from torch import nn
 
 from helpers import NORMS
 from wellcond.experiments.run.models import build_model
+from wellcond.monitor import ConditionMonitor
 from wellcond.nn import (
     DecorrelatedBatchNorm1d,
     DecorrelatedBatchNorm2d,
@@ -411,3 +412,71 @@ def test_in_float32_the_outputs_agree_to_1e_5():
     x = torch.randn(8, 3, 12, 12)
     expected = model.eval()(x)
     assert (fold(model)(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+class Rectified(DecorrelatedBatchNorm2d):
+    """A norm with the activation inside."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def of_the_instance(norm):
+    norm.forward = lambda x: DecorrelatedBatchNorm2d.forward(norm, x).relu()
+
+
+MORE_THAN_A_NORM = {
+    "forward function of its own: a subclass": (Rectified, lambda norm: None),
+    "forward function of its own: the instance": (DecorrelatedBatchNorm2d, of_the_instance),
+    "hooks: after": (
+        DecorrelatedBatchNorm2d,
+        lambda norm: norm.register_forward_hook(lambda module, args, y: y.relu()),
+    ),
+    "hooks: before": (
+        DecorrelatedBatchNorm2d,
+        lambda norm: norm.register_forward_pre_hook(lambda module, args: args[0].relu()),
+    ),
+}
+
+
+@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("name", MORE_THAN_A_NORM)
+def test_a_norm_that_may_do_more_is_kept_by_fold_and_refused_by_to_plain(name, example):
+    kind, change = MORE_THAN_A_NORM[name]
+    norms = (kind(6), DecorrelatedBatchNorm2d(6))
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), norms[0], nn.Conv2d(6, 6, 3), norms[1]).double()
+    change(norms[0])
+    trained(model, (8, 4, 8, 8)).eval()
+    x = torch.randn(8, 4, 8, 8, dtype=torch.float64)
+    why = name.partition(":")[0]
+    with pytest.warns(UserWarning, match=f"layer '1' has .*{why}, which may do anything, so it is kept"):
+        folded = fold(model, x if example else None)
+    assert type(folded[1]) is kind and type(folded[3]) is nn.Identity
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=rf"layer '1' \({kind.__name__}\) has .*{why}, which no plain layer has"):
+        to_plain(model)
+
+
+@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("between", [nn.Identity, nn.Dropout, nn.Sequential])
+def test_a_hook_between_the_layer_and_the_norm_stands_in_the_way(between, example):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), between(), DecorrelatedBatchNorm2d(6)).double()
+    model[1].register_forward_hook(lambda module, args, y: y.relu())
+    assert_folded(trained(model, (8, 4, 8, 8)), (8, 4, 8, 8), unfolded=1, example=example)
+
+
+def test_the_monitor_does_not_stand_in_the_way():
+    model = trained(nn.Sequential(nn.Conv2d(4, 6, 3), DecorrelatedBatchNorm2d(6)).double(), (8, 4, 8, 8))
+    with ConditionMonitor(model, layers=["0", "1"]):
+        assert_folded(model, (8, 4, 8, 8))
+        assert type(to_plain(model)[1]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("plain_copy", [fold, to_plain])
+def test_a_convolution_that_becomes_skew_orthogonal_keeps_its_hooks(plain_copy):
+    model = nn.Sequential(orthogonal_weight(nn.Conv2d(4, 4, 3, padding=1), map="soc")).eval()
+    model[0].register_forward_hook(lambda module, args, y: y.relu())
+    x = torch.randn(2, 4, 6, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(plain_copy(model)(x), model(x))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from wellcond.nn import DecorrelatedBatchNorm2d, fold, register_batchnorm, replace_batchnorm, to_plain
+from wellcond.nn import DecorrelatedBatchNorm2d, convert_sync, fold, register_batchnorm, replace_batchnorm, to_plain
 from wellcond.nn import _batchnorm_classes as classes
 from wellcond.orthogonality import treat
 
@@ -93,6 +93,38 @@ def test_the_whole_chain_holds(tmp_path):
     torch.testing.assert_close(before.eval()(x), model(x), rtol=1e-4, atol=1e-5)
     torch.save(plain, tmp_path / "plain.pt")
     torch.testing.assert_close(torch.load(tmp_path / "plain.pt", weights_only=False)(x), plain(x))
+
+
+def test_the_tail_stays_where_a_norm_is_synchronised():
+    model, before, x = network(), network(), torch.randn(4, 3, 8, 8)
+    expected = model.eval()(x)
+    weight, act = model[1].weight, model[1].act
+    assert convert_sync(model, batchnorm=True) is model
+    assert type(model[1].norm) is nn.SyncBatchNorm and model[1].norm.weight is weight and model[1].act is act
+    assert len(list(model.state_dict())) == len(list(before.state_dict()))
+    torch.testing.assert_close(model(x), expected)
+    model.load_state_dict(before.state_dict())
+    assert type(to_plain(model)[1]) is NormAct
+    assert type(convert_sync(NormAct(4), batchnorm=True).norm) is nn.SyncBatchNorm
+    assert replace_batchnorm(model) == ["1.norm"] and model[1].norm.sync
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_one_that_may_do_more_is_not_synchronised_and_named():
+    inheriting = type("Inheriting", (nn.BatchNorm2d,), {})
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Untold(8), inheriting(8), nn.LazyBatchNorm2d())
+    with pytest.warns(UserWarning, match="not synchronised: '1': Untold is a batch norm that may do more .*; '3': L"):
+        convert_sync(model, batchnorm=True)
+    assert type(model[1]) is Untold and type(model[2]) is nn.SyncBatchNorm
+
+
+def test_hooks_are_called_with_what_comes_out_of_the_tail():
+    model, x = network(), torch.randn(4, 3, 8, 8)
+    model[1].register_forward_hook(lambda module, args, y: y.clamp(max=0.5))
+    expected = model.eval()(x)
+    replace_batchnorm(model)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(to_plain(model)(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_state_of_the_model_as_it_was_loads():

@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 from wellcond.experiments.run.models import build_model
-from wellcond.nn import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d, replace_batchnorm
+from wellcond.nn import (
+    DecorrelatedBatchNorm1d,
+    DecorrelatedBatchNorm2d,
+    DecorrelatedBatchNorm3d,
+    convert_sync,
+    replace_batchnorm,
+)
 
 KINDS = [
     (nn.BatchNorm1d, DecorrelatedBatchNorm1d, (16, 4)),
@@ -67,6 +73,28 @@ def test_a_norm_with_two_names_stays_one():
     assert isinstance(model["b"], DecorrelatedBatchNorm2d)
 
 
+def test_a_lazy_norm_is_replaced_once_it_knows_its_channels():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d(), nn.BatchNorm2d(4))
+    with pytest.warns(UserWarning, match="LazyBatchNorm2d has no channels yet: run one forward pass"):
+        assert replace_batchnorm(model, "all") == ["2"]
+    model(torch.randn(8, 3, 6, 6))
+    assert replace_batchnorm(model) == ["1"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("running", ["covariance", "whitening"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_is_replaced_without_a_warning(dtype, running):
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+    model(torch.tensor([1.0, 2.0, 3.0, 100.0]).view(4, 1, 1) * torch.randn(8, 4, 6, 6))
+    model.eval().to(dtype)
+    x = torch.randn(8, 4, 6, 6, dtype=dtype)
+    expected = model(x)
+    replace_batchnorm(model, running=running)
+    assert (model[0].weight.dtype, model[0].running_mean.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(model(x), expected)  # the rounding of the output
+
+
 @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}])
 def test_what_the_batch_norm_lacks_the_new_one_lacks(options):
     model = nn.Sequential(nn.BatchNorm2d(4, **options))
@@ -75,6 +103,38 @@ def test_what_the_batch_norm_lacks_the_new_one_lacks(options):
     assert getattr(norm, key) is value
     assert (norm.weight is None) == (options == {"affine": False})
     assert (norm.running_mean is None) == (options == {"track_running_stats": False})
+
+
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_hooks_go_on_and_are_removed_by_their_handles(synchronised):
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Identity())
+    seen = []
+    handles = [
+        model[0].register_forward_pre_hook(lambda module, *given: seen.append(("before", module)), with_kwargs=True),
+        model[0].register_forward_hook(lambda module, args, y: y.relu()),
+        model[0].register_full_backward_hook(lambda module, *grads: seen.append(("backward", module))),
+    ]
+    x = torch.randn(8, 4, 3, 3, requires_grad=True)
+    expected = model.eval()(x)
+    if synchronised:
+        convert_sync(model, batchnorm=True)
+    else:
+        replace_batchnorm(model)
+    seen.clear()
+    y = model(x)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert seen == [("before", model[0]), ("backward", model[0])]
+    for handle in handles:
+        handle.remove()
+    assert (model(x) < 0).any() and len(seen) == 2
+
+
+def test_a_norm_whose_instance_has_a_forward_function_is_left():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model[0].forward = lambda x: x.relu()
+    with pytest.warns(UserWarning, match="not replaced: '0': the forward function of this BatchNorm2d is its own"):
+        assert replace_batchnorm(model, "all") == ["1"]
 
 
 class ActivatedNorm(nn.BatchNorm2d):
@@ -93,6 +153,7 @@ class ActivatedNorm(nn.BatchNorm2d):
             "Sequential holds no nn.BatchNorm1d, 2d, 3d or SyncBatchNorm",
         ),
         (lambda: nn.Sequential(ActivatedNorm(4)), "all", "'0': ActivatedNorm is a batch norm that may do more"),
+        (lambda: nn.Sequential(nn.LazyBatchNorm2d()), "first", r"'0': LazyBatchNorm2d .*: run one forward pass [^;]*$"),
         (lambda: nn.Sequential(nn.BatchNorm2d(4)), lambda *_: False, "chose none of the batch norms 0"),
         (lambda: nn.Sequential(nn.BatchNorm2d(4)), "last", "unknown which 'last', which may also be a function"),
         (lambda: nn.BatchNorm2d(4), "first", "is a batch norm itself"),

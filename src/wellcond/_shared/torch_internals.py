@@ -51,12 +51,12 @@ def has_values(x: Tensor) -> bool:
     return not (is_shape_only(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
-def called_by(name: str) -> bool:
-    """Whether the calling function was itself called by a function of this name; for use where PyTorch does not reveal
-    its intent otherwise."""
+def called_by(*names: str) -> bool:
+    """Whether the calling function was itself called by a function of one of these names; for use where a library does
+    not reveal its intent otherwise."""
     frame = inspect.currentframe()
     caller = frame and frame.f_back and frame.f_back.f_back
-    return caller is not None and caller.f_code.co_name == name
+    return caller is not None and caller.f_code.co_name in names
 
 
 def under_functorch() -> bool:

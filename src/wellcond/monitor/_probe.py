@@ -23,6 +23,11 @@ class Hook:
     def __init__(self, function: Any = None) -> None:
         self.function = function
 
+    @property
+    def is_inert(self) -> bool:
+        """Whether it does nothing, so that a module with it may be replaced by another."""
+        return self.function is None
+
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         if self.function is not None:
             self.function(*args, **kwargs)

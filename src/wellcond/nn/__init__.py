@@ -3,6 +3,7 @@
 from . import functional
 from ._base import Observation, SpectralModule
 from ._batchnorm_classes import register_batchnorm
+from ._convert_sync import convert_sync
 from ._fold import fold
 from ._plain_copy import to_plain
 from ._replace_batchnorm import replace_batchnorm
@@ -17,7 +18,6 @@ from .decorrelated_batchnorm import (
     DecorrelatedBatchNorm1d,
     DecorrelatedBatchNorm2d,
     DecorrelatedBatchNorm3d,
-    convert_sync,
 )
 from .iter_norm import IterNorm1d, IterNorm2d, IterNorm3d
 from .skew_orthogonal_conv import SkewOrthogonalConv2d

@@ -14,6 +14,7 @@ from torch import nn
 from wellcond._shared.names import listed
 
 from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
+from ._hooks import has_own_forward
 from .decorrelated_batchnorm import (
     DecorrelatedBatchNorm1d,
     DecorrelatedBatchNorm2d,
@@ -91,7 +92,11 @@ def batchnorms(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     _register_those_of_timm()
     norms, others = {}, {}
     for name, module in model.named_modules():
-        if type(module) in DECORRELATED:
+        if is_batchnorm(module) and not module.num_features:
+            others[name] = f"{type(module).__name__} has no channels yet: run one forward pass of the model first"
+        elif is_batchnorm(module) and has_own_forward(module):
+            others[name] = f"the forward function of this {type(module).__name__} is its own, and may do anything"
+        elif type(module) in DECORRELATED:
             norms[name] = module
         elif is_batchnorm(module):
             others[name] = (

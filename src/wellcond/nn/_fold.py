@@ -7,6 +7,7 @@ kind of layer, with the weight M W and the bias M b + β − M μ, whatever its 
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ._base import replace_modules
 from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
+from ._hooks import has_forward_hooks, has_own_forward
 from ._layers_before import LAYERS, TRANSPOSED, is_plain, layers_before
 from ._plain_weights import with_plain_weights
 
@@ -27,8 +29,9 @@ def fold(model: Model, example_input: Any = None) -> Model:
     if on trial it does nothing else), if the output of that layer goes nowhere else and, if it is grouped, no group of
     the norm mixes two of its groups. Otherwise it becomes a 1 × 1 convolution. Every parametrised weight (an orthogonal
     weight, a spectral norm) becomes a plain one. Linear layers are assumed to output (N, C). Ordinary ``nn.BatchNorm``
-    is kept, as is a decorrelated one without running statistics, whose output depends on the batch. :func:`to_plain`
-    keeps the layers and names instead.
+    is kept, as is a decorrelated one without running statistics, whose output depends on the batch, and, with a warning
+    that names it, one that may do more than normalise: with forward hooks or a forward function of its own.
+    :func:`to_plain` keeps the layers and names instead.
 
     Args:
         model: any module, in either mode; it is not changed.
@@ -58,6 +61,12 @@ def fold(model: Model, example_input: Any = None) -> Model:
     """
     model = with_plain_weights(model)
     norms = fixed_norms(model)
+    more = {name: why for name, m in model.named_modules() if (why := does_more(m))}
+    if more:
+        warnings.warn(
+            "; ".join(f"layer '{name}' has {why}, which may do anything, so it is kept" for name, why in more.items()),
+            stacklevel=2,
+        )
     before = layers_of(model, norms, example_input)
     plain: dict[nn.Module, nn.Module] = {}
     for norm in norms.values():
@@ -70,9 +79,18 @@ def fold(model: Model, example_input: Any = None) -> Model:
 
 
 def fixed_norms(model: nn.Module) -> dict[str, _DecorrelatedBatchNorm]:
-    """The norms that are a fixed map in evaluation, by name."""
+    """The norms that are a fixed affine map in evaluation, by name."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, _DecorrelatedBatchNorm)}
-    return {name: norm for name, norm in found.items() if norm.running_mean is not None}
+    return {name: norm for name, norm in found.items() if norm.running_mean is not None and not does_more(norm)}
+
+
+def does_more(norm: nn.Module) -> str:
+    """What a decorrelated batch norm has that may do more than normalise; "" for nothing, and for any other module."""
+    if not isinstance(norm, _DecorrelatedBatchNorm):
+        return ""
+    if has_own_forward(norm) or type(norm).forward is not _DecorrelatedBatchNorm.forward:
+        return "a forward function of its own"
+    return "forward hooks" if has_forward_hooks(norm) else ""
 
 
 def layers_of(
@@ -113,7 +131,7 @@ def absorbed(layer: nn.Module, norm: _DecorrelatedBatchNorm, *, whitening_only: 
     TensorFlow does is followed, one that standardises its weight first is not.
     """
     kind = next((kind for kind in LAYERS if isinstance(layer, kind)), None)
-    if kind is None or layer._forward_hooks or layer._forward_pre_hooks:
+    if kind is None or has_forward_hooks(layer):
         return None
     if layer._parameters.get("weight") is None or "bias" not in layer._parameters:  # a class that computes them
         return None

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
+from ._hooks import has_forward_hooks, has_own_forward
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -54,7 +55,7 @@ def _by_tracing(model: nn.Module) -> dict[nn.Module, nn.Module]:
         if not isinstance(norm, _DecorrelatedBatchNorm) or used.count(norm) != 1:
             continue
         source = node.all_input_nodes[0]
-        while len(source.users) == 1 and type(calls.get(source)) in PASSED_THROUGH:
+        while len(source.users) == 1 and _does_nothing(calls.get(source)):
             source = source.all_input_nodes[0]
         layer = calls.get(source) if len(source.users) == 1 else None
         if layer is not None and not is_plain(layer) and (len(source.args) != 1 or source.kwargs):
@@ -96,7 +97,7 @@ class _Uses(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         norms_and_layers = (_DecorrelatedBatchNorm, *LAYERS)
-        self.watched = [m for m in model.modules() if type(m) in PASSED_THROUGH or isinstance(m, norms_and_layers)]
+        self.watched = [m for m in model.modules() if _does_nothing(m) or isinstance(m, norms_and_layers)]
         self.fed_by: dict[nn.Module, nn.Module] = {}
         self._layer_of = {id(p): m for m in self.watched if isinstance(m, LAYERS) for p in m.parameters()}
         self._calls: Counter[nn.Module] = Counter()
@@ -150,7 +151,14 @@ class _Uses(TorchFunctionMode):
 def is_plain(module: nn.Module) -> bool:
     """Whether it is one of torch's layers and does what they do. A derived class, or a forward function of the
     instance's own, may do anything, also to other layers."""
-    return type(module) in LAYERS and "forward" not in vars(module)
+    return type(module) in LAYERS and not has_own_forward(module)
+
+
+def _does_nothing(module: nn.Module | None) -> bool:
+    """Whether its output in evaluation is its input."""
+    if module is None or type(module) not in PASSED_THROUGH:
+        return False
+    return not (has_own_forward(module) or has_forward_hooks(module))
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -24,6 +24,8 @@ def upgrade(layer: Any, state: dict[str, Any], prefix: str) -> str | None:
         if variance.shape != (layer.num_features,):
             return f"running_var of shape {tuple(variance.shape)} is not that of {layer.num_features} channels"
         variance = variance.view(layer.groups, -1)
+        if variance.dtype in HALF:  # a diagonal: each eigenvalue is as precise as its variance, also the least
+            variance = variance.float()
         if layer.running == "covariance":
             state[prefix + "running_cov"] = torch.diag_embed(variance)
         else:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._hooks import carry_hooks
+
 
 class NormAndTail(nn.Module):
     """A norm, then submodules of the norm that it replaces, under their names there.
@@ -38,6 +40,7 @@ class NormAndTail(nn.Module):
         new: Any = _emptied(self._shell[0])
         new._parameters, new._buffers = norm._parameters.copy(), norm._buffers.copy()
         new._modules = {name: module for name, module in self.named_children() if name != "norm"}
+        carry_hooks(self, new)
         new.eps, new.training = getattr(norm, "eps", new.eps), norm.training
         return new
 

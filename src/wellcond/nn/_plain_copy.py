@@ -16,7 +16,7 @@ from wellcond._shared.models import unwrapped
 
 from ._base import replace_modules
 from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
-from ._fold import absorbed, as_convolution, evaluation_whitening, fixed_norms, layers_of, replaced
+from ._fold import absorbed, as_convolution, does_more, evaluation_whitening, fixed_norms, layers_of, replaced
 from ._norm_and_tail import NormAndTail
 from ._plain_weights import with_plain_weights
 from .decorrelated_batchnorm import is_batchnorm
@@ -50,8 +50,9 @@ def to_plain(model: Model, example_input: Any = None) -> Model:
         The copy, whose outputs differ from those of ``model.eval()`` by rounding.
 
     Raises:
-        ValueError: a decorrelated batch norm without running statistics, which has no fixed map (naming it); the model
-            does not run on the example input.
+        ValueError: a decorrelated batch norm without running statistics, which has no fixed map, or with forward hooks
+            or a forward function of its own, which may do anything (naming it); the model does not run on the example
+            input.
 
     Complexity: O(C²/groups) times the kernel entries of a channel, for each norm; one forward pass with an example.
 
@@ -79,6 +80,11 @@ def to_plain(model: Model, example_input: Any = None) -> Model:
             raise ValueError(
                 f"layer '{name}' ({type(module).__name__}) keeps no running statistics: its output depends on the "
                 "batch, and no plain layer has it; train it with track_running_stats=True"
+            )
+        if why := does_more(module):
+            raise ValueError(
+                f"layer '{name}' ({type(module).__name__}) has {why}, which no plain layer has; put what it does into "
+                "a module after the norm"
             )
     norms = fixed_norms(model)
     before = layers_of(model, norms, example_input)

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from wellcond._shared.models import unwrapped
 
 from ._base import replace_modules
+from ._hooks import carry_hooks
 from .skew_orthogonal_conv import SkewOrthogonalConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,6 +62,7 @@ def _as_skew_orthogonal(layer: nn.Module) -> SkewOrthogonalConv2d | None:
     stored, bias = chain.original, layer.bias
     conv = SkewOrthogonalConv2d(**options, bias=bias is not None, device=stored.device, dtype=stored.dtype).eval()
     conv.weight = nn.Parameter(stored.detach().clone(), stored.requires_grad)
+    carry_hooks(layer, conv)
     if isinstance(bias, nn.Parameter):
         conv.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
     return conv

@@ -14,6 +14,7 @@ from wellcond._shared.names import listed, require_known
 
 from ._base import replace_modules
 from ._batchnorm_classes import DECORRELATED, applied_after, batchnorms, reasons
+from ._hooks import carry_hooks
 from ._norm_and_tail import NormAndTail
 
 Which = Literal["first", "all"] | Callable[[str, nn.Module], bool]
@@ -31,10 +32,10 @@ def replace_batchnorm(
 
     Weight, bias, ε, momentum, mode, device and dtype are kept; the running covariance starts as the diagonal of the
     running variances, so that evaluation is unchanged until the first training step. The weight and bias stay the same
-    ``Parameter`` objects, so that an existing optimizer keeps working. A ``SyncBatchNorm`` becomes a
-    :class:`DecorrelatedBatchNorm2d` with ``sync=True`` over the same process group. A norm that also applies dropout or
-    an activation, such as timm's ``BatchNormAct2d`` or a class registered by :func:`register_batchnorm`, keeps them:
-    the decorrelated one becomes its submodule ``norm``.
+    ``Parameter`` objects, so that an existing optimizer keeps working. Hooks of forward and backward passes go on. A
+    ``SyncBatchNorm`` becomes a :class:`DecorrelatedBatchNorm2d` with ``sync=True`` over the same process group. A norm
+    that also applies dropout or an activation, such as timm's ``BatchNormAct2d`` or a class registered by
+    :func:`register_batchnorm`, keeps them: the decorrelated one becomes its submodule ``norm``.
 
     Args:
         model: any module. The paper replaces the norm after the first convolution, ``which="first"``.
@@ -99,7 +100,9 @@ def _decorrelated(old: Any, group_size: int | None, options: Mapping[str, Any]) 
     if norm.weight is not None and old.weight is not None:
         norm.weight, norm.bias = old.weight, old.bias
     tail = applied_after(old)
-    return NormAndTail(norm, tail, old) if tail else norm
+    new = NormAndTail(norm, tail, old) if tail else norm
+    carry_hooks(old, new)
+    return new
 
 
 def _first(

@@ -21,6 +21,8 @@ Running = Literal["covariance", "whitening"]
 STATISTICS = "running_mean", "running_cov", "running_whitening", "evaluation_whitening", "num_batches_tracked"
 DERIVED = "evaluation_whitening"
 """Computed from the others, so not saved; a buffer nonetheless, since compiled and exported graphs read it."""
+FUSING = "fuse_conv_bn_eval", "fuse_linear_bn_eval", "fuse_conv_and_bn", "_fuse_conv_bn_weights", "_fuse_bn_tensor"
+"""Functions of torch, YOLO, kornia and RepVGG that put a batch norm into the layer before it, by its variance."""
 
 
 class RunningStatistics(SelfDescribing, BatchNorm, SpectralModule):
@@ -72,15 +74,24 @@ class RunningStatistics(SelfDescribing, BatchNorm, SpectralModule):
 
     @property
     def running_var(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The diagonal (C,) of the running covariance, for tools that read or reset it. Assigning a variance replaces
-        the whole covariance by a diagonal one."""
+        """A copy (C,) of the diagonal of the running covariance, for tools that read or reset it; None without one.
+        Assigning a variance replaces the whole covariance by a diagonal one. Writing into the copy changes nothing.
+
+        Raises:
+            RuntimeError: read by a function that would take the layer for a plain batch norm.
+        """
         if called_by("convert_sync_batchnorm"):  # which would put a plain SyncBatchNorm here
             raise RuntimeError(
                 f"torch.nn.SyncBatchNorm.convert_sync_batchnorm does not know {type(self).__name__}: take "
                 "wellcond.nn.convert_sync(model, batchnorm=True), which converts both kinds, and with it drop "
                 "Trainer(sync_batchnorm=True)"
             )
-        return None if self.running_cov is None else self.running_cov.diagonal(dim1=-2, dim2=-1).flatten()
+        if called_by(*FUSING):
+            raise RuntimeError(
+                f"{type(self).__name__} cannot be fused into the layer before it by its running variance alone: take "
+                "wellcond.nn.fold(model), which folds the whitening"
+            )
+        return None if self.running_cov is None else self.running_cov.diagonal(dim1=-2, dim2=-1).clone().flatten()
 
     @running_var.setter
     def running_var(self, variance: Tensor | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -8,12 +8,9 @@ directions are nearly null.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from ._base import replace_modules
 from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 
 
@@ -144,35 +141,6 @@ class DecorrelatedBatchNorm3d(_DecorrelatedBatchNorm):
     """
 
     _dims = (5,)
-
-
-def convert_sync(module: nn.Module, process_group: Any = None, *, batchnorm: bool = False) -> nn.Module:
-    """Let every decorrelated batch norm in a model compute its statistics over all processes, as
-    :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does for batch norms.
-
-    Args:
-        module: the model, or one layer; changed in place.
-        process_group: of ``torch.distributed``; None for the default one, looked up in every forward pass.
-        batchnorm: convert torch's batch norms too. (``convert_sync_batchnorm``, and what calls it, such as
-            ``Trainer(sync_batchnorm=True)`` of Lightning, stops at a decorrelated one.)
-
-    Returns:
-        The module; a new one if it is itself a batch norm of torch and ``batchnorm`` is set.
-
-    Example:
-        >>> from torch import nn
-        >>> convert_sync(nn.Sequential(DecorrelatedBatchNorm2d(3)))[0].sync
-        True
-    """
-    for layer in module.modules():
-        if isinstance(layer, _DecorrelatedBatchNorm):
-            layer.sync, layer.process_group = True, process_group
-    if not batchnorm:
-        return module
-    norms = [layer for layer in module.modules() if is_batchnorm(layer)]
-    new = {norm: nn.SyncBatchNorm.convert_sync_batchnorm(norm, process_group) for norm in norms}
-    replace_modules(module, new)
-    return new.get(module, module)
 
 
 def is_batchnorm(layer: nn.Module) -> bool:
