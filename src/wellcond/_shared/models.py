@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -13,6 +14,8 @@ from torch.optim import Optimizer
 from .names import choices
 
 INNER = ("optimizer", "base_optimizer", "_base_optimizer")
+
+_EVALUATED: WeakSet[nn.Module] = WeakSet()
 
 Layers = Iterable[str | nn.Module] | str | nn.Module
 
@@ -36,14 +39,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     forgets it there.
     """
     modes = {module: module.training for module in model.modules()}
+    entered = set(modes) - set(_EVALUATED)
     try:
+        _EVALUATED.update(entered)
         model.eval()
         yield
     finally:
+        _EVALUATED.difference_update(entered)
         model.train()
         model.train(modes[model])
         for module, mode in modes.items():
             module.training = mode
+
+
+def is_evaluated(module: nn.Module) -> bool:
+    """Whether :func:`evaluating` is on, also for a module in training mode there: no pass is one of training."""
+    return module in _EVALUATED
 
 
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:
