@@ -93,14 +93,15 @@ def as_given(layers: Layers | None) -> list[str | nn.Module] | None:
 def layers_by_name(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     """The layers that ``layers`` names or contains, by their names in the unwrapped model, in the given order.
 
-    Names may be those of the wrapped or of the unwrapped model.
+    Names may be those of the wrapped or of the unwrapped model, and any of a module that has several.
 
     Raises:
         ValueError: a name or module that is not in the model (with the nearest existing name), or no layer at all.
     """
     inner = unwrapped(model)
     found = {bare_name(name): module for name, module in inner.named_modules()}
-    aliases = {name: module for name, module in model.named_modules()} | dict(inner.named_modules()) | found
+    everywhere = [*model.named_modules(remove_duplicate=False), *inner.named_modules(remove_duplicate=False)]
+    aliases = dict(everywhere) | {bare_name(name): module for name, module in everywhere} | found
     names = {id(module): name for name, module in reversed(found.items())}
     chosen: dict[str, nn.Module] = {}
     for layer in as_given(layers) or ():
