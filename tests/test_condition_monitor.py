@@ -16,7 +16,13 @@ from helpers import features_with, geometric
 from wellcond.linalg import _covariance, condition_number, covariance_spectrum
 from wellcond.monitor import MEASURES, ConditionMonitor, ConditionRecord, medians
 from wellcond.monitor._record import measure
-from wellcond.nn import DecorrelatedBatchNorm2d, GlobalCovariancePool2d, SpectralLayer, WhiteningColoring
+from wellcond.nn import (
+    DecorrelatedBatchNorm2d,
+    GlobalCovariancePool2d,
+    SpectralLayer,
+    WhiteningColoring,
+    update_statistics,
+)
 from wellcond.orthogonality import treat
 
 
@@ -295,6 +301,47 @@ def test_activation_checkpointing_is_not_another_step(whole: bool) -> None:
     assert [record.step for record in monitor.records] == [0, 1, 2]
     scales = [math.log10(record.eig_max / monitor.records[0].eig_max) / 2 for record in monitor.records]
     assert scales == pytest.approx([0, 1, 2], abs=0.5)  # the batches differ by less than that
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), GlobalCovariancePool2d(4)), None),
+        (lambda: nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 1)), ["1"]),
+    ],
+    ids=["covariance pooling", "ordinary layer"],
+)
+def test_an_empty_batch_is_a_step_without_a_record(make, layers) -> None:
+    model = make()
+    with ConditionMonitor(model, layers=layers, every=2) as monitor:
+        for count in (0, 4, 0, 0, 4):
+            model(images(count))
+    assert [record.step for record in monitor.records] == [1, 4]
+    assert monitor.step == 5
+
+
+def test_under_vmap_nothing_is_recorded() -> None:
+    model = ConvNet(norm=DecorrelatedBatchNorm2d(6, track_running_stats=False))
+    with ConditionMonitor(model, every=1) as monitor:
+        several = torch.func.vmap(model)(images(16).unflatten(0, (2, 8)))
+        assert monitor.records == []
+        whole = model(images(16)[:8])
+    torch.testing.assert_close(several[0], whole)
+    assert [record.step for record in monitor.records] == [1]
+
+
+def test_update_statistics_is_no_training() -> None:
+    model = ConvNet()
+    with ConditionMonitor(model, every=1) as monitor, ConditionMonitor(model.norm, every=1) as part:
+        for step in range(3):
+            model(images(seed=step))
+        update_statistics(model, [1000 * images()])
+        for step in range(3, 5):
+            model(images(seed=step))
+    for seen in (monitor, part):
+        assert [record.step for record in seen.records] == list(range(5))
+        largest = [record.eig_max for record in seen.records]
+        assert max(largest) < 10 * min(largest)  # it grows with the square of the factor
 
 
 def test_nothing_is_computed_between_records(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from helpers import (
     NORMS,
@@ -250,6 +251,24 @@ def test_gradients_asked_for_one_by_one_and_twice_are_those_asked_for_together()
     for _ in range(2):
         for tensor, want in zip(wanted, together, strict=True):
             assert torch.equal(torch.autograd.grad(y, tensor, retain_graph=True)[0], want)
+
+
+def test_evaluation_has_the_tangents_of_running_statistics():
+    """Also where the whitening of these values is kept."""
+    layer = DecorrelatedBatchNorm2d(4, groups=2, dtype=torch.float64)
+    layer(torch.randn(8, 4, 3, 3, dtype=torch.float64))
+    layer.eval()
+    x, cov, direction = torch.randn(2, 4, 3, 3, dtype=torch.float64), *torch.randn(2, 2, 2, 2, dtype=torch.float64)
+    cov, direction = cov @ cov.mT + torch.eye(2), direction + direction.mT
+
+    def output(cov):
+        return torch.func.functional_call(layer, {"running_cov": cov}, (x,))
+
+    output(cov)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(output(forward_ad.make_dual(cov, direction))).tangent
+    _, expected = torch.func.jvp(output, (cov,), (direction,))
+    torch.testing.assert_close(tangent, expected)
 
 
 def test_forward_mode_and_vmap_agree_with_reverse_mode():

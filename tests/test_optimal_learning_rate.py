@@ -432,6 +432,23 @@ def test_grad_scaler_does_not_change_the_rates(fused):
     assert torch.dist(model[0].weight, twin[0].weight) < 1e-5
 
 
+def test_the_rates_are_those_of_the_last_step_only():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    olr = OptimalLearningRate(optimizer, {"a": model[0], "b": model[1]})
+    for frozen, moved in ((None, {"a", "b"}), (0, {"b"}), (1, {"a"}), (None, {"a", "b"})):
+        for i, layer in enumerate(model):
+            layer.requires_grad_(i != frozen)
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+        assert set(olr.rates()) == moved
+    optimizer.zero_grad()
+    optimizer.step()
+    assert olr.rates() == {}
+
+
 def test_a_closure_is_treated_after_it_made_the_gradients():
     layer = nn.Linear(4, 4, bias=False)
     layer.weight.data = 2 * torch.eye(4)

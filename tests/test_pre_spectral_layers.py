@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import UserDict
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from treatment_models import same
 from wellcond.nn import (
@@ -230,7 +232,7 @@ def test_a_vision_transformer_is_treated_and_trains():
         assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
 
 
-def test_examples_may_be_tuples_and_dicts():
+def test_examples_may_be_tuples_and_mappings():
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -240,8 +242,76 @@ def test_examples_may_be_tuples_and_dicts():
             return self.norm(self.a(x) + self.b(y))
 
     x, y = torch.randn(8, 3), torch.randn(8, 2)
-    for example in ((x, y), {"x": x, "y": y}, None):
+    for example in ((x, y), {"x": x, "y": y}, UserDict(x=x, y=y), None):
         assert list(pre_spectral_layers(Two(), example)) == ["a", "b"]
+
+
+class Hiding(torch.autograd.Function):
+    """Runs a module in its forward pass, as reversible blocks do: its weights are no inputs."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        return module(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise NotImplementedError
+
+
+class Doubling(torch.autograd.Function):
+    """An operation without a weight."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+class Opaque(nn.Module):
+    """Its second layer is called by ``call``; the spectral layer outside, or inside too."""
+
+    def __init__(self, call, inside: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), DecorrelatedBatchNorm2d(8)
+        self.call, self.inside = call, inside
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.inside:
+            return self.call(nn.Sequential(self.b, self.norm), self.a(x))
+        return self.norm(self.call(self.b, self.a(x)).relu())
+
+
+CALLS = {
+    "a checkpoint (take use_reentrant=False)": lambda f, x: checkpoint(f, x, use_reentrant=True),
+    "a checkpoint (take use_reentrant=False) ": lambda f, x: checkpoint(
+        lambda z: F.conv2d(z, f.weight) if isinstance(f, nn.Conv2d) else f(z), x, use_reentrant=True
+    ),
+    "Hiding": lambda f, x: Hiding.apply(x, f),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_layers_that_the_graph_does_not_show_are_not_passed_over(name, inside):
+    model = Opaque(CALLS[name], inside)
+    with pytest.raises(ValueError, match=re.escape(f"inside {name.strip()} cannot be found") + ".*layers="):
+        pre_spectral_layers(model, IMAGES)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_checkpoint_without_reentry_is_followed(inside):
+    assert list(pre_spectral_layers(Opaque(lambda f, x: checkpoint(f, x, use_reentrant=False), inside), IMAGES)) == [
+        "b"
+    ]
+
+
+def test_functions_that_hide_no_layer_are_followed():
+    model = Opaque(lambda f, x: Doubling.apply(f(Doubling.apply(x))))
+    assert list(pre_spectral_layers(model, IMAGES)) == ["b"]
 
 
 def test_a_mixed_mode_is_restored():

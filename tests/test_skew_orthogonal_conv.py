@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from helpers import eps_of
 from wellcond._shared.operator_norm import _composed, skew_convolution_norm_bound, spectral_norm_bound
@@ -174,6 +175,23 @@ def test_evaluation_follows_a_weight_that_changes_under_it(mode):
         with mode():
             torch.testing.assert_close(conv(x), expected.detach(), rtol=0, atol=0)
             torch.testing.assert_close(conv(x), expected.detach(), rtol=0, atol=0)
+
+
+def test_evaluation_with_a_kept_kernel_has_the_tangents_of_a_frozen_weight():
+    conv = SkewOrthogonalConv2d(2, 2, dtype=torch.float64).eval().requires_grad_(False)
+    conv.weight.mul_(2)  # above the bound: at it, where a weight starts, the scaling has a kink
+    x, weight = torch.randn(1, 2, 5, 5, dtype=torch.float64), conv.weight.clone()
+    direction = torch.randn_like(weight)
+
+    def output(weight):
+        return torch.func.functional_call(conv, {"weight": weight}, (x,))
+
+    conv(x)  # keeps the kernel
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(output(forward_ad.make_dual(weight, direction))).tangent
+    h = 1e-6
+    difference = (output(weight + h * direction) - output(weight - h * direction)) / (2 * h)
+    assert (tangent - difference).abs().max() < 1e-7 * difference.abs().max()  # h², and rounding over h
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

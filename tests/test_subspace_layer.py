@@ -222,3 +222,14 @@ def test_autocast_keeps_the_layer_and_its_gradient():
     assert relative_error(found.float(), want) < 10 * eps_of(torch.bfloat16)
     found.float().square().mean().backward()
     assert layer.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_it_starts_as_in_single_rounded(dtype):
+    torch.manual_seed(0)
+    layer = SubspaceLayer(Q, D, dtype=dtype)
+    torch.manual_seed(0)
+    single = SubspaceLayer(Q, D)
+    assert layer.weight.dtype == layer.scale.dtype == layer.bias.dtype == dtype
+    assert torch.equal(layer.weight, single.weight.to(dtype))
+    assert layer(torch.randn(3, Q, dtype=dtype)).dtype == dtype

@@ -10,11 +10,20 @@ import pkgutil
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from treatment_models import batches, orthogonality_gap, same, sgd, small_net, train
+from wellcond.monitor import ConditionMonitor
 from wellcond.nn import DecorrelatedBatchNorm2d
-from wellcond.orthogonality import TREATMENTS, NearestOrthogonalGradient, parse_treatments, treat
+from wellcond.orthogonality import (
+    TREATMENTS,
+    NearestOrthogonalGradient,
+    parse_treatments,
+    pre_spectral_layers,
+    treat,
+    treat_like,
+)
 
 ALL = ["+".join(c) for n in range(1, 6) for c in itertools.combinations(TREATMENTS, n)]
 """All 31 combinations: among them every one of the paper's Tables 2-5."""
@@ -378,3 +387,68 @@ def test_a_state_saved_with_one_layer_compiled_loads_without_it():
 def test_no_module_hides_behind_a_public_name(name):
     package = importlib.import_module(f"wellcond.{name}")
     assert not {module.name for module in pkgutil.iter_modules(package.__path__)} & {*package.__all__}
+
+
+class Twice(nn.Module):
+    """A parametrisation of a user's own."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("treatments", ["ow", "sn", "ow+sn+nog"])
+def test_a_foreign_parametrisation_on_top_is_named_and_can_be_taken_off(treatments) -> None:
+    model = small_net()
+    optimizer = sgd(model)
+    weight, x = model[0].weight, batches(1)[0][0]
+    treatment = treat(model, optimizer, treatments)
+    parametrize.register_parametrization(model[0], "weight", Twice())
+    train(model, optimizer, batches(2))
+    in_use = model[0].weight.detach().clone()
+    with pytest.raises(
+        RuntimeError, match=r"layer '0' \(Conv2d\) got the parametrisation Twice since.*then call remove"
+    ):
+        treatment.remove()
+    assert torch.equal(model[0].weight, in_use)
+    parametrize.remove_parametrizations(model[0], "weight")
+    expected = model(x)
+    treatment.remove()
+    assert type(model[0]) is nn.Conv2d and model[0].weight is weight
+    assert torch.equal(weight, in_use) and torch.equal(model(x), expected)
+
+
+def test_a_layer_that_computes_its_output_itself_goes_back_also_from_under_another_parametrisation() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), DecorrelatedBatchNorm2d(4))
+    before, x = copy.deepcopy(model), torch.randn(8, 4, 6, 6)
+    treatment = treat(model, sgd(model), "ow", options={"ow": {"map": "soc"}})
+    parametrize.register_parametrization(model[0], "weight", Twice())
+    treatment.remove()
+    assert same(model, before) and torch.equal(model(x), before(x))
+
+
+def shared() -> nn.Sequential:
+    """A layer and a norm that are called twice, under two names each."""
+    torch.manual_seed(0)
+    layer, norm = nn.Conv2d(4, 4, 3, padding=1), DecorrelatedBatchNorm2d(4)
+    return nn.Sequential(layer, norm, nn.ReLU(), layer, norm)
+
+
+def test_a_module_with_several_names_is_found_by_any_and_called_by_the_first() -> None:
+    model = shared()
+    for names in (["3"], ["0", "3"]):
+        treatment = treat(model, sgd(model), "nog", layers=names)
+        assert list(treatment.layers) == ["0"]
+        treatment.remove()
+    assert list(pre_spectral_layers(model, of="4")) == ["0"]
+    with ConditionMonitor(model, layers=["4"]) as monitor:
+        assert list(monitor.layers) == ["1"]
+    with pytest.raises(ValueError, match="no layer '5'"):
+        treat(model, sgd(model), "nog", layers=["5"])
+
+
+def test_a_state_of_a_treated_module_with_several_names_treats_it_once() -> None:
+    model, fresh = shared(), shared()
+    treat(model, sgd(model), "ow")
+    fresh.load_state_dict(treat_like(fresh, model.state_dict()))
+    assert len(fresh[0].parametrizations.weight) == 1
+    assert torch.equal(fresh[3].weight, model[0].weight)

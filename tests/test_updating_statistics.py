@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 
 import pytest
 import torch
@@ -90,3 +91,21 @@ def test_what_fails_leaves_the_statistics_as_they_were():
         update_statistics(net[1], [batches()[0]])
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert net.training and net[1].momentum == 0.1 and net[1].training
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_a_batch_may_be_any_mapping(kind):
+    """Those of HuggingFace's tokenizers and image processors are no dictionaries."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = DecorrelatedBatchNorm2d(3)
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return self.norm(pixel_values)
+
+    named, plain = Named(), nn.Sequential(DecorrelatedBatchNorm2d(3))
+    assert update_statistics(named, [kind(pixel_values=x) for x in batches()]) == 1
+    update_statistics(plain, batches())
+    assert torch.equal(named.norm.running_cov, plain[0].running_cov)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -13,6 +14,8 @@ from torch.optim import Optimizer
 from .names import choices
 
 INNER = ("optimizer", "base_optimizer", "_base_optimizer")
+
+_EVALUATED: WeakSet[nn.Module] = WeakSet()
 
 Layers = Iterable[str | nn.Module] | str | nn.Module
 
@@ -36,14 +39,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     forgets it there.
     """
     modes = {module: module.training for module in model.modules()}
+    entered = set(modes) - set(_EVALUATED)
     try:
+        _EVALUATED.update(entered)
         model.eval()
         yield
     finally:
+        _EVALUATED.difference_update(entered)
         model.train()
         model.train(modes[model])
         for module, mode in modes.items():
             module.training = mode
+
+
+def is_evaluated(module: nn.Module) -> bool:
+    """Whether :func:`evaluating` is on, also for a module in training mode there: no pass is one of training."""
+    return module in _EVALUATED
 
 
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:
@@ -82,14 +93,15 @@ def as_given(layers: Layers | None) -> list[str | nn.Module] | None:
 def layers_by_name(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     """The layers that ``layers`` names or contains, by their names in the unwrapped model, in the given order.
 
-    Names may be those of the wrapped or of the unwrapped model.
+    Names may be those of the wrapped or of the unwrapped model, and any of a module that has several.
 
     Raises:
         ValueError: a name or module that is not in the model (with the nearest existing name), or no layer at all.
     """
     inner = unwrapped(model)
     found = {bare_name(name): module for name, module in inner.named_modules()}
-    aliases = {name: module for name, module in model.named_modules()} | dict(inner.named_modules()) | found
+    everywhere = [*model.named_modules(remove_duplicate=False), *inner.named_modules(remove_duplicate=False)]
+    aliases = dict(everywhere) | {bare_name(name): module for name, module in everywhere} | found
     names = {id(module): name for name, module in reversed(found.items())}
     chosen: dict[str, nn.Module] = {}
     for layer in as_given(layers) or ():

@@ -81,6 +81,23 @@ def in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def running_functions() -> set[type]:
+    """The classes derived from ``torch.autograd.Function`` whose ``apply`` runs now: of what is called in their forward
+    pass the autograd graph knows nothing."""
+    found: set[type] = set()
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is torch.autograd.Function.apply.__func__.__code__:
+            found.add(frame.f_locals["cls"])
+        frame = frame.f_back
+    return found
+
+
+def function_of(node: Any) -> type | None:
+    """The class derived from ``torch.autograd.Function`` that a node of the graph is of; None for PyTorch's own."""
+    return getattr(node, "_forward_cls", None)
+
+
 def along_many_directions(*grads: Tensor | None) -> bool:
     """Whether this is ``autograd.grad(is_grads_batched=True)``, whose tensors hide their batch and lack ``out=``."""
     batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from wellcond._shared.models import Layers, unwrapped, unwrapped_optimizer
-from wellcond._shared.torch_internals import has_values, in_backward_pass
+from wellcond._shared.models import Layers, is_evaluated, unwrapped, unwrapped_optimizer
+from wellcond._shared.torch_internals import has_values, in_backward_pass, under_vmap
 
 from ._history import ConditionHistory
 from ._probe import Hook, attach, observed, solver_counts, watched_layers
@@ -26,8 +26,10 @@ from ._writers import Writer, as_writers, deliver
 
 
 def _have_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the inputs can be read: not on ``meta``, nor while a CUDA graph is captured."""
-    return all(has_values(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+    """Whether there is something to read: not on ``meta``, in an empty batch, under ``vmap``, nor while a CUDA graph is
+    captured."""
+    tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+    return not under_vmap() and all(x.numel() and has_values(x) for x in tensors)
 
 
 class ConditionMonitor(ConditionHistory):
@@ -42,7 +44,8 @@ class ConditionMonitor(ConditionHistory):
     tracing finds that layer. From step 20 on, three consecutive records above 10 % raise one ``RuntimeWarning`` per
     layer.
 
-    Forward passes without values (a model on ``meta``, a CUDA graph during capture) are counted but not recorded.
+    Forward passes without values (an empty batch, a model on ``meta``, a CUDA graph during capture) and those under
+    ``torch.vmap`` are counted but not recorded; those of ``update_statistics`` are neither.
 
     Under DistributedDataParallel each process monitors its own share of the batch (give ``writers`` to one of them).
     Spectra are computed in float64 even under autocast and in half precision. Deep copies and pickles of the model
@@ -132,14 +135,16 @@ class ConditionMonitor(ConditionHistory):
         self.step += 1
 
     def _count_forward(self, model: nn.Module, *_: Any) -> None:
-        if model.training and not in_backward_pass():
+        if model.training and not is_evaluated(model) and not in_backward_pass():
             self.step += 1
 
     def _on_forward(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         last = self._last_recorded.get(name)
         due = last is None or self.step // self.every > last // self.every
         next_due = (self.step + 1) % self.every == 0
-        if not ((due or next_due) and self._handles) or in_backward_pass() or not _have_values(args, kwargs):
+        if not ((due or next_due) and self._handles) or is_evaluated(self.layers[name]):
+            return
+        if in_backward_pass() or not _have_values(args, kwargs):
             return
         rotation = self._turning[name]
         rotation.settle(self.step)

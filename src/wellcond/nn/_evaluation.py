@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wellcond._shared.checks import readable, require_finite
 from wellcond._shared.errors import NonFiniteMatrixError
-from wellcond._shared.torch_internals import has_values, is_compiling, under_functorch
+from wellcond._shared.torch_internals import has_values, is_compiling, under_forward_mode, under_functorch
 from wellcond.linalg import Solver, WhiteningMethod, recording, value_checks, whitening_matrix
 
 from ._derived import Derived
@@ -89,7 +89,7 @@ class EvaluationMap(RunningStatistics):
         assert mean is not None and cov is not None and self.evaluation_whitening is not None
         if is_compiling() or torch.jit.is_tracing() or not has_values(cov):
             return self.evaluation_whitening
-        if under_functorch():
+        if under_functorch() or under_forward_mode():
             return self._whitening_of_average(mean, cov)
         # Solvers are compared by their attributes, which may be changed in place.
         settings = {

@@ -8,7 +8,7 @@ and ``torch.optim.swa_utils.update_bn``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch
 
     Args:
         model: any module that is called with a batch.
-        batches: of a data loader: inputs, tuples or lists that begin with inputs, or dictionaries, which are passed as
-            keyword arguments. A few hundred batches of training data are enough.
+        batches: of a data loader: inputs, tuples or lists that begin with inputs, or mappings such as a dict, which are
+            passed as keyword arguments. A few hundred batches of training data are enough.
         device: to which the batches are moved; None to leave them where they are.
 
     Returns:
@@ -65,7 +65,7 @@ def update_statistics(model: nn.Module, batches: Iterable[Any], *, device: torch
                 norm.momentum = None
                 norm.training = True
             for batch in batches:
-                if isinstance(batch, dict):
+                if isinstance(batch, Mapping):
                     model(**{name: moved(value) for name, value in batch.items()})
                 else:
                     model(moved(batch[0] if isinstance(batch, (tuple, list)) else batch))

@@ -23,7 +23,7 @@ from wellcond._shared.skew_convolution import (
     skew_orthogonal_convolution,
     stored_channels,
 )
-from wellcond._shared.torch_internals import has_values, is_compiling, under_functorch
+from wellcond._shared.torch_internals import has_values, is_compiling, under_forward_mode, under_functorch
 
 from ._base import require_input, symbolic_call
 from ._derived import Derived
@@ -134,7 +134,8 @@ class SkewOrthogonalConv2d(SelfDescribing):
         """
         weight = self.weight
         differentiated = self.training or (torch.is_grad_enabled() and weight.requires_grad)
-        if differentiated or is_compiling() or under_functorch() or not has_values(weight):
+        differentiated = differentiated or under_functorch() or under_forward_mode()
+        if differentiated or is_compiling() or not has_values(weight):
             return self._computed_kernel(weight)
         return self._kept.of((weight,), self.max_norm, self._computed_kernel)
 

@@ -79,7 +79,8 @@ class SubspaceLayer(nn.Module):
     def reset_parameters(self) -> None:
         """U a random orthonormal basis, L = 3·(q, q − 1, …, 1), μ = 0."""
         with torch.no_grad():
-            nn.init.orthogonal_(self.weight)
+            work = torch.promote_types(self.weight.dtype, torch.float32)  # no QR decomposition in half precision
+            self.weight.copy_(nn.init.orthogonal_(torch.empty_like(self.weight, dtype=work)))
             self.scale.copy_(3.0 * torch.arange(self.n_basis, 0, -1))
             self.bias.zero_()
 

@@ -115,6 +115,7 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
         self.rule, self.direction = rule, direction
         super().__init__(optimizer, params)
         self._rates: dict[str, Tensor] = {}
+        self._taken: dict[str, Tensor] = {}  # in the step that is running
         self._shortened = {t.name: torch.zeros((), dtype=torch.int64, device=t.parameter.device) for t in self.targets}
         self._before: dict[str, tuple[Tensor, Tensor | None]] = {}
 
@@ -150,15 +151,20 @@ class OptimalLearningRate(StepTreatment, name="olr", about="optimal learning rat
         share = torch.div(taken, lr, out=torch.empty_like(taken, dtype=work))
         shortened = torch.lerp(start.to(work), parameter.to(work), share).to(parameter.dtype)
         torch.where(chosen, shortened, parameter, out=parameter)
-        self._rates[target.name] = taken
+        self._taken[target.name] = taken
         count = self._shortened[target.name] = moved_to(chosen.device, self._shortened[target.name])
         count += chosen
+
+    def finish(self) -> None:
+        """Before a step there are no rates of it yet, and after it those of the layers that it moved."""
+        self._rates, self._taken = self._taken, {}
 
     def _optimal(self, target: Target, weight: Tensor, direction: Tensor) -> Tensor:
         return RULES[self.rule](target.view.matrix(weight.detach()), target.view.matrix(direction))
 
     def rates(self) -> dict[str, Tensor]:
-        """The rate of each layer in the last step, float64 scalars on its device; empty before the first step."""
+        """The rate of each layer in the last step, float64 scalars on its device, without the layers that had no
+        gradient; empty before the first step."""
         return dict(self._rates)
 
     def counts(self) -> dict[str, dict[str, int]]:

@@ -23,11 +23,12 @@ def pre_spectral_layers(model: nn.Module, example_input: Any = None, *, of: str 
     Without an example the forward function is traced symbolically (``torch.fx``). If its control flow depends on the
     data (as in checks of the input's shape), every branch is followed, and those that do not raise must agree. With an
     example the model is run once in evaluation mode and the autograd graph is followed back from the input of every
-    spectral layer, which works for any model that autograd can differentiate. The model is left unchanged.
+    spectral layer, which works for any model whose layers autograd sees. The model is left unchanged.
 
     Args:
         model: any module; spectral layers are those with a true attribute ``is_spectral_layer``.
-        example_input: the input to call the model with: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        example_input: the input to call the model with: a tensor, a tuple of arguments, or a dict (or another mapping)
+            of keyword arguments.
         of: the name of one layer of any kind: return only the layers before it.
 
     Returns:
@@ -36,7 +37,8 @@ def pre_spectral_layers(model: nn.Module, example_input: Any = None, *, of: str 
 
     Raises:
         ValueError: no spectral layer (or none with the name ``of``), no layer with a weight before it, or a model that
-            could not be followed; the message gives the reason and what to do.
+            could not be followed (as where a checkpoint with ``use_reentrant=True`` hides layers from autograd); the
+            message gives the reason and what to do.
 
     Complexity: at most 64 symbolic traces, or one forward pass. Source: the Pre-SVD layer of Song, Sebe and Wang, ECCV
     2022.

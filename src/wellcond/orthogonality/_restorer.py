@@ -17,6 +17,7 @@ from wellcond._shared.models import described
 
 from ._exchange import exchange, start_afresh
 from ._matrix import layer_target, parametrisations
+from ._registry import TreatmentClass
 from ._sharded import is_sharded
 
 
@@ -44,8 +45,15 @@ class Restorer:
 
     def check(self) -> None:
         """Raise, and change nothing, if the layer cannot go back."""
-        if not parametrisations(self._layer):
+        if not (chain := parametrisations(self._layer)):
             return
+        foreign = [one for one in chain if not isinstance(one, TreatmentClass)]
+        if foreign and not self._is_another():  # such a layer does not use what they make of its weight
+            raise RuntimeError(
+                f"{getattr(chain[0], 'where', described(self._layer, ''))} got the parametrisation "
+                f"{type(foreign[0]).__name__} since its weight was treated; first put the weight in use in its place "
+                "by torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), then call remove()"
+            )
         # Look it up again: load_state_dict(assign=True) and moves to another kind of device replace the tensor.
         weight = layer_target(self._layer, "").parameter
         if is_sharded(weight):
@@ -54,7 +62,7 @@ class Restorer:
                 "undone; load the state into a model that is not sharded, and call remove() there"
             )
         if self._is_another() and not _same(weight, self._start):
-            computed = parametrisations(self._layer)[0]
+            computed = chain[0]
             raise RuntimeError(
                 f"{computed.treatment} of {computed.where} ({computed.extra_repr()}): no layer of its class is "
                 "what it has learnt; keep it on, or take wellcond.nn.to_plain(model)"
@@ -89,7 +97,7 @@ class Restorer:
 
     def _is_another(self) -> bool:
         """Whether the stored tensor is that of another kind of layer, not the weight."""
-        return any(one.computes_layer for one in parametrisations(self._layer))
+        return any(getattr(one, "computes_layer", False) for one in parametrisations(self._layer))
 
 
 def _same(weight: torch.Tensor, other: torch.Tensor) -> bool:

@@ -161,7 +161,7 @@ def _treat_all(model: nn.Module, state: Mapping[str, Any]) -> None:
                 f"layer '{path}': its {name} was saved under {_shown(marks)}, here it is under {_shown(mine)}; take "
                 "that off first"
             )
-        if marks and not mine:
+        if marks and not mine and all(layer is not other or name != its for _, its, other, _ in todo):
             todo.append((path, name, layer, marks))
     for path, name, layer, marks in todo:
         for mark in marks:

@@ -117,8 +117,8 @@ class Treatment:
         the weight in use, or, if no step has changed the stored tensor, gets its own back bit for bit.
 
         Raises:
-            RuntimeError: a layer cannot go back (it was sharded since, or ``map="soc"`` has been trained); all
-                treatments stay.
+            RuntimeError: a layer cannot go back (it was sharded since, got a parametrisation that is not of this
+                package, or ``map="soc"`` has been trained); all treatments stay.
         """
         for one in self._restorers:  # check all before changing any
             one.check()

@@ -166,7 +166,7 @@ def _attach(layer: nn.Module, name: str, parametrisation: WeightTreatment, *, st
 def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward function of a class that a layer shares with its copies, some of which may no longer be treated."""
     for one in parametrisations(layer):
-        if one.computes_layer:
+        if getattr(one, "computes_layer", False):
             return one.layer_forward(layer, *args, **kwargs)
     return type(layer).__bases__[0].forward(layer, *args, **kwargs)
 
