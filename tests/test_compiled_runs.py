@@ -20,7 +20,8 @@ from wellcond.experiments.run.training import Classifier, first_non_finite_layer
 
 @pytest.mark.slow
 def test_a_compiled_run_is_the_plain_one_and_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    options = {"epochs": 2, "treat": "nog"}
+    # Not nog, which divides by the least singular values of gradients, and what rounding there is with them.
+    options = {"epochs": 2, "treat": "ol"}
     run(small(**options), tmp_path / "plain")
     run(small(**options, compile=True), tmp_path / "whole")
     plain, compiled = (checkpoint(tmp_path / name)["state_dict"] for name in ("plain", "whole"))
