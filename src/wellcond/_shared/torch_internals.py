@@ -82,14 +82,19 @@ def in_backward_pass() -> bool:
 
 
 def running_functions() -> set[type]:
-    """The classes derived from ``torch.autograd.Function`` whose ``apply`` runs now: of what is called in their forward
-    pass the autograd graph knows nothing."""
-    found: set[type] = set()
+    """The classes derived from ``torch.autograd.Function`` whose forward pass runs now: of what is called there the
+    autograd graph knows nothing."""
+    codes = set()
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code is torch.autograd.Function.apply.__func__.__code__:
-            found.add(frame.f_locals["cls"])
+        codes.add(frame.f_code)
         frame = frame.f_back
+    found, classes = set(), [torch.autograd.Function]
+    while classes:
+        one = classes.pop()
+        classes += one.__subclasses__()
+        if getattr(inspect.unwrap(one.forward), "__code__", None) in codes:
+            found.add(one)
     return found
 
 
