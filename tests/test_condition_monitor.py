@@ -21,6 +21,7 @@ from wellcond.nn import (
     GlobalCovariancePool2d,
     SpectralLayer,
     WhiteningColoring,
+    replace_batchnorm,
     update_statistics,
 )
 from wellcond.orthogonality import treat
@@ -328,6 +329,17 @@ def test_under_vmap_nothing_is_recorded() -> None:
         whole = model(images(16)[:8])
     torch.testing.assert_close(several[0], whole)
     assert [record.step for record in monitor.records] == [1]
+
+
+def test_update_statistics_is_no_training_also_of_a_norm_that_took_the_hook_over() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    with ConditionMonitor(model, layers=["1"], every=1) as monitor:
+        replace_batchnorm(model)
+        model(images())
+        update_statistics(model, [1000 * images()])
+        model(images())
+    largest = [record.eig_max for record in monitor.records]
+    assert len(largest) == 2 and max(largest) < 10 * min(largest)
 
 
 def test_update_statistics_is_no_training() -> None:

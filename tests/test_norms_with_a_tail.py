@@ -198,3 +198,14 @@ def test_the_size_of_a_group_is_the_next_divisor():
 def test_bad_input_says_what_to_do(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_that_is_synchronised_and_does_more_stays_without_a_warning():
+    class Rectified(nn.SyncBatchNorm):
+        def forward(self, input):
+            return super().forward(input).relu()
+
+    model = nn.Sequential(Rectified(4), nn.BatchNorm2d(4))
+    convert_sync(model, batchnorm=True)
+    assert [type(norm) for norm in model] == [Rectified, nn.SyncBatchNorm]

@@ -309,6 +309,18 @@ def test_a_checkpoint_without_reentry_is_followed(inside):
     ]
 
 
+def test_of_two_functions_with_one_forward_only_the_one_that_hides_a_layer_is_refused():
+    class Other(Hiding):
+        pass
+
+    class Model(Opaque):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.call(nn.Conv2d(3, 3, 1), x)  # its output is not used
+            return self.norm(self.b(Hiding.apply(self.a(x), nn.Identity())))
+
+    assert list(pre_spectral_layers(Model(lambda f, x: Other.apply(x, f)), IMAGES)) == ["b"]
+
+
 def test_functions_that_hide_no_layer_are_followed():
     model = Opaque(lambda f, x: Doubling.apply(f(Doubling.apply(x))))
     assert list(pre_spectral_layers(model, IMAGES)) == ["b"]

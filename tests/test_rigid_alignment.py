@@ -95,6 +95,17 @@ def test_the_rotation_does_not_see_the_scale_of_the_points(scale):
     torch.testing.assert_close(t / scale, expected_t, rtol=0, atol=1e2 * eps_of(torch.float32))
 
 
+@pytest.mark.parametrize("far", [1e20, 1e30])
+def test_a_point_without_weight_does_not_count_however_far_it_is(far):
+    x = torch.randn(9, 3)
+    y = x @ rotation(dtype=torch.float32).T
+    w = torch.ones(9)
+    x[4], w[4] = far, 0.0
+    seen = w > 0
+    R, _ = rigid_align(x, y, w)
+    torch.testing.assert_close(R, rigid_align(x[seen], y[seen])[0], rtol=0, atol=1e2 * eps_of(torch.float32))
+
+
 def test_vmap_is_a_loop():
     x, y = torch.randn(4, 6, 3, dtype=torch.float64), torch.randn(4, 6, 3, dtype=torch.float64)
     for batched, mapped in zip(rigid_align(x, y), torch.func.vmap(rigid_align)(x, y), strict=True):

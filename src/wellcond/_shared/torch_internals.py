@@ -84,12 +84,17 @@ def in_backward_pass() -> bool:
 def running_functions() -> set[type]:
     """The classes derived from ``torch.autograd.Function`` whose forward pass runs now: of what is called there the
     autograd graph knows nothing."""
-    codes = set()
+    found: set[type] = set()
+    codes = set()  # those with a context have their class in it
     frame = inspect.currentframe()
     while frame is not None:
-        codes.add(frame.f_code)
+        first = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
+        if isinstance(first, torch.autograd.function.BackwardCFunction):
+            found.add(type(first)._forward_cls)  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            codes.add(frame.f_code)
         frame = frame.f_back
-    found, classes = set(), [torch.autograd.Function]
+    classes: list[type] = [torch.autograd.Function]
     while classes:
         one = classes.pop()
         classes += one.__subclasses__()

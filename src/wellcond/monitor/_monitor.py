@@ -142,7 +142,7 @@ class ConditionMonitor(ConditionHistory):
         last = self._last_recorded.get(name)
         due = last is None or self.step // self.every > last // self.every
         next_due = (self.step + 1) % self.every == 0
-        if not ((due or next_due) and self._handles) or is_evaluated(self.layers[name]):
+        if not ((due or next_due) and self._handles) or is_evaluated(layer) or is_evaluated(self.layers[name]):
             return
         if in_backward_pass() or not _have_values(args, kwargs):
             return

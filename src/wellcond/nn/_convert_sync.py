@@ -46,7 +46,8 @@ def convert_sync(module: nn.Module, process_group: Any = None, *, batchnorm: boo
     norms, others = batchnorms(module)
     unregistered = {name: layer for name in others if is_batchnorm(layer := module.get_submodule(name))}
     norms |= {name: layer for name, layer in unregistered.items() if _only_normalises(layer)}
-    if left := {name: others[name] for name in unregistered if name not in norms}:
+    synchronised = {name for name, layer in unregistered.items() if isinstance(layer, nn.SyncBatchNorm)}
+    if left := {name: others[name] for name in unregistered if name not in norms and name not in synchronised}:
         warnings.warn(f"not synchronised: {reasons(left)}", stacklevel=2)
     new = {norm: _synchronised(norm, process_group) for norm in norms.values()}
     replace_modules(module, new)

@@ -21,8 +21,12 @@ Running = Literal["covariance", "whitening"]
 STATISTICS = "running_mean", "running_cov", "running_whitening", "evaluation_whitening", "num_batches_tracked"
 DERIVED = "evaluation_whitening"
 """Computed from the others, so not saved; a buffer nonetheless, since compiled and exported graphs read it."""
-FUSING = "fuse_conv_bn_eval", "fuse_linear_bn_eval", "fuse_conv_and_bn", "_fuse_conv_bn_weights", "_fuse_bn_tensor"
-"""Functions of torch, YOLO, kornia and RepVGG that put a batch norm into the layer before it, by its variance."""
+FUSING = (
+    *("fuse_conv_bn_eval", "fuse_linear_bn_eval", "fuse_conv_and_bn", "_fuse_conv_bn"),
+    *("_fuse_conv_bn_weights", "_fuse_bn_tensor", "fuse"),
+)
+"""Functions of torch, YOLO, MMEngine, kornia, RepVGG and LeViT that put a batch norm into the layer before it,
+by its variance."""
 
 
 class RunningStatistics(SelfDescribing, BatchNorm, SpectralModule):

@@ -188,9 +188,8 @@ class NearestOrthogonalGradient(StepTreatment, name="nog", about="nearest orthog
         for (target, _, write, unit), matrix, factor, kind, one, own in zip(batch, matrices, *parts, strict=True):
             # Counted on the device: the host waits only when a counter is read.
             name = target.name
-            if self._counts[name].device != kind.device:
-                self._counts[name] = moved_to(kind.device, self._counts[name])
-                self._ones[name] = torch.ones_like(self._ones[name], device=kind.device)
+            self._counts[name] = moved_to(kind.device, self._counts[name])
+            self._ones[name] = moved_to(kind.device, self._ones[name])
             self._counts[name].index_add_(0, kind.flatten(), self._ones[name])
             if self.scale == "gradient" or (self.scale == "auto" and _keeps_turning(target)):
                 ratio = norm_ratio(matrix, factor)

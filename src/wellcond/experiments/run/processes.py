@@ -56,7 +56,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[None]:
+def group_ends_first() -> Iterator[None]:
     """Several processes train inside. Their group, if it is still there at the end of this process, is then destroyed.
 
     A thread of gloo may let go of a tensor while the interpreter finalizes, and such a process ends with SIGABRT though
@@ -65,6 +65,7 @@ def process_group() -> Iterator[None]:
     they do, and another process may be dead.
     """
     # Its default arguments hold the group that there is when it is first imported, which torch.optim does.
+    import torch.distributed.nn  # noqa: F401
 
     atexit.unregister(_destroy_group)
     yield

@@ -21,7 +21,7 @@ from wellcond.experiments.run.config import RunConfig
 from wellcond.experiments.run.divergence import LAST_CONDITION, keep_last
 from wellcond.experiments.run.interruptions import Interruptions
 from wellcond.experiments.run.log import ProgressBar, RunLog
-from wellcond.experiments.run.processes import process_group, quiet, spawn, threads
+from wellcond.experiments.run.processes import group_ends_first, quiet, spawn, threads
 from wellcond.experiments.run.result import CONDITION, LayerCondition, RunResult, hardware, load_result, versions
 from wellcond.experiments.run.run_folder import BEGINNING, CHECKPOINTS, KIND, MADE, Start, check, extend, starting_point
 from wellcond.experiments.run.training import Classifier, evaluate, spectral_layers
@@ -119,7 +119,7 @@ def _train(
     tests = batches(config, images.data, augment=False)
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     several = config.devices > 1
-    with process_group() if several else nullcontext(), quiet(), Interruptions() as interruptions:
+    with group_ends_first() if several else nullcontext(), quiet(), Interruptions() as interruptions:
         callbacks.append(interruptions)
         trainer = pl.Trainer(
             accelerator="auto",

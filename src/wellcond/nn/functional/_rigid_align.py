@@ -54,16 +54,18 @@ def rigid_align(source: Tensor, target: Tensor, weights: Tensor | None = None) -
         total = w.sum(-1, keepdim=True)
         w = (w / torch.where(total > 0, total, 1.0)).unsqueeze(-1)
         x_mean, y_mean = (w * x).sum(-2, keepdim=True), (w * y).sum(-2, keepdim=True)
-        R = _nearest_rotation(_unit_sized(y - y_mean).mT @ (w * _unit_sized(x - x_mean)))
+        R = _nearest_rotation(_unit_sized(y - y_mean, w).mT @ (w * _unit_sized(x - x_mean, w)))
         t = (y_mean - x_mean @ R.mT).squeeze(-2)
         return R.to(dtype), t.to(dtype)
 
 
-def _unit_sized(points: Tensor) -> Tensor:
-    """The points times a number, so that the largest coordinate is ±1. No rotation depends on it, and no derivative."""
+def _unit_sized(points: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The points times a number, so that the largest coordinate of those with a weight is ±1. No rotation depends on
+    it, and no derivative."""
     if not points.numel():
         return points
-    size = points.detach().abs().amax((-2, -1), keepdim=True)
+    size = points.detach().abs()
+    size = (size if weights is None else torch.where(weights == 0, 0.0, size)).amax((-2, -1), keepdim=True)
     return points / torch.where(size > 0, size, 1.0)
 
 
