@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.prune import l1_unstructured
 
 from wellcond.monitor import ConditionMonitor
-from wellcond.nn import DecorrelatedBatchNorm2d
+from wellcond.nn import DecorrelatedBatchNorm2d, fold, replace_batchnorm
 from wellcond.orthogonality import NearestOrthogonalGradient, pre_spectral_layers, treat
 from wellcond.orthogonality.callbacks import TreatmentInStages
 
@@ -285,3 +285,36 @@ def test_a_compiled_part_has_the_names_of_the_bare_model_everywhere():
         step(net, optimizer)
     assert list(treatment.rates()) == ["net.0"]
     assert list(monitor.statistics()) == ["net.1"]
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_the_layers_of_a_compiled_model_are_found_by_running_it(ran):
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), DecorrelatedBatchNorm2d(6)
+    )
+    x = torch.randn(4, 3, 8, 8)
+    compiled = torch.compile(net, backend="eager")
+    if ran:  # compiled code that calls no new hooks
+        compiled.eval()(x)
+    assert list(pre_spectral_layers(compiled, x)) == ["3"]
+    assert list(pre_spectral_layers(compiled, {"input": x})) == ["3"]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    assert list(treat(compiled, optimizer, "ow", example_input=x).layers) == ["3"]
+    assert replace_batchnorm(compiled, example_input=x) == ["_orig_mod.1"]
+    assert sum(isinstance(m, nn.Conv2d) for m in fold(compiled.eval(), x).modules()) == 2  # no convolution was put in
+
+
+def test_compiled_parts_are_compiled_after_the_search_and_not_for_it():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    net = PartlyCompiled()
+    net.head.forward = torch.compile(net.head.forward, backend=backend)
+    x = torch.randn(4, 3, 8, 8)
+    assert list(pre_spectral_layers(net, x)) == ["net.0"]
+    assert graphs == []
+    net(x)
+    assert len(graphs) == 1

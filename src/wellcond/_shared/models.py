@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from .names import choices
+from .torch_internals import uncompiled
 
 INNER = ("optimizer", "base_optimizer", "_base_optimizer")
 
@@ -57,6 +58,26 @@ def is_evaluated(module: nn.Module) -> bool:
     return module in _EVALUATED
 
 
+def run_example(model: nn.Module, example_input: Any, otherwise: str = "") -> Any:
+    """The output of a model for a tensor, a tuple of arguments or a mapping of keyword arguments.
+
+    Its compiled parts run in Python. Compiled, they would not call the hooks by which their layers are watched, or
+    would trace them.
+
+    Raises:
+        ValueError: the model raised any error; ``otherwise`` ends the message.
+    """
+    args: tuple[Any, ...] = example_input if isinstance(example_input, tuple) else (example_input,)
+    try:
+        with uncompiled():
+            return model(**example_input) if isinstance(example_input, Mapping) else model(*args)
+    except Exception as error:  # the model's code may raise anything
+        raise ValueError(
+            f"{type(model).__name__} could not be run on the example input ({type(error).__name__}: {error}); give one "
+            f"that it accepts{otherwise}"
+        ) from error
+
+
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:
     """The ``torch.optim`` optimizer whose ``step`` updates the weights, inside any wrappers.
 
@@ -70,8 +91,8 @@ def unwrapped_optimizer(optimizer: Any) -> Optimizer:
 
 
 def bare_name(name: str) -> str:
-    """The name of a module in an unwrapped model, without the ``_orig_mod`` of compiled parts."""
-    return name.replace("._orig_mod", "")
+    """The name of a module in a model without ``torch.compile``, whose parts have ``_orig_mod`` in their names."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def is_spectral(module: nn.Module) -> bool:

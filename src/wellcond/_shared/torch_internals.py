@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -74,6 +76,12 @@ def under_vmap() -> bool:
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     stack = functorch.get_interpreter_stack()
     return any(level.key() == functorch.TransformType.Vmap for level in stack or ())
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """What ``torch.compile`` was applied to runs in Python inside, where it calls every hook."""
+    # Nothing is compiled before this module is imported, which takes seconds.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def in_backward_pass() -> bool:

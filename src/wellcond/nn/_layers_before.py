@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from wellcond._shared.models import run_example
+
 from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
 from ._hooks import has_forward_hooks, has_own_forward
 
@@ -76,17 +78,8 @@ def _by_running(model: nn.Module, example_input: Any) -> dict[nn.Module, nn.Modu
         for module in seen.watched:
             stack.callback(module.register_forward_pre_hook(seen.enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(seen.leave).remove)
-        try:
-            with seen:
-                if isinstance(example_input, Mapping):
-                    output = model(**example_input)
-                else:
-                    output = model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
-        except Exception as error:  # the model's own code may raise anything
-            raise ValueError(
-                f"{type(model).__name__} could not be run on the example input ({type(error).__name__}: {error}); "
-                "give one that it accepts"
-            ) from error
+        with seen:
+            output = run_example(model, example_input)
     seen.use(output)
     return {norm: layer for norm, layer in seen.fed_by.items() if seen.feeds_only(layer, norm)}
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from wellcond._shared.models import evaluating
+from wellcond._shared.models import evaluating, run_example
 from wellcond._shared.names import listed, require_known
 
 from ._base import replace_modules
@@ -129,15 +129,7 @@ def _in_order_of_computation(model: nn.Module, names: list[str], example_input: 
     ]
     try:
         with evaluating(model):
-            if isinstance(example_input, Mapping):
-                model(**example_input)
-            else:
-                model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
-    except Exception as error:  # the model's own code may raise anything
-        raise ValueError(
-            f"{type(model).__name__} could not be run on the example input ({type(error).__name__}: {error}); give one "
-            "that it accepts"
-        ) from error
+            run_example(model, example_input)
     finally:
         for hook in hooks:
             hook.remove()

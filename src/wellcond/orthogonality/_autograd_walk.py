@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wellcond._shared.models import evaluating
+from wellcond._shared.models import evaluating, run_example
 from wellcond._shared.torch_internals import function_of, running_functions
 
 from ._matrix import is_elementwise, matrix_names, stored_tensor
@@ -48,16 +48,7 @@ def layers_by_running(model: nn.Module, spectral: list[nn.Module], example_input
             stack.callback(module.register_forward_hook(note_output).remove)
         for module in spectral:
             stack.callback(module.register_forward_pre_hook(note_input, with_kwargs=True).remove)
-        try:
-            if isinstance(example_input, Mapping):
-                model(**{name: _tracked(x) for name, x in example_input.items()})
-            else:
-                model(*map(_tracked, example_input if isinstance(example_input, tuple) else [example_input]))
-        except Exception as error:  # the model's code may raise anything
-            raise ValueError(
-                f"{type(model).__name__} could not be run on the example input ({type(error).__name__}: {error}); "
-                f"give one that it accepts, or {NAME_LAYERS}"
-            ) from error
+        run_example(model, _all_tracked(example_input), f", or {NAME_LAYERS}")
     for function in inside:
         raise _unknown_layers(function)
     if not inputs:
@@ -96,6 +87,12 @@ def _leaf(node: Any) -> Iterator[int]:
         node = node.next_functions[0][0]
     if hasattr(node, "variable"):
         yield id(node.variable)
+
+
+def _all_tracked(example_input: Any) -> Any:
+    if isinstance(example_input, Mapping):
+        return {name: _tracked(x) for name, x in example_input.items()}
+    return tuple(map(_tracked, example_input if isinstance(example_input, tuple) else [example_input]))
 
 
 def _tracked(x: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond._shared.names import choices, require_known
+from wellcond._shared.torch_internals import uncompiled
 from wellcond.experiments.data.batches import ImageDataModule
 from wellcond.experiments.errors import ConfigError
 from wellcond.experiments.inspect.found import Inspection, WeightSpectrum
@@ -89,7 +90,8 @@ class Look:
         root.train()
         loader, seen = getattr(images, LOADERS[self.split]), 0
         look = Spectra(root, names if self.picture is not None else ())
-        with ConditionMonitor(root, every=1, layers=names) as monitor, look as spectra, torch.no_grad():
+        monitor = ConditionMonitor(root, every=1, layers=names)
+        with uncompiled(), monitor, look as spectra, torch.no_grad():
             for index, batch in zip(range(self.batches), loader(), strict=False):
                 inputs: Tensor = images.on_after_batch_transfer(batch, 0)[0]
                 monitor.step = spectra.batch = index
