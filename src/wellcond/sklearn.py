@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -21,7 +21,27 @@ from wellcond.linalg import whitening_matrix
 __all__ = ["Whitening"]
 
 
-class Whitening(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+if TYPE_CHECKING:
+
+    class _Transformer:
+        """The inherited interface, which scikit-learn gives no types."""
+
+        def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> np.ndarray: ...
+        def get_feature_names_out(self, input_features: Any = None) -> np.ndarray: ...
+        def get_metadata_routing(self) -> Any: ...
+        def get_params(self, deep: bool = True) -> dict[str, Any]: ...
+        def set_output(self, *, transform: str | None = None) -> Self: ...
+        def set_params(self, **params: Any) -> Self: ...
+        def _validate_params(self) -> None: ...
+        def __sklearn_tags__(self) -> Any: ...
+
+else:
+
+    class _Transformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+        pass
+
+
+class Whitening(_Transformer):
     """W (x − mean) with W (P + εI) Wᵀ = I: data whose covariance is the identity.
 
     Args:
