@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
@@ -466,6 +467,27 @@ def test_what_fuses_a_batch_norm_by_its_variance_is_sent_to_fold(fuse, groups):
     fuse(layer.eval(), nn.BatchNorm2d(C).eval())
     with pytest.raises(RuntimeError, match=r"take wellcond\.nn\.fold\(model\)"):
         fuse(layer.eval(), DecorrelatedBatchNorm2d(C, groups=groups).eval())
+
+
+def convert_splitbn_model(norm):
+    """What timm's function of that name reads of a batch norm, before it makes one that splits the batch."""
+    return norm.running_mean, norm.running_var
+
+
+def test_what_puts_another_batch_norm_in_its_place_is_refused():
+    convert_splitbn_model(nn.BatchNorm2d(C))
+    with pytest.raises(RuntimeError, match="convert the model first"):
+        convert_splitbn_model(DecorrelatedBatchNorm2d(C))
+
+
+@pytest.mark.parametrize("options", [{"running": "whitening"}, {"track_running_stats": False}, {}])
+def test_statistics_can_be_kept_on_the_cpu_until_they_are_used(options):
+    layer = nn.Sequential(DecorrelatedBatchNorm2d(C, **options))
+    layer(batch(0))
+    state, y = layer.state_dict(), layer.eval()(batch(1))
+    kept = cpu_offload(layer, execution_device="cpu", offload_buffers=True)
+    torch.testing.assert_close(kept(batch(1)), y)
+    assert list(state) == list(layer.state_dict())
 
 
 def test_update_statistics_does_for_both_kinds_what_update_bn_does():

@@ -17,7 +17,15 @@ from accelerate.tracking import GeneralTracker, on_main_process
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import treatment_models
 from treatment_models import assert_same_weights, orthogonality_gap, same, sgd, tiny_net
@@ -399,9 +407,9 @@ class Plain(PreTrainedModel):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        init_missing(module)
-        super()._init_weights(module)
+    def initialize_weights(self) -> None:
+        init_missing(self)
+        super().initialize_weights()
 
 
 class WithNewLayers(Plain):
@@ -411,7 +419,8 @@ class WithNewLayers(Plain):
         self.iter = IterNorm2d(4, track_running_stats=False)
         self.subspace = SubspaceLayer(3, 5)
         self.convolution = SkewOrthogonalConv2d(3, 4, 3)
-        self.head = GlobalCovariancePool2d(4)
+        exponent = nn.Parameter(torch.tensor(0.3))
+        self.head = GlobalCovariancePool2d(4, function="power", exponent=exponent)
 
 
 class WithTreatedLayers(Plain):
@@ -460,6 +469,8 @@ def test_layers_that_a_checkpoint_lacks_start_as_they_are_made(plain_checkpoint:
     assert torch.equal(made.subspace.scale, torch.tensor([9.0, 6.0, 3.0]))
     assert torch.isfinite(made.convolution.kernel()).all() and made.convolution.kernel().abs().max() > 1e-3
     assert torch.isfinite(made.eval()(torch.randn(2, 3, 8, 8))).all()
+    assert [p.item() for name, p in made.named_parameters() if "exponent" in name] == [0.5]
+    assert [p.item() for name, p in fresh.named_parameters() if "exponent" in name] == [torch.tensor(0.3).item()]
     made.save_pretrained(folder.parent / "own")
     again = WithNewLayers.from_pretrained(folder.parent / "own")
     for name, value in made.state_dict().items():
@@ -483,3 +494,51 @@ def test_treated_layers_that_a_checkpoint_lacks_are_treated_and_random(plain_che
     again = WithTreatedLayers.from_pretrained(folder.parent / "own", dtype=torch.float64)
     torch.testing.assert_close(again.eval()(x), made(x))
     torch.testing.assert_close(again.skew(x), made.skew(x))
+
+
+class WhitenedResNet(ResNetForImageClassification):
+    """The new layers are in a model inside the model, which initialises its parts by itself."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        replace_batchnorm(self)
+        orthogonal_weight(self.resnet.embedder.embedder.convolution)
+        self.post_init()
+
+    def initialize_weights(self) -> None:
+        init_missing(self)
+        super().initialize_weights()
+
+
+@pytest.mark.usefixtures("memory_of_ones")
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_layers_in_a_model_in_the_model_are_initialised_with_a_warning(tmp_path: Path) -> None:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    plain = ResNetForImageClassification(config)
+    plain.save_pretrained(tmp_path / "plain")
+    where = "resnet.embedder.embedder"
+    with pytest.warns(UserWarning, match=rf"{where}.convolution.weight, {where}.normalization"):
+        made = WhitenedResNet.from_pretrained(tmp_path / "plain")
+    embedder = made.get_submodule(where)
+    assert torch.equal(embedder.normalization.running_cov, torch.eye(8)[None])
+    assert orthogonality_gap(embedder.convolution) < 1e-5
+    assert torch.equal(made.classifier[1].weight, plain.classifier[1].weight)
+    made.save_pretrained(tmp_path / "own")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = WhitenedResNet.from_pretrained(tmp_path / "own")
+    for name, value in made.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("callback", [TreatmentCallback("nog"), ConditionMonitorCallback(every=1)])
+def test_callbacks_that_the_trainer_would_make_anew_without_their_options_are_refused(
+    tmp_path: Path, callback: TrainerCallback
+) -> None:
+    folder = str(tmp_path)
+    args = {"output_dir": folder, "max_steps": 2, "save_steps": 1, "report_to": [], "use_cpu": True}
+    Trainer(Model(), TrainingArguments(**args), train_dataset=Images(), callbacks=[callback]).train()
+    args["restore_callback_states_from_checkpoint"] = True
+    again = Trainer(Model(), TrainingArguments(**args), train_dataset=Images(), callbacks=[callback])
+    with pytest.raises(ValueError, match="restore_callback_states_from_checkpoint"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

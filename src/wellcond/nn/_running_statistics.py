@@ -62,8 +62,9 @@ class RunningStatistics(SelfDescribing, BatchNorm, SpectralModule):
         self._say(device)
         for name in STATISTICS:
             if name not in self._buffers:
-                # Last: torch.export counts buffers that are None, and would take its input for one of them.
-                self.register_buffer(name, None, persistent=name != DERIVED)
+                # Last: torch.export counts buffers that are None, and would take its input for one of them. Persistent
+                # though nothing is saved: Accelerate takes the others for tensors.
+                self.register_buffer(name, None)
 
     @torch.no_grad()
     def reset_running_stats(self) -> None:
@@ -84,6 +85,11 @@ class RunningStatistics(SelfDescribing, BatchNorm, SpectralModule):
         Raises:
             RuntimeError: read by a function that would take the layer for a plain batch norm.
         """
+        if called_by("convert_splitbn_model", "convert_syncbn_model"):  # of timm and apex
+            raise RuntimeError(
+                f"{type(self).__name__} would be replaced by a plain batch norm: convert the model first, and replace "
+                "norms by decorrelated ones then"
+            )
         if called_by("convert_sync_batchnorm"):  # which would put a plain SyncBatchNorm here
             raise RuntimeError(
                 f"torch.nn.SyncBatchNorm.convert_sync_batchnorm does not know {type(self).__name__}: take "

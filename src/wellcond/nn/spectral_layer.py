@@ -12,7 +12,7 @@ from torch import Tensor
 from wellcond._shared.checks import require_nonnegative
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, working_dtype
-from wellcond._shared.torch_internals import run_in_python
+from wellcond._shared.torch_internals import has_values, run_in_python
 from wellcond.linalg import (
     Solver,
     covariance,
@@ -96,7 +96,8 @@ class SpectralLayer(SpectralModule):
             raise ValueError(f"exponent={exponent} is for function='power', not {function!r}")
         if exponent is not None:
             start = exponent.detach() if isinstance(exponent, Tensor) else exponent
-            if getattr(start, "ndim", 0) > 0 or not math.isfinite(start):
+            known = not isinstance(start, Tensor) or has_values(start)
+            if getattr(start, "ndim", 0) > 0 or (known and not math.isfinite(start)):
                 raise ValueError(f"exponent must be one finite number, got {start}")
         if isinstance(exponent, Tensor) and exponent.requires_grad and not isinstance(exponent, torch.nn.Parameter):
             raise TypeError("an exponent that is learned must be a torch.nn.Parameter, got a tensor that is none")
