@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator, init_empty_weights, load_checkpoint_and_dispatch
+from accelerate import Accelerator, cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker, on_main_process
 from safetensors.torch import load_file, save_file
@@ -364,6 +364,31 @@ def test_accelerate_loads_it_entry_by_entry(empty: bool, tmp_path: Path) -> None
     load_checkpoint_and_dispatch(model, str(tmp_path / "model.safetensors"), device_map={"": "cpu"})
     assert torch.equal(model.eval()(x), saved.eval()(x))
     assert same(model, saved)
+
+
+@pytest.mark.parametrize("name", ["exp", "cayley", "householder"])
+def test_accelerate_loads_it_in_half_precision(name: str, tmp_path: Path) -> None:
+    saved = nn.Sequential(orthogonal_weight(nn.Linear(12, 9), map=name))
+    save_file(saved.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    model = nn.Sequential(orthogonal_weight(nn.Linear(12, 9), map=name))
+    file = str(tmp_path / "model.safetensors")
+    load_checkpoint_and_dispatch(model, file, device_map={"": "cpu"}, dtype=torch.bfloat16)
+    x, eps = torch.randn(4, 12, dtype=torch.bfloat16), torch.finfo(torch.bfloat16).eps
+    assert orthogonality_gap(model[0]) < 2 * eps * 9**0.5
+    torch.testing.assert_close(model(x), saved.to(torch.bfloat16)(x), rtol=8 * eps, atol=8 * eps)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["soc", "exp"])
+def test_offloaded_by_accelerate_it_computes_the_same(name: str, bias: bool) -> None:
+    model = nn.Sequential(orthogonal_weight(nn.Conv2d(8, 8, 3, padding=1, bias=bias), map=name)).eval()
+    x = torch.randn(2, 8, 5, 5)
+    expected = model(x)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model[0].parametrizations.weight.original.is_meta
+    for _ in range(2):
+        assert torch.equal(model(x), expected)
+    assert not model[0].parametrizations.weight[0]._forward_pre_hooks
 
 
 def test_what_from_pretrained_leaves_out_is_said_once_when_it_is_saved(tmp_path: Path) -> None:

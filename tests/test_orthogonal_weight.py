@@ -270,6 +270,24 @@ def test_half_precision_layers_compute_in_float32_and_round_once(dtype, name):
     assert orthogonality_gap(born_half) < 2 * torch.finfo(dtype).eps * 27**0.5
 
 
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(32, 3), (3, 32), (96, 1)])  # tall, wide, and too tall for a dense exponential
+def test_a_frame_that_was_cast_gives_an_orthogonal_weight(dtype, name, shape):
+    torch.manual_seed(0)
+    layer, other = (orthogonal_weight(nn.Conv2d(shape[1], shape[0], 3), map=name) for _ in range(2))
+    with torch.no_grad():
+        stored(layer).add_(torch.randn_like(stored(layer)))
+    other.load_state_dict({key: value.to(dtype) for key, value in layer.state_dict().items()}, assign=True)
+    assert other.parametrizations.weight[0].frame.dtype == dtype
+    eps, k = torch.finfo(dtype).eps, min(shape[0], 9 * shape[1])
+    assert orthogonality_gap(other) < 2 * eps * k**0.5
+    x, layer = torch.randn(2, shape[1], 5, 5, dtype=dtype), layer.to(dtype)
+    assert (other(x) - layer(x)).norm() < 16 * eps * layer(x).norm()
+    other(x).sum().backward()
+    assert torch.isfinite(stored(other).grad).all()
+
+
 def test_autocast_does_not_reach_the_weight():
     layer = orthogonal_weight(nn.Linear(7, 5))
     with torch.autocast("cpu", dtype=torch.bfloat16):

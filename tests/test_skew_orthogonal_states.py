@@ -315,9 +315,11 @@ def test_on_the_meta_device_it_is_a_layer_that_can_be_filled():
         layer = nn.Conv2d(3, 8, 3, padding=1)
     orthogonal_weight(layer, map="soc")
     assert stored(layer).is_meta and stored(layer).shape == (8, 8, 3, 3)
-    other = orthogonal_weight(nn.Conv2d(3, 8, 3, padding=1), map="soc")
+    other, x = orthogonal_weight(nn.Conv2d(3, 8, 3, padding=1), map="soc"), torch.randn(2, 3, 6, 6)
+    assert layer(x.to("meta")).shape == (2, 8, 6, 6)
+    with pytest.raises(RuntimeError, match=r"its filter is on the meta device, .*; load a state with assign=True"):
+        layer(x)
     layer.load_state_dict(other.state_dict(), assign=True)
-    x = torch.randn(2, 3, 6, 6)
     torch.testing.assert_close(layer(x), other(x), rtol=0, atol=0)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from treatment_models import matrices
+from wellcond.nn import to_plain
 from wellcond.orthogonality import orthogonal_weight, spectral_norm, weight_matrices
 
 EPS = torch.finfo(torch.float32).eps
@@ -79,6 +80,45 @@ def test_two_tensors_of_a_module_may_be_treated():
         orthogonal_weight(layer, "weight_hh_l0")
     twin, x = pickle.loads(pickle.dumps(layer)), torch.randn(5, 2, 3)
     assert torch.equal(twin(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_can_be_copied_after_a_pass_in_training(kind):
+    model, x = nn.Sequential(orthogonal_weight(kind(3, 4), "weight_hh_l0")), torch.randn(5, 2, 3)
+    expected, _ = model(x)
+    twin = copy.deepcopy(copy.deepcopy(model))
+    assert torch.equal(twin(x)[0], expected) and torch.equal(copy.deepcopy(model.eval())(x)[0], expected)
+    assert isinstance(twin[0].parametrizations.weight_hh_l0[0], type(model[0].parametrizations.weight_hh_l0[0]))
+    assert not {t.data_ptr() for t in tensors(twin)} & {t.data_ptr() for t in tensors(model)}
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.add_(torch.randn_like(p))
+    assert column_gap(twin[0].weight_hh_l0) < 50 * EPS
+    assert torch.equal(model(x)[0], expected) and not torch.equal(twin(x)[0], expected)
+    plain = to_plain(model)
+    assert type(plain[0]) is kind
+    torch.testing.assert_close(plain(x)[0], expected)
+
+
+def tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers(), *model[0]._flat_weights]
+
+
+def test_copies_keep_what_is_tied_and_a_copy_function_of_the_layers_own():
+    class Own(nn.LSTM):
+        def __deepcopy__(self, memo):
+            raise NotImplementedError("of its own")
+
+    model = nn.Module()
+    model.lstm, model.tied = orthogonal_weight(nn.LSTM(3, 4), "weight_hh_l0"), nn.Linear(3, 16)
+    model.tied.weight = model.lstm.weight_ih_l0
+    model.again = model.lstm
+    model.lstm(torch.randn(5, 2, 3))
+    twin = copy.deepcopy(model)
+    assert twin.again is twin.lstm and twin.tied.weight is twin.lstm.weight_ih_l0
+    assert twin.lstm._flat_weights[0] is twin.tied.weight
+    with pytest.raises(NotImplementedError, match="of its own"):
+        copy.deepcopy(orthogonal_weight(Own(3, 4), "weight_hh_l0"))
 
 
 @pytest.mark.parametrize("treatment", [orthogonal_weight, spectral_norm])

@@ -68,12 +68,15 @@ class OrthogonalWeight(WeightTreatment, name="ow", about="orthogonal weight, eq.
 
     def forward(self, stored: Tensor) -> Tensor:
         with full_precision(stored):
-            V = self.view.matrix(stored).to(self.frame.dtype)
+            F = self.frame.to(torch.promote_types(self.frame.dtype, torch.float32))  # tools may have cast it
+            V = self.view.matrix(stored).to(F.dtype)
             tall = V.shape[-2] >= V.shape[-1]
-            W = exactly(self._mapped, V if tall else V.mT, self.frame)
+            W = exactly(self._mapped, V if tall else V.mT, F)
             return self.view.tensor(W if tall else W.mT, stored.shape).to(stored.dtype)
 
     def _mapped(self, V: Tensor, F: Tensor) -> Tensor:
+        if self.frame.dtype != F.dtype:  # rounded to half precision, it is not orthonormal
+            F = polished(F)
         # The map is orthogonal up to eps·‖S‖, and S may grow in training.
         return polished(MAPS[self.map](V, F))
 

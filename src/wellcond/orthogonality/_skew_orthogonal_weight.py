@@ -119,6 +119,8 @@ class SkewOrthogonalWeight(OrthogonalWeight):
         if x.ndim != 4 or x.shape[1] != self.channels[0]:
             raise ValueError(f"expected 4D input with {self.channels[0]} channels (got shape {tuple(x.shape)})")
         stored, bias = whole(parametrisations(layer).original), layer.bias
+        if stored.is_meta and not x.is_meta:
+            stored = self._brought(layer)
         y = skew_orthogonal_convolution(
             x,
             bounded_skew_kernel(stored, MAX_NORM),
@@ -128,6 +130,21 @@ class SkewOrthogonalWeight(OrthogonalWeight):
             padding_mode=self.padding_mode,
         )
         return y if bias is None else y + cast(Tensor, bias).to(y.dtype).view(-1, 1, 1)
+
+    def _brought(self, layer: nn.Module) -> Tensor:
+        """The stored filter of a layer whose tensors are offloaded: hooks bring it while the weight is computed."""
+        seen: list[Tensor] = []
+        handle = self.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            parametrisations(layer)()
+        finally:
+            handle.remove()
+        if seen[0].is_meta:
+            raise RuntimeError(
+                f"{self.treatment} of {self.where}: its filter is on the meta device, without values, and its input is "
+                "not; load a state with assign=True, or call to_empty and load_state_dict"
+            )
+        return seen[0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return WeightTreatment._apply(self, fn, recurse)  # it has no frame

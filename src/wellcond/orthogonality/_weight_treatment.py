@@ -6,10 +6,12 @@ copies still hold the right one.
 
 from __future__ import annotations
 
+import copy
+import copyreg
 from collections.abc import Mapping
 from inspect import signature
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -158,6 +160,8 @@ def _attach(layer: nn.Module, name: str, parametrisation: WeightTreatment, *, st
             except Exception:
                 bared(layer, name, weight, order)
                 raise
+    if "__deepcopy__" in vars(type(layer)):  # PyTorch's, not one of the layer's own class
+        type(layer).__deepcopy__ = _deepcopy  # pyright: ignore[reportAttributeAccessIssue]
     # PyTorch refuses to pickle a parametrised module, because its class is made at run time; ours can be remade.
     type(layer).__reduce__ = _reduce  # pyright: ignore[reportAttributeAccessIssue]
     type(layer)._load_from_state_dict = _load  # pyright: ignore[reportAttributeAccessIssue]
@@ -176,15 +180,31 @@ def _load(layer: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> N
         type(layer).__bases__[0]._load_from_state_dict(layer, state, prefix, *args)
 
 
-_CACHED_BY_RNN = ("_flat_weights", "_flat_weight_refs")  # caches of the last forward pass, not to be pickled
+_CACHED_BY_RNN = ("_flat_weights", "_flat_weight_refs")  # caches of the last forward pass, not to be copied
+
+
+def _uncached(layer: nn.Module) -> dict[str, Any]:
+    caches = _CACHED_BY_RNN if isinstance(layer, nn.RNNBase) else ()
+    return {name: value for name, value in layer.__dict__.items() if name not in caches}
+
+
+def _deepcopy(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """As PyTorch copies a parametrised module, less the caches: after a pass in training they hold no leaf tensors."""
+    replica = memo[id(layer)] = type(layer).__new__(type(layer))
+    replica.__dict__.update(copy.deepcopy(_uncached(layer), memo))
+    for slot in cast(Any, copyreg)._slotnames(type(layer)):
+        if hasattr(layer, slot):
+            setattr(replica, slot, copy.deepcopy(getattr(layer, slot), memo))
+    if isinstance(replica, nn.RNNBase):
+        replica._init_flat_weights()
+    return replica
 
 
 def _reduce(layer: nn.Module) -> tuple[Any, ...]:
     lists: Any = layer.parametrizations
     if not all(isinstance(one, WeightTreatment) for chain in lists.values() for one in chain):
         raise RuntimeError(f"{type(layer).__name__} has other parametrisations than wellcond's; save its state_dict")
-    state = {name: value for name, value in layer.__dict__.items() if name not in _CACHED_BY_RNN}
-    return _rebuild, (type(layer).__bases__[0], state)
+    return _rebuild, (type(layer).__bases__[0], _uncached(layer))
 
 
 def _rebuild(base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
