@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import dataclass
 from types import MethodType
 
 import pytest
@@ -150,6 +151,63 @@ SEEN_IN_A_RUN = {
     "its shape alone is asked for": (lambda m, x: m.norm(y).view(len(x), -1) if (y := m.conv(x)).shape[1] else x, 0),
     "dropout lies between": (lambda m, x: m.norm(m.dropout(m.conv(x))) if x.mean() < 1e6 else x, 0),
 }
+
+
+class Box:
+    def __init__(self, content) -> None:
+        self.content = content
+
+
+class Slotted:
+    __slots__ = ("content",)
+
+    def __init__(self, content) -> None:
+        self.content = content
+
+
+def in_a_cycle(content):
+    box = Box([content])
+    box.itself = box
+    return box
+
+
+@dataclass
+class Features:
+    content: object
+
+
+def kept_in_a_list(model, content):
+    model.seen = [content]
+    model.seen.append(model.seen)
+
+
+ON_TWO_WAYS = {
+    "dataclass": lambda m, f: Features({"features": f}),
+    "object": lambda m, f: Box(f),
+    "object with slots": lambda m, f: [Slotted(Box(f))],
+    "cycle": lambda m, f: in_a_cycle(f),
+    "set": lambda m, f: {f},
+    "attribute": lambda m, f: setattr(m, "last", f),
+    "attribute of a part": lambda m, f: setattr(m.norm, "last", {"f": f}),
+    "attribute that is a list": kept_in_a_list,
+}
+
+
+@pytest.mark.parametrize("name", ON_TWO_WAYS)
+def test_an_output_that_leaves_the_model_in_any_object_is_what_it_was(name):
+    out_by = ON_TWO_WAYS[name]
+    model = Wired(
+        lambda m, x: (m.norm(f := m.conv(x)), out_by(m, f)), conv=convolution(), norm=DecorrelatedBatchNorm2d(6)
+    )
+    model = model.double()
+    x = torch.randn(8, 6, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        model(x)
+        model.eval()(x)
+        folded = fold(model, x)
+        assert len(pointwise(folded)) == 1
+        torch.testing.assert_close(folded.conv(x), model.conv(x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(folded(x)[0], model(x)[0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", SEEN_IN_A_RUN)

@@ -177,3 +177,45 @@ def test_what_does_not_run_on_its_example_says_so():
     model = nn.Sequential(nn.Conv2d(3, 6, 3), DecorrelatedBatchNorm2d(6))
     with pytest.raises(ValueError, match="Sequential could not be run on the example input"):
         fold(model, torch.randn(2, 4, 6, 6))
+
+
+@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("plain_copy", [fold, to_plain])
+@pytest.mark.parametrize(
+    "compiled", [("0",), ("1",), ("0", "1", "3"), ("", "0", "1", "2", "2.0", "2.1"), ("2", "2.1.1")]
+)
+def test_compiled_parts_are_plain_in_the_copy_and_stay_in_the_model(compiled, plain_copy, example, fresh_compiler):
+    inner = nn.Sequential(nn.Conv2d(6, 6, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(6, 6, 3), DecorrelatedBatchNorm2d(6)))
+    model: nn.Module = nn.Sequential(
+        nn.Conv2d(4, 6, 3), DecorrelatedBatchNorm2d(6), inner, nn.Conv2d(6, 6, 3, padding=1)
+    )
+    orthogonal_weight(model[3], map="soc")
+    model = trained(model.double(), (8, 4, 16, 16))
+    x = torch.randn(8, 4, 16, 16, dtype=torch.float64)
+    expected = model.eval()(x)
+    for name in sorted(compiled, key=len, reverse=True):  # a part before what it is in
+        part = torch.compile(model.get_submodule(name), backend="eager")
+        if name:
+            model.set_submodule(name, part)
+        else:
+            model = part
+    names = list(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'3': a convolution of torch.nn is not skew-orthogonal")
+        plain = plain_copy(model, x if example else None)
+    assert list(model.state_dict()) == names
+    assert not any(isinstance(m, DecorrelatedBatchNorm2d) for m in plain.modules())
+    assert not [name for name, _ in plain.named_modules() if "_orig_mod" in name]
+    assert all(max(m.kernel_size) > 1 for m in plain.modules() if isinstance(m, nn.Conv2d))  # none was put in
+    torch.testing.assert_close(plain(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("plain_copy", [fold, to_plain])
+def test_a_hook_around_a_compiled_part_goes_on_in_the_copy(plain_copy, fresh_compiler):
+    model = trained(nn.Sequential(nn.Conv2d(4, 6, 3), DecorrelatedBatchNorm2d(6)).double(), (8, 4, 9, 9))
+    model[0] = torch.compile(model[0], backend="eager")
+    model[0].register_forward_hook(lambda module, args, out: 2 * out)
+    x = torch.randn(8, 4, 9, 9, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # to_plain names the 1 × 1 convolution
+        torch.testing.assert_close(plain_copy(model)(x), model.eval()(x), rtol=1e-9, atol=1e-9)

@@ -157,8 +157,32 @@ class ActivatedNorm(nn.BatchNorm2d):
         (lambda: nn.Sequential(nn.BatchNorm2d(4)), lambda *_: False, "chose none of the batch norms 0"),
         (lambda: nn.Sequential(nn.BatchNorm2d(4)), "last", "unknown which 'last', which may also be a function"),
         (lambda: nn.BatchNorm2d(4), "first", "is a batch norm itself"),
+        (lambda: torch.compile(nn.BatchNorm2d(4), backend="eager"), "first", "BatchNorm2d is a batch norm itself"),
     ],
 )
 def test_nothing_to_replace_is_an_error_that_says_why(model, which, message):
     with pytest.raises(ValueError, match=message):
         replace_batchnorm(model(), which)
+
+
+def test_a_norm_that_is_compiled_itself_is_replaced_with_what_compiles_it(fresh_compiler):
+    called = []
+    compiled = torch.compile(nn.BatchNorm2d(8), backend="eager")
+    compiled.register_forward_hook(lambda *_: called.append("around"))
+    compiled._orig_mod.register_forward_hook(lambda *_: called.append("inside"))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), compiled, nn.Sequential(compiled))
+    x = torch.randn(16, 3, 8, 8)
+    model(x)  # compiled before, too
+    called.clear()
+    assert replace_batchnorm(model, "all") == ["1"] == names(model)
+    assert type(model[1]) is DecorrelatedBatchNorm2d and model[2][0] is model[1]
+    assert not [name for name in model.state_dict() if "_orig_mod" in name]
+    cov = torch.cov(model[:2](x).detach().transpose(0, 1).flatten(1), correction=0)
+    torch.testing.assert_close(cov, torch.eye(8), rtol=0, atol=1e-2)
+    assert called == ["inside", "around"]
+
+
+def test_a_compiled_norm_is_synchronised_too(fresh_compiler):
+    model = nn.Sequential(torch.compile(nn.BatchNorm2d(4), backend="eager"))
+    assert isinstance(convert_sync(model, batchnorm=True)[0], nn.SyncBatchNorm)
+    assert isinstance(convert_sync(torch.compile(nn.BatchNorm2d(4)), batchnorm=True), nn.SyncBatchNorm)

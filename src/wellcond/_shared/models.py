@@ -23,13 +23,16 @@ Layers = Iterable[str | nn.Module] | str | nn.Module
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP, DataParallel and ``torch.compile``, whose own forward functions cannot be traced."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    while isinstance(model := without_compile(model), (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    return model
+
+
+def without_compile(module: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``, however often that was applied; any other module itself."""
+    while isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+        module = inner
+    return module
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from wellcond._shared.torch_internals import in_breakable_graph, is_compiling, i
 from wellcond.linalg import Solver, SolverEvents, recording
 from wellcond.linalg.solvers import choose_solver
 
+from ._hooks import add_hooks_around
+
 F = TypeVar("F", bound=Callable)
 
 
@@ -137,8 +139,17 @@ class SpectralModule(nn.Module):
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Replace the keys by the values, under every name that a module has."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in new:
-            path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, new[module])
+    """Replace the keys by the values, under every name that a module has, and with ``torch.compile`` around them.
+
+    What compiles a module goes on calling that one, whatever is put into it. The caller replaces the model itself.
+    """
+    named = dict(model.named_modules(remove_duplicate=False))
+    for name, module in named.items():
+        if module not in new:
+            continue
+        path, _, leaf = name.rpartition(".")
+        while leaf == "_orig_mod":
+            add_hooks_around(named[path], new[module])
+            path, _, leaf = path.rpartition(".")
+        if leaf:
+            setattr(named[path], leaf, new[module])

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from wellcond._shared.models import without_compile
+
 from ._base import replace_modules
 from ._batchnorm_classes import applied_after, batchnorms, reasons
 from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
@@ -51,7 +53,7 @@ def convert_sync(module: nn.Module, process_group: Any = None, *, batchnorm: boo
         warnings.warn(f"not synchronised: {reasons(left)}", stacklevel=2)
     new = {norm: _synchronised(norm, process_group) for norm in norms.values()}
     replace_modules(module, new)
-    return new.get(module, module)
+    return new.get(without_compile(module), module)
 
 
 def _only_normalises(norm: Any) -> bool:

@@ -34,7 +34,7 @@ def fold(model: Model, example_input: Any = None) -> Model:
     :func:`to_plain` keeps the layers and names instead.
 
     Args:
-        model: any module, in either mode; it is not changed.
+        model: any module, in either mode; it is not changed. The copy is without ``torch.compile`` in any part.
         example_input: an input, for models that cannot be traced: a tensor, a tuple of arguments, or a dict of keyword
             arguments. The model is assumed to apply the same layers to every input.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Any
+
 from torch import nn
 
 _CALLED = "_forward_pre_hooks", "_forward_hooks"
@@ -18,6 +21,21 @@ def has_own_forward(module: nn.Module) -> bool:
     return "forward" in vars(module)
 
 
+def carried_hooks(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that hold its hooks of forward and backward passes."""
+    return {name: value for name, value in vars(module).items() if name.startswith(_CARRIED)}
+
+
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     """Let ``new`` call the hooks of ``old``, those of forward and backward passes; their handles remove them there."""
-    new.__dict__.update({name: value for name, value in vars(old).items() if name.startswith(_CARRIED)})
+    new.__dict__.update(carried_hooks(old))
+
+
+def add_hooks_around(wrapper: nn.Module, new: nn.Module) -> None:
+    """Let ``new`` call the hooks of a module that was around it too, before and after its own. The handles of the
+    wrapper's remove them there, unless ``new`` has some of that kind."""
+    for name, outer in carried_hooks(wrapper).items():
+        own = getattr(new, name)
+        if outer and own and isinstance(outer, dict):
+            outer = OrderedDict([*outer.items(), *own.items()] if "_pre_" in name else [*own.items(), *outer.items()])
+        new.__dict__[name] = outer or own

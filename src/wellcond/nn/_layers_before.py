@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from operator import attrgetter
+from types import FunctionType, MemberDescriptorType, ModuleType
 from typing import Any
 
 import torch
@@ -80,7 +81,9 @@ def _by_running(model: nn.Module, example_input: Any) -> dict[nn.Module, nn.Modu
             stack.callback(module.register_forward_hook(seen.leave).remove)
         with seen:
             output = run_example(model, example_input)
-    seen.use(output)
+    seen.use([*_held(output)])
+    kept = _held([vars(module) for module in model.modules()], attributes=False)
+    seen.use([x for x in kept if not isinstance(x, nn.Parameter)])
     return {norm: layer for norm, layer in seen.fed_by.items() if seen.feeds_only(layer, norm)}
 
 
@@ -152,6 +155,27 @@ def _does_nothing(module: nn.Module | None) -> bool:
     if module is None or type(module) not in PASSED_THROUGH:
         return False
     return not (has_own_forward(module) or has_forward_hooks(module))
+
+
+def _held(value: Any, *, attributes: bool = True) -> Iterator[Tensor]:
+    """The tensors in any collections and, with ``attributes``, in any objects, each once."""
+    seen: dict[int, Any] = {}
+    left = [value]
+    while left:
+        value = left.pop()
+        if id(value) in seen or isinstance(value, (nn.Module, type, ModuleType, FunctionType)):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            left.extend(value.values())
+        elif isinstance(value, (tuple, list, set, frozenset, deque)):
+            left.extend(value)
+        if attributes:
+            slots = [s for kind in type(value).__mro__ for s in vars(kind).values() if type(s) is MemberDescriptorType]
+            left.extend(getattr(value, slot.__name__, None) for slot in slots)
+            left.extend(getattr(value, "__dict__", {}).values())
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from wellcond._shared.models import unwrapped
+from wellcond._shared.models import bare_name, unwrapped
 
 from ._base import replace_modules
 from ._decorrelated_batchnorm import _DecorrelatedBatchNorm
@@ -42,7 +42,8 @@ def to_plain(model: Model, example_input: Any = None) -> Model:
     :class:`SkewOrthogonalConv2d`, and a warning names it, since the shape of its filter differs.
 
     Args:
-        model: any module; it is not changed. Wrappers (DDP, ``torch.compile``) are removed.
+        model: any module; it is not changed. Wrappers (DDP, ``torch.compile``) are removed, and
+            ``torch.compile`` from every part too.
         example_input: an input, to find the layer before each norm by running the model once: a tensor, a tuple of
             arguments, or a dict of keyword arguments. None for symbolic tracing.
 
@@ -67,8 +68,9 @@ def to_plain(model: Model, example_input: Any = None) -> Model:
         True
     """
     given, model = unwrapped(model), with_plain_weights(model)
+    originals = {bare_name(name): module for name, module in given.named_modules()}
     others = {name for name, module in model.named_modules() if isinstance(module, SkewOrthogonalConv2d)}
-    if skew := [f"'{name}'" for name in others if not isinstance(given.get_submodule(name), SkewOrthogonalConv2d)]:
+    if skew := [f"'{name}'" for name in others if not isinstance(originals[name], SkewOrthogonalConv2d)]:
         warnings.warn(
             f"{', '.join(sorted(skew))}: a convolution of torch.nn is not skew-orthogonal, so it became a "
             "SkewOrthogonalConv2d, which the model without treatments does not have; load the state into a copy made "

@@ -8,23 +8,24 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wellcond._shared.models import unwrapped
+from wellcond._shared.models import unwrapped, without_compile
 
 from ._base import replace_modules
-from ._hooks import carry_hooks
+from ._hooks import carried_hooks, carry_hooks
 from .skew_orthogonal_conv import SkewOrthogonalConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def with_plain_weights(model: Model) -> Model:
-    """A copy in evaluation mode whose parametrised tensors are ordinary ones, with the values in use.
+    """A copy in evaluation mode whose parametrised tensors are ordinary ones, with the values in use, and without
+    ``torch.compile`` in any part.
 
     A convolution that computes as a skew-orthogonal one becomes a :class:`SkewOrthogonalConv2d`.
 
     ``torch.nn.utils.parametrize.remove_parametrizations`` would change the class, which copies share.
     """
-    model = copy.deepcopy(unwrapped(model)).eval()  # pyright: ignore[reportAssignmentType]
+    model = _uncompiled_copy(unwrapped(model)).eval()  # pyright: ignore[reportAssignmentType]
     skew = {layer: conv for layer in model.modules() if (conv := _as_skew_orthogonal(layer)) is not None}
     if model in skew:
         return skew[model]  # pyright: ignore[reportReturnType]
@@ -50,6 +51,21 @@ def with_plain_weights(model: Model) -> Model:
         if isinstance(layer, nn.RNNBase):
             layer._init_flat_weights()
     return model
+
+
+def _uncompiled_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model that is not compiled as a whole, without ``torch.compile`` in its parts."""
+    memo: dict[int, Any] = {}
+    twin = copy.deepcopy(model, memo)
+    inner: dict[nn.Module, nn.Module] = {}
+    for name, part in model.named_modules():
+        if without_compile(part) is not part:
+            wrapper = twin.get_submodule(name)
+            # A copy of a compiled module has lost the hooks of the wrapper.
+            vars(wrapper).update(copy.deepcopy(carried_hooks(part), memo))
+            inner[without_compile(wrapper)] = without_compile(wrapper)
+    replace_modules(twin, inner)
+    return twin
 
 
 def _as_skew_orthogonal(layer: nn.Module) -> SkewOrthogonalConv2d | None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from wellcond._shared.models import evaluating, run_example
+from wellcond._shared.models import bare_name, evaluating, run_example, unwrapped
 from wellcond._shared.names import listed, require_known
 
 from ._base import replace_modules
@@ -35,7 +35,8 @@ def replace_batchnorm(
     ``Parameter`` objects, so that an existing optimizer keeps working. Hooks of forward and backward passes go on. A
     ``SyncBatchNorm`` becomes a :class:`DecorrelatedBatchNorm2d` with ``sync=True`` over the same process group. A norm
     that also applies dropout or an activation, such as timm's ``BatchNormAct2d`` or a class registered by
-    :func:`register_batchnorm`, keeps them: the decorrelated one becomes its submodule ``norm``.
+    :func:`register_batchnorm`, keeps them: the decorrelated one becomes its submodule ``norm``. One that is itself
+    compiled by ``torch.compile`` is replaced together with what compiles it, by a layer that is not compiled.
 
     Args:
         model: any module. The paper replaces the norm after the first convolution, ``which="first"``.
@@ -49,7 +50,7 @@ def replace_batchnorm(
             norm.
 
     Returns:
-        The names of the norms that were replaced.
+        The names of the new norms in the model.
 
     Raises:
         ValueError: no batch norm can be replaced, ``which`` chose none, or the model is itself a batch norm; with
@@ -70,8 +71,9 @@ def replace_batchnorm(
         4
     """
     norms, others = batchnorms(model)
-    if "" in norms:
-        raise ValueError(f"{type(model).__name__} is a batch norm itself; make a decorrelated one, or wrap it first")
+    if any(not bare_name(name) for name in norms):
+        kind = type(unwrapped(model)).__name__
+        raise ValueError(f"{kind} is a batch norm itself; make a decorrelated one, or wrap it first")
     if group_size is not None and "groups" in options:
         raise ValueError(f"give groups or group_size, not both: {options['groups']}, {group_size}")
     if group_size is not None and group_size < 1:
@@ -88,8 +90,10 @@ def replace_batchnorm(
             warnings.warn(f"not replaced: {reasons(others)}", stacklevel=2)
     if not chosen:
         raise ValueError(f"which chose none of the batch norms {listed(norms)}")
-    replace_modules(model, {norms[name]: _decorrelated(norms[name], group_size, options) for name in chosen})
-    return [f"{name}.norm" if isinstance(model.get_submodule(name), NormAndTail) else name for name in chosen]
+    new = {norms[name]: _decorrelated(norms[name], group_size, options) for name in chosen}
+    replace_modules(model, new)
+    names = {module: name for name, module in model.named_modules()}
+    return [names[m.norm if isinstance(m, NormAndTail) else m] for m in new.values()]
 
 
 def _decorrelated(old: Any, group_size: int | None, options: Mapping[str, Any]) -> nn.Module:

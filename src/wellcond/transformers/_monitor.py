@@ -32,7 +32,8 @@ class ConditionMonitorCallback(MonitorInTraining, PartOfTrainer):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach the monitor, continuing from the checkpoint's records."""
-        saved = self.saved(args, state)
+        self._refuse_options_lost(args, state)
+        saved = self.saved(state)
         self.attach(kwargs["model"], kwargs["optimizer"], writes=state.is_world_process_zero, state=saved)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -32,14 +32,16 @@ class PartOfTrainer(TrainerCallback, ExportableState):
             logs.update(values := self.scalars())
             state.log_history[-1].update(values)  # the Trainer has already copied the logs there
 
-    def saved(self, args: Any, state: Any) -> Any:
-        """This callback's state in the resumed checkpoint; None without a checkpoint, or if it holds no such state."""
-        name = type(self).__name__
+    def _refuse_options_lost(self, args: Any, state: Any) -> None:
         if state.global_step and getattr(args, "restore_callback_states_from_checkpoint", False):
             raise ValueError(
-                f"restore_callback_states_from_checkpoint=True makes {name} anew, without its options; leave it out, "
-                "since the callback takes its state from the checkpoint by itself"
+                f"restore_callback_states_from_checkpoint=True makes {type(self).__name__} anew, without its options; "
+                "leave it out, since the callback takes its state from the checkpoint by itself"
             )
+
+    def saved(self, state: Any) -> Any:
+        """This callback's state in the resumed checkpoint; None without a checkpoint, or if it holds no such state."""
+        name = type(self).__name__
         held = state.stateful_callbacks.get(name) if state.global_step else None
         state.stateful_callbacks.setdefault(name, {})  # the Trainer saves it under this key
         if not isinstance(held, list):  # a list holds every saved state of several callbacks

@@ -77,7 +77,8 @@ class TreatmentCallback(TreatmentInStages, PartOfTrainer):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Treat the optimizer, continuing from the checkpoint's state."""
         model, optimizer = kwargs["model"], unwrapped_optimizer(kwargs["optimizer"])
-        saved = self.saved(args, state)
+        self._refuse_options_lost(args, state)
+        saved = self.saved(state)
         if saved is not None:
             self.require_alike(saved)
         resumed, known = bool(state.global_step), self._model is model
