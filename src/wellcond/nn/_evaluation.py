@@ -10,20 +10,28 @@ from torch import Tensor
 
 from wellcond._shared.checks import readable, require_finite
 from wellcond._shared.errors import NonFiniteMatrixError
-from wellcond._shared.torch_internals import has_values, is_compiling, under_forward_mode, under_functorch
+from wellcond._shared.torch_internals import (
+    has_values,
+    is_compiling,
+    is_exporting,
+    is_shape_only,
+    under_forward_mode,
+    under_functorch,
+)
 from wellcond.linalg import Solver, WhiteningMethod, recording, value_checks, whitening_matrix
 
 from ._derived import Derived
 from ._minimum_ridge import with_ridge, without_constants
 from ._range import leaves_range, unit_of_covariances
-from ._running_statistics import RunningStatistics
+from ._running_statistics import DERIVED, RunningStatistics
 
 
 class EvaluationMap(RunningStatistics):
     """y = W x + b with W = γ S and b = β − W μ, of given or running statistics.
 
     In evaluation S is computed from the running covariance once, and again when the statistics or options change.
-    Graphs (compiled, exported, traced, captured) read it from the buffer ``evaluation_whitening``.
+    Graphs (compiled, exported, traced, captured) read it from the buffer ``evaluation_whitening``; those that see the
+    running covariance as it is when they run, compiled and captured ones, compare it with that in ``evaluated_cov``.
     """
 
     solver: str | Solver
@@ -31,6 +39,7 @@ class EvaluationMap(RunningStatistics):
     relative: bool
     _dims: tuple[int, ...] = ()
     evaluation_whitening: Tensor | None
+    evaluated_cov: Tensor | None
     _derived: Derived
 
     def _whitening(self, cov: Tensor) -> Tensor:
@@ -86,9 +95,9 @@ class EvaluationMap(RunningStatistics):
         if self.running_whitening is not None:
             return self.running_whitening
         mean, cov = self.running_mean, self.running_cov
-        assert mean is not None and cov is not None and self.evaluation_whitening is not None
+        assert mean is not None and cov is not None
         if is_compiling() or torch.jit.is_tracing() or not has_values(cov):
-            return self.evaluation_whitening
+            return self._whitening_in_graph(cov)
         if under_functorch() or under_forward_mode():
             return self._whitening_of_average(mean, cov)
         # Solvers are compared by their attributes, which may be changed in place.
@@ -97,22 +106,32 @@ class EvaluationMap(RunningStatistics):
         }
         options = self.eps, self.relative, self.method, self.solver, str(settings)
         whitening = self._derived.of((mean, cov), options, self._whitening_of_average)
-        self._write_buffer(whitening)
+        self._write_buffers(whitening, cov)
         return whitening
 
-    def _write_buffer(self, whitening: Tensor) -> None:
-        """Copy S to the buffer that graphs read, unless it is there."""
-        buffer = self.evaluation_whitening
-        assert buffer is not None
-        if self._derived.is_written(whitening, buffer):
+    def _whitening_in_graph(self, cov: Tensor) -> Tensor:
+        """S from the buffer; NaN where the running covariance is no longer the one that it is of, as nothing can be
+        raised or decomposed there."""
+        whitening, of = self.evaluation_whitening, self.evaluated_cov
+        assert whitening is not None and of is not None
+        if is_exporting() or torch.jit.is_tracing() or (not is_compiling() and is_shape_only(cov)):
+            return whitening  # the statistics are constants of the graph
+        return torch.where((cov == of).all(), whitening, torch.nan)
+
+    def _write_buffers(self, whitening: Tensor, cov: Tensor) -> None:
+        """Copy S and its covariance to the buffers that graphs read, unless they are there."""
+        assert self.evaluation_whitening is not None
+        if self._derived.is_written(whitening, self.evaluation_whitening):
             return
-        if buffer.shape == whitening.shape and buffer.dtype == whitening.dtype and not buffer.is_inference():
-            if not torch.equal(buffer, whitening):
-                with torch.no_grad():
-                    buffer.copy_(whitening)
-        else:
-            self.evaluation_whitening = buffer = whitening.clone()
-        self._derived.remember_written(whitening, buffer)
+        for name, value in zip(DERIVED, (whitening, cov), strict=True):
+            buffer = self.get_buffer(name)
+            if buffer.shape == value.shape and buffer.dtype == value.dtype and not buffer.is_inference():
+                if not torch.equal(buffer, value):
+                    with torch.no_grad():
+                        buffer.copy_(value)
+            else:
+                self._buffers[name] = value.clone()
+        self._derived.remember_written(whitening, self.evaluation_whitening)
 
     def _statistics_changed(self) -> None:
         """Recompute S of evaluation and its buffer."""
@@ -123,7 +142,7 @@ class EvaluationMap(RunningStatistics):
         try:
             self._running_whitening()
         except NonFiniteMatrixError:  # raised again by a forward pass; a model that diverged can still be loaded
-            self._write_buffer(torch.full_like(cov, torch.nan))
+            self._write_buffers(torch.full_like(cov, torch.nan), cov)
 
     def _whitening_of_average(self, mean: Tensor, cov: Tensor) -> Tensor:
         with self._accepting_rounding(cov):

@@ -18,9 +18,10 @@ from ._migration import upgrade
 from ._range import require_squares
 
 Running = Literal["covariance", "whitening"]
-STATISTICS = "running_mean", "running_cov", "running_whitening", "evaluation_whitening", "num_batches_tracked"
-DERIVED = "evaluation_whitening"
-"""Computed from the others, so not saved; a buffer nonetheless, since compiled and exported graphs read it."""
+DERIVED = "evaluation_whitening", "evaluated_cov"
+"""The whitening matrix of evaluation and the running covariance that it is of. Computed from the others, so not saved;
+buffers nonetheless, since compiled and exported graphs read them."""
+STATISTICS = "running_mean", "running_cov", "running_whitening", *DERIVED, "num_batches_tracked"
 FUSING = (
     *("fuse_conv_bn_eval", "fuse_linear_bn_eval", "fuse_conv_and_bn", "_fuse_conv_bn"),
     *("_fuse_conv_bn_weights", "_fuse_bn_tensor", "fuse"),
@@ -43,6 +44,7 @@ class RunningStatistics(SelfDescribing, BatchNorm, SpectralModule):
     running_cov: Tensor | None
     running_whitening: Tensor | None
     evaluation_whitening: Tensor | None
+    evaluated_cov: Tensor | None
     num_batches_tracked: Tensor | None
 
     def _statistics_changed(self) -> None:
@@ -53,11 +55,11 @@ class RunningStatistics(SelfDescribing, BatchNorm, SpectralModule):
         d = self.num_features // self.groups
         kind = {"device": device, "dtype": working_dtype(dtype or torch.get_default_dtype())}
         shapes: dict[str, tuple[int, ...]] = {"running_mean": (self.num_features,)}
-        matrices = ("running_cov", DERIVED) if self.running == "covariance" else ("running_whitening",)
+        matrices = ("running_cov", *DERIVED) if self.running == "covariance" else ("running_whitening",)
         shapes |= {name: (self.groups, d, d) for name in matrices}
         if self.track_running_stats:
             for name, shape in shapes.items():
-                self.register_buffer(name, torch.empty(shape, **kind), persistent=name != DERIVED)
+                self.register_buffer(name, torch.empty(shape, **kind), persistent=name not in DERIVED)
             self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
         self._say(device)
         for name in STATISTICS:
@@ -108,6 +110,8 @@ class RunningStatistics(SelfDescribing, BatchNorm, SpectralModule):
         cov = self.running_cov
         if cov is not None:
             self.running_cov = None if variance is None else torch.diag_embed(variance.view(cov.shape[:-1])).to(cov)
+            if not self.training:
+                self._statistics_changed()
 
     @torch.no_grad()
     def _track(
@@ -147,10 +151,12 @@ class RunningStatistics(SelfDescribing, BatchNorm, SpectralModule):
             lists[-1].append(f"{self.describe()}: {error}")
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *lists)
-        derived, cov = self.evaluation_whitening, self.running_cov
-        if cov is not None and derived is not None and derived.is_meta and not cov.is_meta:
-            # Loaded with assign=True, which replaces only what was saved.
-            self.evaluation_whitening = torch.zeros_like(cov)
+        cov = self.running_cov
+        for name in DERIVED:
+            derived = self._buffers[name]
+            if cov is not None and derived is not None and derived.is_meta and not cov.is_meta:
+                # Loaded with assign=True, which replaces only what was saved.
+                self._buffers[name] = torch.zeros_like(cov)
         if not self.training:
             self._statistics_changed()
 
