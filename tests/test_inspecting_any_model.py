@@ -261,8 +261,8 @@ def test_a_library_is_asked_for_its_model_with_the_classes_of_the_data(library, 
 
 def test_an_image_model_of_transformers_by_the_type_of_its_configuration() -> None:
     pytest.importorskip("transformers")
-    found = inspect_model("transformers:resnet", batches=1, batch_size=20, image_size=16, layers=["*.0.shortcut.norm*"])
-    assert found.layers and all("shortcut" in name for name in found.layers)
+    found = inspect_model("transformers:resnet", batches=1, batch_size=20, image_size=16, layers=["*.stages.0.*.norm*"])
+    assert found.layers and all(".stages.0." in name for name in found.layers)
     with pytest.raises(ValueError, match="did you mean 'resnet'"):
         inspect_model("transformers:resnt")
     with pytest.raises(ValueError, match="'transformers:bert' cannot be built: ValueError: Unrecognized"):

@@ -21,6 +21,8 @@ from wellcond.experiments.errors import RunError
 from wellcond.experiments.grid import ray_cluster
 from wellcond.experiments.grid.held import with_threads
 
+# Before the import, which reads it. Otherwise Ray asks for a token where the user has one, and its client sends none.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 ray = pytest.importorskip("ray")
 
 GRID = [replace(small(treat=treat, augment=True), threads=None) for treat in ("none", "nog", "nog+ow+olr")]
@@ -114,6 +116,22 @@ def test_a_run_whose_worker_dies_again_and_again_is_given_up(cluster, tmp_path, 
     with pytest.raises(RunError, match=r"zca\+nog-seed0: its worker died 3 times: .*go on with --resume"):
         compare(GRID[1:2], tmp_path / "out", executor=cluster)
     assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("mode", [None, "token"])
+def test_a_cluster_that_lets_a_client_wait_may_ask_for_a_token(mode, monkeypatch):
+    """As Ray 2.60 does where its user has one, while its client sends none unless told."""
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+
+    class Waiting:
+        def init(self, *args, **options):
+            raise ConnectionError("ray client connection timeout")
+
+    with pytest.raises(RunError, match="cannot be used: ray client connection timeout") as refused:
+        ray_cluster._connect(Waiting(), "ray://head:10001", None)
+    assert ("set RAY_AUTH_MODE=token here too" in str(refused.value)) == (mode is None)
 
 
 def test_an_address_that_does_not_answer_is_refused_at_once(tmp_path):

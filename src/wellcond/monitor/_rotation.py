@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from wellcond._shared.exact_products import exact_products
-from wellcond._shared.models import unwrapped
 from wellcond._shared.precision import full_precision
 from wellcond._shared.skew_convolution import bounded_skew_kernel, skew_orthogonal_convolution
 from wellcond._shared.torch_internals import has_values
 from wellcond.nn import SkewOrthogonalConv2d
-from wellcond.orthogonality import WeightTreatment, pre_spectral_layers
+from wellcond.orthogonality import WeightTreatment, layers_before
 
 from ._record import ConditionRecord
 
@@ -32,22 +31,6 @@ TOO_FAR, IN_A_ROW, SETTLED = 0.1, 3, 20
 Measured (docs/treatments.md): sound training stays below 10 % from the first number of steps on, and mostly below 5 %,
 while its first steps may turn a short weight by a quarter; full polar factors turn an orthogonal one by 26 % a step.
 """
-
-
-def weights_before(model: nn.Module, name: str) -> dict[str, nn.Module]:
-    """The layers before the watched one, by name; none where the model cannot be traced.
-
-    A model without a forward function that can be traced (a LightningModule) may have a part that can.
-    """
-    path = name.split(".") if name else []
-    for depth in range(len(path) + 1):
-        part = model.get_submodule(".".join(path[:depth]))
-        try:
-            found = pre_spectral_layers(part, of=".".join(path[depth:]))
-        except ValueError:
-            continue
-        return {".".join([*path[:depth], inner]): layer for inner, layer in found.items()}
-    return {}
 
 
 def _in_use(layer: nn.Module) -> Tensor | None:
@@ -154,8 +137,7 @@ def _relative_move(old: Tensor, new: Tensor | None) -> float:
 
 def turnings(model: nn.Module, names: Sequence[str]) -> dict[str, Turning]:
     """For every watched layer the weights before it."""
-    model = unwrapped(model)
-    return {name: Turning(weights_before(model, name)) for name in names}
+    return {name: Turning(layers) for name, layers in layers_before(model, names).items()}
 
 
 def pending_of(turnings: Mapping[str, Turning], step: int) -> dict[str, float]:

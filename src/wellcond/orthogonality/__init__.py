@@ -12,7 +12,7 @@ from ._optimal_learning_rate import OptimalLearningRate
 # isort: on
 from ._convolution_spectrum import convolution_singular_values
 from ._matrix import weight_matrices
-from ._pre_spectral import pre_spectral_layers
+from ._pre_spectral import layers_before, pre_spectral_layers
 from ._registry import TREATMENTS, parse_treatments
 from ._saved_weight import treat_like
 from ._step_treatment import StepTreatment
@@ -30,6 +30,7 @@ __all__ = [
     "Treatment",
     "WeightTreatment",
     "convolution_singular_values",
+    "layers_before",
     "orthogonal_weight",
     "parse_treatments",
     "pre_spectral_layers",

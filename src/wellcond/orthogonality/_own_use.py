@@ -22,7 +22,7 @@ def require_called(model: nn.Module, layers: Mapping[str, nn.Module], treatment:
     inner = unwrapped(model)
     modules = {bare_name(name): module for name, module in inner.named_modules()}
     try:
-        graphs = graphs_of(inner, None)
+        graphs = graphs_of(inner)
     except ValueError:
         return
     for graph in graphs:

@@ -6,6 +6,7 @@ has no matrix to treat and is skipped; where paths join, each contributes its ow
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 from wellcond._shared.models import bare_name, is_spectral, layers_by_name, unwrapped
 
 from ._autograd_walk import layers_by_running
-from ._symbolic_walk import layers_by_tracing
+from ._symbolic_walk import layers_before_each, layers_by_tracing
 from ._walk_back import NAME_LAYERS
 
 
@@ -70,3 +71,51 @@ def pre_spectral_layers(model: nn.Module, example_input: Any = None, *, of: str 
             f"{NAME_LAYERS}"
         )
     return {bare_name(name): m for name, m in model.named_modules() if m in found}
+
+
+def layers_before(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, nn.Module]]:
+    """Find the layers that feed each of several layers of any kind, as far as tracing shows them.
+
+    It is :func:`pre_spectral_layers` with ``of=`` for each name, but traces the model once for all of them. Where the
+    model cannot be traced (a LightningModule, control flow on data), the part of it that contains the layer is tried,
+    then the part of that, and so on, so that a layer before that part is not seen.
+
+    Args:
+        model: any module; it is left unchanged.
+        names: of layers in ``model.named_modules()``, with or without the ``_orig_mod`` of compiled parts.
+
+    Returns:
+        For each of the names, in their order, the layers before it by their names; none where nothing was found.
+
+    Raises:
+        ValueError: a name that is not in the model (the message has the nearest one).
+
+    Complexity: at most 64 symbolic traces of the model, and of each part that contains a layer for which the whole
+    was not enough. Source: as :func:`pre_spectral_layers`.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.BatchNorm1d(2))
+        >>> {name: list(layers) for name, layers in layers_before(model, ["1", "3"]).items()}
+        {'1': ['0'], '3': ['2']}
+    """
+    model = unwrapped(model)
+    modules = {name: next(iter(layers_by_name(model, name).values())) for name in names}
+    found: dict[str, dict[str, nn.Module]] = {name: {} for name in modules}
+    depth, still = 0, list(modules)
+    while still:
+        parts: dict[str, list[str]] = {}
+        for name in still:
+            path = name.split(".")
+            if depth < len(path):
+                parts.setdefault(".".join(path[:depth]), []).append(name)
+        for place, inside in parts.items():
+            part = model.get_submodule(place)
+            before = layers_before_each(unwrapped(part), [modules[name] for name in inside])
+            paths = {m: bare_name(name) for name, m in part.named_modules()}
+            for name in inside:
+                layers = sorted(before.get(modules[name], ()), key=[*paths].index)
+                found[name] = {".".join(filter(None, (place, paths[m]))): m for m in layers}
+        still = [name for inside in parts.values() for name in inside if not found[name]]
+        depth += 1
+    return found

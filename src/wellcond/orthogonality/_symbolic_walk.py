@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import traceback
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from typing import Any
 
@@ -25,21 +25,21 @@ ELEMENTWISE = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "div", "c
 
 
 class _Tracer(fx.Tracer):
-    """A tracer that stops at layers with a weight, spectral layers and torch's own modules.
+    """A tracer that stops at layers with a weight, spectral layers, torch's own modules and the given ``leaves``.
 
     It answers ``bool(proxy)`` from a script, with False beyond its end, and records the answers in ``decisions``.
     """
 
-    def __init__(self, script: list[bool], of: nn.Module | None) -> None:
+    def __init__(self, script: list[bool], leaves: Collection[nn.Module]) -> None:
         super().__init__()
-        self._of = of
+        self._leaves = frozenset(leaves)
         self._answers = iter(script)
         self.decisions: list[bool] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             is_spectral(m)
-            or m is self._of
+            or m in self._leaves
             or parametrize.is_parametrized(m)
             or "weight" in matrix_names(m)
             or super().is_leaf_module(m, module_qualified_name)
@@ -61,7 +61,27 @@ def layers_by_tracing(model: nn.Module, of: nn.Module | None = None) -> set[nn.M
 
     They are those before all spectral layers, or before the layer ``of``, whatever its kind.
     """
-    answers = [_nearest(model, graph, of) for graph in graphs_of(model, of)]
+    return _before(model, graphs_of(model, () if of is None else (of,)), of)
+
+
+def layers_before_each(model: nn.Module, layers: Sequence[nn.Module]) -> dict[nn.Module, set[nn.Module]]:
+    """What :func:`layers_by_tracing` gives for each of these layers, if it does; the model is traced once for all that
+    hold no matrix, in which no search ends, and once more for each of the others."""
+    together = [layer for layer in layers if is_spectral(layer) or not any(map(matrix_names, layer.modules()))]
+    found: dict[nn.Module, set[nn.Module]] = {}
+    for ends in [together, *([layer] for layer in layers if layer not in together)]:
+        try:
+            graphs = graphs_of(model, ends) if ends else []
+        except ValueError:
+            continue
+        for layer in ends:
+            with suppress(ValueError):
+                found[layer] = _before(model, graphs, layer)
+    return found
+
+
+def _before(model: nn.Module, graphs: list[fx.Graph], of: nn.Module | None) -> set[nn.Module]:
+    answers = [_nearest(model, graph, of) for graph in graphs]
     if any(answer != answers[0] for answer in answers):
         raise ValueError(
             f"which layer comes before the spectral layer of {type(model).__name__} depends on its data; {GIVE_EXAMPLE}"
@@ -69,8 +89,8 @@ def layers_by_tracing(model: nn.Module, of: nn.Module | None = None) -> set[nn.M
     return answers[0]
 
 
-def graphs_of(model: nn.Module, of: nn.Module | None) -> list[fx.Graph]:
-    """One graph for every branch of the forward function's control flow on data."""
+def graphs_of(model: nn.Module, leaves: Collection[nn.Module] = ()) -> list[fx.Graph]:
+    """One graph for every branch of the forward function's control flow on data; ``leaves`` are not traced into."""
     graphs: list[fx.Graph] = []
     scripts: list[list[bool]] = [[]]
     refusal: Exception | None = None
@@ -78,7 +98,7 @@ def graphs_of(model: nn.Module, of: nn.Module | None) -> list[fx.Graph]:
         if not scripts:
             break
         script = scripts.pop()
-        tracer = _Tracer(script, of)
+        tracer = _Tracer(script, leaves)
         try:
             with _left_as_it_was(model):
                 graphs.append(tracer.trace(model))

@@ -61,7 +61,11 @@ def _connect(ray: Any, address: str | None, jobs: int | None) -> None:
                 raise
             ray.init("local", num_cpus=jobs, include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RunError(f"the Ray cluster cannot be used: {' '.join(str(error).split())}") from error
+        why = " ".join(str(error).split())
+        if "timeout" in why and "RAY_AUTH_MODE" not in os.environ:
+            # Since Ray 2.60 a cluster may ask for a token; a client without one is left to wait.
+            why += "; if the cluster asks for a token, set RAY_AUTH_MODE=token here too"
+        raise RunError(f"the Ray cluster cannot be used: {why}") from error
 
 
 def _train(ray: Any, tasks: Sequence[Task], max_running: int) -> Outcomes:
