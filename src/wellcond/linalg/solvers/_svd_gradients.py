@@ -14,7 +14,7 @@ gradient           r(x), or what it is                          φ              
 =================  ===========================================  ======================  ============
 analytic           1/(1 − x)                                    1                       infinite
 overflow_check     1/(1 − x)                                    1, and 0 where x = 1    finite ones
-pade               1/(1 − x), every approximant of itself       1, and 0 where x = 1    2/(eps λi)
+pade               1/(1 − x), every approximant of itself       1, and 0 where x = 1    finite ones
 taylor             1 + x + … + x^k                              1 − x^(k+1)             (k + 1)/λi
 power_iteration    the same, or one term less                   see there, in [−2, 2]   (k + 1)/λi
 truncated          K clipped to [−bound, bound]                 min(1, bound (λi − λj)) bound

@@ -37,15 +37,17 @@ class Pade(Remedy):
     1/(1 − x) is rational of degree one, so every approximant [m/n] of its series with n ≥ 1 is 1/(1 − x) itself,
     including the pole: the linear equations for the coefficients of a larger one are singular (Baker and Graves-Morris,
     Padé Approximants, 1996, sect. 1.4). The published [50/50] solves them with the rounding errors of the series, and
-    is 1/(1 − x) to 1e-12 up to x = 0.99, with spurious pairs of poles and zeros. So there is no degree to choose here.
-    In floating point 1 − x is at least eps/2, its value at x = 1.
+    is 1/(1 − x) to 1e-12 up to x = 0.99, with spurious pairs of poles and zeros, and infinite at x = 1, where the
+    released code checks for overflow. So there is no degree to choose here, and what is infinite is replaced as in
+    :class:`OverflowCheck`, from which this differs by rounding only.
     """
 
     name: ClassVar[str] = "pade"
 
     def size(self, large: Tensor, small: Tensor, leads: Tensor) -> Tensor:
-        inverse = reciprocal_or_zero(large)
-        return inverse / (1.0 - small * inverse).clamp_min(torch.finfo(large.dtype).eps / 2)
+        # A quotient is 1 where both are equal; small · (1/large) may be 1 − eps/2.
+        x = torch.where(large > 0, small / large, 0.0)
+        return without_overflow(reciprocal_or_zero(large) / (1.0 - x))
 
 
 @dataclass(frozen=True)
