@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from wellcond.experiments.results.condition import kappa_over_range, lack_rank
 from wellcond.experiments.results.difference_tables import conditioning_table, differences_table
 from wellcond.experiments.results.experiment import Experiment
 from wellcond.experiments.results.statistics import LEVEL, POWER, Difference, differences, seeds_needed, signed
@@ -241,6 +242,32 @@ def compared(kappas):
         for seed, kappa in enumerate(values)
     ]
     return experiment.conditioning(results)
+
+
+def test_where_no_covariance_has_full_rank_the_numerical_ranges_are_compared(tmp_path):
+    """As behind covariance pooling of fewer positions than channels; by the median of the records before the end."""
+    configs = {row: replace(RUN.config, epochs=epochs, threads=None) for epochs, row in enumerate(("base", "other"), 1)}
+    experiment = Experiment("", {config: row for row, config in configs.items()}, {"other": "base"}, {})
+    results = []
+    for row, factor in (("base", 1.0), ("other", 0.1)):
+        for seed, spread in enumerate((1.0, 2.0, 3.0)):
+            folder = tmp_path / f"{row}{seed}"
+            folder.mkdir()
+            kappas = [factor * spread * k * (1.1 if seed == 2 and row == "other" else 1.0) for k in (1e2, 1e4, 1e3)]
+            lines = [f"{10 * i},pool,{kappa}" for i, kappa in enumerate([*kappas, 1e9, 1e9])]
+            lines.insert(1, "10,elsewhere,1e9")
+            (folder / "condition.csv").write_text("\n".join(["step,layer,kappa_range", *lines]) + "\n")
+            condition = replace(CONDITION, layer="pool", kappa=math.inf)
+            config = replace(configs[row], seed=seed)
+            results.append(replace(RUN, config=config, folder=str(folder), steps=30, conditions=(condition,)))
+    assert lack_rank(results) and not lack_rank([*results, replace(RUN, conditions=(CONDITION,))]) and not lack_rank([])
+    assert kappa_over_range(results[1]) == 2e3
+    (found,) = experiment.conditioning(results, over_range=True)
+    assert found.infinite == 0 and found.seeds == 3 and found.is_seen
+    assert found.mean == pytest.approx(-1 + math.log10(1.1) / 3)
+    table = conditioning_table([found], over_range=True)
+    assert "over the numerical range of P (κ(P) is infinite, as P lacks full rank)" in table.caption
+    assert math.isnan(kappa_over_range(replace(results[0], folder=str(tmp_path / "gone"))))
 
 
 def test_pairs_with_an_infinite_condition_number_are_counted_and_nothing_is_concluded_from_the_others():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -294,3 +295,14 @@ def test_two_processes_average_their_gradients(digits, tmp_path):
     trained = checkpoint(tmp_path)["state_dict"]
     # The all-reduce may add the two halves in either order, which is exact; nothing else differs.
     assert differences(trained, dict(expected)) == []
+
+
+@pytest.mark.parametrize(("head", "acts"), [("gcp", False), ("avg", True)])
+def test_where_olr_cannot_act_it_is_said(head, acts, tmp_path, caplog):
+    """Before covariance pooling is batch norm, so that ⟨W, ∂l/∂W⟩ = 0; the first layer has none."""
+    options = {"norm": "zca" if acts else "batch", "head": head, "treat": "olr", "epochs": 2, "lr": 0.5}
+    with caplog.at_level(logging.WARNING, logger="wellcond"):
+        run(small(**options), tmp_path / "run")
+    counts = checkpoint(tmp_path / "run")["treatment"]["olr"]["shortened"]
+    assert all(bool(count) == acts for count in counts.values())
+    assert ("olr shortened no step of 'pool.reduction.0'" in caplog.text) == (not acts)

@@ -18,6 +18,7 @@ from pathlib import Path
 import wellcond
 from wellcond.experiments import folders
 from wellcond.experiments.files import write_atomically
+from wellcond.experiments.results.condition import lack_rank
 from wellcond.experiments.results.difference_tables import conditioning_table, differences_table
 from wellcond.experiments.results.experiment import Experiment
 from wellcond.experiments.results.parquet import read_comparison
@@ -84,8 +85,9 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], experiment: Exper
     tables = [comparison_table(summarise(results, label), papers=experiment.papers_figures())]
     if any(difference.seeds > 1 for difference in differences):
         tables.append(differences_table(differences, papers))
-        if conditioning := experiment.conditioning(results):
-            tables.append(conditioning_table(conditioning))
+        over_range = lack_rank(results)
+        if conditioning := experiment.conditioning(results, over_range):
+            tables.append(conditioning_table(conditioning, over_range))
     folders.prepare(out, KIND, {"runs": [result.folder for result in results]}, MADE)
     seeds = sorted({config.seed for config in configs})
     shown = columns(results, papers=experiment.shows == "figure")

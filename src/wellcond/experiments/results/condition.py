@@ -6,6 +6,8 @@ OUT/condition.parquet    one row per run, layer and recorded step: κ, ranks, ex
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,21 @@ def condition_rows(result: RunResult) -> list[dict[str, Any]]:
     place = place_of(result, path.parent)
     rows = pq.ParquetFile(path).read().filter(pc.field("folder") == place).to_pylist()
     return [{name: row[name] for name in RECORDED if name in row} for row in rows]
+
+
+def lack_rank(results: Iterable[RunResult]) -> bool:
+    """Whether P never had full rank at the first layer: its condition number is infinite in all of these runs."""
+    kappas = [result.conditions[0].kappa for result in results if result.conditions]
+    return bool(kappas) and all(map(math.isinf, kappas))
+
+
+def kappa_over_range(result: RunResult) -> float:
+    """The condition number over the numerical range of P at the first layer, the median over the steps; nan without
+    records."""
+    layer = result.conditions[0].layer if result.conditions else None
+    records = [row for row in condition_rows(result) if row["layer"] == layer and int(row["step"]) < result.steps]
+    found = [float(row["kappa_range"]) for row in records if row.get("kappa_range") not in ("", None)]
+    return statistics.median(found) if found else math.nan
 
 
 def condition_table(result: RunResult, out: Path, label: str) -> Any:

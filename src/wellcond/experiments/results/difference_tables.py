@@ -47,10 +47,14 @@ def differences_table(found: Sequence[Difference], papers: Mapping[str, float] |
     return Table(heads, rows, caption=caption, title="differences")
 
 
-def conditioning_table(found: Sequence[Difference]) -> Table:
-    """The condition number of each row relative to its baseline; ``found`` has differences of common logarithms."""
+def conditioning_table(found: Sequence[Difference], over_range: bool = False) -> Table:
+    """The condition number of each row relative to its baseline; ``found`` has differences of common logarithms, of
+    κ(P) or of that over the numerical range of P."""
+    kappa = "condition number κ(P)"
+    if over_range:
+        kappa = "condition number over the numerical range of P (κ(P) is infinite, as P lacks full rank)"
     caption = (
-        "The condition number κ(P) of each run (median over its steps) relative to that of the other row: the "
+        f"The {kappa} of each run (median over its steps) relative to that of the other row: the "
         f"geometric mean of {_seeds(found)} paired seeds; interval and p as for the differences, of the logarithms."
     )
     if any(one.infinite for one in found):

@@ -14,6 +14,7 @@ from typing import Any
 
 from wellcond.experiments.errors import FolderError
 from wellcond.experiments.recipes import PaperFigures, Recipe
+from wellcond.experiments.results.condition import kappa_over_range
 from wellcond.experiments.results.statistics import Difference, differences
 from wellcond.experiments.results.summary import by_label, labels
 from wellcond.experiments.run.config import RunConfig
@@ -72,9 +73,11 @@ class Experiment:
         """The differences in test error between each row and its baseline."""
         return differences(by_label(results, self.label), self.against)
 
-    def conditioning(self, results: Iterable[RunResult]) -> list[Difference]:
-        """The same for log10 κ(P) at the first layer; rows without a monitored layer are omitted."""
-        return differences(by_label(results, self.label), self.against, _decades)
+    def conditioning(self, results: Iterable[RunResult], over_range: bool = False) -> list[Difference]:
+        """The same for log10 κ(P) at the first layer, or for that over its numerical range; rows without a monitored
+        layer are omitted."""
+        kappa = kappa_over_range if over_range else _kappa
+        return differences(by_label(results, self.label), self.against, lambda run: math.log10(kappa(run)))
 
     def papers_figures(self) -> dict[str, str]:
         """The paper's figures for each row as text: error in percent, deviation, minimum, top-5 error, failures."""
@@ -112,8 +115,8 @@ class Experiment:
             raise FolderError(f"this is not the description of a comparison ({error})") from error
 
 
-def _decades(run: RunResult) -> float:
-    return math.log10(run.conditions[0].kappa) if run.conditions else math.nan
+def _kappa(run: RunResult) -> float:
+    return run.conditions[0].kappa if run.conditions else math.nan
 
 
 def _key(config: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from wellcond._shared.names import listed
 from wellcond.experiments import folders
 from wellcond.experiments.data.batches import ImageDataModule
 from wellcond.experiments.data.load import ImageData
@@ -31,6 +32,8 @@ with needs_train_extra():
     import lightning
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import TensorBoardLogger
+
+log: logging.Logger = logging.getLogger("wellcond")
 
 
 def run(
@@ -98,6 +101,18 @@ def observed_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)][:1]
 
 
+def _say_where_olr_did_nothing(module: Classifier) -> None:
+    """It cannot act on a weight in front of a norm: η* is proportional to ⟨W, ∂l/∂W⟩, which is 0 for a loss that does
+    not depend on the length of W (Euler's theorem)."""
+    olr = module.treatment.olr if module.treatment is not None else None
+    idle = [name for name, counts in olr.counts().items() if not counts["shortened"]] if olr is not None else []
+    if idle:
+        log.warning(
+            "olr shortened no step of %s and so changed nothing; it has no effect where a norm follows the layer",
+            listed([f"'{name}'" for name in idle]),
+        )
+
+
 def _train(
     config: RunConfig,
     folder: Path,
@@ -142,6 +157,8 @@ def _train(
             raise NonFiniteLossError(f"{error}. {keep_last(monitor.records, folder)}") from error
         if trainer.interrupted:
             raise KeyboardInterrupt
+    if trainer.is_global_zero:
+        _say_where_olr_did_nothing(module)
     device = trainer.strategy.root_device
     test = evaluate(module.model, tests, device)
     assert monitor.monitor is not None  # made by `fit`

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wellcond.experiments.files import read_csv
-from wellcond.experiments.results.condition import condition_rows
+from wellcond.experiments.results.condition import condition_rows, lack_rank
 from wellcond.experiments.run.result import CONDITION, METRICS, RunResult
 
 Curve = tuple[list[int], list[float], list[float], list[float]]
@@ -81,7 +81,7 @@ RANGE = {"kappa_range": "condition number over the numerical range of P; κ(P) i
 
 def columns(results: Sequence[RunResult], papers: bool) -> dict[str, str]:
     """The columns to plot: the ``papers`` panel, or both; κ over the numerical range if P never has full rank."""
-    if all(math.isinf(result.conditions[0].kappa) for result in results):
+    if lack_rank(results):
         return RANGE
     return PAPERS if papers else BOTH
 
