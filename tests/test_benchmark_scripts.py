@@ -103,6 +103,7 @@ def test_how_peers_compare(run):
 
 def test_gradients_of_the_svd(run):
     printed = run("svd_gradients", KAPPAS=(1e2,), GAPS=(None, 1e-2, 0.0))
+    printed, features = printed.split("sqrt of covariances of")
     tables = printed.split("in float64")
     rows = [dict(re.findall(r"^\| ([\w:]+) \| (.*) \|$", table, re.MULTILINE)) for table in tables]
     cells = [{name: re.findall(r"(\S+) / \S+", row) for name, row in table.items()} for table in rows]
@@ -112,6 +113,8 @@ def test_gradients_of_the_svd(run):
     assert max(single["eigh"]) < 1e-4 and max(double["eigh"]) == 0
     assert double["svd:taylor"][0] < double["svd:taylor"][1]
     assert double["svd:newton_schulz"] == pytest.approx(double["newton_schulz"], rel=1e-2)  # to the digits shown
+    found = dict(re.findall(r"^\| ([\w: ]+?) \| (\S+) \|", features, re.MULTILINE))
+    assert float(found["factor form"]) < 1e-6 < float(found["svd:pade"]) < 0.1 < float(found["svd:truncated"])
 
 
 def test_streaming(run):
