@@ -24,7 +24,7 @@ from wellcond.experiments.results.tables import comparison_table
 from wellcond.experiments.run.config import BEFORE, RunConfig, run_config
 from wellcond.experiments.run.result import CONDITION, LayerCondition, RunResult, load_result
 from wellcond.experiments.run.schedule import Schedule
-from wellcond.experiments.show.curves import curve
+from wellcond.experiments.show.curves import columns, curve
 from wellcond.experiments.show.figures import COLOURS, condition_figure, save_figure
 from wellcond.experiments.show.render import for_terminal
 
@@ -208,6 +208,19 @@ def test_long_labels_break_and_cut_nothing(stacked, tmp_path):
     assert [text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts()] == [
         f"{label} (κ(P) infinite at 11 of 11)" for label in labels
     ]
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["alone", "stacked"])
+def test_the_heading_of_a_covariance_without_full_rank_breaks_and_cuts_nothing(stacked, tmp_path):
+    rows = [{"step": step, "layer": "norm1", "kappa": math.inf, "kappa_range": 1e3 + step} for step in range(3)]
+    write_csv(tmp_path / CONDITION, ("step", "layer", "kappa", "kappa_range"), rows)
+    runs = [result(tmp_path, kappa=math.inf)]
+    shown = columns(runs, papers=False)
+    assert list(shown) == ["kappa_range"]
+    figure = condition_figure({"SVD": runs}, "title", stacked=stacked, columns=shown)
+    FigureCanvasAgg(figure).draw()
+    box = figure.axes[0].get_tightbbox()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
 
 
 def test_on_the_terminal_labels_break_before_a_number_is_cut(tmp_path):

@@ -37,6 +37,10 @@ FIGURES = {
     "its ε. κ(P) is infinite in the gaps: the covariance is rank-deficient there.",
     "learning": "Training loss and validation error over the epochs.",
 }
+OVER_RANGE = (
+    "Condition number of the covariance at the layer's input over the training steps, over its numerical range, as it "
+    "has full rank at no step."
+)
 TITLES = {"condition": "condition number of the covariance", "learning": "training"}
 MADE = (folders.CONFIG, PAGE, MARKDOWN, *(f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")))
 
@@ -83,9 +87,10 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], experiment: Exper
     groups = by_label(results, label)
     differences, papers = experiment.differences(results), experiment.papers_differences()
     tables = [comparison_table(summarise(results, label), papers=experiment.papers_figures())]
+    over_range = lack_rank(results)
+    texts = {**FIGURES, "condition": OVER_RANGE} if over_range else FIGURES
     if any(difference.seeds > 1 for difference in differences):
         tables.append(differences_table(differences, papers))
-        over_range = lack_rank(results)
         if conditioning := experiment.conditioning(results, over_range):
             tables.append(conditioning_table(conditioning, over_range))
     folders.prepare(out, KIND, {"runs": [result.folder for result in results]}, MADE)
@@ -104,7 +109,7 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], experiment: Exper
         save_figure(drawn["beside"], out / name)
         forms = {form: base64.b64encode(svg(variant)).decode() for form, variant in drawn.items()}
         readouts = {form: readout(variant) for form, variant in drawn.items()}
-        figures.append({"name": name, "text": FIGURES[name], **forms, "readout": readouts})
+        figures.append({"name": name, "text": texts[name], **forms, "readout": readouts})
     hours = sum(result.seconds for result in results) / 3600
     parts = dict(
         title=experiment.heading,

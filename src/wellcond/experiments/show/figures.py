@@ -77,7 +77,7 @@ def _figure(panels: Sequence[Panel], title: str, x: str, stacked: bool, **option
 
 def _draw(axis: Any, panel: Panel, beside: bool) -> None:
     """Draw the curves, with a band for the range over seeds; the first panel provides the legend."""
-    axis.set_title(panel.heading, fontsize=10)
+    axis.set_title(textwrap.fill(panel.heading, 46), fontsize=10)
     looks = zip(itertools.cycle(COLOURS), itertools.cycle(STYLES), strict=False)
     for (label, (x, middle, low, high)), (colour, style) in zip(panel.curves.items(), looks, strict=False):
         alone = "o" if len(x) == 1 else None  # a single point makes no line
