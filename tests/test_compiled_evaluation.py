@@ -82,6 +82,45 @@ def test_an_average_that_was_set_to_evaluation_once(use_buffers):
     torch.testing.assert_close(ours(X), average(X))
 
 
+def test_an_average_of_models_that_were_evaluated_before():
+    """The average of the whitening matrices is not that of the average, though the buffers belonged together."""
+    net = trained().train()
+    average = AveragedModel(net, use_buffers=True).eval()
+    for scale in (1.0, 4.0, 0.2):
+        net.train()
+        net(scale * X)
+        average.update_parameters(net.eval())
+    ours = compiled(average)
+    assert ours(X).isnan().all()
+    average.eval()
+    torch.testing.assert_close(ours(X), average(X))
+
+
+def test_a_module_that_was_pickled_without_the_mark(tmp_path):
+    for options in ({}, {"running": "whitening"}, {"track_running_stats": False}):
+        net = trained(**options)
+        del net[1]._buffers["evaluation_mark"]
+        net[1]._non_persistent_buffers_set.discard("evaluation_mark")
+        torch.save(net, tmp_path / "net.pt")
+        loaded = torch.load(tmp_path / "net.pt", weights_only=False)
+        assert set(loaded.state_dict()) == set(trained(**options).state_dict())
+        if not options:
+            assert compiled(loaded)(X).isnan().all()
+        torch.testing.assert_close(loaded(X), net(X))
+        if options != {"track_running_stats": False}:
+            torch.testing.assert_close(compiled(loaded.eval())(X), loaded(X))
+
+
+def test_lent_statistics_leave_no_autograd_graph_behind():
+    net = trained()
+    lent = {
+        name: value.double().requires_grad_() for name, value in net.state_dict().items() if value.is_floating_point()
+    }
+    functional_call(net, lent, X.double())
+    assert not any(buffer.requires_grad for buffer in net.buffers())
+    copy.deepcopy(net)
+
+
 def test_statistics_given_by_functional_call():
     net, other = trained(), trained(3.0)
     run = torch.compile(lambda state: functional_call(net, state, X), fullgraph=True, backend="eager")
@@ -156,4 +195,6 @@ def test_an_exported_program_holds_the_statistics_as_they_were():
 
 
 def test_nothing_more_is_saved():
-    assert not {"evaluation_whitening", "evaluated_cov"} & {name.rsplit(".", 1)[-1] for name in trained().state_dict()}
+    assert not {"evaluation_whitening", "evaluation_mark"} & {
+        name.rsplit(".", 1)[-1] for name in trained().state_dict()
+    }

@@ -39,7 +39,7 @@ FIGURES = {
 }
 OVER_RANGE = (
     "Condition number of the covariance at the layer's input over the training steps, over its numerical range, as it "
-    "has full rank at no step."
+    "lacks full rank at most steps."
 )
 TITLES = {"condition": "condition number of the covariance", "learning": "training"}
 MADE = (folders.CONFIG, PAGE, MARKDOWN, *(f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")))
@@ -91,8 +91,10 @@ def _write(results: Sequence[RunResult], notes: Sequence[str], experiment: Exper
     texts = {**FIGURES, "condition": OVER_RANGE} if over_range else FIGURES
     if any(difference.seeds > 1 for difference in differences):
         tables.append(differences_table(differences, papers))
-        if conditioning := experiment.conditioning(results, over_range):
+        if over_range and (conditioning := experiment.conditioning(results, over_range)):
             tables.append(conditioning_table(conditioning, over_range))
+        elif conditioning := experiment.conditioning(results):  # also where κ over the range was not recorded
+            tables.append(conditioning_table(conditioning))
     folders.prepare(out, KIND, {"runs": [result.folder for result in results]}, MADE)
     seeds = sorted({config.seed for config in configs})
     shown = columns(results, papers=experiment.shows == "figure")

@@ -31,7 +31,7 @@ class EvaluationMap(RunningStatistics):
 
     In evaluation S is computed from the running covariance once, and again when the statistics or options change.
     Graphs (compiled, exported, traced, captured) read it from the buffer ``evaluation_whitening``; those that see the
-    running covariance as it is when they run, compiled and captured ones, compare it with that in ``evaluated_cov``.
+    running covariance as it is when they run, compiled and captured ones, compare it with ``evaluation_mark``.
     """
 
     solver: str | Solver
@@ -39,7 +39,7 @@ class EvaluationMap(RunningStatistics):
     relative: bool
     _dims: tuple[int, ...] = ()
     evaluation_whitening: Tensor | None
-    evaluated_cov: Tensor | None
+    evaluation_mark: Tensor | None
     _derived: Derived
 
     def _whitening(self, cov: Tensor) -> Tensor:
@@ -111,19 +111,23 @@ class EvaluationMap(RunningStatistics):
 
     def _whitening_in_graph(self, cov: Tensor) -> Tensor:
         """S from the buffer; NaN where the running covariance is no longer the one that it is of, as nothing can be
-        raised or decomposed there."""
-        whitening, of = self.evaluation_whitening, self.evaluated_cov
-        assert whitening is not None and of is not None
+        raised or decomposed there. Options and the mean, on which S depends where a channel is constant, are not
+        compared; nor is what both were rounded to by a change of dtype."""
+        whitening, mark = self.evaluation_whitening, self.evaluation_mark
+        assert whitening is not None and mark is not None
         if is_exporting() or torch.jit.is_tracing() or (not is_compiling() and is_shape_only(cov)):
             return whitening  # the statistics are constants of the graph
-        return torch.where((cov == of).all(), whitening, torch.nan)
+        single = torch.finfo(torch.float32)
+        same = (mark * mark.abs() - cov).abs() <= 8 * single.eps * cov.abs() + single.tiny
+        return torch.where(same.all(), whitening, torch.nan)
 
     def _write_buffers(self, whitening: Tensor, cov: Tensor) -> None:
-        """Copy S and its covariance to the buffers that graphs read, unless they are there."""
+        """Copy S, and the mark of its covariance, to the buffers that graphs read, unless they are there."""
         assert self.evaluation_whitening is not None
         if self._derived.is_written(whitening, self.evaluation_whitening):
             return
-        for name, value in zip(DERIVED, (whitening, cov), strict=True):
+        cov = cov.detach()
+        for name, value in zip(DERIVED, (whitening, cov.abs().sqrt().copysign(cov)), strict=True):
             buffer = self.get_buffer(name)
             if buffer.shape == value.shape and buffer.dtype == value.dtype and not buffer.is_inference():
                 if not torch.equal(buffer, value):

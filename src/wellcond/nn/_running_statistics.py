@@ -18,9 +18,10 @@ from ._migration import upgrade
 from ._range import require_squares
 
 Running = Literal["covariance", "whitening"]
-DERIVED = "evaluation_whitening", "evaluated_cov"
-"""The whitening matrix of evaluation and the running covariance that it is of. Computed from the others, so not saved;
-buffers nonetheless, since compiled and exported graphs read them."""
+DERIVED = "evaluation_whitening", "evaluation_mark"
+"""The whitening matrix of evaluation, and by which covariance to recognise: the square roots of its entries, with their
+signs. Roots, since after an average of all buffers the averages of two equal ones would be equal. Computed from the
+others, so not saved; buffers nonetheless, since compiled and exported graphs read them."""
 STATISTICS = "running_mean", "running_cov", "running_whitening", *DERIVED, "num_batches_tracked"
 FUSING = (
     *("fuse_conv_bn_eval", "fuse_linear_bn_eval", "fuse_conv_and_bn", "_fuse_conv_bn"),
@@ -44,7 +45,7 @@ class RunningStatistics(SelfDescribing, BatchNorm, SpectralModule):
     running_cov: Tensor | None
     running_whitening: Tensor | None
     evaluation_whitening: Tensor | None
-    evaluated_cov: Tensor | None
+    evaluation_mark: Tensor | None
     num_batches_tracked: Tensor | None
 
     def _statistics_changed(self) -> None:
@@ -67,6 +68,14 @@ class RunningStatistics(SelfDescribing, BatchNorm, SpectralModule):
                 # Last: torch.export counts buffers that are None, and would take its input for one of them. Persistent
                 # though nothing is saved: Accelerate takes the others for tensors.
                 self.register_buffer(name, None)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        for name in DERIVED:  # which an earlier version may not have had
+            if name not in self._buffers:
+                cov = self.running_cov
+                value = None if cov is None else torch.full_like(cov, torch.nan)
+                self.register_buffer(name, value, persistent=value is None)
 
     @torch.no_grad()
     def reset_running_stats(self) -> None:

@@ -73,12 +73,13 @@ def pre_spectral_layers(model: nn.Module, example_input: Any = None, *, of: str 
     return {bare_name(name): m for name, m in model.named_modules() if m in found}
 
 
-def layers_before(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, nn.Module]]:
+def layers_before(model: nn.Module, names: str | Iterable[str]) -> dict[str, dict[str, nn.Module]]:
     """Find the layers that feed each of several layers of any kind, as far as tracing shows them.
 
-    It is :func:`pre_spectral_layers` with ``of=`` for each name, but traces the model once for all of them. Where the
-    model cannot be traced (a LightningModule, control flow on data), the part of it that contains the layer is tried,
-    then the part of that, and so on, so that a layer before that part is not seen.
+    It is :func:`pre_spectral_layers` with ``of=`` for each name, but traces the model once for all layers that are a
+    module of PyTorch, spectral or without parts. Where the model cannot be traced (a LightningModule, control flow on
+    data), the part of it that contains the layer is tried, then the part of that, and so on, so that a layer before
+    that part is not seen.
 
     Args:
         model: any module; it is left unchanged.
@@ -91,7 +92,8 @@ def layers_before(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str,
         ValueError: a name that is not in the model (the message has the nearest one).
 
     Complexity: at most 64 symbolic traces of the model, and of each part that contains a layer for which the whole
-    was not enough. Source: as :func:`pre_spectral_layers`.
+    was not enough; as many again for each layer of another class that has parts. Source: as
+    :func:`pre_spectral_layers`.
 
     Example:
         >>> from torch import nn
@@ -99,23 +101,27 @@ def layers_before(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str,
         >>> {name: list(layers) for name, layers in layers_before(model, ["1", "3"]).items()}
         {'1': ['0'], '3': ['2']}
     """
+    names = [names] if isinstance(names, str) else list(names)
+    paths: dict[str, str] = {}
+    modules: dict[str, nn.Module] = {}
+    for name in names:
+        ((paths[name], modules[name]),) = layers_by_name(model, name).items()
     model = unwrapped(model)
-    modules = {name: next(iter(layers_by_name(model, name).values())) for name in names}
-    found: dict[str, dict[str, nn.Module]] = {name: {} for name in modules}
+    found: dict[str, dict[str, nn.Module]] = {name: {} for name in names}
     depth, still = 0, list(modules)
     while still:
         parts: dict[str, list[str]] = {}
         for name in still:
-            path = name.split(".")
+            path = paths[name].split(".")
             if depth < len(path):
                 parts.setdefault(".".join(path[:depth]), []).append(name)
         for place, inside in parts.items():
             part = model.get_submodule(place)
             before = layers_before_each(unwrapped(part), [modules[name] for name in inside])
-            paths = {m: bare_name(name) for name, m in part.named_modules()}
+            inner = {m: bare_name(name) for name, m in part.named_modules()}
             for name in inside:
-                layers = sorted(before.get(modules[name], ()), key=[*paths].index)
-                found[name] = {".".join(filter(None, (place, paths[m]))): m for m in layers}
+                layers = sorted(before.get(modules[name], ()), key=[*inner].index)
+                found[name] = {".".join(filter(None, (place, inner[m]))): m for m in layers}
         still = [name for inside in parts.values() for name in inside if not found[name]]
         depth += 1
     return found

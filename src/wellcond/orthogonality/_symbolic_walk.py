@@ -65,16 +65,24 @@ def layers_by_tracing(model: nn.Module, of: nn.Module | None = None) -> set[nn.M
 
 
 def layers_before_each(model: nn.Module, layers: Sequence[nn.Module]) -> dict[nn.Module, set[nn.Module]]:
-    """What :func:`layers_by_tracing` gives for each of these layers, if it does; the model is traced once for all that
-    hold no matrix, in which no search ends, and once more for each of the others."""
-    together = [layer for layer in layers if is_spectral(layer) or not any(map(matrix_names, layer.modules()))]
+    """What :func:`layers_by_tracing` gives for each of these layers, if it does.
+
+    The model is traced once for all layers into which no trace goes anyway, once for those without parts, and once for
+    each of the others, in which the search for another layer may end.
+    """
+    as_is = _Tracer([], ())
+    leaves = [layer for layer in layers if as_is.is_leaf_module(layer, "")]
+    simple = [layer for layer in layers if layer not in leaves and not any(True for _ in layer.children())]
     found: dict[nn.Module, set[nn.Module]] = {}
-    for ends in [together, *([layer] for layer in layers if layer not in together)]:
+    groups = [leaves, simple, *([layer] for layer in layers if layer not in leaves and layer not in simple)]
+    for group in filter(None, groups):
         try:
-            graphs = graphs_of(model, ends) if ends else []
+            graphs = graphs_of(model, () if group is leaves else group)
         except ValueError:
+            if group is simple and len(simple) > 1:  # one of them may spoil it for the others
+                groups += [[layer] for layer in simple]
             continue
-        for layer in ends:
+        for layer in group:
             with suppress(ValueError):
                 found[layer] = _before(model, graphs, layer)
     return found

@@ -40,7 +40,7 @@ def condition_rows(result: RunResult) -> list[dict[str, Any]]:
 
 
 def lack_rank(results: Iterable[RunResult]) -> bool:
-    """Whether P never had full rank at the first layer: its condition number is infinite in all of these runs."""
+    """Whether P of the first layer lacked full rank at most steps of every run: its median κ is infinite."""
     kappas = [result.conditions[0].kappa for result in results if result.conditions]
     return bool(kappas) and all(map(math.isinf, kappas))
 

@@ -102,13 +102,14 @@ def observed_layers(model: nn.Module) -> list[str]:
 
 
 def _say_where_olr_did_nothing(module: Classifier) -> None:
-    """It cannot act on a weight in front of a norm: η* is proportional to ⟨W, ∂l/∂W⟩, which is 0 for a loss that does
-    not depend on the length of W (Euler's theorem)."""
+    """As on a weight in front of a norm: η* is proportional to ⟨W, ∂l/∂W⟩, which is 0 for a loss that does not depend
+    on the length of W (Euler's theorem)."""
     olr = module.treatment.olr if module.treatment is not None else None
     idle = [name for name, counts in olr.counts().items() if not counts["shortened"]] if olr is not None else []
     if idle:
         log.warning(
-            "olr shortened no step of %s and so changed nothing; it has no effect where a norm follows the layer",
+            "olr shortened no step of %s and so changed nothing; its rate is 0 and not used where a norm follows, and "
+            "elsewhere was not below the learning rate",
             listed([f"'{name}'" for name in idle]),
         )
 
