@@ -299,8 +299,10 @@ def test_two_processes_average_their_gradients(digits, tmp_path):
 
 @pytest.mark.parametrize(("head", "acts"), [("gcp", False), ("avg", True)])
 def test_where_olr_cannot_act_it_is_said(head, acts, tmp_path, caplog):
-    """Before covariance pooling is batch norm, so that ⟨W, ∂l/∂W⟩ = 0; the first layer has none."""
-    options = {"norm": "zca" if acts else "batch", "head": head, "treat": "olr", "epochs": 2, "lr": 0.5}
+    """Before covariance pooling is batch norm, so that ⟨W, ∂l/∂W⟩ = 0; decorrelated batch norm with a large ε sees the
+    length of W."""
+    options = {"head": head, "treat": "olr", "epochs": 4, "lr": 0.5, "batch_size": 4, "monitor_every": 50}
+    options |= {"norm": "zca", "eps": 1.0} if acts else {"norm": "batch"}
     with caplog.at_level(logging.WARNING, logger="wellcond"):
         run(small(**options), tmp_path / "run")
     counts = checkpoint(tmp_path / "run")["treatment"]["olr"]["shortened"]

@@ -35,6 +35,9 @@ with needs_train_extra():
 
 log: logging.Logger = logging.getLogger("wellcond")
 
+ENOUGH_STEPS = 100
+"""To say that a treatment which did nothing so far does nothing."""
+
 
 def run(
     config: RunConfig,
@@ -158,7 +161,7 @@ def _train(
             raise NonFiniteLossError(f"{error}. {keep_last(monitor.records, folder)}") from error
         if trainer.interrupted:
             raise KeyboardInterrupt
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and trainer.global_step >= ENOUGH_STEPS:
         _say_where_olr_did_nothing(module)
     device = trainer.strategy.root_device
     test = evaluate(module.model, tests, device)
