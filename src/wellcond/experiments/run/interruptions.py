@@ -57,6 +57,8 @@ class Interruptions(pl.Callback, AbstractContextManager[Any]):
                 signal.signal(number, handler)
         if isinstance(interruption, Terminated) and self._before:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as its handler left it, before Lightning restored that
+            if hasattr(signal, "SIGCHLD"):  # PyTorch's handler raises wherever a worker of a loader is found dead
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if interruption is not None:
             raise type(interruption) from None
         if error is None or isinstance(error, Exception):
