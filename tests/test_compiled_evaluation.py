@@ -102,7 +102,7 @@ def test_a_module_that_was_pickled_without_the_mark(tmp_path):
         del net[1]._buffers["evaluation_mark"]
         net[1]._non_persistent_buffers_set.discard("evaluation_mark")
         torch.save(net, tmp_path / "net.pt")
-        loaded = torch.load(tmp_path / "net.pt", weights_only=False)
+        loaded = torch.load(tmp_path / "net.pt", weights_only=False)  # a module as a whole, pickled the line before
         assert set(loaded.state_dict()) == set(trained(**options).state_dict())
         if not options:
             assert compiled(loaded)(X).isnan().all()
