@@ -97,6 +97,7 @@ def as_on_an_accelerator(device: str) -> Iterator[None]:
         stack.enter_context(mock.patch("wellcond.nn._fused_passes.plain.is_shape_only", return_value=False))
         if device == "cpu":
             stack.enter_context(wl.value_checks(False))
+            stack.enter_context(mock.patch("wellcond._shared.products.SLOW_MAXIMUM_NORM", ()))
         yield
 
 

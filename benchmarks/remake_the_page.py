@@ -31,6 +31,7 @@ SECTIONS = {
     "how_do_peers_compare": "Other packages",
     "svd_gradients": "Published gradients of the SVD",
     "how_many_kernels": "How many kernels",
+    "are_small_inputs_slow": "Small inputs",
     "how_much_does_every_norm_cost": "Every norm decorrelated",
     "how_does_it_compile --time": "Compiled",
 }

@@ -372,7 +372,9 @@ def test_the_buffers_of_a_thread_serve_every_mode_shape_and_dtype():
     assert layout._scratch.slots
 
 
-@pytest.mark.parametrize("shape", [(7, 12, 1, 1), (9, 40, 3, 3), (5, 300, 4, 4), (700, 64, 4, 4)])
+@pytest.mark.parametrize(
+    "shape", [(7, 12, 1, 1), (9, 40, 3, 3), (5, 300, 4, 4), (700, 64, 4, 4), (37, 80, 7, 7), (220, 64, 7, 7)]
+)
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("ratio", [0.0, 50.0])
 def test_many_images_of_few_pixels_are_whitened_by_the_definition(shape, groups, ratio):
@@ -403,3 +405,23 @@ def test_pieces_may_be_read_through_another_slot():
     assert torch.allclose(sum_of_products(features, features), (centred @ centred.mT).sum(0))
     other = Samples(Y, geometry, zeros)
     assert torch.allclose(sum_of_products(other, features), (Y @ centred.mT).sum(0))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_copy_is_read_again_unless_another_has_taken_its_memory(joined):
+    X, Y = torch.randn(2, 5, 60, 20, dtype=torch.float64)
+    ones = torch.ones(1, 60, 1, dtype=torch.float64)
+    found = geometry_of(X, 1)
+    piece = found.pieces[0]._replace(joined=joined)
+    geometry = dataclasses.replace(found, small=False, at_once=False, pieces=(piece,))
+
+    def copy_of(x):
+        return (x - 1).transpose(0, 1).flatten(1)[None] if joined else x - 1
+
+    features, before = Samples(X, geometry, ones), copy_of(X)
+    assert torch.equal(features.read(piece), before)
+    X.mul_(2)  # seen by a new copy only
+    assert torch.equal(features.read(piece), before)
+    other = Samples(Y, geometry, ones)
+    assert torch.equal(other.read(piece), copy_of(Y))
+    assert torch.equal(features.read(piece), copy_of(X))

@@ -19,6 +19,9 @@ from .errors import NonFiniteMatrixError, NotSymmetricError
 from .events import place
 from .torch_internals import has_values, in_onnx_export, is_compiling, is_exporting, under_functorch
 
+# Up to this many numbers are read and compared in Python in less time than as tensors.
+FEW = 128
+
 _value_checks: ContextVar[bool | None] = ContextVar("value_checks", default=None)
 
 

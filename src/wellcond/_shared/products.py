@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# The devices on which the maximum norm takes ten times as long as two operations: there it is not vectorised.
+SLOW_MAXIMUM_NORM = ("cpu",)
+
 
 def product(A: Tensor, B: Tensor, *, out: Tensor | None = None) -> Tensor:
     """A @ B without the reshaping that ``matmul`` does even where it is not needed."""
@@ -31,6 +34,13 @@ def flat(A: Tensor) -> Tensor:
 def identity(P: Tensor) -> Tensor:
     """I (d, d) for matrices (..., d, d)."""
     return torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+
+
+def largest_absolute(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """max |x| over ``dim``, which is kept; NaN and infinity if there are any."""
+    if x.device.type in SLOW_MAXIMUM_NORM:
+        return x.abs().amax(dim, keepdim=True)
+    return torch.linalg.vector_norm(x, float("inf"), dim=dim, keepdim=True)
 
 
 def positive_or_one(size: Tensor) -> Tensor:

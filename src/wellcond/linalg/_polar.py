@@ -6,6 +6,7 @@ are 0 in directions in which A vanishes, so the factor of a zero matrix is zero.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from wellcond._shared.products import identity, plus_product, positive_or_one, p
 from wellcond._shared.torch_internals import along_many_directions
 
 from ._polar_by_products import polar_by_products
+from ._rank import apart
 from .derivatives import reciprocal_or_zero, reciprocal_or_zero_, sylvester
 from .lapack import thin_svd
 from .solvers import Minimax, largest_entry
@@ -85,17 +87,18 @@ class Polar(BatchedFunction):
 
     @staticmethod
     def forward(A: Tensor, cut: float, floor: Tensor | None, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        if checks_values(A):
-            require_finite(A, name)
         if A.numel() == 0:
             return (
                 A.clone(),
                 A.real.new_zeros(*A.shape[:-2], A.shape[-1]),
                 A.new_zeros(*A.shape[:-2], *A.shape[-1:] * 2),
             )
-        scale = positive_or_one(largest_entry(A))
+        largest = largest_entry(A)
+        if checks_values(A) and not math.isfinite(largest.sum().item()):
+            require_finite(A, name)
+        scale = positive_or_one(largest)
         U, sigma, Vh = thin_svd(A / scale)
-        if floor is None and _all_above(sigma, cut):  # the usual case, if values can be read
+        if floor is None and checks_values(sigma) and apart(sigma, -1, 0, cut):  # the usual case
             return product(U, Vh), sigma * scale.squeeze(-1), Vh.mH
         kept = sigma > cut * sigma[..., :1]
         sigma = sigma * scale.squeeze(-1)
@@ -118,16 +121,6 @@ class Polar(BatchedFunction):
     @staticmethod
     def jvp(ctx: Any, dA: Tensor, *_: Any) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _derivative(dA, *ctx.saved_tensors), None, None
-
-
-def _all_above(sigma: Tensor, cut: float) -> bool:
-    """Whether descending singular values can be read and all exceed ``cut`` times the largest."""
-    if not checks_values(sigma):
-        return False
-    if sigma.ndim == 1:
-        values = sigma.tolist()
-        return values[-1] > cut * values[0]
-    return bool((sigma[..., -1] > cut * sigma[..., 0]).all())
 
 
 def _derivative(E: Tensor, A: Tensor, W: Tensor, sigma: Tensor, V: Tensor) -> Tensor:

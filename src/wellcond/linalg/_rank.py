@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.autograd import BatchedFunction
-from wellcond._shared.checks import bad_indices, checks_values, hermitian
+from wellcond._shared.checks import FEW, bad_indices, checks_values, hermitian
 from wellcond._shared.errors import NotPositiveSemidefiniteError
 from wellcond._shared.events import place
 from wellcond._shared.names import require_known
@@ -95,11 +95,14 @@ def clear_of_zero(eigvals: Tensor) -> bool:
     if not checks_values(eigvals) or not eigvals.numel():
         return False
     d = eigvals.shape[-1]
-    cut = max(d, 4 + 2 * d**0.5) * torch.finfo(eigvals.dtype).eps
-    if eigvals.ndim == 1:
-        values = eigvals.tolist()
-        return values[0] > cut * values[-1]
-    return bool((eigvals[..., 0] > cut * eigvals[..., -1]).all())
+    return apart(eigvals, 0, -1, max(d, 4 + 2 * d**0.5) * torch.finfo(eigvals.dtype).eps)
+
+
+def apart(values: Tensor, small: int, large: int, cut: float) -> bool:
+    """Whether in each row of ``values``, which can be read, the entry ``small`` exceeds ``cut`` times ``large``."""
+    if values.numel() <= FEW:
+        return all(row[small] > cut * row[large] for row in values.reshape(-1, values.shape[-1]).tolist())
+    return bool((values[..., small] > cut * values[..., large]).all())
 
 
 def shifted_spectrum(eigvals: Tensor, eps: float, *, invertible: bool, rank: Rank = "ridge") -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from wellcond._shared.checks import checks_values, readable
+from wellcond._shared.checks import checks_values
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, working_dtype
 from wellcond._shared.torch_internals import is_exporting, run_in_python
-from wellcond.linalg import NewtonSchulz, Solver, WhiteningMethod, whitening_matrix
+from wellcond.linalg import NewtonSchulz, Solver, WhiteningMethod, recording, whitening_matrix
 from wellcond.linalg.solvers import choose_solver
 
 from ._base import Observation, SpectralModule, require_input, symbolic_call
@@ -169,9 +169,9 @@ class _DecorrelatedBatchNorm(EvaluationMap):
 
     def _fused(self, x: Tensor, count: int) -> Tensor | None:
         """The usual case as a single autograd function; None if the values need the general one (near the ends of the
-        range of the dtype)."""
+        range of the dtype). Nothing is traced or transformed here, see ``needs_plain_operations``."""
         with torch.no_grad():
-            moments = measure(x, geometry_of(x, self.groups), reading=readable(x))
+            moments = measure(x, geometry_of(x, self.groups), reading=checks_values(x))
             mean, cov, numbers = moments.mean, moments.cov, moments.numbers
             constants = grows = True
             if numbers is not None:
@@ -185,7 +185,7 @@ class _DecorrelatedBatchNorm(EvaluationMap):
                 cov.mul_(kept)
             solver = choose_solver(self.solver, cov)
             way = inverse_root(solver, self.eps, grows=grows, reading=numbers is not None)
-            with self._recording(self.solver):
+            with recording(self.solver_events, self.describe):
                 root, saved = way.forward(cov)
             if self.training and self.track_running_stats:
                 self._track(mean, cov, root, count)

@@ -122,11 +122,13 @@ class RunningStatistics(SelfDescribing, BatchNorm, SpectralModule):
             if not self.training:
                 self._statistics_changed()
 
-    @torch.no_grad()
     def _track(
         self, mean: Tensor, cov: Tensor, whitening: Tensor, count: int | Tensor, unit: Tensor | None = None
     ) -> None:
-        """Move the running statistics towards those of a batch of ``count`` samples that was multiplied by ``unit``."""
+        """Move the running statistics towards those of a batch of ``count`` samples that was multiplied by ``unit``.
+
+        Tensors are detached.
+        """
         if unit is not None:
             mean, cov, whitening = mean / unit, cov / unit / unit, whitening * unit
             require_squares(mean, cov, self.describe)

@@ -50,13 +50,13 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
 
 def chunk_count(P: Tensor) -> int:
     """The number of chunks for a batch: 1 off the CPU, for very large matrices and for little work."""
-    if P.ndim < 3 or P.device.type != "cpu" or is_compiling():
+    if P.ndim < 3 or is_compiling() or P.numel() < 2 * SMALLEST_CHUNK or P.device.type != "cpu":
         return 1
     rows, columns = P.shape[-2:]
     if max(rows, columns) > LARGEST_MATRIX:
         return 1
     count, entries = P.shape[:-2].numel(), P.numel()
-    if count < 2 or entries < 2 * SMALLEST_CHUNK or (team := threads()) < 2:
+    if count < 2 or (team := threads()) < 2:
         return 1
     if entries < 2 * SMALLEST_CHUNK + WAKING * (team - 2):
         return 1

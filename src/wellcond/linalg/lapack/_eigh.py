@@ -18,7 +18,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from wellcond._shared.checks import checks_values, refuse_in_onnx
+from wellcond._shared.checks import FEW, checks_values, refuse_in_onnx
 from wellcond._shared.errors import DecompositionError
 from wellcond._shared.events import count_call
 from wellcond._shared.precision import widened
@@ -26,9 +26,6 @@ from wellcond._shared.torch_internals import outside_the_compiler
 
 from ._batches import in_threads
 from ._chain import Chain, Index, one_by_one
-
-# Up to this many eigenvalues of a single matrix are summed in Python.
-FEW = 128
 
 EigenPair = tuple[Tensor, Tensor]
 
@@ -68,8 +65,7 @@ def eigh(P: Tensor) -> EigenPair:
 
 
 def _total(eigvals: Tensor) -> float:
-    # A short list is read in less time than its sum takes on tensors.
-    return sum(eigvals.tolist()) if eigvals.ndim == 1 and len(eigvals) <= FEW else eigvals.sum().item()
+    return sum(eigvals.reshape(-1).tolist()) if eigvals.numel() <= FEW else eigvals.sum().item()
 
 
 def _rescue(P: Tensor, index: Index) -> EigenPair:

@@ -9,7 +9,7 @@ from torch import Tensor
 from wellcond._shared.names import require_known
 from wellcond._shared.torch_internals import is_compiling
 
-from ._auto import auto_solver, in_reach_of_products
+from ._auto import auto_solver, best_solver, in_reach_of_products
 from ._minimax_polynomials import Coefficients, completed_square
 from ._residuals import largest_entry, relative_residual
 from ._solved import Solved, Traced
@@ -56,12 +56,12 @@ def choose_solver(solver: str | Solver, P: Tensor | None = None) -> Solver:
         ValueError: an unknown name or variant (the message suggests the nearest).
         TypeError: neither a name nor a solver.
     """
-    if isinstance(solver, Solver):
-        return solver
     if not isinstance(solver, str):
-        raise TypeError(f"solver must be a name or a Solver object, got {type(solver).__name__}")
+        if not isinstance(solver, Solver):
+            raise TypeError(f"solver must be a name or a Solver object, got {type(solver).__name__}")
+        return solver
     if solver == "auto":
-        return Eigh() if P is None else auto_solver(P)
+        return Eigh() if P is None else best_solver(P)
     name, colon, variant = solver.partition(":")
     require_known(name, ["auto", *SOLVERS], "solver")
     if colon:

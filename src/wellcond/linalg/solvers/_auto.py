@@ -63,6 +63,11 @@ def auto_solver(P: Tensor) -> Solver:
         Eigh()
     """
     require_matrix(P, "P", square=True)
+    return best_solver(P)
+
+
+def best_solver(P: Tensor) -> Solver:
+    """:func:`auto_solver` of a square matrix."""
     if in_onnx_export():
         return _IN_ONNX
     if P.device.type != "cuda" or working_dtype(P.dtype) != torch.float32 or not _exact_float32_products():

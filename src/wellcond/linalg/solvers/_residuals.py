@@ -11,7 +11,7 @@ from wellcond._shared.checks import bad_indices, checks_values
 from wellcond._shared.errors import ApproximateRootWarning, NotPositiveSemidefiniteError
 from wellcond._shared.events import place
 from wellcond._shared.precision import widened
-from wellcond._shared.products import identity, plus_product, positive_or_one, product
+from wellcond._shared.products import identity, largest_absolute, plus_product, positive_or_one, product
 from wellcond._shared.torch_internals import is_compiling
 
 from .._rank import matrix_tolerance
@@ -38,7 +38,7 @@ def frobenius_norm(P: Tensor) -> Tensor:
 
 def largest_entry(P: Tensor) -> Tensor:
     """max |Pij| as (..., 1, 1)."""
-    return torch.linalg.vector_norm(P, float("inf"), dim=(-2, -1), keepdim=True)
+    return largest_absolute(P, (-2, -1))
 
 
 def relative_residual(P: Tensor, root: Tensor, which: Root, eps: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from wellcond._shared.checks import readable
 from wellcond._shared.names import require_known
 from wellcond._shared.precision import full_precision, widened, working_dtype
-from wellcond._shared.products import positive_or_one
+from wellcond._shared.products import largest_absolute, positive_or_one
 from wellcond._shared.torch_internals import in_breakable_graph, in_onnx_export, run_in_python
 
 from .._covariance import centred_factor, require_features
@@ -90,8 +90,7 @@ def whiten(
         scale: Tensor | float = 1.0
         if relative or eps == 0.0:
             # The result does not depend on the scale of the features: choose one that keeps P in range.
-            largest = torch.linalg.vector_norm(A.detach(), float("inf"), dim=(-2, -1), keepdim=True)
-            scale = positive_or_one(largest)
+            scale = positive_or_one(largest_absolute(A.detach(), (-2, -1)))
             if relative and eps:
                 size = (A / scale).abs().square().sum((-2, -1), keepdim=True) / A.shape[-2]
                 scale = scale * positive_or_one(size).sqrt()
@@ -141,7 +140,7 @@ def _without_constants(X: Tensor, A: Tensor, root_n: float) -> Tensor:
     # A cheaper test that includes this difference, which is at most some ten times the rounding.
     if reads and not (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) <= 16 * rounding).any():
         return A
-    unit = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True)  # squares of tiny ones would vanish
+    unit = largest_absolute(rows, -1)  # squares of tiny ones would vanish
     deviation = (rows / unit).std(-1, correction=0, keepdim=True) * unit * root_n  # NaN for rows of zeros, which stay
     return A.masked_fill(deviation < rounding, 0.0)
 

@@ -24,7 +24,7 @@ HARMLESS_RATIO = 4.0
 # The same for samples centred by a rounded mean.
 HARMLESS_RATIO_CENTRED = 1e4
 # Number of samples for a first estimate of it; the covariance shows afterwards whether that was right.
-SAMPLED = 1024
+SAMPLED = 256
 
 
 class Numbers(NamedTuple):
@@ -62,16 +62,16 @@ def measure(x: Tensor, geometry: Geometry, *, reading: bool) -> Moments:
         return _centred_elsewhere(x, geometry, reading=reading)
     samples = Samples(x, geometry)
     mean = samples.mean()
-    if geometry.small:
-        found = _about(mean, None, x, geometry, reading=reading)
-        if not _cancels(found, HARMLESS_RATIO_CENTRED):
-            return found
-    elif not _cancels_at_first(mean, samples.blocks):
+    copied = geometry.small or geometry.pieces[0].joined  # where a copy is cheap, or made anyway
+    if not (copied or _cancels_at_first(mean, samples.blocks)):
         cov = sum_of_products(samples, samples)
         cov.baddbmm_(mean, mean.mT, beta=1 / geometry.count, alpha=-1)
         found = Moments(mean, cov, mean, _numbers(mean, cov) if reading else None, samples)
         if not _cancels(found, HARMLESS_RATIO):
             return found
+    found = _about(mean, None, x, geometry, reading=reading)
+    if not _cancels(found, HARMLESS_RATIO_CENTRED):
+        return found
     # The sum of many values of one sign is rounded; that of the differences hardly is.
     return _about(mean + Samples(x, geometry, mean).mean(), None, x, geometry, reading=reading)
 
@@ -99,7 +99,7 @@ def _about(origin: Tensor, away: Tensor | None, x: Tensor, geometry: Geometry, *
 def _numbers(mean: Tensor, cov: Tensor) -> Numbers:
     # A list and its extrema in Python are faster than two reductions that are read.
     variances = list(chain.from_iterable(cov.diagonal(dim1=-2, dim2=-1).tolist()))
-    means = mean.flatten().tolist()
+    means = mean.view(-1).tolist()
     if not isfinite(sum(variances)):  # min and max may miss a NaN
         return Numbers(nan, nan, nan)
     return Numbers(min(variances), max(variances), max(max(means), -min(means)))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wellcond._shared.precision import working_dtype
 
-from .layout import LARGEST_KEPT, block_sizes, channels_last
+from .layout import LARGEST_KEPT, as_blocks, block_sizes, channels_last
 
 # Entries of one piece: 1 MB in float32.
 CACHED_ENTRIES = 1 << 18
@@ -29,6 +29,9 @@ PIECES_ELSEWHERE = 8
 ENTRIES_ELSEWHERE = 1 << 24
 # Number of entries up to which the overhead of an operation on the CPU exceeds its memory traffic.
 SMALL = 1 << 15
+# On the CPU, products of images of fewer pixels, one by one, take up to a fifth longer than a copy of them side by side
+# and one product, if the matrices are larger than that.
+FEW_PIXELS = 64
 
 
 class Piece(NamedTuple):
@@ -44,7 +47,8 @@ class Piece(NamedTuple):
 
     def of(self, blocks: Tensor) -> Tensor:
         """A view of the slice of what ``as_blocks`` gives: (k, G, d, n), or (G, d, k, n) for joining to (G, d, k·n)."""
-        piece = blocks.narrow(self.axis, self.start, self.length)
+        whole = self.length == blocks.shape[self.axis]
+        piece = blocks if whole else blocks.narrow(self.axis, self.start, self.length)
         return piece.permute(1, 2, 0, 3) if self.joined else piece
 
 
@@ -72,14 +76,18 @@ class Geometry:
     at_once: bool
     small: bool
 
+    def blocks(self, x: Tensor) -> Tensor:
+        """``as_blocks`` of activations of this geometry."""
+        return as_blocks(x, self.sizes[1], True) if self.last else x.reshape(self.sizes)
+
 
 def geometry_of(x: Tensor, groups: int) -> Geometry:
     """The geometry of activations (N, C, *spatial)."""
-    return _geometry(tuple(x.shape), groups, channels_last(x), working_dtype(x.dtype), x.device.type == "cpu")
+    return _geometry(x.shape, groups, channels_last(x), working_dtype(x.dtype), x.device.type == "cpu")
 
 
 @lru_cache(1024)
-def _geometry(shape: tuple[int, ...], groups: int, last: bool, dtype: torch.dtype, on_cpu: bool) -> Geometry:
+def _geometry(shape: torch.Size, groups: int, last: bool, dtype: torch.dtype, on_cpu: bool) -> Geometry:
     sizes = K, _, _, n = block_sizes(shape, groups, last)
     pieces = cut(*sizes, on_cpu)
     at_once = len(pieces) == 1 and not last and not pieces[0].joined
@@ -92,7 +100,7 @@ def cut(K: int, G: int, d: int, n: int, on_cpu: bool) -> tuple[Piece, ...]:
     if not numel:
         return ()
     axis, total = (0, K) if K > 1 else (3, n)
-    joined = K > 1 and 4 * n <= d
+    joined = K > 1 and (n < min(d, FEW_PIXELS) if on_cpu else 4 * n <= d)
     limit = JOINED_ENTRIES if joined else CACHED_ENTRIES
     if not on_cpu:
         limit = max(ENTRIES_ELSEWHERE, numel // PIECES_ELSEWHERE)

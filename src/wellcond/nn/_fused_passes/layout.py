@@ -21,7 +21,7 @@ def channels_last(x: Tensor) -> bool:
     return x.dim() == 2 or (not x.is_contiguous() and x.movedim(1, -1).is_contiguous())
 
 
-def block_sizes(shape: tuple[int, ...], groups: int, last: bool) -> tuple[int, int, int, int]:
+def block_sizes(shape: torch.Size, groups: int, last: bool) -> tuple[int, int, int, int]:
     """(K, G, d, n) of the blocks of (N, C, *spatial)."""
     N, C, *spatial = shape
     n = math.prod(spatial)
@@ -57,10 +57,15 @@ class _ScratchBuffers(threading.local):
     """The buffers of one thread by slot and dtype, each as large as the largest request so far.
 
     Fresh memory costs a page fault for each 4 KB, which takes longer than the copy into it.
+
+    Attributes:
+        slots: the memory.
+        views: what of it was handed out last.
     """
 
     def __init__(self) -> None:
         self.slots: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.views: dict[tuple[int, torch.dtype], Tensor] = {}
 
 
 _scratch = _ScratchBuffers()
@@ -73,11 +78,21 @@ def scratch_buffer(part: Tensor, dtype: torch.dtype, slot: int, *, contiguous: b
     be handed to a caller or saved for the backward pass.
     """
     layout = torch.contiguous_format if contiguous else torch.preserve_format
-    if type(part) is not Tensor or part.device.type != "cpu" or part.numel() > LARGEST_KEPT:
+    numel = part.numel()
+    if type(part) is not Tensor or part.device.type != "cpu" or numel > LARGEST_KEPT:
         return torch.empty_like(part, dtype=dtype, memory_format=layout)
     kept = _scratch.slots.get((slot, dtype))
-    if kept is None or kept.numel() < part.numel():
+    if kept is None or kept.numel() < numel:
         with torch.inference_mode(False):  # a tensor made in inference mode cannot be written to outside of it
-            kept = _scratch.slots[slot, dtype] = torch.empty(part.numel(), dtype=dtype, device=part.device)
-    strides = torch.empty_like(part, memory_format=layout, device="meta").stride()
-    return kept.as_strided(part.shape, strides)
+            kept = _scratch.slots[slot, dtype] = torch.empty(numel, dtype=dtype, device=part.device)
+    if contiguous or part.is_contiguous():
+        view = kept[:numel].view(part.shape)
+    else:
+        view = kept.as_strided(part.shape, torch.empty_like(part, memory_format=layout, device="meta").stride())
+    _scratch.views[slot, dtype] = view
+    return view
+
+
+def is_intact(buffer: Tensor, slot: int) -> bool:
+    """Whether a scratch buffer still holds what was written to it: no later one of its slot has the memory."""
+    return buffer.device.type != "cpu" or _scratch.views.get((slot, buffer.dtype)) is buffer

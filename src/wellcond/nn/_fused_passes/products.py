@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .layout import as_blocks, new_like, scratch_buffer
+from .layout import new_like, scratch_buffer
 from .samples import Samples
 
 # On the CPU, from this matrix size on, only one of the two off-diagonal quarters of a symmetric product is computed.
@@ -23,12 +23,13 @@ def affine(start: Tensor | None, *terms: Term, scale: float = 1.0) -> Tensor:
     # Activations of one geometry are all read alike, or the first of them as they are and the others are small copies.
     out = new_like(samples.x, samples.geometry.last)
     if samples.whole is None or terms[-1][1].whole is None or samples.x.dtype != samples.geometry.dtype:
-        _write(as_blocks(out, G, samples.geometry.last), start, terms, scale)
+        _write(samples.geometry.blocks(out), start, terms, scale)
         return out
     # Written through a view: of what an autograd function returns, a view refuses the in-place operation behind it.
     total = out.view(samples.whole.shape)
     for index, (A, B) in enumerate(terms):
-        A = A.expand(K, -1, -1) if G == 1 else _per_image(A, samples.geometry)
+        if K > 1:
+            A = A.expand(K, -1, -1) if G == 1 else _per_image(A, samples.geometry)
         if index:
             total.baddbmm_(A, B.whole, alpha=scale)  # pyright: ignore[reportArgumentType]
         elif start is not None:

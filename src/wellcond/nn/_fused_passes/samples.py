@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry, Piece
-from .layout import as_blocks, scratch_buffer
+from .layout import is_intact, scratch_buffer
 
 
 class Samples:
@@ -19,38 +19,40 @@ class Samples:
 
     def __init__(self, x: Tensor, geometry: Geometry, origin: Tensor | None = None) -> None:
         self.x, self.geometry, self.origin = x, geometry, origin
-        self._as_it_is = origin is None and x.dtype == geometry.dtype
+        as_it_is = self._as_it_is = origin is None and x.dtype == geometry.dtype
         self.whole: Tensor | None = None
-        if geometry.at_once and (self._as_it_is or geometry.small):
+        if geometry.at_once and (as_it_is or geometry.small):
             K, G, d, n = geometry.sizes
-            if origin is None:
+            if as_it_is:
+                self.whole = x.reshape(K * G, d, n)
+            elif origin is None:
                 self.whole = x.reshape(K * G, d, n).to(geometry.dtype)
             elif G == 1:
                 self.whole = x.reshape(K, d, n) - origin
             else:
                 self.whole = (x.reshape(K, G, d, n) - origin).reshape(K * G, d, n)
         self._blocks: Tensor | None = None
-        # Off the CPU copies are not overwritten, so the last one can be read again.
-        self._last: tuple[Piece, Tensor] | None = None
+        # The last copy: of which piece, and in which slot. It is read again unless it was overwritten.
+        self._last: tuple[Piece, Tensor, int] | None = None
 
     @property
     def blocks(self) -> Tensor:
         """(K, G, d, n), as they are."""
         if self._blocks is None:
-            self._blocks = as_blocks(self.x, self.geometry.sizes[1], self.geometry.last)
+            self._blocks = self.geometry.blocks(self.x)
         return self._blocks
 
     def read(self, piece: Piece, slot: int = 0) -> Tensor:
         """The piece itself where nothing is to be done to it, else a copy in the scratch buffer of this slot.
 
-        On the CPU the next reading with the same slot overwrites the copy.
+        On the CPU the next reading of another piece with the same slot overwrites the copy.
         """
         if self.whole is not None:
             return self.whole
         if self._as_it_is and not piece.joined:
             return piece.of(self.blocks).flatten(0, 1)
-        if self._last is not None and self._last[0] == piece:
-            return self._last[1]
+        if self._last is not None and self._last[0] is piece and is_intact(*self._last[1:]):
+            return _flat(piece, self._last[1])
         part = piece.of(self.blocks)
         buffer = scratch_buffer(part, self.geometry.dtype, slot, contiguous=piece.joined)
         if self.origin is None:
@@ -61,19 +63,28 @@ class Samples:
                 torch.sub(part, origin, out=buffer)
             else:
                 buffer.copy_(part).sub_(origin)
-        copy = buffer.flatten(2) if piece.joined else buffer.flatten(0, 1)
-        if not self.geometry.on_cpu:
-            self._last = piece, copy
-        return copy
+        self._last = piece, buffer, slot
+        return _flat(piece, buffer)
 
     def sum(self) -> Tensor:
         """Σ over samples, (G, d, 1), in the working dtype."""
+        # A single joined piece is copied once, and read again for the products.
+        joined = self.geometry.on_cpu and len(self.geometry.pieces) == 1 and self.geometry.pieces[0].joined
+        return self._sum(as_they_lie=not joined)
+
+    def mean(self) -> Tensor:
+        """The mean over samples, (G, d, 1), of which there is one at least; they are not read again without origin."""
+        if self.whole is not None and self.geometry.small and self.geometry.sizes[1] == 1:
+            return self.whole.mean((0, 2), keepdim=True)
+        return self._sum(as_they_lie=True).div_(self.geometry.count)
+
+    def _sum(self, *, as_they_lie: bool) -> Tensor:
         on_cpu, dtype, (_, G, d, _) = self.geometry.on_cpu, self.geometry.dtype, self.geometry.sizes
         if self.whole is not None and self.geometry.small:
             if G == 1:
-                return self.whole.sum((0, 2)).view(1, d, 1)
+                return self.whole.sum((0, 2), keepdim=True)
             return self.whole.view(self.geometry.sizes).sum((0, 3)).unsqueeze(-1)
-        if self.origin is None and (self._as_it_is or not on_cpu):
+        if as_they_lie and self.origin is None and (self._as_it_is or not on_cpu):
             # On large maps twice as fast in this order as over both at once.
             if on_cpu and not self.geometry.small:
                 return self.blocks.sum(3).sum(0).unsqueeze(-1)
@@ -85,8 +96,7 @@ class Samples:
             total = part if total is None else total.add_(part)
         return (self.x.new_zeros(G, d, dtype=dtype) if total is None else total).unsqueeze(-1)
 
-    def mean(self) -> Tensor:
-        """The mean over samples, (G, d, 1), of which there is one at least."""
-        if self.whole is not None and self.geometry.small and self.geometry.sizes[1] == 1:
-            return self.whole.mean((0, 2), keepdim=True)
-        return self.sum().div_(self.geometry.count)
+
+def _flat(piece: Piece, part: Tensor) -> Tensor:
+    """(k·G, d, n), or (G, d, k·n) if joined, of what ``piece.of`` gives."""
+    return part.flatten(2) if piece.joined else part.flatten(0, 1)
