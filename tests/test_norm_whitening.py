@@ -404,7 +404,9 @@ def test_pieces_may_be_read_through_another_slot():
     centred = X - 1
     assert torch.allclose(sum_of_products(features, features), (centred @ centred.mT).sum(0))
     other = Samples(Y, geometry, zeros)
-    assert torch.allclose(sum_of_products(other, features), (Y @ centred.mT).sum(0))
+    for _ in range(2):  # each of them is read through both slots, one after the other
+        assert torch.allclose(sum_of_products(other, features), (Y @ centred.mT).sum(0))
+        assert torch.allclose(sum_of_products(features, other), (centred @ Y.mT).sum(0))
 
 
 @pytest.mark.parametrize("joined", [False, True])

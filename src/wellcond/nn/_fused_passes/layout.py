@@ -94,5 +94,5 @@ def scratch_buffer(part: Tensor, dtype: torch.dtype, slot: int, *, contiguous: b
 
 
 def is_intact(buffer: Tensor, slot: int) -> bool:
-    """Whether a scratch buffer still holds what was written to it: no later one of its slot has the memory."""
+    """Whether what ``scratch_buffer`` gave is kept, and no later one of its slot has the memory."""
     return buffer.device.type != "cpu" or _scratch.views.get((slot, buffer.dtype)) is buffer

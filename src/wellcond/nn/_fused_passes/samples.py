@@ -32,7 +32,8 @@ class Samples:
             else:
                 self.whole = (x.reshape(K, G, d, n) - origin).reshape(K * G, d, n)
         self._blocks: Tensor | None = None
-        # The last copy: of which piece, and in which slot. It is read again unless it was overwritten.
+        # The last copy: of which piece, and in which slot. It is read again unless it was overwritten; not through
+        # another slot, where the next reading would overwrite it while it is in use.
         self._last: tuple[Piece, Tensor, int] | None = None
 
     @property
@@ -51,8 +52,11 @@ class Samples:
             return self.whole
         if self._as_it_is and not piece.joined:
             return piece.of(self.blocks).flatten(0, 1)
-        if self._last is not None and self._last[0] is piece and is_intact(*self._last[1:]):
-            return _flat(piece, self._last[1])
+        slot = slot if self.geometry.on_cpu else 0  # there is no scratch buffer elsewhere
+        if self._last is not None:
+            last, copy, where = self._last
+            if last is piece and where == slot and is_intact(copy, slot):
+                return _flat(piece, copy)
         part = piece.of(self.blocks)
         buffer = scratch_buffer(part, self.geometry.dtype, slot, contiguous=piece.joined)
         if self.origin is None:
@@ -63,7 +67,7 @@ class Samples:
                 torch.sub(part, origin, out=buffer)
             else:
                 buffer.copy_(part).sub_(origin)
-        self._last = piece, buffer, slot
+        self._last = (piece, buffer, slot) if is_intact(buffer, slot) else None
         return _flat(piece, buffer)
 
     def sum(self) -> Tensor:
