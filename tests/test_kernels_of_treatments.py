@@ -28,7 +28,7 @@ def kernels():
 
 
 # The spectral norm multiplies log2(d/(e·eps)) = 27 times: any decomposition of an accelerator asks the host.
-BOUNDS = {"nog": (15, 24), "olr": (18, 18), "sn": (56, 16), "ow": (50, 50), "nog+ow+olr": (90, 100), "ol": (24, 24)}
+BOUNDS = {"nog": (15, 24), "olr": (18, 18), "sn": (51, 16), "ow": (50, 50), "nog+ow+olr": (90, 100), "ol": (24, 24)}
 
 
 @pytest.mark.parametrize("treatments", BOUNDS)

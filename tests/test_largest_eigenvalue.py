@@ -3,6 +3,8 @@ nobody."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -105,15 +107,25 @@ def test_a_repeated_eigenvalue_shares_its_derivative():
 
 
 def test_the_truncated_power_is_within_its_bound():
-    """Of d eigenvalues the worst case is one at 1 and all others at m/(m + 1): the bound is d/(e·m)."""
-    for d, k in ((4, 3), (50, 6), (200, 10)):
-        m = 2**k
-        t = m / (m + 1)
-        mean = (1 + (d - 1) * t ** (m + 1)) / (1 + (d - 1) * t**m)
-        assert 0 < 1 - mean < d / (2.718 * m)
+    """Of d eigenvalues the worst case is one at 1 and all others at the same distance t, which is tried on a grid."""
+    t = torch.linspace(0.0, 30.0, 300_001, dtype=torch.float64)  # in units of 1/m
     for dtype in (torch.float32, torch.float64):
-        for d in (1, 27, 512):
-            assert d / (2.718 * 2 ** squarings(d, dtype)) <= 1.001 * eps_of(dtype)
+        for d in (1, 2, 3, 27, 64, 512, 5000):
+            weight = (d - 1) * torch.exp(-t)
+            worst = (t * weight / (1 + weight)).max().item()
+            assert worst / 2 ** squarings(d, dtype) <= eps_of(dtype)
+            if d > 1:  # one squaring fewer would not do
+                assert worst / 2 ** (squarings(d, dtype) - 1) > eps_of(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("d", [2, 40])
+def test_the_spectrum_that_is_hardest_to_resolve(d, dtype):
+    m = 2.0 ** squarings(d, dtype)
+    distance = (1 + math.log1p((d - 1) / math.e)) / m
+    P = torch.eye(d, dtype=dtype) * (1 - distance)
+    P[0, 0] = 1.0
+    assert abs(by_products(P).item() - 1) <= 4 * eps_of(dtype)
 
 
 @pytest.mark.parametrize("options", [{}, {"of": "operator", "input_size": 6}], ids=["weight", "operator"])

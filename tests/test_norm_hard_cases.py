@@ -167,6 +167,20 @@ def test_constant_features_become_the_bias_with_a_bounded_gradient(value, method
     assert torch.func.vmap(plain)(x.detach().unsqueeze(0)).abs().max() <= bound
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (20, 40, 5, 5), (16, 4, 64, 64)])
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, 1e30), (torch.float32, -1e33), (torch.float64, 1e160)])
+def test_a_constant_channel_whose_rounding_has_no_square(shape, dtype, value, method):
+    """(eps·value)² is beyond the dtype: a mean that is off by its rounding must not make an infinite variance of it."""
+    layer = DecorrelatedBatchNorm2d(shape[1], method=method, dtype=dtype)
+    x = torch.randn(shape, dtype=dtype)
+    alone = x.clone()
+    x[:, 1], alone[:, 1] = value, 0.0
+    y, expected = layer(x), copy.deepcopy(layer)(alone)
+    # The order of summation differs, and the roots have κ of this covariance, below 100.
+    assert (y - expected).abs().max() < 1e4 * eps_of(dtype)
+
+
 def test_a_constant_channel_is_no_unit_for_the_others():
     """One channel at 7.7 beside three of a deviation of 1e-5: the rounding of 7.7 is as large as they are."""
     x = 1e-5 * images_with([1.0, 0.5, 0.2, 0.1], (8, 4, 6, 6), torch.float32)

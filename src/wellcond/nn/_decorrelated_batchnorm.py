@@ -178,7 +178,8 @@ class _DecorrelatedBatchNorm(EvaluationMap):
                 limit, rounding = torch.finfo(cov.dtype).max ** 0.5, torch.finfo(cov.dtype).eps
                 if not numbers.highest < limit or (not numbers.lowest > 1 / limit and leaves_range(cov)):
                     return None
-                constants = numbers.lowest <= (rounding * numbers.mean) ** 2
+                smallest = rounding * numbers.mean
+                constants = numbers.lowest <= smallest * smallest  # a power would raise an error if it overflows
                 grows = rounding * cov.shape[-1] * numbers.highest > self.eps
             kept = varying(cov, mean) if constants else None
             if kept is not None:

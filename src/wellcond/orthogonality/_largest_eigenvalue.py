@@ -3,8 +3,9 @@
 Eigensolvers on an accelerator report their convergence to the host. Repeated squaring with scaling turns P into
 P^m / tr P^m with m = 2^k. It has the weights λ_i^m / Σ λ_j^m on the eigenvectors, and tends to the projector on those
 of the largest eigenvalue divided by their number. The mean of the eigenvalues with these weights is below the largest
-by at most d/(e·m) of it (the maximum of t^m (1 − t) is below 1/(e·m), and there are d − 1 such terms), and the weights
-are its derivative.
+by at most u/m of it, where u exp(u) = (d − 1)/e, and the weights are its derivative. (For eigenvalues 1 − tᵢ below the
+largest, 1, the weights are at most exp(−m tᵢ), and tᵢ − c times that is largest at tᵢ = c + 1/m. So the mean of all tᵢ
+is below c if (d − 1) exp(−m c − 1)/m ≤ c, which holds for m c = u.)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from wellcond._shared.checks import readable
 from wellcond._shared.errors import NonFiniteMatrixError
+from wellcond._shared.products import plus_product, product
 from wellcond._shared.torch_internals import is_compiling
 from wellcond.linalg.lapack import solve
 
@@ -133,20 +135,27 @@ def _move_of_projector(P: Tensor, value: Tensor, M: Tensor, direction: Tensor) -
 
 
 def squarings(d: int, dtype: torch.dtype) -> int:
-    """k such that d/(e·2^k) is below the rounding of the dtype."""
-    return max(1, math.ceil(math.log2(d / (math.e * torch.finfo(dtype).eps))))
+    """k such that u/2^k is below the rounding of the dtype, see the docstring of the module."""
+    target = (d - 1) / math.e
+    u = math.log1p(target)  # an upper bound, from which Newton's method goes down
+    for _ in range(6):
+        u -= (u - target * math.exp(-u)) / (1 + u)
+    eps = torch.finfo(dtype).eps
+    return max(1, math.ceil(math.log2(max(u, eps) / eps)))
 
 
 def dominant(P: Tensor, precision: torch.dtype | None = None) -> Tensor:
     """P^m/tr P^m for the m = 2^k that ``precision`` (by default that of P) needs; some matrix of trace 1 for P = 0."""
     d, tiny = P.shape[-1], torch.finfo(P.dtype).tiny
     M = P + tiny  # negligible beside any nonzero P
-    # With trace 1 the largest eigenvalue is at least 1/d, which bounds the number of squarings without underflow.
-    within = max(1, int(math.log2(-0.8 * math.log(tiny) / math.log(max(d, 2)))))
+    # With trace √d the largest eigenvalue is between 1/√d and √d, which bounds the number of squarings within range.
+    within = max(1, int(math.log2(-1.6 * math.log(tiny) / math.log(max(d, 2)))))
     for step in range(squarings(d, precision or P.dtype)):
         if step % within == 0:
             M = M / _trace(M)
-        M = M @ M
+            M = plus_product(M, M, M, beta=0.0, alpha=float(d))  # the square of √d M
+        else:
+            M = product(M, M)
     return M / _trace(M)
 
 

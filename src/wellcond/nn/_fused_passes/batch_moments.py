@@ -8,8 +8,7 @@ LeVeque, The American Statistician, 1983).
 
 from __future__ import annotations
 
-from itertools import chain
-from math import isfinite, nan
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -97,12 +96,9 @@ def _about(origin: Tensor, away: Tensor | None, x: Tensor, geometry: Geometry, *
 
 
 def _numbers(mean: Tensor, cov: Tensor) -> Numbers:
-    # A list and its extrema in Python are faster than two reductions that are read.
-    variances = list(chain.from_iterable(cov.diagonal(dim1=-2, dim2=-1).tolist()))
-    means = mean.view(-1).tolist()
-    if not isfinite(sum(variances)):  # min and max may miss a NaN
-        return Numbers(nan, nan, nan)
-    return Numbers(min(variances), max(variances), max(max(means), -min(means)))
+    lowest, highest = torch.aminmax(cov.diagonal(dim1=-2, dim2=-1))
+    least, most = torch.aminmax(mean)
+    return Numbers(lowest.item(), highest.item(), max(most.item(), -least.item()))
 
 
 def _cancels_at_first(mean: Tensor, blocks: Tensor) -> bool:
@@ -112,10 +108,16 @@ def _cancels_at_first(mean: Tensor, blocks: Tensor) -> bool:
 
 
 def _cancels(moments: Moments, ratio: float) -> bool:
-    """Whether (μ/σ)² of some channel is above the ratio."""
+    """Whether (μ/σ)² of some channel is above the ratio, or a variance is too large for the dtype, as that of a rounded
+    mean may be."""
     numbers = moments.numbers
-    if numbers is not None and numbers.mean**2 <= ratio * numbers.lowest:
-        return False
+    if numbers is not None:
+        if not numbers.highest < inf:
+            return True
+        if numbers.mean * numbers.mean <= ratio * numbers.lowest:
+            return False
+    elif not moments.cov.diagonal(dim1=-2, dim2=-1).isfinite().all():
+        return True
     return _exceeds(moments.mean, moments.cov.diagonal(dim1=-2, dim2=-1), ratio)
 
 
