@@ -85,3 +85,17 @@ def test_a_weight_without_a_bias_counts_in_training_and_evaluation():
         layer(x)
     for mode in (True, False):
         assert abs(layer.train(mode)(x).std().item() - 2.0) < 0.01
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "cholesky"}, {"relative": True}], ids=str)
+def test_running_statistics_that_require_gradients_are_tracked_outside_of_the_graph(options):
+    """As those that were made from parameters, or for a gradient of the evaluation."""
+    layer = DecorrelatedBatchNorm2d(4, **options)
+    layer.running_mean.requires_grad_()
+    layer.running_cov.requires_grad_()
+    x = torch.randn(16, 4, 5, 5)
+    layer(x)
+    other = DecorrelatedBatchNorm2d(4, **options)
+    other(x)
+    assert torch.equal(layer.running_mean, other.running_mean) and layer.running_mean.is_leaf
+    assert torch.equal(layer.running_cov, other.running_cov) and layer.running_cov.is_leaf

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 
 import pytest
@@ -15,7 +14,6 @@ from helpers import (
     channels_first,
     eps_of,
     images_with,
-    inverse_root_by_iteration,
     relative_error,
     unitary,
 )
@@ -28,9 +26,6 @@ from wellcond.nn import (
     IterNorm3d,
 )
 from wellcond.nn._fused_passes import layout
-from wellcond.nn._fused_passes.geometry import geometry_of
-from wellcond.nn._fused_passes.products import sum_of_products
-from wellcond.nn._fused_passes.samples import Samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*values per channel give a covariance of rank:UserWarning")
 SPECTRUM = [9.0, 4.0, 2.0, 1.0, 0.5, 0.25]
@@ -370,60 +365,3 @@ def test_the_buffers_of_a_thread_serve_every_mode_shape_and_dtype():
             (got,), (expected,) = torch.autograd.grad(y, x, g), torch.autograd.grad(want, x, g)
             assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
     assert layout._scratch.slots
-
-
-@pytest.mark.parametrize(
-    "shape", [(7, 12, 1, 1), (9, 40, 3, 3), (5, 300, 4, 4), (700, 64, 4, 4), (37, 80, 7, 7), (220, 64, 7, 7)]
-)
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("ratio", [0.0, 50.0])
-def test_many_images_of_few_pixels_are_whitened_by_the_definition(shape, groups, ratio):
-    """They are put side by side, and from 256 channels on half of the symmetric product is left out."""
-    x = (torch.randn(shape, dtype=torch.float64) + ratio).requires_grad_()
-    g = torch.randn(shape, dtype=torch.float64)
-    layer = DecorrelatedBatchNorm2d(shape[1], groups=groups, eps=1e-2, dtype=torch.float64)
-    X = channels_first(x)
-    parts = []
-    for rows in (X - X.mean(1, keepdim=True)).chunk(groups):
-        P = rows @ rows.T / rows.shape[1]
-        parts.append(inverse_root_by_iteration(P + 1e-2 * torch.eye(len(P), dtype=P.dtype)) @ rows)
-    want = torch.cat(parts).view(shape[1], shape[0], *shape[2:]).transpose(0, 1)
-    y = layer(x)
-    # κ(P + εI) < 1e4: output within eps·κ, gradient within eps·κ^(3/2), and the rounding of the mean times the ratio.
-    assert (y - want).abs().max() < 1e4 * 2.2e-16 * max(1.0, ratio)
-    (got,), (expected,) = torch.autograd.grad(y, x, g), torch.autograd.grad(want, x, g)
-    assert (got - expected).abs().max() < 1e6 * 2.2e-16 * max(1.0, ratio)
-
-
-def test_pieces_may_be_read_through_another_slot():
-    """As the one operand after they were both: they must not then share memory with the other."""
-    X, Y = torch.randn(2, 5, 3, 20, dtype=torch.float64)
-    ones, zeros = (f(1, 3, 1, dtype=torch.float64) for f in (torch.ones, torch.zeros))
-    geometry = dataclasses.replace(geometry_of(X, 1), small=False)  # which would be read at once
-    features = Samples(X, geometry, ones)
-    centred = X - 1
-    assert torch.allclose(sum_of_products(features, features), (centred @ centred.mT).sum(0))
-    other = Samples(Y, geometry, zeros)
-    for _ in range(2):  # each of them is read through both slots, one after the other
-        assert torch.allclose(sum_of_products(other, features), (Y @ centred.mT).sum(0))
-        assert torch.allclose(sum_of_products(features, other), (centred @ Y.mT).sum(0))
-
-
-@pytest.mark.parametrize("joined", [False, True])
-def test_a_copy_is_read_again_unless_another_has_taken_its_memory(joined):
-    X, Y = torch.randn(2, 5, 60, 20, dtype=torch.float64)
-    ones = torch.ones(1, 60, 1, dtype=torch.float64)
-    found = geometry_of(X, 1)
-    piece = found.pieces[0]._replace(joined=joined)
-    geometry = dataclasses.replace(found, small=False, at_once=False, pieces=(piece,))
-
-    def copy_of(x):
-        return (x - 1).transpose(0, 1).flatten(1)[None] if joined else x - 1
-
-    features, before = Samples(X, geometry, ones), copy_of(X)
-    assert torch.equal(features.read(piece), before)
-    X.mul_(2)  # seen by a new copy only
-    assert torch.equal(features.read(piece), before)
-    other = Samples(Y, geometry, ones)
-    assert torch.equal(other.read(piece), copy_of(Y))
-    assert torch.equal(features.read(piece), copy_of(X))

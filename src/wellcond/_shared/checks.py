@@ -19,7 +19,7 @@ from .errors import NonFiniteMatrixError, NotSymmetricError
 from .events import place
 from .torch_internals import has_values, in_onnx_export, is_compiling, is_exporting, under_functorch
 
-# Up to this many numbers are read and compared in Python in less time than as tensors.
+# Up to this many numbers are read and worked on in Python in less time than as tensors.
 FEW = 128
 
 _value_checks: ContextVar[bool | None] = ContextVar("value_checks", default=None)
@@ -64,6 +64,11 @@ def checks_values(x: Tensor) -> bool:
 def readable(x: Tensor) -> bool:
     """As :func:`checks_values`, for use outside of autograd functions, where ``torch.func`` hides the values."""
     return not under_functorch() and checks_values(x)
+
+
+def is_short(x: Tensor) -> bool:
+    """Whether ``x.tolist()`` is possible and fast: of few numbers, and of no subclass, most of which refuse it."""
+    return type(x) is Tensor and x.numel() <= FEW
 
 
 def require_matrix(x: Tensor, name: str, *, square: bool = False) -> None:

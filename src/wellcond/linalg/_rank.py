@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from wellcond._shared.autograd import BatchedFunction
-from wellcond._shared.checks import FEW, bad_indices, checks_values, hermitian
+from wellcond._shared.checks import bad_indices, checks_values, hermitian, is_short
 from wellcond._shared.errors import NotPositiveSemidefiniteError
 from wellcond._shared.events import place
 from wellcond._shared.names import require_known
@@ -100,7 +100,7 @@ def clear_of_zero(eigvals: Tensor) -> bool:
 
 def apart(values: Tensor, small: int, large: int, cut: float) -> bool:
     """Whether in each row of ``values``, which can be read, the entry ``small`` exceeds ``cut`` times ``large``."""
-    if values.numel() <= FEW:
+    if is_short(values):
         return all(row[small] > cut * row[large] for row in values.reshape(-1, values.shape[-1]).tolist())
     return bool((values[..., small] > cut * values[..., large]).all())
 

@@ -163,7 +163,8 @@ class _DecorrelatedBatchNorm(EvaluationMap):
                 self._check_count(int(count), x)
         whitening = self._whitening(cov)
         if self.training and self.track_running_stats:
-            self._track(mean.detach(), cov.detach(), whitening.detach(), count, unit)
+            with torch.no_grad():
+                self._track(mean.detach(), cov.detach(), whitening.detach(), count, unit)
         W, b = self._affine(whitening, context.from_origin(mean), cov.dtype, self.weight, self.bias)
         return affine_map(x, W, b, context)
 

@@ -127,7 +127,7 @@ class RunningStatistics(SelfDescribing, BatchNorm, SpectralModule):
     ) -> None:
         """Move the running statistics towards those of a batch of ``count`` samples that was multiplied by ``unit``.
 
-        Tensors are detached.
+        To be called with detached tensors and without gradients.
         """
         if unit is not None:
             mean, cov, whitening = mean / unit, cov / unit / unit, whitening * unit

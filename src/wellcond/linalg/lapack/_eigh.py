@@ -18,7 +18,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from wellcond._shared.checks import FEW, checks_values, refuse_in_onnx
+from wellcond._shared.checks import checks_values, is_short, refuse_in_onnx
 from wellcond._shared.errors import DecompositionError
 from wellcond._shared.events import count_call
 from wellcond._shared.precision import widened
@@ -65,7 +65,7 @@ def eigh(P: Tensor) -> EigenPair:
 
 
 def _total(eigvals: Tensor) -> float:
-    return sum(eigvals.reshape(-1).tolist()) if eigvals.numel() <= FEW else eigvals.sum().item()
+    return sum(eigvals.reshape(-1).tolist()) if is_short(eigvals) else eigvals.sum().item()
 
 
 def _rescue(P: Tensor, index: Index) -> EigenPair:

@@ -133,7 +133,8 @@ def _without_constants(X: Tensor, A: Tensor, root_n: float) -> Tensor:
     """
     rows = A.detach()
     reads = readable(X)
-    if reads and rows.shape[:-1].numel() <= FEW_ROWS and not _near_a_constant(X.detach(), rows, root_n):
+    few = type(rows) is Tensor and rows.shape[:-1].numel() <= FEW_ROWS  # a subclass may have no values to list
+    if reads and few and not _near_a_constant(X.detach(), rows, root_n):
         return A
     mean = (X[..., :1].detach() - rows[..., :1] * root_n).abs()
     rounding = torch.finfo(working_dtype(X.dtype)).eps * mean

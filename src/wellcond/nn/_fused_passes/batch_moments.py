@@ -1,9 +1,9 @@
 """The moments of a batch, accurate for any mean, and the extreme values that reveal special cases.
 
 Σ x xᵀ − M μ μᵀ loses as many digits as 1 + (μ/σ)² has. On the CPU the variances are read, and x is centred before the
-product only if that is too many, or if the batch is so small that a copy costs less than the check. Elsewhere nothing
-is read and x is always centred, by a mean that Welford's updates keep exact for constant channels (Chan, Golub and
-LeVeque, The American Statistician, 1983).
+product only if that is too many, or where it is copied anyway or so small that a copy costs less than the check.
+Elsewhere nothing is read and x is always centred, by a mean that Welford's updates keep exact for constant channels
+(Chan, Golub and LeVeque, The American Statistician, 1983).
 """
 
 from __future__ import annotations
@@ -61,16 +61,20 @@ def measure(x: Tensor, geometry: Geometry, *, reading: bool) -> Moments:
         return _centred_elsewhere(x, geometry, reading=reading)
     samples = Samples(x, geometry)
     mean = samples.mean()
-    copied = geometry.small or geometry.pieces[0].joined  # where a copy is cheap, or made anyway
-    if not (copied or _cancels_at_first(mean, samples.blocks)):
+    if geometry.small or geometry.pieces[0].joined:
+        found = _about(mean, None, x, geometry, reading=reading)
+        if not _cancels(found, HARMLESS_RATIO_CENTRED if geometry.small else HARMLESS_RATIO):
+            return found
+        if not geometry.small:
+            found = _corrected(found, reading=reading)
+            if not _cancels(found, HARMLESS_RATIO_CENTRED):
+                return found
+    elif not _cancels_at_first(mean, samples.blocks):
         cov = sum_of_products(samples, samples)
         cov.baddbmm_(mean, mean.mT, beta=1 / geometry.count, alpha=-1)
         found = Moments(mean, cov, mean, _numbers(mean, cov) if reading else None, samples)
         if not _cancels(found, HARMLESS_RATIO):
             return found
-    found = _about(mean, None, x, geometry, reading=reading)
-    if not _cancels(found, HARMLESS_RATIO_CENTRED):
-        return found
     # The sum of many values of one sign is rounded; that of the differences hardly is.
     return _about(mean + Samples(x, geometry, mean).mean(), None, x, geometry, reading=reading)
 
@@ -92,6 +96,14 @@ def _about(origin: Tensor, away: Tensor | None, x: Tensor, geometry: Geometry, *
     if away is not None:
         cov.baddbmm_(away, away.mT, alpha=-1)
         mean = origin + away
+    return Moments(mean, cov, away, _numbers(mean, cov) if reading else None, samples)
+
+
+def _corrected(found: Moments, *, reading: bool) -> Moments:
+    """The same moments with the mean of the samples about their origin, which is the rounding of the first mean."""
+    samples, away = found.samples, found.samples.mean()
+    cov = torch.baddbmm(found.cov, away, away.mT, alpha=-1)
+    mean = found.mean + away
     return Moments(mean, cov, away, _numbers(mean, cov) if reading else None, samples)
 
 

@@ -1,7 +1,7 @@
 """How activations are cut into pieces that fit a processor's cache.
 
 A piece is still in the cache from one operation to the next, so that subtracting an origin, converting half precision
-and adding a second product cost little, and the activations are never copied as a whole. Small activations, and those
+and adding a second product cost little, and large activations are never copied as a whole. Small activations, and those
 on other devices, are one piece: there the overhead of an operation exceeds its memory traffic.
 """
 
@@ -23,6 +23,8 @@ from .layout import LARGEST_KEPT, as_blocks, block_sizes, channels_last
 CACHED_ENTRIES = 1 << 18
 # Of a joined piece, which is copied anyway: one wide product is faster.
 JOINED_ENTRIES = LARGEST_KEPT
+# Samples of a joined piece: single precision rounds a sum of more by more than a sum of such sums.
+JOINED_SAMPLES = 1 << 13
 # Off the CPU a piece only bounds the memory of its copy, to an eighth of the activations or 64 MB in float32: few large
 # kernels are faster.
 PIECES_ELSEWHERE = 8
@@ -106,5 +108,8 @@ def cut(K: int, G: int, d: int, n: int, on_cpu: bool) -> tuple[Piece, ...]:
         limit = max(ENTRIES_ELSEWHERE, numel // PIECES_ELSEWHERE)
     # Unless joined, a piece along K also yields a d × d matrix per image and group.
     entries = numel * (max(n, d) / n if K > 1 and not joined else 1)
-    step = max(1, int(limit * total / entries))
+    step = int(limit * total / entries)
+    if joined and on_cpu:
+        step = min(step, JOINED_SAMPLES // n)
+    step = max(1, step)
     return tuple(Piece(axis, start, min(step, total - start), joined) for start in range(0, total, step))

@@ -46,7 +46,7 @@ class Samples:
     def read(self, piece: Piece, slot: int = 0) -> Tensor:
         """The piece itself where nothing is to be done to it, else a copy in the scratch buffer of this slot.
 
-        On the CPU the next reading of another piece with the same slot overwrites the copy.
+        On the CPU the next copy in the same slot, of whatever samples, overwrites this one.
         """
         if self.whole is not None:
             return self.whole
@@ -77,9 +77,10 @@ class Samples:
         return self._sum(as_they_lie=not joined)
 
     def mean(self) -> Tensor:
-        """The mean over samples, (G, d, 1), of which there is one at least; they are not read again without origin."""
+        """The mean over samples, (G, d, 1), of which there is one at least."""
         if self.whole is not None and self.geometry.small and self.geometry.sizes[1] == 1:
             return self.whole.mean((0, 2), keepdim=True)
+        # Products are of samples about an origin: without one, a copy would serve this sum alone.
         return self._sum(as_they_lie=True).div_(self.geometry.count)
 
     def _sum(self, *, as_they_lie: bool) -> Tensor:
