@@ -177,8 +177,11 @@ def test_a_constant_channel_whose_rounding_has_no_square(shape, dtype, value, me
     alone = x.clone()
     x[:, 1], alone[:, 1] = value, 0.0
     y, expected = layer(x), copy.deepcopy(layer)(alone)
-    # The order of summation differs, and the roots have κ of this covariance, below 100.
-    assert (y - expected).abs().max() < 1e4 * eps_of(dtype)
+    # The root mixes some d·eps of the others into the null direction, which the ridge enlarges by eps^{-1/2}.
+    bound = shape[1] * eps_of(dtype) * layer.eps**-0.5 * alone.abs().max()
+    assert (y - expected).abs().max() < bound
+    if method != "pca":  # whose outputs are axes, not channels
+        assert y[:, 1].abs().max() < bound
 
 
 def test_a_constant_channel_is_no_unit_for_the_others():
