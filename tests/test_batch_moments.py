@@ -74,7 +74,7 @@ def test_a_copy_is_read_again_unless_another_has_taken_its_memory(joined):
 
 
 @pytest.mark.parametrize(
-    "shape", [(8, 16, 8, 8), (100, 64, 7, 7), (3000, 64, 7, 7), (20_000, 16, 2, 2), (32, 16, 32, 32)]
+    "shape", [(8, 16, 8, 8), (100, 64, 7, 7), (3000, 64, 7, 7), (400_000, 8, 2, 2), (32, 16, 32, 32)]
 )
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("ratio", [0.5, 3.0, 30.0, 1e4])
@@ -90,5 +90,5 @@ def test_the_moments_in_single_precision(shape, groups, ratio):
     assert ((layer.running_mean - mean).abs() <= (2 if x.numel() <= 1 << 15 else 1) * ulp).all()
     for rows, got in zip(X.chunk(groups), layer.running_cov, strict=True):
         truth = torch.cov(rows)
-        # As a random walk; the rounding of the mean itself is a shift of the origin, which does not matter.
-        assert (got - truth).abs().max() <= 8192**0.5 * eps * truth.diagonal().max()
+        # A random walk of roundings, eps/2 each; that of the mean is a shift of the origin, which does not matter.
+        assert (got - truth).abs().max() <= 8192**0.5 * eps / 2 * truth.diagonal().max()
